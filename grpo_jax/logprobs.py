@@ -1,0 +1,161 @@
+"""Token log-probabilities and entropy from hidden states, without [B, T, V].
+
+In: hidden states [..., D], the unembedding matrix [D, V], the target tokens [...].
+Out: log π(target) and the entropy of π at each position, [...], float32.
+
+Logits are made a chunk of positions at a time, forward and backward: memory holds one
+chunk of them, never all. Pure, jax alone.
+
+Axes: B rows, T positions, C positions of one chunk, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, ArrayLike, Float, Int
+
+# Logits held at a time, in elements over all rows: 64 MiB of float32.
+_CHUNK_ELEMENTS = 2**24
+
+
+def token_logprobs(
+    hidden: Float[Array, "... D"],
+    unembed: Float[Array, "D V"],
+    targets: Int[Array, "..."],
+    *,
+    temperature: ArrayLike = 1.0,
+    chunk: int | None = None,
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """log softmax(hidden · unembed / temperature) at the targets, and its entropy.
+
+        logps = z_target - log Σ_v e^{z_v}      entropy = -Σ_v π_v log π_v
+
+    Args:
+      hidden: [..., D] the decoder's outputs after its last norm.
+      unembed: [D, V].
+      targets: [...] the tokens that follow (already shifted).
+      temperature: the sampling temperature; one for all three passes.
+      chunk: positions along the last leading axis whose logits exist at a time; None
+        lets about 2^24 logits exist.
+
+    Returns:
+      (logps, entropy), both [...], in nats, differentiable in hidden, unembed and
+      temperature. Gradients are accumulated in float32.
+
+    >>> hidden, unembed = jnp.ones((2, 3, 4)), jnp.zeros((4, 8))
+    >>> logps, entropy = token_logprobs(hidden, unembed, jnp.zeros((2, 3), int))
+    >>> bool(jnp.allclose(-logps, jnp.log(8))), bool(jnp.allclose(entropy, jnp.log(8)))
+    (True, True)
+    """
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(f"hidden {hidden.shape} and targets {targets.shape} disagree")
+    if hidden.shape[-1] != unembed.shape[0]:
+        raise ValueError(f"hidden {hidden.shape} and unembed {unembed.shape} disagree")
+    lead = targets.shape
+    length = lead[-1] if lead else 1
+    rows = max(targets.size, 1) // max(length, 1)
+    hidden = hidden.reshape(rows, length, hidden.shape[-1])
+    targets = targets.reshape(rows, length)
+    if chunk is None:
+        chunk = max(1, _CHUNK_ELEMENTS // (rows * unembed.shape[1]))
+    chunk = min(chunk, max(length, 1))
+    temperature = jnp.asarray(temperature, jnp.float32)
+    logps, entropy = _token_logprobs(hidden, unembed, targets, temperature, chunk)
+    return logps.reshape(lead), entropy.reshape(lead)
+
+
+def _chunks(x: Array, chunk: int) -> Array:
+    """[B, T, ...] -> [T / C, B, C, ...], the last chunk padded with zeros."""
+    padding = -x.shape[1] % chunk
+    x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+    x = x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
+
+
+def _unchunk(x: Array, length: int) -> Array:
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def _logits(hidden: Array, unembed: Array, temperature: Array) -> Array:
+    z = jnp.einsum("BCD,DV->BCV", hidden, unembed, preferred_element_type=jnp.float32)
+    return z / temperature
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _token_logprobs(hidden, unembed, targets, temperature, chunk):
+    return _forward(hidden, unembed, targets, temperature, chunk)[0]
+
+
+def _forward(hidden, unembed, targets, temperature, chunk):
+    def one(_, inputs):
+        h, y = inputs
+        z = _logits(h, unembed, temperature)
+        top = z.max(-1)
+        exp = jnp.exp(z - top[..., None])
+        total = exp.sum(-1)
+        lse = top + jnp.log(total)
+        entropy = lse - (exp * z).sum(-1) / total
+        at_target = jnp.take_along_axis(z, y[..., None], -1)[..., 0]
+        return None, (at_target - lse, entropy, lse)
+
+    inputs = (_chunks(hidden, chunk), _chunks(targets, chunk))
+    _, outputs = jax.lax.scan(one, None, inputs)
+    logps, entropy, lse = (_unchunk(x, targets.shape[1]) for x in outputs)
+    return (logps, entropy), (hidden, unembed, targets, temperature, lse, entropy)
+
+
+def _backward(chunk, saved, cotangents):
+    hidden, unembed, targets, temperature, lse, entropy = saved
+
+    def one(carry, inputs):
+        d_unembed, d_temperature = carry
+        h, y, lse, entropy, g_logps, g_entropy = inputs
+        z = _logits(h, unembed, temperature)
+        log_p = z - lse[..., None]
+        p = jnp.exp(log_p)
+        # ∂log π_y/∂z_v = 1[v = y] - π_v,  ∂H/∂z_v = -π_v (log π_v + H)
+        hit = jnp.arange(z.shape[-1]) == y[..., None]
+        d_z = jnp.where(hit, g_logps[..., None], 0) - p * (
+            g_logps[..., None] + g_entropy[..., None] * (log_p + entropy[..., None])
+        )
+        d_temperature -= (d_z * z).sum() / temperature
+        d_z = (d_z / temperature).astype(unembed.dtype)
+        f32 = dict(preferred_element_type=jnp.float32)
+        d_hidden = jnp.einsum("BCV,DV->BCD", d_z, unembed, **f32)
+        d_unembed += jnp.einsum("BCD,BCV->DV", h, d_z, **f32)
+        return (d_unembed, d_temperature), d_hidden.astype(hidden.dtype)
+
+    inputs = (hidden, targets, lse, entropy, *cotangents)
+    start = (jnp.zeros(unembed.shape, jnp.float32), jnp.zeros((), jnp.float32))
+    inputs = tuple(_chunks(x, chunk) for x in inputs)
+    (d_unembed, d_temperature), d_hidden = jax.lax.scan(one, start, inputs)
+    d_hidden = _unchunk(d_hidden, targets.shape[1])
+    return d_hidden, d_unembed.astype(unembed.dtype), None, d_temperature
+
+
+_token_logprobs.defvjp(_forward, _backward)
+
+
+def logprobs_from_logits(
+    logits: Float[Array, "... V"],
+    targets: Int[Array, "..."],
+    *,
+    temperature: ArrayLike = 1.0,
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """The same for a model that returns logits [..., V]: (logps, entropy), float32.
+
+    >>> logps, entropy = logprobs_from_logits(jnp.zeros((1, 4)), jnp.array([2]))
+    >>> round(float(logps[0]), 4), round(float(entropy[0]), 4)
+    (-1.3863, 1.3863)
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+    possible = log_p > -jnp.inf  # a model may rule tokens out with -inf
+    entropy = -(jnp.exp(log_p) * jnp.where(possible, log_p, 0)).sum(-1)
+    return jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0], entropy

@@ -1,0 +1,311 @@
+"""The decoder: Llama, DeepSeek (Llama architecture), Mistral, Qwen2 and Qwen3.
+
+In: parameters, a plain nested dict whose matrices keep Hugging Face's layout
+[out, in], layers stacked on a leading axis; and tokens. Out: hidden states, logits,
+and for the sampler the keys and values. The only file that imports flax.
+
+Axes: L layers, B rows, T positions, S positions attended to, N query heads, K key
+heads, G query heads per key head, H head width, D width, F feed-forward width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from grpo_jax import sharding
+
+Params = dict[str, Any]
+# keys, values -> what the queries take from them, and the layer's cache
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for longer contexts ("linear", "llama3")."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What distinguishes one model of the family from another."""
+
+    vocab_size: int  # V
+    width: int  # D
+    layers: int  # L
+    heads: int  # N
+    kv_heads: int  # K
+    head_dim: int  # H
+    ffn: int  # F
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tied: bool = False  # the output matrix is the embedding
+    qkv_bias: bool = False  # Qwen2; Llama's attention_bias
+    out_bias: bool = False  # Llama's attention_bias
+    mlp_bias: bool = False
+    qk_norm: bool = False  # Qwen3
+    sliding_window: int | None = None  # Mistral 7B v0.1
+    max_positions: int = 4096
+
+
+def rotary_frequencies(config: ModelConfig) -> Float[Array, "H/2"]:
+    """Angles per position, [H/2], float32; long-context scaling applied."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    # llama3: long wavelengths are stretched, short ones kept, those between blended.
+    wavelength = 2 * math.pi / frequencies
+    turns = scaling.original_max_positions / wavelength
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+def rotate(
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], frequencies: Array
+) -> Array:
+    """Rotary position embedding: halves (a, b) -> (a cos - b sin, b cos + a sin)."""
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return out.astype(x.dtype)
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    allowed: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+    """softmax(q k / √H) v over the allowed positions, in float32 inside."""
+    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(allowed[:, None, None], scores / math.sqrt(q.shape[-1]), -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])
+
+
+_NORMAL = nn.initializers.variance_scaling(
+    1.0, "fan_in", "normal", in_axis=-1, out_axis=-2
+)
+
+
+class Block(nn.Module):
+    """One layer; `attend` decides what its queries see."""
+
+    config: ModelConfig
+
+    def weight(self, name: str, *shape: int, init=_NORMAL) -> Array:
+        return self.param(name, init, shape)
+
+    def linear(self, x: Array, name: str, out: int, bias: bool = False) -> Array:
+        weight = self.weight(name, out, x.shape[-1]).astype(x.dtype)
+        y = jnp.einsum("...D,FD->...F", x, weight)
+        if bias:
+            zeros = nn.initializers.zeros
+            y += self.weight(name + "_bias", out, init=zeros).astype(x.dtype)
+        return y
+
+    def norm(self, x: Array, name: str) -> Array:
+        scale = self.weight(name, x.shape[-1], init=nn.initializers.ones)
+        return rms_norm(x, scale, self.config.norm_eps)
+
+    @nn.compact
+    def __call__(self, x: Array, positions: Array, attend: Attend) -> tuple[Array, Any]:
+        c = self.config
+        heads = (*x.shape[:2], -1, c.head_dim)
+        h = self.norm(x, "input_norm")
+        q = self.linear(h, "q_proj", c.heads * c.head_dim, c.qkv_bias).reshape(heads)
+        k = self.linear(h, "k_proj", c.kv_heads * c.head_dim, c.qkv_bias).reshape(heads)
+        v = self.linear(h, "v_proj", c.kv_heads * c.head_dim, c.qkv_bias).reshape(heads)
+        if c.qk_norm:
+            q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
+        frequencies = rotary_frequencies(c)
+        q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+        out, cache = attend(q, k, v)
+        out = out.reshape(*x.shape[:2], -1)
+        x = x + self.linear(out, "o_proj", c.width, c.out_bias)
+        h = self.norm(x, "ffn_norm")
+        gate = nn.silu(self.linear(h, "gate_proj", c.ffn, c.mlp_bias))
+        h = gate * self.linear(h, "up_proj", c.ffn, c.mlp_bias)
+        return x + self.linear(h, "down_proj", c.width, c.mlp_bias), cache
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """x / √(mean x² + ε) · scale, the mean in float32."""
+    h = x.astype(jnp.float32)
+    h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=-1, keepdims=True) + eps)
+    return h.astype(x.dtype) * scale.astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """The model as pure functions of (params, tokens); hashable, so static under jit.
+
+    >>> config = ModelConfig(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2,
+    ...                      head_dim=4, ffn=32)
+    >>> model = Decoder(config)
+    >>> params = model.init(jax.random.key(0))
+    >>> model.logits(params, jnp.array([[1, 2, 3]])).shape
+    (1, 3, 11)
+    """
+
+    config: ModelConfig
+    dtype: str = "float32"  # of the computation; logits and softmax stay float32
+    remat: bool = False  # recompute each layer's insides in the backward pass
+
+    def init(self, key: Array, dtype: str = "float32") -> Params:
+        """Fresh parameters: embed, layers {name: [L, …]}, norm, unembed unless tied."""
+        c = self.config
+        embed_key, layers_key, unembed_key = jax.random.split(key, 3)
+        x = jnp.zeros((1, 1, c.width))
+
+        def layer(key):
+            attend: Attend = lambda q, k, v: (q, None)  # noqa: E731
+            return Block(c).init(key, x, jnp.zeros((1, 1), int), attend)["params"]
+
+        def matrix(key):
+            return jax.random.normal(key, (c.vocab_size, c.width)) / math.sqrt(c.width)
+
+        params = {
+            "embed": matrix(embed_key),
+            "layers": jax.vmap(layer)(jax.random.split(layers_key, c.layers)),
+            "norm": jnp.ones(c.width),
+        }
+        if not c.tied:
+            params["unembed"] = matrix(unembed_key)
+        return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    def unembed(self, params: Params) -> Float[Array, "D V"]:
+        """The output matrix; a transposed view inside jit, never a copy."""
+        matrix = params["embed"] if self.config.tied else params["unembed"]
+        return matrix.T.astype(self.dtype)
+
+    def embed(self, params: Params, tokens: Int[Array, "B T"]) -> Array:
+        return params["embed"].astype(self.dtype)[tokens]
+
+    def finish(self, params: Params, x: Array) -> Array:
+        return rms_norm(x, params["norm"], self.config.norm_eps)
+
+    def block(self, layer: Params, x, positions, attend: Attend) -> tuple[Array, Any]:
+        """One layer on its own parameters (without the leading L axis)."""
+        x, cache = Block(self.config).apply({"params": layer}, x, positions, attend)
+        return sharding.constrain(x, sharding.BATCH), cache
+
+    def allowed(
+        self, mask: Bool[Array, "B T"], segment_ids: Array | None, positions: Array
+    ) -> Bool[Array, "B T T"]:
+        """Who may look at whom: earlier, real, of the same sequence, in the window."""
+        step = jnp.arange(mask.shape[1])
+        allowed = (step[:, None] >= step[None, :]) & mask[:, None, :]
+        if segment_ids is not None:
+            allowed &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        if self.config.sliding_window is not None:
+            distance = positions[:, :, None] - positions[:, None, :]
+            allowed &= distance < self.config.sliding_window
+        return allowed
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        *,
+        mask: Array | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        keep_cache: bool = False,
+    ) -> Any:
+        """[B, T, D] after the last norm.
+
+        Args:
+          tokens: padding may hold any token in range.
+          mask: 1 for real tokens (None: all). Padding may stand on either side.
+          positions: None: counted from 0 over the real tokens of each sequence.
+          segment_ids: packed rows: tokens see only their own segment.
+          keep_cache: return (hidden, (keys, values)), each [L, B, T, K, H], as well.
+        """
+        real = jnp.ones(tokens.shape, bool) if mask is None else mask != 0
+        if positions is None:
+            positions = default_positions(real, segment_ids)
+        allowed = self.allowed(real, segment_ids, positions)
+
+        def attend(q, k, v):
+            return attention(q, k, v, allowed), (k, v) if keep_cache else None
+
+        def layer(x, weights):
+            return self.block(weights, x, positions, attend)
+
+        if self.remat:
+            layer = jax.checkpoint(layer, prevent_cse=False)
+        x = sharding.constrain(self.embed(params, tokens), sharding.BATCH)
+        x, cache = jax.lax.scan(layer, x, params["layers"])
+        hidden = self.finish(params, x)
+        return (hidden, cache) if keep_cache else hidden
+
+    def __call__(
+        self, params: Params, tokens: Array, **kwargs
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "D V"]]:
+        """`apply` for the compiled step: (hidden, unembed), so no [B, T, V] exists."""
+        return self.hidden(params, tokens, **kwargs), self.unembed(params)
+
+    def logits(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        *,
+        mask: Array | None = None,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Next-token logits, float32; arguments as in `hidden`."""
+        hidden = self.hidden(
+            params, tokens, mask=mask, positions=positions, segment_ids=segment_ids
+        )
+        return self.project(params, hidden)
+
+    def project(self, params: Params, hidden: Array) -> Float[Array, "... V"]:
+        return jnp.einsum(
+            "...D,DV->...V",
+            hidden,
+            self.unembed(params),
+            preferred_element_type=jnp.float32,
+        )
+
+
+def default_positions(
+    real: Bool[Array, "B T"], segment_ids: Int[Array, "B T"] | None
+) -> Int[Array, "B T"]:
+    """0, 1, 2, … over the real tokens of each sequence.
+
+    >>> real = jnp.array([[False, True, True, True]])
+    >>> default_positions(real, None).tolist()
+    [[0, 0, 1, 2]]
+    >>> default_positions(real, jnp.array([[1, 1, 2, 2]])).tolist()
+    [[0, 0, 0, 1]]
+    """
+    before = jnp.cumsum(real, axis=1) - real  # real tokens before this one
+    if segment_ids is not None:
+        first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+        at_start = jnp.where(first, before, 0)
+        before = before - jax.lax.cummax(at_start, axis=1)
+    return before

@@ -1,0 +1,107 @@
+"""Where arrays live: one mesh (data, fsdp, tensor) and one table of rules.
+
+In: the sizes of the mesh, a tree of parameters (or optimiser state). Out: shardings.
+One device is the mesh (1, 1, 1), not another code path.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from grpo_jax.errors import GrpoError
+
+P = PartitionSpec
+AXES = ("data", "fsdp", "tensor")
+
+# The first pattern found in a leaf's path decides; matrices are [L, out, in].
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"layers/(q|k|v|gate|up)_proj$", P(None, "tensor", "fsdp")),
+    (r"layers/(o|down)_proj$", P(None, "fsdp", "tensor")),
+    (r"layers/(q|k|v|gate|up)_proj_bias$", P(None, "tensor")),
+    (r"(^|/)(embed|unembed)$", P("tensor", "fsdp")),
+    (r"", P()),  # norms, the other biases, counters
+)
+
+BATCH = P(("data", "fsdp"))  # rows are spread over both
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """The mesh over `devices` (all there are by default); fsdp=-1 takes the rest."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [name for name, size in sizes.items() if size == -1]
+    bad = [name for name, size in sizes.items() if size < 1 and size != -1]
+    if bad or len(free) > 1:
+        raise GrpoError(f"mesh: {sizes}: sizes are 1 or more, one of them may be -1")
+    if free:
+        known = int(np.prod([size for size in sizes.values() if size != -1]))
+        sizes[free[0]] = max(1, len(devices) // known)
+    if int(np.prod(list(sizes.values()))) != len(devices):
+        raise GrpoError(
+            f"mesh: data {sizes['data']} × fsdp {sizes['fsdp']} × tensor "
+            f"{sizes['tensor']} is not the number of devices, {len(devices)}"
+        )
+    grid = np.asarray(devices).reshape(tuple(sizes.values()))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The table's answer for one leaf; an axis that does not divide stays whole.
+
+    >>> mesh = make_mesh(devices=jax.devices()[:1])
+    >>> spec_of("layers/q_proj", (2, 8, 4), mesh)
+    P(None, 'tensor', 'fsdp')
+    """
+    rule = next(spec for pattern, spec in RULES if re.search(pattern, path))
+    if len(rule) > len(shape):
+        return P()
+    axes = [
+        axis if axis is None or size % mesh.shape[axis] == 0 else None
+        for size, axis in zip(shape, rule, strict=False)
+    ]
+    return P(*axes)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of a tree of parameters or optimiser state."""
+
+    def of(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, spec_of(name, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def abstract(tree: Any, mesh: Mesh) -> Any:
+    """ShapeDtypeStructs with shardings: the shape of a state that is not there yet."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
+def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
+    """Rows over (data, fsdp), after `leading` axes that are not split."""
+    return NamedSharding(mesh, P(*(None,) * leading, *BATCH))
+
+
+def rows_multiple(mesh: Mesh) -> int:
+    """A batch's row count must be a multiple of this."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Pin an intermediate to the mesh in use; nothing where none is or it can't be."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+        return x
+    sizes = (np.prod([mesh.shape[a] for a in (axes or ())]) for axes in spec)
+    if any(n % size for n, size in zip(x.shape, sizes, strict=False)):
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
