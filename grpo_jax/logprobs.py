@@ -12,6 +12,7 @@ Axes: B rows, T positions, C positions of one chunk, D width, V vocabulary.
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING
 
 import jax
@@ -57,16 +58,18 @@ def token_logprobs(
         raise ValueError(f"hidden {hidden.shape} and targets {targets.shape} disagree")
     if hidden.shape[-1] != unembed.shape[0]:
         raise ValueError(f"hidden {hidden.shape} and unembed {unembed.shape} disagree")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk} is below 1")
     lead = targets.shape
     length = lead[-1] if lead else 1
-    rows = max(targets.size, 1) // max(length, 1)
+    rows = math.prod(lead[:-1])
     hidden = hidden.reshape(rows, length, hidden.shape[-1])
     targets = targets.reshape(rows, length)
     if chunk is None:
-        chunk = max(1, _CHUNK_ELEMENTS // (rows * unembed.shape[1]))
+        chunk = max(1, _CHUNK_ELEMENTS // max(rows * unembed.shape[1], 1))
     chunk = min(chunk, max(length, 1))
     temperature = jnp.asarray(temperature, jnp.float32)
-    logps, entropy = _token_logprobs(hidden, unembed, targets, temperature, chunk)
+    logps, entropy = _compiled(hidden, unembed, targets, temperature, chunk)
     return logps.reshape(lead), entropy.reshape(lead)
 
 
@@ -74,13 +77,13 @@ def _chunks(x: Array, chunk: int) -> Array:
     """[B, T, ...] -> [T / C, B, C, ...], the last chunk padded with zeros."""
     padding = -x.shape[1] % chunk
     x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-    x = x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
+    x = x.reshape(x.shape[0], x.shape[1] // chunk, chunk, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0)
 
 
 def _unchunk(x: Array, length: int) -> Array:
     x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])[:, :length]
 
 
 def _logits(hidden: Array, unembed: Array, temperature: Array) -> Array:
@@ -100,40 +103,43 @@ def _forward(hidden, unembed, targets, temperature, chunk):
         top = z.max(-1)
         exp = jnp.exp(z - top[..., None])
         total = exp.sum(-1)
-        lse = top + jnp.log(total)
-        entropy = lse - (exp * z).sum(-1) / total
+        log_total = jnp.log(total)
+        entropy = log_total - ((exp * z).sum(-1) / total - top)
         at_target = jnp.take_along_axis(z, y[..., None], -1)[..., 0]
-        return None, (at_target - lse, entropy, lse)
+        # In this order: top + log_total would lose the digits of large logits.
+        logps = (at_target - top) - log_total
+        return None, (logps, entropy, top, log_total)
 
     inputs = (_chunks(hidden, chunk), _chunks(targets, chunk))
     _, outputs = jax.lax.scan(one, None, inputs)
-    logps, entropy, lse = (_unchunk(x, targets.shape[1]) for x in outputs)
-    return (logps, entropy), (hidden, unembed, targets, temperature, lse, entropy)
+    logps, entropy, *sums = (_unchunk(x, targets.shape[1]) for x in outputs)
+    saved = (hidden, unembed, targets, temperature, entropy, *sums)
+    return (logps, entropy), saved
 
 
 def _backward(chunk, saved, cotangents):
-    hidden, unembed, targets, temperature, lse, entropy = saved
+    hidden, unembed, targets, temperature, entropy, top, log_total = saved
 
     def one(carry, inputs):
         d_unembed, d_temperature = carry
-        h, y, lse, entropy, g_logps, g_entropy = inputs
+        h, y, entropy, top, log_total, g_logps, g_entropy = inputs
         z = _logits(h, unembed, temperature)
-        log_p = z - lse[..., None]
+        log_p = z - top[..., None] - log_total[..., None]
         p = jnp.exp(log_p)
         # ∂log π_y/∂z_v = 1[v = y] - π_v,  ∂H/∂z_v = -π_v (log π_v + H)
-        hit = jnp.arange(z.shape[-1]) == y[..., None]
+        hit = jnp.arange(log_p.shape[-1]) == y[..., None]
         d_z = jnp.where(hit, g_logps[..., None], 0) - p * (
             g_logps[..., None] + g_entropy[..., None] * (log_p + entropy[..., None])
         )
-        d_temperature -= (d_z * z).sum() / temperature
+        d_temperature -= (d_z * log_p).sum() / temperature  # Σ_v d_z is 0: not z
         d_z = (d_z / temperature).astype(unembed.dtype)
         f32 = dict(preferred_element_type=jnp.float32)
         d_hidden = jnp.einsum("BCV,DV->BCD", d_z, unembed, **f32)
         d_unembed += jnp.einsum("BCD,BCV->DV", h, d_z, **f32)
         return (d_unembed, d_temperature), d_hidden.astype(hidden.dtype)
 
-    inputs = (hidden, targets, lse, entropy, *cotangents)
-    start = (jnp.zeros(unembed.shape, jnp.float32), jnp.zeros((), jnp.float32))
+    inputs = (hidden, targets, entropy, top, log_total, *cotangents)
+    start = (jnp.zeros_like(unembed, jnp.float32), jnp.zeros_like(temperature))
     inputs = tuple(_chunks(x, chunk) for x in inputs)
     (d_unembed, d_temperature), d_hidden = jax.lax.scan(one, start, inputs)
     d_hidden = _unchunk(d_hidden, targets.shape[1])
@@ -141,6 +147,21 @@ def _backward(chunk, saved, cotangents):
 
 
 _token_logprobs.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.jit, static_argnums=4)  # outside jit a scan compiles every time
+def _compiled(hidden, unembed, targets, temperature, chunk):
+    # Under shard_map a custom gradient must vary over the mesh axes of its input. So
+    # let every input vary over the axes of all: what the devices share, as unembed,
+    # then has its gradient summed over them. XLA drops the constant choices.
+    def like_all(x):
+        others = (hidden, unembed, targets, temperature)
+        for other in others:
+            x = jnp.where(False, other.sum().astype(x.dtype), x)
+        return x
+
+    hidden, unembed, temperature = map(like_all, (hidden, unembed, temperature))
+    return _token_logprobs(hidden, unembed, targets, temperature, chunk)
 
 
 def logprobs_from_logits(

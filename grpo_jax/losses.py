@@ -37,10 +37,25 @@ def _check(name: str, value: str) -> None:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(_CHOICES[name])}")
 
 
+def _check_shapes(logps: Array, others: dict[str, Array | None]) -> None:
+    if logps.ndim != 2:
+        raise ValueError(f"logps has shape {logps.shape}; [B, T] is needed")
+    for name, x in others.items():
+        if x is not None and jnp.shape(x) != logps.shape:
+            raise ValueError(f"{name} has shape {jnp.shape(x)}, logps {logps.shape}")
+
+
 def _exp(x: Array) -> Array:
     """exp(x), continued by its tangent above `_MAX_EXPONENT`: finite and monotonic."""
     excess = jnp.maximum(x - _MAX_EXPONENT, 0.0)
     return jnp.exp(jnp.minimum(x, _MAX_EXPONENT)) * (1.0 + excess)
+
+
+def _k3(x: Array) -> Array:
+    """exp(x) - x - 1, never negative: near 0 exp(x) - 1 would be rounding alone."""
+    excess = jnp.maximum(x - _MAX_EXPONENT, 0.0)
+    small = jnp.minimum(x, _MAX_EXPONENT)
+    return jnp.expm1(small) - small + excess * (jnp.exp(_MAX_EXPONENT) - 1.0)
 
 
 def _sequence_sums(x: Array, segment_ids: Array | None) -> Array:
@@ -80,23 +95,28 @@ def _aggregate(
 ) -> Array:
     """Σ m ℓ over [B, T], divided as `aggregate` says."""
     if aggregate == "token_mean":
-        count = weight.sum() if normalizer is None else normalizer
+        count = _at_least_1(weight.sum()) if normalizer is None else normalizer
         return (weight * per_token).sum() / _nonzero(count)
     if normalizer is None:
         normalizer = _count_sequences(weight > 0, segment_ids, num_segments)
     if aggregate == "constant":
         return (weight * per_token).sum() / (_nonzero(normalizer) * max_length)
     length = _sequence_sums(weight, segment_ids)
-    return (weight * per_token / _nonzero(length)).sum() / _nonzero(normalizer)
+    return (weight * per_token / _at_least_1(length)).sum() / _nonzero(normalizer)
+
+
+def _at_least_1(length: Array) -> Array:
+    """n_i = max(Σ m, 1): an empty sequence counts as 0, a fraction is not blown up."""
+    return jnp.maximum(length, 1)
 
 
 def _nonzero(count: ArrayLike) -> Array:
-    """An empty sequence or batch divides by 1, and so counts as 0."""
+    """A batch without sequences divides by 1, and so is 0."""
     return jnp.where(jnp.asarray(count) > 0, count, 1)
 
 
 def _token_mean(x: Array, weight: Array) -> Array:
-    return (weight * x).sum() / _nonzero(weight.sum())
+    return (weight * x).sum() / _at_least_1(weight.sum())
 
 
 def grpo_loss(
@@ -167,12 +187,8 @@ def grpo_loss(
     _check("aggregate", aggregate)
     _check("importance", importance)
     _check("surrogate", surrogate)
-    if logps.ndim != 2:
-        raise ValueError(f"logps has shape {logps.shape}; [B, T] is needed")
     arrays = dict(mask=mask, old_logps=old_logps, ref_logps=ref_logps, weights=weights)
-    for name, x in {**arrays, "segment_ids": segment_ids}.items():
-        if x is not None and jnp.shape(x) != logps.shape:
-            raise ValueError(f"{name} has shape {jnp.shape(x)}, logps {logps.shape}")
+    _check_shapes(logps, {**arrays, "segment_ids": segment_ids})
     if jnp.shape(advantages) not in (logps.shape[:1], logps.shape):
         raise ValueError(
             f"advantages has shape {jnp.shape(advantages)}; [B] or [B, T] of logps' "
@@ -248,7 +264,7 @@ def _grpo_loss(
 
     log_ratio = logps - old
     if importance == "sequence":
-        length = _nonzero(_sequence_sums(m, segment_ids))
+        length = _at_least_1(_sequence_sums(m, segment_ids))
         log_ratio = _sequence_sums(m * log_ratio, segment_ids) / length
     ratio = _exp(log_ratio)  # ρ
 
@@ -283,7 +299,7 @@ def _grpo_loss(
         elif kl_estimator == "k2":
             kl = jnp.square(difference) / 2
         else:
-            kl = _exp(difference) - difference - 1
+            kl = _k3(difference)
         if kl_estimator == "k3_unbiased":
             kl = ratio * kl
         loss = policy_loss + kl_coef * divide(kl)
@@ -321,12 +337,15 @@ def sft_loss(
     _check("aggregate", aggregate)
     if aggregate == "constant":
         raise ValueError("sft_loss has no aggregate='constant'")
+    arrays = dict(mask=mask, weights=weights, segment_ids=segment_ids)
+    _check_shapes(logps, arrays)
+    logps, mask = jnp.asarray(logps), jnp.asarray(mask)
     dtype = jnp.promote_types(logps.dtype, jnp.float32)
     valid = mask != 0
     m = jnp.where(valid, mask, 0).astype(dtype)
     nll = -jnp.where(valid, logps.astype(dtype), 0)
     if weights is not None:
-        nll = nll * jnp.where(valid, weights.astype(dtype), 0)
+        nll = nll * jnp.where(valid, jnp.asarray(weights, dtype), 0)
     loss = _aggregate(
         nll,
         m,

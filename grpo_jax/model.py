@@ -83,7 +83,8 @@ def rotate(
     x: Float[Array, "B T N H"], positions: Int[Array, "B T"], frequencies: Array
 ) -> Array:
     """Rotary position embedding: halves (a, b) -> (a cos - b sin, b cos + a sin)."""
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    angles = positions[..., None, None].astype(jnp.float32)
+    angles = angles * frequencies[None, None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -123,7 +124,7 @@ class Block(nn.Module):
         y = jnp.einsum("...D,FD->...F", x, weight)
         if bias:
             zeros = nn.initializers.zeros
-            y += self.weight(name + "_bias", out, init=zeros).astype(x.dtype)
+            y += over(y, self.weight(name + "_bias", out, init=zeros).astype(x.dtype))
         return y
 
     def norm(self, x: Array, name: str) -> Array:
@@ -151,11 +152,16 @@ class Block(nn.Module):
         return x + self.linear(h, "down_proj", c.width, c.mlp_bias), cache
 
 
+def over(x: Array, vector: Array) -> Array:
+    """A vector over the last axis of x, with the rank of x."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """x / √(mean x² + ε) · scale, the mean in float32."""
     h = x.astype(jnp.float32)
     h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=-1, keepdims=True) + eps)
-    return h.astype(x.dtype) * scale.astype(x.dtype)
+    return h.astype(x.dtype) * over(x, scale.astype(x.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +171,7 @@ class Decoder:
     >>> config = ModelConfig(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2,
     ...                      head_dim=4, ffn=32)
     >>> model = Decoder(config)
-    >>> params = model.init(jax.random.key(0))
+    >>> params = jax.jit(model.init)(jax.random.key(0))
     >>> model.logits(params, jnp.array([[1, 2, 3]])).shape
     (1, 3, 11)
     """
@@ -217,7 +223,7 @@ class Decoder:
     ) -> Bool[Array, "B T T"]:
         """Who may look at whom: earlier, real, of the same sequence, in the window."""
         step = jnp.arange(mask.shape[1])
-        allowed = (step[:, None] >= step[None, :]) & mask[:, None, :]
+        allowed = (step[:, None] >= step[None, :])[None] & mask[:, None, :]
         if segment_ids is not None:
             allowed &= segment_ids[:, :, None] == segment_ids[:, None, :]
         if self.config.sliding_window is not None:

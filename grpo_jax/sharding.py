@@ -105,3 +105,26 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     if any(n % size for n, size in zip(x.shape, sizes, strict=False)):
         return x
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that a tree's arrays were placed on, if they were placed on one."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            if isinstance(leaf.sharding, NamedSharding):
+                mesh = leaf.sharding.mesh
+                if isinstance(mesh, Mesh) and set(AXES) <= set(mesh.axis_names):
+                    return mesh
+    return None
+
+
+def batch_placer(mesh: Mesh):
+    """A function that puts a packed batch [A, B, T] on the mesh: rows over BATCH."""
+    rows, whole = batch_sharding(mesh, leading=1), NamedSharding(mesh, P())
+
+    def place(batch: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.device_put(x, rows if np.ndim(x) == 3 else whole), batch
+        )
+
+    return place

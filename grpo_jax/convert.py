@@ -1,0 +1,108 @@
+"""Turns weights that load_pretrained does not open into a folder that it does.
+
+    python -m grpo_jax.convert SOURCE OUT
+
+In: a Hugging Face folder with pytorch_model*.bin files only, or a .gguf file (also
+`--package NAME`: the one that an installed Python package carries). Out: the folder
+OUT with config.json, safetensors and the tokenizer's files, complete or not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from grpo_jax.errors import GrpoError
+from grpo_jax.folders import find_folder, new_folder, write_json
+from grpo_jax.gguf_model import GgufModel
+from grpo_jax.tensors import Source, read_folder, write_folder
+from grpo_jax.torch_bin import INDEX, read_bin_folder
+from grpo_jax.weights import check_names, model_config
+
+KEPT = (".json", ".jinja", ".model", ".txt", ".md")  # beside the weights
+
+
+def convert_gguf(file: Path, out: Path) -> None:
+    """Writes the Hugging Face folder `out` from a GGUF file, weights in float32."""
+    model = GgufModel(file)
+    with new_folder(out) as folder:
+        write_json(folder / "config.json", model.config())
+        write_json(folder / "generation_config.json", model.generation_config())
+        write_json(folder / "tokenizer_config.json", model.tokenizer_config())
+        model.tokenizer().save(str(folder / "tokenizer.json"))
+        write_folder(folder, dict(model.tensors()))
+        check_names(folder, model_config(folder), read_folder(folder))
+
+
+def convert_bin(source: Path, out: Path) -> None:
+    """Writes the Hugging Face folder `out` from one with pytorch_model*.bin files.
+
+    torch is not needed, and a pickle that asks for more than tensors is refused.
+    """
+    source = find_folder(source)
+    if list(source.glob("*.safetensors")):
+        raise GrpoError(f"{source}: has safetensors already; load it as it is")
+    config = model_config(source)
+    stored = {
+        name: tensor
+        for name, tensor in read_bin_folder(source).items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
+    if config.tied:
+        stored.pop("lm_head.weight", None)  # the embedding once more
+    check_names(source, config, stored)
+    with new_folder(out) as folder:
+        for file in source.iterdir():
+            if file.suffix in KEPT and file.name != INDEX or "LICENSE" in file.name:
+                shutil.copyfile(file, folder / file.name)
+        write_folder(
+            folder,
+            {
+                name: Source(np.dtype(t.dtype), t.shape, lambda t=t: t[...])
+                for name, t in stored.items()
+            },
+        )
+
+
+def find_gguf(package: str) -> Path:
+    """The one .gguf file inside an installed Python package."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise GrpoError(f"package {package} is not installed; pip install it first")
+    files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
+    if len(files) != 1:
+        raise GrpoError(f"package {package} holds {len(files)} .gguf files, not one")
+    return files[0]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo_jax.convert",
+        description="A .gguf file or a folder of pytorch_model*.bin → safetensors.",
+    )
+    parser.add_argument(
+        "source", help="a folder with pytorch_model*.bin, or a .gguf file"
+    )
+    parser.add_argument("out", help="the Hugging Face folder to write")
+    parser.add_argument(
+        "--package",
+        action="store_true",
+        help="SOURCE is an installed Python package that carries a .gguf file",
+    )
+    flags = parser.parse_args(arguments)
+    try:
+        source = find_gguf(flags.source) if flags.package else Path(flags.source)
+        convert = convert_gguf if source.suffix == ".gguf" else convert_bin
+        convert(source, Path(flags.out))
+    except GrpoError as error:
+        sys.exit(f"error: {error}")
+    print(f"{flags.out}: written from {source}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""A run's newest checkpoint as a Hugging Face folder.
+
+    python -m grpo_jax.export --workdir DIR --out HF_FOLDER
+
+In: the work directory of a run of train.py. Out: config.json, safetensors and the
+tokenizer's files, which transformers opens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from grpo_jax.errors import GrpoError
+from grpo_jax.weights import save_pretrained
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo_jax.export",
+        description="Writes a run's newest checkpoint as a Hugging Face folder.",
+    )
+    parser.add_argument("--workdir", required=True, help="a run's work directory")
+    parser.add_argument("--out", required=True, help="the folder to write")
+    flags = parser.parse_args(arguments)
+    try:
+        from grpo_jax.run import load_run
+
+        model, params, tokenizer = load_run(flags.workdir)
+        save_pretrained(model, params, flags.out, tokenizer=tokenizer)
+    except GrpoError as error:
+        sys.exit(f"error: {error}")
+    print(f"{flags.out}: written from {flags.workdir}")
+
+
+if __name__ == "__main__":
+    main()

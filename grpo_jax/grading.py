@@ -1,0 +1,314 @@
+r"""Grading in worker processes that can be killed.
+
+In: predictions and references (text). Out: a bool a pair. The caller settles
+rational answers itself; the rest goes, one pair a line of JSON, to worker processes
+(this file started as `python -c`, never a fork of the trainer and never its
+`__main__`). A worker that passes the time limit is killed and replaced, and its pair
+counts as not equal. Workers start with the first pair that needs one, and leave
+when the pool closes or their parent is gone, however it went.
+"""
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import queue
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from grpo_jax import answers, expressions
+from grpo_jax.errors import GrpoError
+
+SECONDS = 3.0  # for one pair; with a fresh worker's start a pair stays under 5
+START_SECONDS = 120.0
+MEMORY = 2 << 30  # bytes of address space a worker may use
+MATH_VERIFY_CHARS = 400  # longer text only costs it the time limit
+WORKERS = max(1, min(8, (os.cpu_count() or 2) // 2))
+
+
+# ---- the caller's side --------------------------------------------------------------
+class _Worker:
+    """One process and its two pipes."""
+
+    def __init__(self):
+        root = str(Path(__file__).resolve().parent.parent)
+        code = (
+            f"import sys; sys.path.insert(0, {root!r}); "
+            f"from grpo_jax.grading import work; work({os.getpid()})"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            bufsize=0,
+        )
+        self.ready = False
+
+    def ask(self, prediction: str, reference: str, seconds: float) -> bool | None:
+        """The answer; None if the worker died or ran out of time (it is then dead)."""
+        try:
+            if not self.ready:
+                hello = self._line(START_SECONDS)
+                if hello != b"ready":
+                    raise GrpoError(
+                        "grading: a worker process did not start"
+                        f"{': ' + hello.decode(errors='replace') if hello else ''}; try"
+                        " `python -c 'import math_verify'`"
+                    )
+                self.ready = True
+            task = json.dumps([prediction, reference, seconds])
+            assert self.process.stdin
+            self.process.stdin.write(task.encode() + b"\n")
+            reply = self._line(seconds)
+        except OSError:
+            reply = None
+        except BaseException:
+            self.close()
+            raise
+        if reply not in (b"1", b"0"):
+            self.close()
+            return None
+        return reply == b"1"
+
+    def _line(self, seconds: float) -> bytes | None:
+        assert self.process.stdout
+        until, line = time.monotonic() + seconds, b""
+        pipe = self.process.stdout.fileno()
+        while not line.endswith(b"\n"):
+            left = until - time.monotonic()
+            if left <= 0 or not _readable(pipe, left):
+                return None
+            part = os.read(pipe, 4096)
+            if not part:
+                return None
+            line += part
+        return line.strip()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def _readable(pipe: int, seconds: float) -> bool:
+    poller = select.poll()  # select() refuses descriptors above 1023
+    poller.register(pipe, select.POLLIN | select.POLLHUP)
+    return bool(poller.poll(seconds * 1000))
+
+
+class Pool:
+    """At most `workers` processes, handed out one pair at a time to any thread."""
+
+    def __init__(self, workers: int = WORKERS, seconds: float = SECONDS):
+        self.workers, self.seconds = workers, seconds
+        self.timeouts = 0  # pairs that counted as not equal for want of an answer
+        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        self._all: set[_Worker] = set()
+        self._lock = threading.Lock()
+        for _ in range(workers):
+            self._idle.put(None)  # a place where a worker may be started
+
+    def same(self, prediction: str, reference: str) -> bool:
+        """One pair, decided by a worker; False if it takes too long."""
+        worker = self._idle.get()
+        try:
+            if worker is None or worker.process.poll() is not None:
+                self._forget(worker)
+                worker = _Worker()
+                with self._lock:
+                    self._all.add(worker)
+            answer = worker.ask(prediction, reference, self.seconds)
+            if answer is None:
+                with self._lock:
+                    self.timeouts += 1
+            return bool(answer)
+        finally:
+            if worker is not None and worker.process.returncode is not None:
+                self._forget(worker)
+                worker = None
+            self._idle.put(worker)
+
+    def _forget(self, worker: _Worker | None) -> None:
+        if worker is not None:
+            worker.close()
+            with self._lock:
+                self._all.discard(worker)
+
+    def close(self) -> None:
+        """Ends the workers; a later pair starts new ones."""
+        with self._lock:
+            workers, self._all = self._all, set()
+        for worker in workers:
+            worker.close()
+
+
+_pool: tuple[int, Pool] | None = None
+_pool_lock = threading.Lock()
+
+
+def pool() -> Pool:
+    """This process's pool (a forked child gets its own)."""
+    global _pool
+    with _pool_lock:
+        if _pool is None or _pool[0] != os.getpid():
+            _pool = (os.getpid(), Pool())
+            atexit.register(_pool[1].close)
+        return _pool[1]
+
+
+@functools.lru_cache(maxsize=65536)
+def _same(prediction: str, reference: str) -> bool:
+    try:
+        return answers.compare(prediction, reference, answers.Exact())
+    except answers.Undecided:
+        return pool().same(prediction, reference)
+
+
+def grade(predictions: Sequence[str | None], references: Sequence[str]) -> list[bool]:
+    r"""Whether each prediction is its reference answer; None is wrong.
+
+    >>> grade(["0.5", None, "3"], [r"\frac{1}{2}", "1", "4"])
+    [True, False, False]
+    """
+    if len(predictions) != len(references):
+        raise GrpoError(
+            f"grade: {len(predictions)} predictions for {len(references)} references"
+        )
+    results: list[bool] = [False] * len(references)
+    hard: dict[tuple[str, str], list[int]] = {}
+    exact = answers.Exact()
+    for n, (prediction, reference) in enumerate(
+        zip(predictions, references, strict=True)
+    ):
+        if prediction is None:
+            continue
+        try:
+            results[n] = answers.compare(prediction, reference, exact)
+        except answers.Undecided:
+            hard.setdefault((prediction, reference), []).append(n)
+    if len(hard) == 1:
+        decided = [_same(*next(iter(hard)))]
+    elif hard:
+        with ThreadPoolExecutor(min(len(hard), pool().workers)) as threads:
+            decided = list(threads.map(lambda pair: _same(*pair), hard))
+    else:
+        decided = []
+    for places, answer in zip(hard.values(), decided, strict=True):
+        for n in places:
+            results[n] = answer
+    return results
+
+
+# ---- the worker's side --------------------------------------------------------------
+class Algebra(answers.Exact):
+    """Leaf comparisons by value at fixed points, for a process that may be killed."""
+
+    def same(self, a: str, b: str) -> bool:
+        try:
+            return super().same(a, b)
+        except answers.Undecided:
+            pass
+        try:
+            return expressions.same_function(a, b)
+        except expressions.TooLarge:
+            return False
+        except expressions.Unreadable:
+            raise answers.Undecided from None
+
+    def proportional(self, a: str, b: str, positive: bool) -> bool:
+        try:
+            return expressions.proportional(a, b, positive=positive)
+        except expressions.TooLarge:
+            return False
+        except expressions.Unreadable:
+            raise answers.Undecided from None
+
+
+def decide(prediction: str, reference: str) -> bool:
+    """The whole comparison, in this process: only a worker may call it."""
+    try:
+        return answers.compare(prediction, reference, Algebra())
+    except answers.Undecided:
+        return _math_verify(answers.clean(prediction), answers.clean(reference))
+
+
+def _math_verify(prediction: str, reference: str) -> bool:
+    import math_verify
+
+    for text in (prediction, reference):
+        unbalanced = text.count("{") != text.count("}")
+        if len(text) > MATH_VERIFY_CHARS or "__" in text or unbalanced:
+            return False
+    # Only the LaTeX reader: the plain one hands its text to sympy's parse_expr.
+    config = [math_verify.LatexExtractionConfig()]
+    parsed = [
+        math_verify.parse(f"${text}$", config, parsing_timeout=None)  # type: ignore
+        for text in (reference, prediction)
+    ]
+    return bool(parsed[0] and parsed[1]) and math_verify.verify(
+        *parsed, timeout_seconds=None
+    )
+
+
+def work(parent: int) -> None:
+    """A worker's life: a pair in, `1` or `0` out, until the pipe or the parent ends."""
+    import resource
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    replies = os.dup(1)
+    os.dup2(2, 1)  # whatever a library prints goes with the errors
+    try:
+        import math_verify  # noqa: F401  (its start is not in a pair's time)
+    except ImportError as error:
+        os.write(replies, f"{error}\n".encode())
+        return
+    expressions.same_function("x", "x")
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.addaudithook(_refuse)
+    os.write(replies, b"ready\n")
+    buffer = b""
+    while True:
+        while b"\n" not in buffer:
+            while not _readable(0, 5.0):
+                if os.getppid() != parent:
+                    return
+            part = os.read(0, 1 << 16)
+            if not part:
+                return
+            buffer += part
+        line, _, buffer = buffer.partition(b"\n")
+        prediction, reference, seconds = json.loads(line)
+        # The kernel ends this process if its parent can no longer do so.
+        signal.setitimer(signal.ITIMER_REAL, 2 * seconds + 1)
+        try:
+            answer = decide(prediction, reference)
+        except (Exception, RecursionError, MemoryError):
+            answer = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        os.write(replies, b"1\n" if answer else b"0\n")
+
+
+def _refuse(event: str, args: tuple) -> None:
+    """No text makes a worker start a program, open a socket or write a file."""
+    if event.startswith(("subprocess.", "os.system", "os.exec", "os.posix_spawn",
+                         "os.fork", "os.spawn", "socket.", "os.remove", "os.rename",
+                         "shutil.", "ctypes.")):  # fmt: skip
+        raise PermissionError(f"grading worker: {event}")
+    if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+        raise PermissionError(f"grading worker: {event}")

@@ -1,0 +1,129 @@
+"""What a run tells: metrics.jsonl, samples.jsonl, TensorBoard, a progress bar.
+
+In: the metrics of a step. Out: one JSON object a line in the work directory, with the
+metric names of algorithms people know (TRL's); the same to TensorBoard, and to Weights
+& Biases where it is installed and WANDB_PROJECT is set.
+
+A resumed run drops the lines of steps that it does again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tqdm
+
+
+class Recorder:
+    """Appends to the files of a work directory; use as a context manager.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with Recorder(folder) as recorder:
+    ...         recorder.write("rl", 3, {"reward": 0.5, "kl": float("nan")})
+    ...     print(Path(folder, "metrics.jsonl").read_text().strip())
+    {"step": 3, "stage": "rl", "reward": 0.5, "kl": null}
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], config: Any = None):
+        self.workdir = Path(workdir)
+        self.config = config
+
+    def __enter__(self) -> Recorder:
+        from tensorboardX import SummaryWriter
+
+        self._metrics = open(self.workdir / "metrics.jsonl", "a", encoding="utf-8")
+        self._samples = open(self.workdir / "samples.jsonl", "a", encoding="utf-8")
+        self._board = SummaryWriter(str(self.workdir / "tensorboard"))
+        self._wandb = self._start_wandb()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._metrics.close()
+        self._samples.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _start_wandb(self) -> Any:
+        project = os.environ.get("WANDB_PROJECT")
+        if not project:
+            return None
+        try:
+            import wandb
+        except ImportError:
+            print("WANDB_PROJECT is set, but wandb is not installed", file=sys.stderr)
+            return None
+        run = dict(project=project, dir=str(self.workdir), config=self.config)
+        return wandb.init(**run, name=self.workdir.name)
+
+    def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """One line; what is not finite becomes null."""
+        values = {k: _plain(v) for k, v in metrics.items()}
+        _line(self._metrics, {"step": step, "stage": stage, **values})
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        for name, value in numbers.items():
+            self._board.add_scalar(f"{stage}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{stage}/{k}": v for k, v in numbers.items()})
+
+    def write_samples(self, stage: str, step: int, samples: Mapping[str, Any]) -> None:
+        """One question with its completions, so that a reader sees what is going on."""
+        _line(self._samples, {"step": step, "stage": stage, **samples})
+
+    def forget_after(self, stage: str, step: int) -> None:
+        """Drop the lines of a stage's steps beyond `step`: they will be done again."""
+        for file in (self._metrics, self._samples):
+            file.flush()
+            path = Path(file.name)
+            kept = [line for line in _lines(path) if not _is_after(line, stage, step)]
+            fresh = path.with_suffix(".tmp")
+            fresh.write_text("".join(kept), encoding="utf-8")
+            fresh.replace(path)
+        self._metrics.close()
+        self._samples.close()
+        self._metrics = open(self.workdir / "metrics.jsonl", "a", encoding="utf-8")
+        self._samples = open(self.workdir / "samples.jsonl", "a", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _line(file: Any, values: Mapping[str, Any]) -> None:
+    file.write(json.dumps(values, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def _lines(path: Path) -> Iterable[str]:
+    """Whole lines; a last one cut off by a kill is left out."""
+    with open(path, encoding="utf-8") as file:
+        yield from (line for line in file if line.endswith("\n"))
+
+
+def _is_after(line: str, stage: str, step: int) -> bool:
+    values = json.loads(line)
+    return values["stage"] == stage and values["step"] > step
+
+
+def progress(stage: str, start: int, steps: int) -> tqdm.tqdm:
+    """A bar with the time left; one line every ten seconds where there is no screen."""
+    screen = sys.stderr.isatty()
+    return tqdm.tqdm(
+        desc=stage,
+        initial=start,
+        total=steps,
+        unit="step",
+        dynamic_ncols=screen,
+        mininterval=0.2 if screen else 10.0,
+        file=sys.stderr,
+    )

@@ -1,0 +1,107 @@
+"""The command line of a run: flags → config → the stages that it names.
+
+In: `--config FILE --workdir DIR --config.name=value …`. Out: a trained and evaluated
+model in the work directory. Mistakes end with one line and exit code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from grpo_jax.config import Config, unknown_field, validate
+from grpo_jax.errors import GrpoError
+
+USAGE = "usage: python train.py --config FILE [--workdir DIR] [--config.name=value …]"
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "the run's config file")
+_WORKDIR = flags.DEFINE_string("workdir", None, "where it writes (runs/<name>)")
+_ACCEPT = flags.DEFINE_bool(
+    "accept_changes", False, "go on although the config differs from the run's own"
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        config = parse(sys.argv if argv is None else argv)
+        workdir = Path(_WORKDIR.value or f"runs/{config.name}")
+        train(config, workdir, accept_changes=_ACCEPT.value)
+    except GrpoError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on from the last checkpoint")
+
+
+def parse(argv: list[str]) -> Config:
+    """The checked config of a command line; every mistake is one line."""
+    try:
+        rest = flags.FLAGS(argv)[1:]
+    except flags.Error as error:
+        raise GrpoError(f"{str(error).splitlines()[0]} ({USAGE})") from None
+    except FileNotFoundError as error:
+        raise GrpoError(f"--config: {error.filename}: no such file") from None
+    except (KeyError, AttributeError):
+        for argument in argv[1:]:
+            name = argument.lstrip("-").partition("=")[0]
+            message = name.startswith("config.") and unknown_field(name[7:])
+            if message and not _is_field(name[7:]):
+                raise GrpoError(message) from None
+        raise
+    if _CONFIG.value is None:
+        raise GrpoError(USAGE)
+    if rest:
+        raise GrpoError(f"{rest[0]!r}: what is this for? ({USAGE})")
+    if not isinstance(_CONFIG.value, Config):
+        raise GrpoError("--config: its get_config() must return a grpo_jax Config")
+    return validate(_CONFIG.value)
+
+
+def _is_field(name: str) -> bool:
+    from grpo_jax.config import flatten
+
+    return name in flatten(Config())
+
+
+def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> None:
+    """Runs the stages: SFT, RL, comparison; each resumes where it stands."""
+    start_cache()
+    import jax
+
+    from grpo_jax import evaluate, rl, run, sft, sharding
+    from grpo_jax.checkpoint import lock
+    from grpo_jax.recorder import Recorder
+
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    model, tokenizer = run.make_model(config)
+    with lock(workdir), jax.set_mesh(mesh):
+        run.claim(config, workdir, accept_changes=accept_changes)
+        with Recorder(workdir, config) as recorder:
+            here = run.Run(config, workdir, mesh, model, tokenizer, recorder)
+            try:
+                models = {}
+                if config.sft_steps:
+                    start = lambda: run.initial_params(here)  # noqa: E731
+                    models["instruct"] = sft.train(here, start)
+                else:
+                    models["instruct"] = run.initial_params(here)
+                if config.method == "grpo" and config.rl_steps:
+                    models["rl"] = rl.train(here, models["instruct"])
+                results = evaluate.compare(here, models)
+            except run.Preempted as stopped:
+                print(f"{stopped}; the same command goes on from there")
+                return
+    print(f"\n{evaluate.table(results)}\n\nwritten to {workdir}")
+
+
+def start_cache() -> None:
+    """Programs compiled once stay on disk for the next run."""
+    import jax
+
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if folder is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(home / "grpo_jax" / "xla"))

@@ -1,0 +1,289 @@
+"""The compiled step: (state, frozen reference, batch) → (state, metrics).
+
+In: `apply(params, tokens, *, positions, segment_ids)`, any pure function that returns
+logits [B, T, V], or the pair (hidden [B, T, D], unembed [D, V]) so that no [B, T, V]
+ever exists; an optax optimiser; the objective's options. Out: one jitted function with
+the state's buffers donated.
+
+Gradients of the micro-batches are summed in float32 under one normaliser, so that
+accumulation never changes the loss. A step whose gradient is not finite, or that has
+nothing to learn from, leaves parameters and optimiser state as they were.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grpo_jax.logprobs import logprobs_from_logits, token_logprobs
+from grpo_jax.losses import grpo_loss, sft_loss
+from grpo_jax.packing import Batch
+
+Array = jax.Array
+Apply = Callable[..., Any]
+Metrics = dict[str, Array]
+# (params, reference, micro-batch, sequences and tokens of the whole batch)
+Objective = Callable[[Any, Any, Batch, Array, Array], tuple[Array, Metrics]]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "opt_state", "step", "skipped"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a run carries from one update to the next."""
+
+    params: Any
+    opt_state: Any
+    step: Array  # int32 []: updates done
+    skipped: Array  # int32 []: updates in a row that were not finite
+
+    @classmethod
+    def create(cls, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+        return cls(params, optimizer.init(params), jnp.int32(0), jnp.int32(0))
+
+
+def make_optimizer(
+    learning_rate: float,
+    *,
+    steps: int,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW behind a clip by global norm, and its schedule (step → learning rate)."""
+    decay = max(steps - warmup_steps, 1)
+    after = {
+        "constant": optax.constant_schedule(learning_rate),
+        "linear": optax.linear_schedule(learning_rate, 0.0, decay),
+        "cosine": optax.cosine_decay_schedule(learning_rate, decay),
+    }[schedule]
+    warmup = optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))
+    rate = optax.join_schedules([warmup, after], [warmup_steps])
+    adamw = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw), rate
+
+
+def batch_logprobs(
+    apply: Apply, params: Any, micro: Batch, temperature: float
+) -> tuple[Array, Array]:
+    """(log π of the targets, entropy), [B, T], at the sampling temperature."""
+    out = apply(
+        params,
+        micro.tokens,
+        positions=micro.positions,
+        segment_ids=micro.segment_ids,
+    )
+    if isinstance(out, tuple):
+        hidden, unembed = out
+        return token_logprobs(hidden, unembed, micro.targets, temperature=temperature)
+    return logprobs_from_logits(out, micro.targets, temperature=temperature)
+
+
+def grpo_objective(
+    apply: Apply, *, temperature: float = 1.0, kl_coef: float = 0.04, **options: Any
+) -> Objective:
+    """GRPO over packed rows; `options` are those of `losses.grpo_loss`."""
+
+    def objective(params, reference, micro, sequences, tokens):
+        logps, entropy = batch_logprobs(apply, params, micro, temperature)
+        ref_logps = micro.ref_logps
+        if ref_logps is None and kl_coef:
+            ref_logps, _ = batch_logprobs(apply, reference, micro, temperature)
+        by_token = options.get("aggregate") == "token_mean"
+        loss, metrics = grpo_loss(
+            logps,
+            micro.advantages,
+            micro.mask,
+            old_logps=micro.old_logps,
+            ref_logps=ref_logps,
+            segment_ids=micro.segment_ids,
+            normalizer=tokens if by_token else sequences,
+            kl_coef=kl_coef,
+            **options,
+        )
+        m = micro.mask
+        metrics["entropy"] = _mean(jax.lax.stop_gradient(entropy), m)
+        if micro.sampler_logps is not None:
+            gap = jnp.abs(jnp.where(m, logps - micro.sampler_logps, 0))
+            gap = jax.lax.stop_gradient(gap)
+            metrics["sampling/sampling_logp_difference/mean"] = _mean(gap, m)
+            metrics["sampling/sampling_logp_difference/max"] = gap.max()
+        return loss, metrics
+
+    return objective
+
+
+def sft_objective(apply: Apply, *, aggregate: str = "sequence_mean") -> Objective:
+    """Supervised fine-tuning over packed rows."""
+
+    def objective(params, reference, micro, sequences, tokens):
+        logps, entropy = batch_logprobs(apply, params, micro, 1.0)
+        loss, metrics = sft_loss(
+            logps,
+            micro.mask,
+            segment_ids=micro.segment_ids,
+            normalizer=tokens if aggregate == "token_mean" else sequences,
+            aggregate=aggregate,
+        )
+        metrics["entropy"] = _mean(jax.lax.stop_gradient(entropy), micro.mask)
+        return loss, metrics
+
+    return objective
+
+
+def _mean(x: Array, mask: Array) -> Array:
+    return jnp.where(mask, x, 0).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def _sum_metrics(total: Metrics, part: Metrics, share: Array) -> Metrics:
+    """Losses and counts add up, maxima are kept, token means are weighted."""
+
+    def merge(name, a, b):
+        if name.endswith("/max"):
+            return jnp.maximum(a, b)
+        additive = name in ("loss", "policy_loss", "num_tokens")
+        return a + (b if additive else b * share)
+
+    return {name: merge(name, total[name], part[name]) for name in total}
+
+
+def accumulate(
+    objective: Objective, params: Any, reference: Any, batch: Batch
+) -> tuple[Any, Metrics]:
+    """(gradients in float32, metrics) of the whole batch, a micro-batch at a time."""
+    tokens = batch.mask.sum()
+
+    def micro_gradients(index):
+        micro = batch.micro(index)
+        (loss, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(
+            params, reference, micro, batch.sequences, tokens
+        )
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+        share = micro.mask.sum() / jnp.maximum(tokens, 1)
+        return gradients, metrics | {"loss": loss}, share
+
+    def add(index, carry):
+        gradients, metrics = carry
+        more, part, share = micro_gradients(index)
+        gradients = jax.tree.map(jnp.add, gradients, more)
+        return gradients, _sum_metrics(metrics, part, share)
+
+    like = jax.eval_shape(micro_gradients, 0)[:2]
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    # The bound is a value, not a shape: micro-batches that hold nothing cost nothing.
+    return jax.lax.fori_loop(0, batch.used, add, zero)
+
+
+def make_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    has_signal: Callable[[Batch], Array] = lambda batch: batch.mask.any(),
+    state_shardings: Any = None,
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+    """Compile an objective into (state, reference, batch) → (state, metrics)."""
+
+    def step(state: TrainState, reference: Any, batch: Batch):
+        gradients, metrics = accumulate(objective, state.params, reference, batch)
+        norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        signal = has_signal(batch)
+
+        def apply_update(_):
+            updates, opt_state = optimizer.update(
+                gradients, state.opt_state, state.params
+            )
+            return optax.apply_updates(state.params, updates), opt_state
+
+        params, opt_state = jax.lax.cond(
+            finite & signal,
+            apply_update,
+            lambda _: (state.params, state.opt_state),
+            None,
+        )
+        metrics |= {
+            "grad_norm": norm,
+            "update/nonfinite": (~finite).astype(jnp.float32),
+            "update/no_signal": (~signal).astype(jnp.float32),
+        }
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        return TrainState(params, opt_state, state.step + 1, skipped), metrics
+
+    out_shardings = None if state_shardings is None else (state_shardings, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def make_grpo_step(
+    apply: Apply,
+    optimizer: optax.GradientTransformation,
+    *,
+    state_shardings: Any = None,
+    kl_coef: float = 0.04,
+    **options: Any,
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+    """GRPO's update, for any pure `apply` (DeepSeekMath, section 4.1).
+
+    Args:
+      apply: apply(params, tokens [B, T], *, positions, segment_ids) → logits [B, T, V]
+        or (hidden [B, T, D], unembed [D, V]).
+      optimizer: any optax transformation.
+      state_shardings: the state's shardings on a mesh, kept by the step.
+      kl_coef: β; at 0 there is no reference pass, and a batch whose advantages are all
+        0 leaves the state alone (AdamW would move on zero gradients).
+      options: temperature, and those of `grpo_loss`.
+
+    Returns:
+      step(state, reference, batch) → (state, metrics); the state is donated.
+
+    >>> def apply(params, tokens, *, positions, segment_ids):
+    ...     return params[tokens]                                   # a bigram model
+    >>> from grpo_jax.packing import Sample, pack
+    >>> batch = pack([Sample(tokens=[0, 1], mask=[0, 1], advantages=1.0),
+    ...               Sample(tokens=[0, 2], mask=[0, 1], advantages=-1.0)], length=4)
+    >>> optimizer = optax.sgd(1.0)
+    >>> step = make_grpo_step(apply, optimizer, kl_coef=0.0)
+    >>> state, metrics = step(TrainState.create(jnp.zeros((3, 3)), optimizer), None,
+    ...                       batch)
+    >>> state.params[0].round(2).tolist()
+    [0.0, 0.5, -0.5]
+    """
+
+    def has_signal(batch: Batch) -> Array:
+        tokens = batch.mask if kl_coef else batch.mask & (batch.advantages != 0)
+        return tokens.any()
+
+    return make_step(
+        grpo_objective(apply, kl_coef=kl_coef, **options),
+        optimizer,
+        has_signal=has_signal,
+        state_shardings=state_shardings,
+    )
+
+
+def make_scorer(
+    apply: Apply, *, temperature: float = 1.0
+) -> Callable[[Any, Batch], Array]:
+    """(params, batch) → log π of the targets, [A, B, T]: π_old where μ > 1."""
+
+    def score(params, batch):
+        def one(index, logps):
+            micro = batch.micro(index)
+            now, _ = batch_logprobs(apply, params, micro, temperature)
+            return logps.at[index].set(jnp.where(micro.mask, now, 0))
+
+        zero = jnp.zeros(batch.tokens.shape, jnp.float32)
+        return jax.lax.fori_loop(0, batch.used, one, zero)
+
+    return jax.jit(score)

@@ -1,0 +1,263 @@
+"""The tokenizer: ids, special tokens, EOS ids, folders."""
+
+import concurrent.futures
+import json
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from grpo_jax.errors import GrpoError
+from grpo_jax.tokenizer import Tokenizer
+
+ALPHABET = "0123456789+-=?. \n()abcdé答案"
+CHATML = (
+    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    """A byte-level BPE with a few merges and ChatML's special tokens."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("i", "n"), ("a", "s"), ("as", "s"), ("t", "h"), ("Ġ", "th"), ("Ċ", "Ċ")]
+    tokens = dict.fromkeys([*special, *symbols, *(a + b for a, b in merges)])
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def sentence_piece() -> tokenizers.Tokenizer:
+    """As Llama 2 and Mistral: a space is put before every text, BOS first."""
+    tokens = ["<unk>", "<s>", "</s>", "▁", "▁a", "\n", *"abcABCUserin:st\\oxd{}.,PlQ?"]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer
+
+
+def write_folder(folder, tokenizer, settings, **others):
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, content in {"tokenizer_config": settings, **others}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def chatml(tmp_path):
+    config = {
+        "bos_token": "<|im_start|>",
+        "eos_token": {"__type": "AddedToken", "content": "<|im_end|>"},
+        "pad_token": "<|endoftext|>",
+        "chat_template": CHATML,
+    }
+    return write_folder(tmp_path / "chatml", byte_level(), config)
+
+
+def test_alphabet_gives_each_character_its_place():
+    tokenizer = Tokenizer.from_alphabet("ab1a")
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_ids) == (0, 1, (2,))
+    assert tokenizer.encode("1ba") == [5, 4, 3]
+    assert tokenizer.encode("b", add_bos=True) == [1, 4]
+    assert tokenizer.vocab_size == 6
+    assert not tokenizer.adds_bos
+
+
+@given(st.text(ALPHABET, max_size=40))
+def test_decode_undoes_encode(text):
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+TOKENIZER = Tokenizer.from_alphabet(ALPHABET)
+
+
+def test_decode_keeps_or_leaves_out_special_tokens():
+    ids = [1, *TOKENIZER.encode("1+1"), TOKENIZER.eos_id]
+    assert TOKENIZER.decode(ids) == "1+1"
+    assert TOKENIZER.decode(ids, skip_special=False) == "<bos>1+1<eos>"
+
+
+def test_unknown_character_is_named():
+    with pytest.raises(GrpoError, match="'z'"):
+        TOKENIZER.encode("1+z")
+    with pytest.raises(GrpoError, match="'ab' is not one character"):
+        Tokenizer.from_alphabet(["a", "ab"])
+
+
+def test_special_tokens_in_a_text_are_only_parsed_when_asked(chatml):
+    tokenizer = Tokenizer.from_folder(chatml)
+    text = "in<|im_end|>\n"
+    parsed = tokenizer.encode(text, parse_special=True)
+    assert parsed.count(2) == 1 and len(parsed) == 3
+    plain = tokenizer.encode(text)
+    assert 2 not in plain and 1 not in plain
+    assert tokenizer.decode(plain) == text  # nothing is lost
+
+
+@given(st.lists(st.sampled_from(["th", " th", "\n", "<|im_end|>", "x<|im_", "end|>"])))
+def test_no_unparsed_text_makes_a_special_token(chunks):
+    tokenizer = BYTES
+    text = "".join(chunks)
+    parts = [("<|im_start|>a\n", True), (text, False), ("<|im_end|>", True)]
+    ids, offsets = tokenizer.encode_parts(parts)
+    whole = "".join(part for part, _ in parts)
+    assert [i for i in ids if i < 3] == [1, 2]
+    assert tokenizer.decode(ids, skip_special=False) == whole
+    # offsets are those of each token in the whole text
+    assert offsets[0] == (0, 12) and offsets[-1] == (len(whole) - 10, len(whole))
+    assert all(
+        whole[a:b] == tokenizer.decode([i], skip_special=False)
+        for i, (a, b) in zip(ids, offsets, strict=True)
+    )
+
+
+BYTES = Tokenizer(byte_level(), special={}, eos_ids=[2])
+
+
+def test_parts_without_special_text_are_encoded_as_one_text():
+    """ "\n\n" is one token also when a part ends between the two."""
+    parts = [("<|im_start|>\n", True), ("\nin", False)]
+    assert BYTES.encode_parts(parts)[0] == BYTES.encode(
+        "<|im_start|>\n\nin", parse_special=True
+    )
+
+
+def test_eos_ids_from_the_files_of_a_folder(tmp_path):
+    base = {"eos_token": "<|im_end|>"}
+    folder = write_folder(
+        tmp_path / "a", byte_level(), base, generation_config={"eos_token_id": [0, 2]}
+    )
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.eos_ids == (2, 0) and tokenizer.eos_id == 2
+    assert tokenizer.pad_id == 2 and tokenizer.bos_id is None
+    folder = write_folder(tmp_path / "b", byte_level(), {}, config={"eos_token_id": 0})
+    assert Tokenizer.from_folder(folder).eos_ids == (0,)
+    folder = write_folder(
+        tmp_path / "c", byte_level(), {}, special_tokens_map={"eos_token": "<|im_end|>"}
+    )
+    assert Tokenizer.from_folder(folder).eos_ids == (2,)
+
+
+def test_folder_without_eos_is_refused(tmp_path):
+    with pytest.raises(GrpoError, match="no EOS token.*add eos_token"):
+        Tokenizer.from_folder(write_folder(tmp_path / "a", byte_level(), {}))
+    config = {"eos_token": "<|eot|>"}
+    with pytest.raises(GrpoError, match=r"eos_token '<\|eot\|>' is not in"):
+        Tokenizer.from_folder(write_folder(tmp_path / "a", byte_level(), config))
+
+
+def test_damaged_folders_are_refused_with_the_file(tmp_path):
+    with pytest.raises(GrpoError, match="tokenizer.json: no such file"):
+        Tokenizer.from_folder(tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n"
+    (tmp_path / "tokenizer.json").write_text(pointer)
+    with pytest.raises(GrpoError, match="tokenizer.json: not a tokenizer file"):
+        Tokenizer.from_folder(tmp_path)
+    folder = write_folder(tmp_path / "a", byte_level(), {"eos_token": "<|im_end|>"})
+    (folder / "config.json").write_text("{")
+    with pytest.raises(GrpoError, match="config.json: not valid JSON"):
+        Tokenizer.from_folder(folder)
+
+
+def test_vocabulary_must_fit_the_embedding():
+    TOKENIZER.check_fits(TOKENIZER.vocab_size)
+    with pytest.raises(GrpoError, match=f"embedding has {TOKENIZER.vocab_size - 1}"):
+        TOKENIZER.check_fits(TOKENIZER.vocab_size - 1)
+
+
+def test_truncation_in_the_file_is_switched_off(tmp_path):
+    tokenizer = byte_level()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=9)
+    folder = write_folder(tmp_path / "a", tokenizer, {"eos_token": "<|im_end|>"})
+    assert len(Tokenizer.from_folder(folder).encode("abcdefg")) == 7
+
+
+def test_bos_follows_the_config_and_else_the_file(tmp_path):
+    config = {"bos_token": "<s>", "eos_token": "</s>"}
+    folder = write_folder(tmp_path / "a", sentence_piece(), config)
+    assert Tokenizer.from_folder(folder).adds_bos
+    assert Tokenizer.from_folder(folder).encode("a") == [4]  # only when it is asked for
+    folder = write_folder(
+        tmp_path / "b", sentence_piece(), config | {"add_bos_token": False}
+    )
+    assert not Tokenizer.from_folder(folder).adds_bos
+
+
+def test_chat_template_file_goes_before_the_config(chatml):
+    assert Tokenizer.from_folder(chatml).chat_template == CHATML
+    (chatml / "chat_template.jinja").write_text("other")
+    assert Tokenizer.from_folder(chatml).chat_template == "other"
+    (chatml / "chat_template.jinja").unlink()
+    named = [
+        {"name": "tool_use", "template": "t"},
+        {"name": "default", "template": "d"},
+    ]
+    config = {"eos_token": "<|im_end|>", "chat_template": named}
+    (chatml / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.from_folder(chatml).chat_template == "d"
+
+
+def test_saved_folder_of_a_folder_is_the_same_bytes(chatml, tmp_path):
+    (chatml / "generation_config.json").write_text('{ "eos_token_id":[2, 0] }')
+    (chatml / "config.json").write_text('{"model_type": "llama"}')
+    Tokenizer.from_folder(chatml).save(tmp_path / "out")
+    copied = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert copied == {
+        path.name: path.read_bytes()
+        for path in chatml.iterdir()
+        if path.name != "config.json"  # the model's: its exporter writes it
+    }
+    Tokenizer.from_folder(chatml).save(chatml)  # onto itself: nothing is lost
+    assert Tokenizer.from_folder(chatml).eos_ids == (2, 0)
+
+
+def test_saved_alphabet_opens_with_the_same_ids(tmp_path):
+    tokenizer = Tokenizer.from_alphabet(ALPHABET, chat_template=CHATML)
+    tokenizer.save(tmp_path)
+    again = Tokenizer.from_folder(tmp_path)
+    for text in ("1+1=?\n答案", "<eos> a é"[6:], " (2) "):
+        assert again.encode(text) == tokenizer.encode(text)
+    assert again.encode("<bos>1<eos>", parse_special=True) == [1, 4, 2]
+    for name in ("eos_ids", "pad_id", "bos_id", "adds_bos", "vocab_size"):
+        assert getattr(again, name) == getattr(tokenizer, name)
+    assert again.chat_template == CHATML
+
+
+def test_threads_encode_as_one_does(chatml):
+    tokenizer = Tokenizer.from_folder(chatml)
+    texts = [f"in the <|im_end|> {i}\n\nclass" for i in range(200)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(tokenizer.encode, texts))
+    assert together == tokenizer.encode_batch(texts)
+    assert [tokenizer.decode(ids) for ids in together] == texts
+
+
+def test_transformers_opens_the_saved_alphabet(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = Tokenizer.from_alphabet(ALPHABET)
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "12 + 3 = ?\n答案 é"
+    assert theirs(text)["input_ids"] == tokenizer.encode(text)
+    assert theirs.decode(tokenizer.encode(text)) == text
+    assert (theirs.pad_token_id, theirs.eos_token_id) == (0, 2)
