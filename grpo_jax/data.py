@@ -170,8 +170,9 @@ class Batches(Generic[T]):
         if not 0 <= process_index < processes:
             raise GrpoError(f"process {process_index} of {processes} does not exist")
         if len(dataset) < batch_size:
+            name = f" {dataset.name!r}" if isinstance(dataset, Dataset) else ""
             raise GrpoError(
-                f"data {getattr(dataset, 'name', '')!r}: {len(dataset)} rows are fewer "
+                f"data{name}: {len(dataset)} rows are fewer "
                 f"than one batch of {batch_size}; give more data or a smaller batch"
             )
         self.dataset = dataset

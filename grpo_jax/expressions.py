@@ -1,12 +1,13 @@
 r"""A small reader of LaTeX arithmetic: text to a number, and nothing is executed.
 
 In: one expression that `answers.clean` has normalised, such as `2\sqrt{7}-1`.
-Out: an exact `Fraction`, or (`same_function`, in a grading worker) the decision
-whether two expressions agree, from 40-digit values at a few fixed points. Names
-are unknowns; `f(x)` is an unknown function. Anything else raises `Unreadable`.
+Out: an exact `Fraction` (`rational`), or in a grading worker a 40-digit value with a
+fixed number for each name (`value_at`); `f(x)` is an unknown function. Anything else
+raises `Unreadable`.
 """
 
 import hashlib
+import math
 import re
 from fractions import Fraction
 
@@ -33,7 +34,7 @@ _NAMED = {"vec", "hat", "bar", "overline", "mathbf", "overrightarrow", "mathbb"}
 _CLOSING = {"lfloor": "rfloor", "lceil": "rceil", "lvert": "rvert"}
 _TIMES = {r"\cdot", r"\times", "*"}
 _OVER = {"/", r"\div"}
-_POINTS = 4  # where two expressions are compared; the last has negative values
+POINTS = 4  # where two expressions are compared; the last has negative values
 
 
 class Unreadable(ValueError):
@@ -72,15 +73,18 @@ class _Reader:
         self.at += 1
         return token
 
-    def mp(self):
-        if self.point is None:
-            raise Unreadable("not rational")
-        return _context()
-
-    def sum(self):
+    def descend(self) -> None:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise TooLarge("nested too deeply")
+
+    def mp(self):
+        if self.point is None:
+            raise Unreadable("not rational")
+        return context()
+
+    def sum(self):
+        self.descend()
         total = self.product()
         while self.peek() in ("+", "-"):
             sign = self.take()
@@ -116,9 +120,7 @@ class _Reader:
 
     def signed(self):
         if self.peek() in ("+", "-"):
-            self.depth += 1
-            if self.depth > MAX_DEPTH:
-                raise TooLarge("nested too deeply")
+            self.descend()
             value = self.signed() if self.take() == "+" else -self.signed()
             self.depth -= 1
             return value
@@ -129,15 +131,11 @@ class _Reader:
         if self.peek() != "^":
             return base
         self.take()
-        if self.peek() == r"\circ":
-            self.take()
+        degree = {r"\circ": 1, "{": 3}.get(self.peek(), 0)
+        if r"\circ" in self.tokens[self.at : self.at + degree]:
+            self.at += degree
             return base * self.mp().pi / 180
-        if self.tokens[self.at : self.at + 3] == ["{", r"\circ", "}"]:
-            self.at += 3
-            return base * self.mp().pi / 180
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise TooLarge("nested too deeply")
+        self.descend()
         exponent = self.signed()  # right associative: 2^3^2 is 2^(3^2)
         self.depth -= 1
         return self.postfix(self.raise_to(base, exponent))
@@ -164,14 +162,11 @@ class _Reader:
     def postfix(self, value):
         while self.peek() == "!":
             self.take()
-            n = value.numerator if isinstance(value, Fraction) else -1
-            if n < 0 or value != n:
+            if not isinstance(value, Fraction) or value.denominator != 1 or value < 0:
                 raise Unreadable("factorial")
-            if n > 3000:
+            if value > 3000:
                 raise TooLarge("factorial too large")
-            value = Fraction(1)
-            for k in range(2, n + 1):
-                value *= k
+            value = Fraction(math.factorial(int(value)))
         return value
 
     def argument(self):
@@ -216,8 +211,7 @@ class _Reader:
             top = self.argument()
             return _divide(top, self.argument())
         if name == "binom":
-            n, k = self.argument(), self.argument()
-            return _binomial(n, k)
+            return _binomial(self.argument(), self.argument())
         if name == "sqrt":
             return self.root()
         if name in _CLOSING:
@@ -225,12 +219,10 @@ class _Reader:
             self.take("\\" + _CLOSING[name])
             if name == "lvert":
                 return abs(value)
-            if not isinstance(value, Fraction):
-                mp = self.mp()
-                return mp.floor(value) if name == "lfloor" else mp.ceil(value)
-            floor = value.numerator // value.denominator
-            ceiling = -(-value.numerator // value.denominator)
-            return Fraction(floor if name == "lfloor" else ceiling)
+            if isinstance(value, Fraction):
+                floor = math.floor(value) if name == "lfloor" else math.ceil(value)
+                return Fraction(floor)
+            return self.mp().floor(value) if name == "lfloor" else self.mp().ceil(value)
         if name == "pi":
             return +self.mp().pi
         if name == "infty":
@@ -249,18 +241,13 @@ class _Reader:
         raise Unreadable(f"unknown command \\{name}")
 
     def root(self):
-        mp_degree = Fraction(2)
+        mp, degree = self.mp(), Fraction(2)
         if self.peek() == "[":
             self.take()
-            mp_degree = self.sum()
+            degree = self.sum()
             self.take("]")
-        radicand = self.group() if self.peek() == "{" else self.atom()
-        if isinstance(radicand, Fraction) and isinstance(mp_degree, Fraction):
-            exact = _exact_root(radicand, mp_degree)
-            if exact is not None:
-                return exact
-        mp = self.mp()
-        radicand, degree = mp.convert(radicand), mp.convert(mp_degree)
+        radicand = mp.convert(self.group() if self.peek() == "{" else self.atom())
+        degree = mp.convert(degree)
         if mp.im(radicand) == 0 and mp.re(radicand) < 0 and degree % 2 == 1:
             return -mp.power(-radicand, 1 / degree)  # the real cube root of -2
         return mp.power(radicand, 1 / degree)
@@ -338,7 +325,7 @@ class _Reader:
         self.mp()
         assert self.point is not None
         value = _random(name, self.point)
-        return -value if self.point == _POINTS - 1 else value
+        return -value if self.point == POINTS - 1 else value
 
 
 def _decimal(token: str) -> Fraction:
@@ -352,7 +339,7 @@ def _decimal(token: str) -> Fraction:
 
 def _apply(operation, a, b):
     if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
-        a, b = _context().convert(a), _context().convert(b)
+        a, b = context().convert(a), context().convert(b)
     return operation(a, b)
 
 
@@ -366,28 +353,7 @@ def _binomial(n, k) -> Fraction:
     exact = isinstance(n, Fraction) and isinstance(k, Fraction)
     if not exact or n.denominator != 1 or k.denominator != 1 or not 0 <= k <= n <= 2000:
         raise Unreadable("binomial")
-    total = Fraction(1)
-    for j in range(int(k)):
-        total = total * (n - j) / (j + 1)
-    return total
-
-
-def _exact_root(x: Fraction, degree: Fraction) -> Fraction | None:
-    if degree.denominator != 1 or not 2 <= degree <= 64 or x < 0:
-        return None
-    n = int(degree)
-    parts = []
-    for part in (x.numerator, x.denominator):
-        guess = 1 << -(-part.bit_length() // n)
-        while True:  # Newton's step on integers, from above
-            step = ((n - 1) * guess + part // guess ** (n - 1)) // n if guess else 0
-            if step >= guess:
-                break
-            guess = step
-        if guess**n != part:
-            return None
-        parts.append(guess)
-    return Fraction(*parts)
+    return Fraction(math.comb(int(n), int(k)))
 
 
 def _random(name: str, point: int) -> Fraction:
@@ -399,7 +365,7 @@ def _random(name: str, point: int) -> Fraction:
 _mp = None
 
 
-def _context():
+def context():
     """The worker's own 40-digit arithmetic (imported there, never changed)."""
     global _mp
     if _mp is None:
@@ -419,6 +385,11 @@ def rational(text: str) -> Fraction:
     return _value(_Reader(text))
 
 
+def value_at(text: str, point: int, natural_log: bool):
+    r"""The value with a fixed number for each name; `natural_log` says what \log is."""
+    return _value(_Reader(text, point, natural_log))
+
+
 def _value(reader: _Reader):
     try:
         return reader.value()
@@ -426,70 +397,3 @@ def _value(reader: _Reader):
         raise
     except (ArithmeticError, RecursionError, TypeError, ValueError) as error:
         raise Unreadable(str(error)) from None
-
-
-def _values(text: str, natural_log: bool):
-    for point in range(_POINTS):
-        yield _value(_Reader(text, point, natural_log))
-
-
-def _close(a, b) -> bool:
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return a == b
-    mp = _context()
-    a, b = mp.convert(a), mp.convert(b)
-    if mp.isnan(a) or mp.isnan(b):
-        raise Unreadable("undefined")
-    if mp.isinf(a) or mp.isinf(b):
-        return a == b
-    if a == 0 or b == 0:
-        return abs(a - b) < mp.mpf(10) ** -30
-    return abs(a - b) <= mp.mpf(10) ** -28 * max(abs(a), abs(b))
-
-
-def same_function(a: str, b: str) -> bool:
-    r"""Whether two expressions agree at every point (they may differ in branch cuts).
-
-    >>> same_function(r"\frac{1}{\sqrt{3}}", r"\frac{\sqrt{3}}{3}")
-    True
-    >>> same_function("2(1-p)", "2-2q"), same_function("2^{-99}", "2^{-98}")
-    (False, False)
-    """
-    logs = (True, False) if r"\log" in a + b else (True,)
-    return any(_agree(a, b, natural_log) for natural_log in logs)
-
-
-def _agree(a: str, b: str, natural_log: bool) -> bool:
-    pairs = zip(_values(a, natural_log), _values(b, natural_log), strict=True)
-    for point, (x, y) in enumerate(pairs):
-        if not _close(x, y):
-            # Below zero x^{2/3} and the real cube root's square are on two branches.
-            mp = _context()
-            complex_values = mp.im(mp.convert(x)) != 0 or mp.im(mp.convert(y)) != 0
-            return (
-                point == _POINTS - 1 and complex_values and "i" not in _letters(a + b)
-            )
-    return True
-
-
-def _letters(text: str) -> str:
-    return re.sub(r"\\[A-Za-z]+", "", text)
-
-
-def proportional(a: str, b: str, *, positive: bool = False) -> bool:
-    """Whether a = c·b for one constant c ≠ 0 (c > 0 if `positive`).
-
-    >>> proportional("y-(2x+3)", "2x-y+3"), proportional("1-x", "x-1", positive=True)
-    (True, False)
-    """
-    mp = _context()
-    ratios = []
-    for x, y in zip(_values(a, True), _values(b, True), strict=True):
-        x, y = mp.convert(x), mp.convert(y)
-        if x == 0 or y == 0:
-            return False
-        ratios.append(x / y)
-    first = ratios[0]
-    if positive and not (abs(mp.im(first)) < 1e-30 and mp.re(first) > 0):
-        return False
-    return all(_close(first, ratio) for ratio in ratios[1:])

@@ -24,13 +24,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from grpo_jax import answers, expressions
+from grpo_jax import answers
 from grpo_jax.errors import GrpoError
 
 SECONDS = 3.0  # for one pair; with a fresh worker's start a pair stays under 5
 START_SECONDS = 120.0
 MEMORY = 2 << 30  # bytes of address space a worker may use
-MATH_VERIFY_CHARS = 400  # longer text only costs it the time limit
 WORKERS = max(1, min(8, (os.cpu_count() or 2) // 2))
 
 
@@ -114,7 +113,7 @@ class Pool:
     """At most `workers` processes, handed out one pair at a time to any thread."""
 
     def __init__(self, workers: int = WORKERS, seconds: float = SECONDS):
-        self.workers, self.seconds = workers, seconds
+        self.workers, self.seconds, self.owner = workers, seconds, os.getpid()
         self.timeouts = 0  # pairs that counted as not equal for want of an answer
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         self._all: set[_Worker] = set()
@@ -128,9 +127,7 @@ class Pool:
         try:
             if worker is None or worker.process.poll() is not None:
                 self._forget(worker)
-                worker = _Worker()
-                with self._lock:
-                    self._all.add(worker)
+                worker = self._start()
             answer = worker.ask(prediction, reference, self.seconds)
             if answer is None:
                 with self._lock:
@@ -138,25 +135,37 @@ class Pool:
             return bool(answer)
         finally:
             if worker is not None and worker.process.returncode is not None:
-                self._forget(worker)
-                worker = None
+                # Its replacement starts now, so that the next pair need not wait.
+                worker = self._start() if self._forget(worker) else None
             self._idle.put(worker)
 
-    def _forget(self, worker: _Worker | None) -> None:
-        if worker is not None:
-            worker.close()
-            with self._lock:
-                self._all.discard(worker)
+    def _start(self) -> _Worker:
+        worker = _Worker()
+        with self._lock:
+            self._all.add(worker)
+        return worker
+
+    def _forget(self, worker: _Worker | None) -> bool:
+        """Ends a worker; False if `close` had ended it."""
+        if worker is None:
+            return False
+        worker.close()
+        with self._lock:
+            known = worker in self._all
+            self._all.discard(worker)
+        return known
 
     def close(self) -> None:
         """Ends the workers; a later pair starts new ones."""
+        if os.getpid() != self.owner:  # a forked child: they are not its own
+            return
         with self._lock:
             workers, self._all = self._all, set()
         for worker in workers:
             worker.close()
 
 
-_pool: tuple[int, Pool] | None = None
+_pool: Pool | None = None
 _pool_lock = threading.Lock()
 
 
@@ -164,10 +173,10 @@ def pool() -> Pool:
     """This process's pool (a forked child gets its own)."""
     global _pool
     with _pool_lock:
-        if _pool is None or _pool[0] != os.getpid():
-            _pool = (os.getpid(), Pool())
-            atexit.register(_pool[1].close)
-        return _pool[1]
+        if _pool is None or _pool.owner != os.getpid():
+            _pool = Pool()
+            atexit.register(_pool.close)
+        return _pool
 
 
 @functools.lru_cache(maxsize=65536)
@@ -214,56 +223,6 @@ def grade(predictions: Sequence[str | None], references: Sequence[str]) -> list[
 
 
 # ---- the worker's side --------------------------------------------------------------
-class Algebra(answers.Exact):
-    """Leaf comparisons by value at fixed points, for a process that may be killed."""
-
-    def same(self, a: str, b: str) -> bool:
-        try:
-            return super().same(a, b)
-        except answers.Undecided:
-            pass
-        try:
-            return expressions.same_function(a, b)
-        except expressions.TooLarge:
-            return False
-        except expressions.Unreadable:
-            raise answers.Undecided from None
-
-    def proportional(self, a: str, b: str, positive: bool) -> bool:
-        try:
-            return expressions.proportional(a, b, positive=positive)
-        except expressions.TooLarge:
-            return False
-        except expressions.Unreadable:
-            raise answers.Undecided from None
-
-
-def decide(prediction: str, reference: str) -> bool:
-    """The whole comparison, in this process: only a worker may call it."""
-    try:
-        return answers.compare(prediction, reference, Algebra())
-    except answers.Undecided:
-        return _math_verify(answers.clean(prediction), answers.clean(reference))
-
-
-def _math_verify(prediction: str, reference: str) -> bool:
-    import math_verify
-
-    for text in (prediction, reference):
-        unbalanced = text.count("{") != text.count("}")
-        if len(text) > MATH_VERIFY_CHARS or "__" in text or unbalanced:
-            return False
-    # Only the LaTeX reader: the plain one hands its text to sympy's parse_expr.
-    config = [math_verify.LatexExtractionConfig()]
-    parsed = [
-        math_verify.parse(f"${text}$", config, parsing_timeout=None)  # type: ignore
-        for text in (reference, prediction)
-    ]
-    return bool(parsed[0] and parsed[1]) and math_verify.verify(
-        *parsed, timeout_seconds=None
-    )
-
-
 def work(parent: int) -> None:
     """A worker's life: a pair in, `1` or `0` out, until the pipe or the parent ends."""
     import resource
@@ -274,10 +233,12 @@ def work(parent: int) -> None:
     os.dup2(2, 1)  # whatever a library prints goes with the errors
     try:
         import math_verify  # noqa: F401  (its start is not in a pair's time)
+
+        from grpo_jax.algebra import decide
     except ImportError as error:
         os.write(replies, f"{error}\n".encode())
         return
-    expressions.same_function("x", "x")
+    decide("x+1", "1+x")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.addaudithook(_refuse)

@@ -127,7 +127,7 @@ def _backward(chunk, saved, cotangents):
         log_p = z - top[..., None] - log_total[..., None]
         p = jnp.exp(log_p)
         # ∂log π_y/∂z_v = 1[v = y] - π_v,  ∂H/∂z_v = -π_v (log π_v + H)
-        hit = jnp.arange(log_p.shape[-1]) == y[..., None]
+        hit = jnp.arange(log_p.shape[-1])[None, None] == y[..., None]
         d_z = jnp.where(hit, g_logps[..., None], 0) - p * (
             g_logps[..., None] + g_entropy[..., None] * (log_p + entropy[..., None])
         )

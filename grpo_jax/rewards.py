@@ -67,7 +67,7 @@ def _text(completion: Any) -> str:
 
 
 def resolve(name: str) -> Reward:
-    """The function that a config names: rule, format, module:function, file.py:function.
+    """The function of that name: rule, format, module:function or file.py:function.
 
     >>> resolve("rule") is rule_reward, resolve("math:fsum").__name__
     (True, 'fsum')
@@ -82,7 +82,7 @@ def resolve(name: str) -> Reward:
     where, colon, function = name.rpartition(":")
     if not colon or not where or not function:
         raise GrpoError(
-            f"reward {name!r}: not rule, format, module:function or path/file.py:function"
+            f"reward {name!r}: not rule, format, module:function or file.py:function"
         )
     try:
         if where.endswith(".py"):
@@ -197,8 +197,8 @@ def score(
 
     >>> def long(prompts, completions, **columns):
     ...     return [len(c) if c else None for c in completions]
-    >>> out = score([long, format_reward], [0.5, 2], ["q"] * 3, ["abc", "", r"\boxed{1}"],
-    ...             {}, timeout=10)
+    >>> out = score([long, format_reward], [0.5, 2], ["q"] * 3,
+    ...             ["abc", "", r"\boxed{1}"], {}, timeout=10)
     >>> out.rewards, out.failures
     (array([1.5, 0. , 6.5], dtype=float32), {'long': 1, 'format_reward': 0})
     """

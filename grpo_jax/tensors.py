@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,41 @@ def read_header(file: Path) -> dict[str, Stored]:
     return tensors
 
 
+def read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor, by a shard index, every file there beside it."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise GrpoError(f"{index}: no weight_map; download it again")
+    for name, file in where.items():
+        if not re.fullmatch(r"[\w.+-]+", str(file)) or ".." in file:
+            raise GrpoError(
+                f"{index}: {name} is said to be in {file!r}, which is not a plain file "
+                "name; do not use this folder"
+            )
+        if not (index.parent / file).exists():
+            raise GrpoError(
+                f"{index.parent / file}: this file is missing; it holds {name} among "
+                "others; download it again"
+            )
+    return where
+
+
+def merge(
+    files: Iterable[Path], read: Callable[[Path], dict[str, Stored]]
+) -> dict[str, Stored]:
+    """The tensors of several files; one that is in two of them is refused."""
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        for name, stored in read(file).items():
+            if name in tensors:
+                raise GrpoError(
+                    f"{file.parent}: tensor {name} is in {tensors[name].file.name} and "
+                    f"in {file.name}; remove one"
+                )
+            tensors[name] = stored
+    return tensors
+
+
 def read_folder(folder: Path) -> dict[str, Stored]:
     """All tensors of a Hugging Face folder: model.safetensors, or the index's shards.
 
@@ -160,11 +196,13 @@ def read_folder(folder: Path) -> dict[str, Stored]:
       GrpoError: no safetensors, a missing shard, a file name in the index that leaves
         the folder, a tensor in two files or not where the index says.
     """
-    index = folder / INDEX
     if (folder / MODEL).exists():
         return read_header(folder / MODEL)
-    if not index.exists():
-        files = sorted(folder.glob("*.safetensors"))
+    if (folder / INDEX).exists():
+        where = read_index(folder / INDEX)
+        files = [folder / file for file in sorted(set(where.values()))]
+    else:
+        where, files = {}, sorted(folder.glob("*.safetensors"))
         if not files and sorted(folder.glob("*.bin")):
             raise GrpoError(
                 f"{folder}: only .bin weights, which are pickles; run python -m "
@@ -172,32 +210,7 @@ def read_folder(folder: Path) -> dict[str, Stored]:
             )
         if not files:
             raise GrpoError(f"{folder}: {MODEL} is missing; download it again")
-        where = {}
-    else:
-        where = read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not where:
-            raise GrpoError(f"{index}: no weight_map; download it again")
-        for name, file in where.items():
-            if not isinstance(file, str) or file != Path(file).name or "\\" in file:
-                raise GrpoError(
-                    f"{index}: {name} is said to be in {file!r}, which is not a plain "
-                    "file name; do not use this folder"
-                )
-            if not (folder / file).exists():
-                raise GrpoError(
-                    f"{folder / file}: this file is missing; it holds {name} among "
-                    "others; download it again"
-                )
-        files = [folder / file for file in sorted(set(where.values()))]
-    tensors: dict[str, Stored] = {}
-    for file in files:
-        for name, stored in read_header(file).items():
-            if name in tensors:
-                raise GrpoError(
-                    f"{folder}: tensor {name} is in {tensors[name].file.name} and in "
-                    f"{file.name}; remove one"
-                )
-            tensors[name] = stored
+    tensors = merge(files, read_header)
     for name, file in where.items():
         if name not in tensors or tensors[name].file.name != file:
             raise GrpoError(f"{folder / file}: {name} is not in it, as {INDEX} says")

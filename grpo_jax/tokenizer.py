@@ -130,21 +130,21 @@ class Tokenizer:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises nothing narrower
             raise GrpoError(f"{file}: not a tokenizer file ({error})") from None
-        eos_ids, names = (
-            [],
-            "tokenizer_config.json, generation_config.json, config.json",
-        )
+        eos_ids: list[int] = []
         if name := special.get("eos_token"):
-            if tokenizer.token_to_id(name) is None:
+            if (eos_id := tokenizer.token_to_id(name)) is None:
                 raise GrpoError(f"{folder}: its eos_token {name!r} is not in {file}")
-            eos_ids.append(tokenizer.token_to_id(name))
+            eos_ids.append(eos_id)
         for source in (generation, model):
             found = source.get("eos_token_id")
             if found is not None:
                 eos_ids += found if isinstance(found, list) else [found]
                 break
         if not eos_ids:
-            raise GrpoError(f"{folder}: no EOS token in any of {names}; add eos_token")
+            raise GrpoError(
+                f"{folder}: no EOS token in tokenizer_config.json, config.json or "
+                "generation_config.json; add eos_token to the first"
+            )
         pad = special.get("pad_token")
         template = _template(folder, config)
         return cls(
@@ -223,7 +223,7 @@ class Tokenizer:
         otherwise they are ordinary characters. add_bos: put the BOS first, if any.
         """
         ids = self.encode_parts([(text, parse_special)])[0]
-        return self._bos(add_bos) + ids
+        return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of many texts, special tokens not parsed."""
@@ -285,9 +285,6 @@ class Tokenizer:
         known = self._tokenizer.get_vocab(with_added_tokens=True)
         unknown = next((c for c in text if c not in known), "")
         return f"cannot encode {text[:40]!r}: character {unknown!r} is not in it"
-
-    def _bos(self, wanted: bool) -> list[int]:
-        return [self.bos_id] if wanted and self.bos_id is not None else []
 
 
 def _read(path: Path) -> dict[str, Any]:

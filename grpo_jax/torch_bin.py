@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.errors import GrpoError
-from grpo_jax.tensors import DTYPES, Stored, read_json, refuse_pointer
+from grpo_jax.tensors import DTYPES, Stored, merge, read_index, refuse_pointer
 
 INDEX = "pytorch_model.bin.index.json"
 _STORAGES = {
@@ -151,30 +151,10 @@ def _open(
 def read_bin_folder(folder: Path) -> dict[str, Stored]:
     """All tensors of a folder's pytorch_model*.bin files, by index or by name."""
     if (folder / INDEX).exists():
-        where = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(where, dict) or not where:
-            raise GrpoError(f"{folder / INDEX}: no weight_map; download it again")
-        names = sorted({str(name) for name in where.values()})
-        for name in names:
-            if name != Path(name).name:
-                raise GrpoError(f"{folder / INDEX}: {name!r} is not a plain file name")
-            if not (folder / name).exists():
-                held = next(key for key, value in where.items() if value == name)
-                raise GrpoError(
-                    f"{folder / name}: this file is missing; it holds {held} among "
-                    "others; download it again"
-                )
+        names = sorted(set(read_index(folder / INDEX).values()))
+        files = [folder / name for name in names]
     else:
-        names = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
-    if not names:
+        files = sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
         raise GrpoError(f"{folder}: no pytorch_model*.bin; is it the right folder?")
-    tensors: dict[str, Stored] = {}
-    for name in names:
-        for key, stored in read_bin(folder / name).items():
-            if key in tensors:
-                raise GrpoError(
-                    f"{folder}: tensor {key} is in {tensors[key].file.name} and in "
-                    f"{name}; remove one"
-                )
-            tensors[key] = stored
-    return tensors
+    return merge(files, read_bin)

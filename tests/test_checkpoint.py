@@ -326,25 +326,27 @@ def test_a_full_disk_is_loud_and_loses_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     big = {"w": jax.random.normal(jax.random.key(2), (256, 256))}
 
+    def idle(checkpoints):
+        return not checkpoints._orbax.is_saving_in_progress()
+
     def fill_disk_during(leave):
-        with Checkpoints(tmp_path, every=1) as checkpoints:
-            if checkpoints.steps():
-                checkpoints.restore(big)
+        with Checkpoints(tmp_path, every=2) as checkpoints:
+            checkpoints.restore(big)
             resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
             try:
                 assert checkpoints.save(2, big, {})
                 leave(checkpoints)
             finally:
-                checkpoints._orbax.is_saving_in_progress()
-                wait_until(lambda: not checkpoints._orbax.is_saving_in_progress())
+                wait_until(lambda: idle(checkpoints))
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     with Checkpoints(tmp_path, every=1) as checkpoints:
         checkpoints.save(1, big, {})
 
-    def next_step(checkpoints):  # not a step to save at: the failure is raised anyway
-        wait_until(lambda: not checkpoints._orbax.is_saving_in_progress())
+    def next_step(checkpoints):  # not one to save at: the failure is raised anyway
+        wait_until(lambda: idle(checkpoints))
         checkpoints.save(3, big, {})
+        raise AssertionError("the failed save went unnoticed")
 
     def leave_quietly(checkpoints):
         raise SystemExit(0)
@@ -362,8 +364,8 @@ def test_a_full_disk_is_loud_and_loses_nothing(tmp_path):
 
     with Checkpoints(tmp_path, every=1) as checkpoints:
         assert bits(checkpoints.restore(big)[1]) == bits(big)
-        assert checkpoints.save(2, big, {}) and checkpoints.steps() == [1, 2]
-    assert sorted(os.listdir(tmp_path)) == ["1", "2"]  # no half-written folders
+        assert checkpoints.save(4, big, {}) and checkpoints.steps() == [1, 4]
+    assert sorted(os.listdir(tmp_path)) == ["1", "4"]  # and no half-written folders
 
 
 def wait_until(condition, seconds=60.0):

@@ -29,37 +29,62 @@ AGGREGATES = (
 )
 IMPORTANCE = ("token", "sequence")
 SURROGATES = (dict(surrogate="clip"), dict(surrogate="cispo", clip_high=1.3))
+KL = ("k1", "k2", "k3", "k3_unbiased")
 LN2 = math.log(2)
 
 
-def run(cases, dtype=jnp.float32, loss=grpo_loss, compiled=False):
-    """[(positional arrays, keywords)] -> [(loss, gradient, metrics)].
+NUMBERS = ("normalizer", "clip_low", "clip_high", "delta", "kl_coef", "max_length")
 
-    Operation by operation unless `compiled`: the many cases then share their compiled
-    operations, where one program each would take a quarter of a second to compile.
-    """
 
-    def cast(x):
-        x = jnp.asarray(x)
-        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+# Compiling is what these tests cost: all cases of a call are one program, and numbers
+# are traced, so that the same list of cases on other values compiles nothing.
+@functools.partial(
+    jax.jit,
+    static_argnames=("loss", "signature"),
+    compiler_options={"xla_backend_optimization_level": 0},
+)
+def _program(table, numbers, *, loss, signature):
+    results = []
+    for (positional, arrays, options), values in zip(signature, numbers, strict=True):
+        arrays = {name: table[i] for name, i in arrays}
+        f = functools.partial(loss, **arrays, **values, **dict(options))
+        (value, metrics), gradient = jax.value_and_grad(f, has_aux=True)(
+            *(table[i] for i in positional)
+        )
+        results.append((value, gradient, metrics))
+    return results
 
-    def program(arrays):
-        results = []
-        for (positional, named), (_, keywords) in zip(arrays, cases, strict=True):
-            plain = {k: v for k, v in keywords.items() if k not in ARRAYS}
-            f = functools.partial(loss, **named, **plain)
-            (value, metrics), gradient = jax.value_and_grad(f, has_aux=True)(
-                *positional
-            )
-            results.append((value, gradient, metrics))
-        return results
 
-    arrays = [
-        ([cast(x) for x in p], {n: cast(k[n]) for n in ARRAYS if k.get(n) is not None})
-        for p, k in cases
-    ]
-    with jax.disable_jit(not compiled):
-        return jax.device_get((jax.jit(program) if compiled else program)(arrays))
+def run(cases, dtype=jnp.float32, loss=grpo_loss):
+    """[(positional arrays, keywords)] -> [(loss, gradient, metrics)]."""
+    table, places = [], {}
+
+    def place(x):
+        if id(x) not in places:
+            array = jnp.asarray(x)
+            floats = jnp.issubdtype(array.dtype, jnp.floating)
+            places[id(x)] = len(table)
+            table.append(array.astype(dtype) if floats else array)
+        return places[id(x)]
+
+    signature, numbers = [], []
+    for positional, keywords in cases:
+        keywords = {k: v for k, v in keywords.items() if v is not None}
+        arrays = tuple((k, place(keywords.pop(k))) for k in ARRAYS if k in keywords)
+        values = {k: float(keywords.pop(k)) for k in NUMBERS if k in keywords}
+        if "ref_logps" not in dict(arrays) and values.get("kl_coef") == 0:
+            keywords["kl_coef"] = values.pop("kl_coef")  # only a known 0 needs no ref
+        options = tuple(sorted(keywords.items()))
+        signature.append((tuple(place(x) for x in positional), arrays, options))
+        numbers.append(values)
+    results = _program(table, numbers, loss=loss, signature=tuple(signature))
+    return jax.device_get(results)
+
+
+def same_metrics(ours, theirs, where, rel=1e-5):
+    assert ours.keys() == theirs.keys(), where
+    for name, value in theirs.items():
+        assert ours[name] == pytest.approx(value, rel=rel, abs=1e-7), (name, where)
 
 
 def batch(seed, B=4, T=6, lengths=(6, 4, 1, 3)):
@@ -123,19 +148,21 @@ def trl_case(options):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
 def test_trl(dtype, tolerance):
-    options = json.loads(str(GOLDEN["cases"]))
-    theirs = json.loads(str(GOLDEN["metrics"]))
+    every = 1 if dtype == "float64" else 3  # the same code: a third is enough
+    options = json.loads(str(GOLDEN["cases"]))[::every]
+    theirs = json.loads(str(GOLDEN["metrics"]))[::every]
+    losses, gradients = GOLDEN["loss"][::every], GOLDEN["gradient"][::every]
     with jax.enable_x64(dtype == "float64"):
-        ours = run([trl_case(o) for o in options], dtype, compiled=dtype == "float32")
+        ours = run([trl_case(o) for o in options], dtype)
     for i, (loss, gradient, metrics) in enumerate(ours):
         where = str(options[i])
         assert loss.dtype == gradient.dtype == dtype
         np.testing.assert_allclose(
-            loss, GOLDEN["loss"][i], rtol=tolerance, atol=tolerance, err_msg=where
+            loss, losses[i], rtol=tolerance, atol=tolerance, err_msg=where
         )
         np.testing.assert_allclose(
             gradient,
-            GOLDEN["gradient"][i],
+            gradients[i],
             rtol=tolerance,
             atol=tolerance / 10,
             err_msg=where,
@@ -149,40 +176,39 @@ def test_trl(dtype, tolerance):
 # --- the second implementation, for every combination ------------------------------
 
 
-def test_reference_for_every_combination(x64):
-    estimators = ("k1", "k2", "k3", "k3_unbiased")
-    grid = itertools.product(estimators, AGGREGATES, IMPORTANCE, SURROGATES)
-    cases, expected = [], []
-    for i, (estimator, aggregate, importance, surrogate) in enumerate(grid):
-        rng = np.random.default_rng(i)
-        arrays = batch(i, lengths=(6, 4, 0, 3))
-        arrays["mask"] = arrays["mask"] * rng.choice([0.0, 1.0, 1.0, 0.5], (4, 6))
-        if i % 2:
-            arrays["advantages"] = rng.normal(0, 1, (4, 6))
-        if i % 3:
-            del arrays["weights"]
-        if i % 5 == 0:
-            del arrays["old_logps"]
-        named = dict(kl_estimator=estimator, importance=importance, kl_coef=0.3)
-        named |= aggregate | surrogate
-        if i % 4 == 1:
-            named["normalizer"] = 7
-        if surrogate["surrogate"] == "clip" and i % 3:
-            named |= dict(clip_low=0.1, clip_high=0.28)
-        if surrogate["surrogate"] == "clip" and i % 2:
-            named["delta"] = 1.5
-        positional, keywords = case(arrays, **named)
-        cases.append((positional, keywords))
-        expected.append(reference.grpo(*positional, **keywords))
+@pytest.mark.parametrize("draw", range(5))
+def test_reference(x64, draw):
+    """Every estimator, importance and surrogate; every aggregate with each of them."""
+    rng = np.random.default_rng(draw)
+    arrays = batch(draw, lengths=(6, 4, 0, 3))
+    arrays["mask"] = arrays["mask"] * rng.choice([0.0, 1.0, 1.0, 0.25], (4, 6))
+    arrays["advantages"] = rng.normal(0, 1, (4, 6))
+    cases = []
+    grid = itertools.product(KL, IMPORTANCE, SURROGATES)
+    for i, (estimator, importance, surrogate) in enumerate(grid):
+        named = dict(kl_estimator=estimator, importance=importance)
+        named |= surrogate | AGGREGATES[i % 3]
+        named |= dict(kl_coef=rng.uniform(0, 1), normalizer=rng.integers(1, 9))
+        if surrogate["surrogate"] == "clip":
+            named |= dict(clip_low=0.1 * draw, clip_high=0.28, delta=1.2 + draw / 3)
+        else:
+            named |= dict(clip_high=0.8 + draw / 3)
+        cases.append(case(arrays, **named))
+    plain = arrays | dict(advantages=arrays["advantages"][:, 0], weights=None)
+    for aggregate, importance in itertools.product(AGGREGATES, IMPORTANCE):
+        named = dict(aggregate, importance=importance)
+        cases.append(case(plain, **named, clip_low=0.1, clip_high=0.3))
+    cases.append(case(plain, old_logps=None))
+    expected = [reference.grpo(*positional, **named) for positional, named in cases]
     for (_, keywords), ours, theirs in zip(
         cases, run(cases, jnp.float64), expected, strict=True
     ):
         where = str({k: v for k, v in keywords.items() if k not in ARRAYS})
-        np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-12, err_msg=where)
+        np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-11, err_msg=where)
         np.testing.assert_allclose(
-            ours[1], theirs[1], rtol=1e-10, atol=1e-14, err_msg=where
+            ours[1], theirs[1], rtol=1e-9, atol=1e-14, err_msg=where
         )
-        assert ours[2] == pytest.approx(theirs[2], rel=1e-10), where
+        same_metrics(ours[2], theirs[2], where, rel=1e-9)
 
 
 # --- by hand ---------------------------------------------------------------------
@@ -294,12 +320,8 @@ def test_on_policy_gradient_is_reinforce_with_the_papers_coefficient():
     np.testing.assert_allclose(results[2][1], -coefficient * scale, rtol=2e-6)
 
 
-GRID = [
-    (aggregate, importance, surrogate)
-    for aggregate in AGGREGATES
-    for importance in IMPORTANCE
-    for surrogate in SURROGATES
-]
+GRID = [(a, i, SURROGATES[0]) for a in AGGREGATES for i in IMPORTANCE]
+GRID.append((AGGREGATES[0], "token", SURROGATES[1]))
 
 
 def count(arrays, aggregate):
@@ -308,12 +330,16 @@ def count(arrays, aggregate):
     return int(arrays["mask"].sum()) if tokens else len(arrays["mask"])
 
 
+def run_grid(arrays, kl_coef=0.04, **named):
+    cases = [dict(**a, importance=i, **s, kl_coef=kl_coef) for a, i, s in GRID]
+    return run([case(arrays, **c, **named) for c in cases])
+
+
 @pytest.fixture(scope="module")
 def whole():
     """The loss and gradient of one batch for every aggregate, importance, surrogate."""
     arrays = batch(1)
-    cases = [case(arrays, **a, importance=i, **s) for a, i, s in GRID]
-    return arrays, run(cases)
+    return arrays, run_grid(arrays)
 
 
 def assert_same(ours, loss, gradient, where):
@@ -327,8 +353,9 @@ def test_permuted_rows(whole):
     arrays, expected = whole
     order = np.array([2, 0, 3, 1])
     shuffled = {name: x[order] for name, x in arrays.items()}
-    results = run([case(shuffled, **a, importance=i, **s) for a, i, s in GRID])
-    for combination, ours, theirs in zip(GRID, results, expected, strict=True):
+    for combination, ours, theirs in zip(
+        GRID, run_grid(shuffled), expected, strict=True
+    ):
         assert_same(ours, theirs[0], theirs[1][order], combination)
 
 
@@ -336,14 +363,14 @@ def test_sliced_into_single_rows_without_padding(whole):
     """Masking is slicing: the rows alone, cut to their lengths, sum to the batch."""
     arrays, expected = whole
     cases, lengths = [], arrays["mask"].sum(-1)
-    for a, i, s in GRID:
+    for a, i, s in GRID[1::2]:
         for row, n in enumerate(lengths):
             cut = {k: x[row : row + 1] for k, x in arrays.items()}
             cut = {k: x[:, :n] if x.ndim == 2 else x for k, x in cut.items()}
             options = dict(**a, importance=i, **s, normalizer=count(arrays, a))
             cases.append(case(cut, **options))
     results = iter(run(cases))
-    for combination, theirs in zip(GRID, expected, strict=True):
+    for combination, theirs in zip(GRID[1::2], expected[1::2], strict=True):
         parts = [next(results) for _ in lengths]
         gradient = np.zeros((4, 6))
         for row, (n, part) in enumerate(zip(lengths, parts, strict=True)):
@@ -418,33 +445,30 @@ def unpack(rows, lengths=(6, 4, 1, 3)):
 
 def test_packed_rows_equal_unpacked_rows(whole):
     arrays, expected = whole
-    packed, cases = pack(arrays), []
-    for ids, told in NUMBERINGS.values():
-        for a, i, s in GRID:
-            options = dict(**a, importance=i, **s, segment_ids=np.array(ids))
-            cases.append(case(packed, **options, num_segments=4 if told else None))
-    results = iter(run(cases))
-    for name in NUMBERINGS:
-        for combination, theirs in zip(GRID, expected, strict=True):
-            loss, gradient, metrics = next(results)
+    packed = pack(arrays)
+    for name, (ids, told) in NUMBERINGS.items():
+        named = dict(segment_ids=np.array(ids), num_segments=4 if told else None)
+        results = run(
+            [case(packed, **a, importance=i, **s, **named) for a, i, s in GRID]
+        )
+        for combination, ours, theirs in zip(GRID, results, expected, strict=True):
             where = (name, combination)
-            assert_same((loss, unpack(gradient)), *theirs[:2], where)
-            assert metrics == pytest.approx(theirs[2], rel=1e-5, abs=1e-7), where
+            assert_same((ours[0], unpack(ours[1])), *theirs[:2], where)
+            same_metrics(ours[2], theirs[2], where)
 
 
 def test_packed_parts_sum_to_the_whole(whole):
     """Each packed row alone, with the whole batch's normaliser."""
     arrays, expected = whole
     packed, ids = pack(arrays), np.array(NUMBERINGS["per row from 1"][0])
-    cases = []
-    for a, i, s in GRID:
-        for row in range(2):
-            part = {name: x[row : row + 1] for name, x in packed.items()}
-            options = dict(**a, importance=i, **s, normalizer=count(arrays, a))
-            cases.append(case(part, **options, segment_ids=ids[row : row + 1]))
-    results = iter(run(cases))
-    for combination, theirs in zip(GRID, expected, strict=True):
-        first, second = next(results), next(results)
+    parts = []
+    for row in (slice(0, 1), slice(1, 2)):
+        part = {name: x[row] for name, x in packed.items()} | dict(segment_ids=ids[row])
+        options = [dict(**a, importance=i, **s) for a, i, s in GRID]
+        for o in options:
+            o["normalizer"] = count(arrays, o)
+        parts.append(run([case(part, **o) for o in options]))
+    for combination, first, second, theirs in zip(GRID, *parts, expected, strict=True):
         gradient = unpack(np.concatenate([first[1], second[1]]))
         assert_same((first[0] + second[0], gradient), *theirs[:2], combination)
 
@@ -476,80 +500,57 @@ def test_a_batch_without_a_token_is_exactly_0():
     arrays = {
         k: x if k == "mask" else np.full_like(x, np.nan) for k, x in arrays.items()
     }
-    cases = [case(arrays, **a, importance=i, **s) for a, i, s in GRID]
-    cases += [
-        case(arrays, normalizer=0),
-        case(arrays, segment_ids=np.zeros((4, 6), int)),
-    ]
-    for loss, gradient, metrics in run(cases):
+    tokens = arrays | dict(advantages=np.full((4, 6), np.nan))
+    ids = np.zeros((4, 6), int)
+    results = run([case(arrays, normalizer=0), case(tokens, segment_ids=ids)])
+    for loss, gradient, metrics in results + run_grid(arrays):
         assert loss == 0 and not gradient.any()
         assert all(value == 0 for value in metrics.values()), metrics
 
 
 def test_tied_groups_move_nothing():
     arrays = batch(4) | dict(advantages=np.zeros(4))
-    for loss, gradient, _ in run(
-        [case(arrays, **a, importance=i, **s, kl_coef=0.0) for a, i, s in GRID]
-    ):
+    for loss, gradient, _ in run_grid(arrays, kl_coef=0.0):
         assert loss == 0 and not gradient.any()
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e38, 199.0])
 def test_what_is_masked_may_hold_anything(garbage):
-    """The identical loss, gradient and metrics, bit for bit; one compiled program."""
-    arrays = batch(5)
-    arrays["advantages"] = np.broadcast_to(arrays["advantages"][:, None], (4, 6))
-    first, second = masked_garbage_program()(
-        {k: jnp.asarray(x, x.dtype if k == "mask" else jnp.float32) for k, x in each}
-        for each in (
-            arrays.items(),
-            [
-                (k, x if k == "mask" else np.where(arrays["mask"], x, garbage))
-                for k, x in arrays.items()
-            ],
-        )
-    )
-    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-        assert np.isfinite(a).all()
-        assert a.tobytes() == b.tobytes()
-
-
-@functools.cache
-def masked_garbage_program():
-    ids = jnp.array([[1, 1, 1, 2, 2, 2]] * 4)
+    """The identical loss, gradient and metrics, bit for bit."""
+    clean = batch(5)
+    clean["advantages"] = np.broadcast_to(clean["advantages"][:, None], (4, 6))
+    dirty = {
+        k: x if k == "mask" else np.where(clean["mask"], x, garbage)
+        for k, x in clean.items()
+    }
+    ids = np.array([[1, 1, 1, 2, 2, 2]] * 4)
     options = [dict(**a, importance=i, **s) for a, i, s in GRID]
     options += [dict(kl_estimator=k) for k in ("k1", "k2", "k3_unbiased")]
     options += [dict(segment_ids=ids, importance=i, delta=2.0) for i in IMPORTANCE]
-
-    @jax.jit
-    def program(arrays):
-        positional, named = case(arrays)
-        results = []
-        for o in options:
-            f = functools.partial(grpo_loss, **named, **o)
-            results.append(jax.value_and_grad(f, has_aux=True)(*positional))
-        f = functools.partial(sft_loss, mask=positional[2], weights=named["weights"])
-        return results, jax.value_and_grad(f, has_aux=True)(positional[0])
-
-    return lambda both: [jax.device_get(program(arrays)) for arrays in both]
+    both = []
+    for x in (clean, dirty):
+        plain = [([x["logps"], x["mask"]], dict(weights=x["weights"]))]
+        results = run([case(x, **o) for o in options]) + run(plain, loss=sft_loss)
+        both.append(jax.tree.leaves(results))
+    for a, b in zip(*both, strict=True):
+        assert np.isfinite(a).all()
+        assert a.tobytes() == b.tobytes()
 
 
 @pytest.mark.parametrize("size", [200.0, 1e4])
 def test_huge_log_ratios_are_finite(size):
     """Fault 53: a token that one policy has all but given up, in either direction."""
-    logps = np.array([[-1.0, -1.0], [-1.0 - size, -1.0 - size]])
-    far = np.array([[-1.0 - size, -1.0], [-1.0, -1.0 - size]])
-    base = dict(logps=logps, mask=np.ones((2, 2), int), old_logps=far, ref_logps=far)
-    cases = [
-        case(base, advantages=sign * np.ones(2), importance=i, kl_estimator=k, **s)
-        for sign in (1.0, -1.0)
-        for i in IMPORTANCE
-        for k in ("k1", "k2", "k3", "k3_unbiased")
-        for s in SURROGATES
-    ]
-    for (_, keywords), (loss, gradient, metrics) in zip(cases, run(cases), strict=True):
-        assert np.isfinite(loss) and np.isfinite(gradient).all(), keywords
-        assert all(np.isfinite(x) for x in metrics.values()), keywords
+    base = batch(0, lengths=(6, 6, 6, 6))
+    away = np.where(np.arange(6) % 2, size, 0.0)
+    base["old_logps"] = base["ref_logps"] = base["logps"] - away
+    base["logps"] = base["logps"] - np.where(np.arange(6) % 3, size, 0.0)
+    options = [dict(importance=i, kl_estimator=k) for i in IMPORTANCE for k in KL]
+    options += [dict(importance=i, **SURROGATES[1]) for i in IMPORTANCE]
+    for sign in (1.0, -1.0):
+        cases = [case(base, advantages=sign * np.ones(4), **o) for o in options]
+        for o, (loss, gradient, metrics) in zip(options, run(cases), strict=True):
+            assert np.isfinite(loss) and np.isfinite(gradient).all(), o
+            assert all(np.isfinite(x) for x in metrics.values()), o
 
 
 def test_a_huge_ratio_still_pulls_the_right_way():
@@ -616,7 +617,7 @@ def test_mask_types_are_equal():
     results = run(
         [
             case(arrays, mask=arrays["mask"].astype(t))
-            for t in (bool, np.int32, np.uint8, np.float32, np.float16)
+            for t in (bool, np.int32, np.float32)
         ]
         + [case(arrays, mask=jnp.asarray(arrays["mask"], jnp.bfloat16))]
     )
@@ -660,15 +661,14 @@ def test_vmap_is_a_loop():
         return jax.grad(lambda x: value(rest | {"logps": x}, kl_coef))(arrays["logps"])
 
     coefficients = jnp.array([0.0, 0.04, 1.0])
-    mapped = jax.vmap(value)(stacked, coefficients)
-    slopes = jax.vmap(slope)(stacked, coefficients)
-    for i, arrays in enumerate(batches):
-        np.testing.assert_allclose(
-            mapped[i], value(arrays, coefficients[i]), rtol=1e-5, atol=1e-7
-        )
-        np.testing.assert_allclose(
-            slopes[i], slope(arrays, coefficients[i]), rtol=1e-5, atol=1e-7
-        )
+    both = jax.vmap(lambda *x: (value(*x), slope(*x)))
+    values, slopes = jax.jit(both)(stacked, coefficients)
+    cases = [
+        case(batch(seed), kl_coef=k, importance="sequence")
+        for seed, k in enumerate(coefficients)
+    ]
+    for i, expected in enumerate(run(cases)):
+        assert_same((values[i], slopes[i]), *expected[:2], i)
 
 
 @pytest.mark.parametrize("packed", [False, True])

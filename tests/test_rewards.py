@@ -23,15 +23,17 @@ def good(prompts, completions, **columns):
 
 def score(functions, weights=None, **options):
     weights = [1.0] * len(functions) if weights is None else weights
-    options = {"timeout": 20.0, **options}
-    return rewards.score(functions, weights, PROMPTS, COMPLETIONS, COLUMNS, **options)
+    timeout = options.pop("timeout", 20.0)
+    return rewards.score(
+        functions, weights, PROMPTS, COMPLETIONS, COLUMNS, timeout=timeout, **options
+    )
 
 
 def test_rule_and_format_rewards_are_weighted_and_added():
     out = score([rewards.rule_reward, rewards.format_reward], [1.0, 0.25])
     np.testing.assert_array_equal(out.by_function["rule_reward"], [1, 0, 1])
     np.testing.assert_array_equal(out.by_function["format_reward"], [1, 1, 0])
-    np.testing.assert_array_equal(out.rewards, np.float32([1.25, 0.25, 1.0]))
+    np.testing.assert_array_equal(out.rewards, [1.25, 0.25, 1.0])
     assert out.rewards.dtype == np.float32
     assert out.failures == {"rule_reward": 0, "format_reward": 0}
     assert out.timeouts == 0

@@ -1,4 +1,4 @@
-"""Makes tests/golden/models and tests/golden/bin with torch and transformers.
+"""Makes tests/golden/families and tests/golden/bin with torch and transformers.
 
 Run it where torch and transformers 5 are installed (not a dependency of the project):
 
@@ -21,7 +21,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
-HERE = Path(__file__).parent / "models"
+HERE = Path(__file__).parent / "families"
 SMALL = dict(
     vocab_size=61,
     hidden_size=16,

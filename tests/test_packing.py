@@ -1,0 +1,96 @@
+"""Rows hold every sample once, whole, and hardly anything else."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_jax.errors import GrpoError
+from grpo_jax.packing import Sample, first_fit, pack
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(40, 100))
+@settings(max_examples=50, deadline=None)
+def test_first_fit_places_every_item_once_and_overfills_nothing(lengths, size):
+    bins = first_fit(lengths, size)
+    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in b) <= size for b in bins)
+
+
+def samples_of(rng, n, longest):
+    samples = []
+    for i in range(n):
+        prompt, answer = rng.randint(1, longest // 2), rng.randint(1, longest // 2)
+        tokens = [rng.randint(1, 99) for _ in range(prompt + answer)]
+        samples.append(
+            Sample(
+                tokens=tokens,
+                mask=[0] * prompt + [1] * answer,
+                advantages=float(i),
+                logps=[0.0] * prompt + [-0.5 * i] * answer,
+            )
+        )
+    return samples
+
+
+def test_what_is_packed_can_be_read_back():
+    samples = samples_of(random.Random(0), 37, 30)
+    batch = pack(samples, length=48, rows=4)
+    assert batch.tokens.shape[1:] == (4, 48) and batch.sequences == 37
+    found = {}
+    flat = {k: getattr(batch, k).reshape(-1, 48) for k in ("tokens", "targets")}
+    for row in range(flat["tokens"].shape[0]):
+        ids = batch.segment_ids.reshape(-1, 48)[row]
+        for segment in range(1, ids.max() + 1):
+            here = ids == segment
+            tokens = flat["tokens"][row][here].tolist()
+            targets = flat["targets"][row][here].tolist()
+            assert tokens[1:] == targets[:-1]  # the target is the next token
+            positions = batch.positions.reshape(-1, 48)[row][here]
+            assert positions.tolist() == list(range(len(tokens)))
+            number = int(batch.advantages.reshape(-1, 48)[row][here][0])
+            mask = batch.mask.reshape(-1, 48)[row][here].tolist()
+            logps = batch.sampler_logps.reshape(-1, 48)[row][here].tolist()
+            found[number] = ([tokens[0], *targets], mask, logps)
+        assert not batch.mask.reshape(-1, 48)[row][ids == 0].any()
+    assert found == {
+        i: (s.tokens, [bool(m) for m in s.mask[1:]], s.logps[1:])
+        for i, s in enumerate(samples)
+    }
+
+
+def test_under_five_percent_is_padding_on_ragged_lengths():
+    """Lengths as of 512 outputs: prompts near 100 tokens, outputs of 10 to 400."""
+    rng = random.Random(1)
+    samples = [
+        Sample(tokens=[1] * (100 + int(10 * 40 ** rng.random())), mask=[1])
+        for _ in range(512)
+    ]
+    samples = [Sample(tokens=s.tokens, mask=[1] * len(s.tokens)) for s in samples]
+    batch = pack(samples, length=1024)
+    assert (batch.segment_ids == 0).mean() < 0.05
+
+
+def test_capacity_adds_only_empty_micro_batches():
+    samples = samples_of(random.Random(2), 5, 20)
+    batch = pack(samples, length=24, rows=2)
+    wide = batch.with_capacity(9)
+    assert wide.used == batch.used and wide.tokens.shape[0] == 9
+    assert not wide.mask[batch.used :].any()
+    np.testing.assert_array_equal(wide.tokens[: batch.used], batch.tokens)
+
+
+def test_rows_of_their_own():
+    samples = samples_of(random.Random(3), 5, 20)
+    batch = pack(samples, length=24, share=False)
+    assert batch.tokens.shape[0] == 5 and batch.segment_ids.max() == 1
+
+
+def test_a_sample_that_fits_no_row_is_refused_by_number():
+    with pytest.raises(GrpoError, match="sample 1 has 9 tokens"):
+        pack(
+            [Sample(tokens=[1, 2], mask=[0, 1]), Sample(tokens=[1] * 9, mask=[1] * 9)],
+            length=7,
+        )
