@@ -39,16 +39,19 @@ OWN_FIELDS = tuple(METHODS["grpo"])
 
 @dataclass(slots=True, kw_only=True)
 class ModelSettings:
-    path: str = ""  # Hugging Face folder or hub name; "" makes a new small model
+    path: str = ""  # Hugging Face folder or hub name; "" makes a new model
     revision: str = ""  # of the hub name
     dtype: str = "float32"  # of the computation: float32 | bfloat16
     param_dtype: str = "float32"  # of the trained weights and the optimiser state
     remat: bool = False  # recompute layers in the backward pass: less memory
-    # of a new model, over the characters of the embedded task
-    layers: int = 2
-    width: int = 64
-    heads: int = 4
-    ffn: int = 192
+    # The sizes of a new model, or those that model.path is expected to have (0: any).
+    vocab_size: int = 0  # a new model has its tokenizer's
+    layers: int = 0
+    width: int = 0
+    heads: int = 0
+    kv_heads: int = 0  # 0: heads
+    ffn: int = 0
+    tied: bool = True  # of a new model
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,6 +72,7 @@ class SftSettings:
     schedule: str = "constant"  # constant | linear | cosine
     warmup_steps: int = 0
     batch_size: int = 256  # examples a step
+    batch_rows: int = 0  # instead: rows of examples concatenated at random (the paper)
     row_length: int = 4096  # tokens of a packed row
     micro_rows: int = 1  # rows in memory at a time
     aggregate: str = "sequence_mean"  # sequence_mean | token_mean
@@ -181,14 +185,17 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "updates_per_rollout": (1, True),
     "checkpoint_every": (1, True),
     "checkpoints_kept": (1, True),
-    "model.layers": (1, True),
-    "model.width": (1, True),
-    "model.heads": (1, True),
-    "model.ffn": (1, True),
+    "model.vocab_size": (0, True),
+    "model.layers": (0, True),
+    "model.width": (0, True),
+    "model.heads": (0, True),
+    "model.kv_heads": (0, True),
+    "model.ffn": (0, True),
     "data.max_prompt_tokens": (1, True),
     "sft.learning_rate": (0, False),
     "sft.warmup_steps": (0, True),
     "sft.batch_size": (1, True),
+    "sft.batch_rows": (0, True),
     "sft.row_length": (2, True),
     "sft.micro_rows": (1, True),
     "optimizer.warmup_steps": (0, True),
@@ -256,6 +263,17 @@ def validate(config: Config) -> Config:
         _validate_grpo(config)
     if config.sft_steps and not config.data.sft:
         raise GrpoError("config.data.sft: sft_steps is set; name the worked examples")
+    if not config.model.path:
+        for name in ("layers", "width", "heads", "ffn"):
+            if not flat[f"model.{name}"]:
+                raise GrpoError(
+                    f"config.model.{name}: 0; a new model needs it (or set model.path)"
+                )
+        if config.model.width % (2 * config.model.heads):
+            raise GrpoError(
+                f"config.model.width: {config.model.width} is not a multiple of twice "
+                f"the heads, {config.model.heads}"
+            )
     if not config.sft_steps and not config.model.path:
         raise GrpoError(
             "config.sft_steps: 0, so RL would start from random weights; set it, or "

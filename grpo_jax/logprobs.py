@@ -154,11 +154,11 @@ def _compiled(hidden, unembed, targets, temperature, chunk):
     # Under shard_map a custom gradient must vary over the mesh axes of its input. So
     # let every input vary over the axes of all: what the devices share, as unembed,
     # then has its gradient summed over them. XLA drops the constant choices.
+    every = jax.lax.stop_gradient((hidden, unembed, targets, temperature))
+    one = sum(x.sum().astype(jnp.float32) for x in every)
+
     def like_all(x):
-        others = (hidden, unembed, targets, temperature)
-        for other in others:
-            x = jnp.where(False, other.sum().astype(x.dtype), x)
-        return x
+        return jnp.where(False, one.astype(x.dtype), x)
 
     hidden, unembed, temperature = map(like_all, (hidden, unembed, temperature))
     return _token_logprobs(hidden, unembed, targets, temperature, chunk)

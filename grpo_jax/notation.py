@@ -177,18 +177,18 @@ _RULES = rules(
     (r"\\[dt]binom" + END, r"\\binom"),
     (r"\\" + _STYLE + r" ?\{ ?([A-Za-z\d]) ?\}", _styled),
     (r"\\" + _STYLE + r" ?\{([^{}]*)\}", r"\\text{\2}"),
-    (r"\\over(?:line|rightarrow|leftrightarrow)\{([A-Z]+)\}", r"\1"),
+    (r"\\(?:over(?:line|(?:left)?rightarrow)|vec)\{([A-Z]+)\}", r"\1"),
     (r"\\text\{ ?([-+]?[\d.][^{}]*|[-+.,:/()\[\]<>= ]*)\}", r" \1 "),
     # prose: times, large numbers, options, what introduces an answer
     (r"(?i)(?<=\d) ?(\\text\{)? ?([ap])\.? ?m\b\.? ?(?(1)\})",
      lambda m: rf"\text{{{m[2].lower()}m}}"),
-    (r"(?<=[\d}]) ?(\\text\{)? ?(百万|千万|[百千万亿]|(?:hundred|thousand|million|"
+    (r"(?<=[\d}]) ?(\\text\{)? ?(百万|千万|[百万亿]|千(?![克米瓦卡])|(?:hundred|thousand|million|"
      rf"billion|trillion){END})", _scale),
     (r"(?i)^ ?(?:故?选项?|option|choice) ?:? ?(?=\(?[A-J]\b)", ""),
     (r"^ ?\(?([A-J])\)? ?选项 ?$", r"\1"),
     (r"百分之 ?([\d.]+)", r"\1%"),
     (rf"([\d{_DIGITS}]{{1,9}})分之([\d{_DIGITS}]{{1,9}})", _ratio),
-    (r"(?i)\\text\{[^{}]*(?:答案|answer) ?(?:is|是|为|:)+ ?\}", ""),
+    (r"(?i)\\text\{[^{}]*(?:答案|answer) ?(?:is|是|为|:)+ ?([^{}]*)\}", r" \1 "),
     (r"(?i)^[^=<>]{,200}?(?:答案|answer) ?(?:is|是|为|:)+", ""),
     # and, or, 或 between answers
     (r"\\text\{ ?(?:and|or|或者?|和|及|与|以及|且) ?\}", ","),
@@ -197,7 +197,7 @@ _RULES = rules(
     (", ?(?:, ?)+", ", "),
     # words become prose; prose becomes one piece
     (r"(?<![A-Za-z\\_])(sqrt|sin|cos|tan|ln|log|pi)(?=[\d(x])", r"\\\1 "),
-    (r"(?<=[\d}]) ([msghLlNJWVAKCF])(?=[.,]? ?$)", r"\\text{\1}"),
+    (r"(?<=[\d}]) (in|[msghLlNJWVAKCF])(?=[.,]? ?$)", r"\\text{\1}"),
     (TEXT + r"|\\(?:begin|end|mathbb|mathbf|vec)\{[^{}]*\}|\\[A-Za-z]+|([A-Za-z]{2,})",
      _word),
     (rf"{TEXT}|([{_CJK}]+)", lambda m: rf"\text{{{m[1]}}}" if m[1] else m.group()),

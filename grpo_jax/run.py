@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from grpo_jax import sharding
@@ -67,15 +68,8 @@ class Run:
         return sharding.shardings(self.abstract_state(optimizer), self.mesh)
 
     def abstract_state(self, optimizer: optax.GradientTransformation) -> TrainState:
-        create = functools.partial(TrainState.create, optimizer=optimizer)
-        shapes = jax.eval_shape(lambda: create(self.model.init(jax.random.key(0))))
         dtype = self.config.model.param_dtype
-
-        def cast(x):
-            is_float = jnp.issubdtype(x.dtype, jnp.floating)
-            return jax.ShapeDtypeStruct(x.shape, dtype if is_float else x.dtype)
-
-        return sharding.abstract(jax.tree.map(cast, shapes), self.mesh)
+        return abstract_state(self.model, optimizer, dtype, self.mesh)
 
 
 def make_model(config: Config) -> tuple[Decoder, Tokenizer]:
@@ -87,22 +81,72 @@ def make_model(config: Config) -> tuple[Decoder, Tokenizer]:
         folder = weights.find_folder(settings.path, settings.revision or None)
         model_config = weights.model_config(folder)
         tokenizer = Tokenizer.from_folder(folder)
+        for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "ffn"):
+            wanted, found = getattr(settings, name), getattr(model_config, name)
+            if wanted and wanted != found:
+                raise GrpoError(
+                    f"config.model.{name}: {wanted}, but {settings.path} has {found}"
+                )
     else:
         from grpo_jax import sums
 
         tokenizer = Tokenizer.from_alphabet(sums.ALPHABET)
-        model_config = ModelConfig(
-            vocab_size=tokenizer.vocab_size,
-            width=settings.width,
-            layers=settings.layers,
-            heads=settings.heads,
-            kv_heads=settings.heads,
-            head_dim=settings.width // settings.heads,
-            ffn=settings.ffn,
-            tied=True,
-        )
+        model_config = declared_config(config, tokenizer.vocab_size)
     tokenizer.check_fits(model_config.vocab_size)
     return Decoder(model_config, settings.dtype, settings.remat), tokenizer
+
+
+def declared_config(config: Config, vocab_size: int) -> ModelConfig:
+    """The architecture that the config itself states: Llama's."""
+    m = config.model
+    return ModelConfig(
+        vocab_size=vocab_size,
+        width=m.width,
+        layers=m.layers,
+        heads=m.heads,
+        kv_heads=m.kv_heads or m.heads,
+        head_dim=m.width // m.heads,
+        ffn=m.ffn,
+        tied=m.tied,
+    )
+
+
+def describe_state(config: Config) -> str:
+    """One line on the whole training state, built from shapes alone."""
+    from grpo_jax import rl, sft
+
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    decoder = Decoder(declared_config(config, config.model.vocab_size))
+    stage = rl if config.method == "grpo" else sft
+    optimizer, _ = stage.optimizer(config)
+    state = abstract_state(decoder, optimizer, config.model.param_dtype, mesh)
+
+    def size(x, shape):
+        return math.prod(shape) * np.dtype(x.dtype).itemsize
+
+    leaves = jax.tree.leaves(state)
+    whole = sum(size(x, x.shape) for x in leaves)
+    local = sum(size(x, x.sharding.shard_shape(x.shape)) for x in leaves)
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    return (
+        f"state: {count / 1e9:.2f} B parameters, {whole / 1e9:.1f} GB with the "
+        f"optimiser's in {config.model.param_dtype}, {local / 1e9:.1f} GB on each of "
+        f"{mesh.size} device(s)"
+    )
+
+
+def abstract_state(
+    model: Decoder,
+    optimizer: optax.GradientTransformation,
+    dtype: str,
+    mesh: jax.sharding.Mesh,
+) -> TrainState:
+    """The training state as shapes, dtypes and shardings; nothing is allocated."""
+    params = jax.eval_shape(
+        functools.partial(model.init, dtype=dtype), jax.random.key(0)
+    )
+    create = functools.partial(TrainState.create, optimizer=optimizer)
+    return sharding.abstract(jax.eval_shape(create, params), mesh)
 
 
 def initial_params(run: Run) -> Params:
@@ -241,7 +285,3 @@ def stage_params(run: Run, stage: str) -> Params:
     with run.checkpoints(stage) as checkpoints:
         _, state, _ = checkpoints.restore(run.abstract_state(optimizer))
     return state.params
-
-
-def finite_or_none(x: float) -> float | None:
-    return x if math.isfinite(x) else None

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from grpo_jax import data, sharding
@@ -48,8 +49,9 @@ def train(run: Run, start_params: Callable[[], Params]) -> Params:
         data_dir=config.data.dir or None,
         require=("solution",),
     )
-    batches = data.Batches(examples, settings.batch_size, seed=config.seed)
+    batches = Samples(run, examples)
     rows = settings.micro_rows * sharding.rows_multiple(run.mesh)
+    capacity = -(-(settings.batch_rows or settings.batch_size) // rows)
     transformation, rate = optimizer(config)
 
     def make_body(shardings) -> Body:
@@ -58,16 +60,54 @@ def train(run: Run, start_params: Callable[[], Params]) -> Params:
         place = sharding.batch_placer(run.mesh)
 
         def body(step, state):
-            samples = encode(run, batches[step])
-            batch = pack(samples, length=settings.row_length, rows=rows)
-            batch = batch.with_capacity(-(-settings.batch_size // rows))
-            state, metrics = update(state, None, place(batch))
+            batch = pack(batches[step], length=settings.row_length, rows=rows)
+            state, metrics = update(state, None, place(batch.with_capacity(capacity)))
             metrics = jax.device_get(metrics)
             return state, metrics | {"learning_rate": float(rate(step))}
 
         return body
 
     return run_stage(run, "sft", transformation, start_params, make_body)
+
+
+class Samples:
+    """The samples of every step: of batch_size examples, or of batch_rows rows."""
+
+    def __init__(self, run: Run, examples: data.Dataset):
+        settings, seed = run.config.sft, run.config.seed
+        self.run, self.examples = run, examples
+        if settings.batch_rows:
+            rows = concatenate(
+                [len(encode(run, [e])[0].tokens) - 1 for e in examples],
+                settings.row_length,
+                seed,
+            )
+            self.batches = data.Batches(rows, settings.batch_rows, seed=seed)
+        else:
+            alone = [[i] for i in range(len(examples))]
+            self.batches = data.Batches(alone, settings.batch_size, seed=seed)
+
+    def __getitem__(self, step: int) -> list[Sample]:
+        numbers = [i for row in self.batches[step] for i in row]
+        return encode(self.run, [self.examples[i] for i in numbers])
+
+
+def concatenate(lengths: list[int], size: int, seed: int) -> list[list[int]]:
+    """Items in a random order, put one after the other until a row is full (the paper).
+
+    >>> rows = concatenate([3, 3, 3, 3], size=6, seed=0)
+    >>> [len(row) for row in rows], sorted(i for row in rows for i in row)
+    ([2, 2], [0, 1, 2, 3])
+    """
+    rows: list[list[int]] = []
+    room = 0
+    for i in np.random.default_rng(seed).permutation(len(lengths)).tolist():
+        if lengths[i] > room:
+            rows.append([])
+            room = size
+        rows[-1].append(i)
+        room -= lengths[i]
+    return rows
 
 
 def encode(run: Run, examples: list[data.Example]) -> list[Sample]:

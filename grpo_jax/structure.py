@@ -241,7 +241,7 @@ def relation_sides(text: str) -> tuple[list[str], list[str]] | None:
 
 _NAME_LIKE = rules(
     (TEXT + r"|\\(?:angle|triangle|mathbf|vec)" + END, "w"),
-    (r"_(?:\{[^{}]*\}|\w)", ""),
+    (r"_(?:\{[^{}]*\}|\w)|\^\{-1\}(?=\()", ""),
     (r"\\frac\{[A-Za-z]+\}\{[A-Za-z]+\}|\b[A-Z]+/[A-Z]+\b|\|[A-Z]{2}\|", "w"),
     (r"(?<=[A-Za-z}'])\([^()]*\)", ""),
     (r"^\([A-Za-z](?:,[A-Za-z])+\)$", "w"),

@@ -38,12 +38,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str]) -> Config:
     """The checked config of a command line; every mistake is one line."""
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, inline = flag.lstrip("-").partition("=")
+        file = inline if equals else value
+        if name == "config" and not Path(file.partition(":")[0]).is_file():
+            raise GrpoError(f"--config: {file or 'nothing'}: no such file ({USAGE})")
     try:
         rest = flags.FLAGS(argv)[1:]
     except flags.Error as error:
         raise GrpoError(f"{str(error).splitlines()[0]} ({USAGE})") from None
-    except FileNotFoundError as error:
-        raise GrpoError(f"--config: {error.filename}: no such file") from None
     except (KeyError, AttributeError):
         for argument in argv[1:]:
             name = argument.lstrip("-").partition("=")[0]
@@ -76,6 +79,8 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     from grpo_jax.recorder import Recorder
 
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if config.model.path and config.model.vocab_size:  # a large model: say what it is
+        print(run.describe_state(config), flush=True)
     model, tokenizer = run.make_model(config)
     with lock(workdir), jax.set_mesh(mesh):
         run.claim(config, workdir, accept_changes=accept_changes)

@@ -21,7 +21,8 @@ NAN = float("nan")
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_trl(scale, x64):
     ours = group_advantages(GOLDEN["rewards"], 6, scale=scale)
-    np.testing.assert_allclose(ours, GOLDEN[f"advantages_{scale}"], rtol=1e-12)
+    # TRL's nanstd takes count / (count - 1) in float32, even of float64 rewards
+    np.testing.assert_allclose(ours, GOLDEN[f"advantages_{scale}"], rtol=1e-7)
 
 
 BY_HAND = [

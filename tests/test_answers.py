@@ -68,6 +68,7 @@ EQUAL = r"""
 60 mph | 60 miles per hour
 $5.00 | 5 dollars
 18（颗） | 18颗
+3.6千克 | 3.6 kg
 52° | 52
 6\frac{1}{6}\text{ feet} | \frac{37}{6}
 [1,2) | 1 \le x < 2
@@ -87,6 +88,7 @@ p=5,q=2;p=7,q=2 | (5,2),(7,2)
 (0;0;6) | (0, 0, 6)
 y=2x+3 | 2x-y+3=0
 k=\frac13 | 1/3
+f^{-1}(x)=\frac{x+1}{3} | \frac{x+1}{3}
 r = \frac{31}{5} = 6.2 | 6.2
 \frac{NO}{BO}=\frac12 | 0.5
 \begin{pmatrix}0.02\\1\\\end{pmatrix} | \begin{bmatrix}1/50\\1\end{bmatrix}

@@ -174,7 +174,8 @@ def test_a_bad_folder_leaves_nothing_behind(tmp_path):
 # -- .gguf -----------------------------------------------------------------------------
 
 WORDS = ["a", "b", "1", "2", "Ġ", "Ċ", "ab", "Ġab", "12", "<|im_start|>", "<|im_end|>"]
-TYPES = [1] * 9 + [3, 3]
+WORDS += ["ba"]  # that no merge makes
+TYPES = [1] * 9 + [3, 3, 1]
 SHAPES = {  # of a Llama with 4 heads of width 4, 2 key heads
     "token_embd": (len(WORDS), 16),
     "output_norm": (16,),
@@ -281,6 +282,9 @@ def test_the_pre_tokenizer_is_the_named_one(pre, expected, tmp_path):
     bos = [9] if pre == "llama-bpe" else []  # llama.cpp's rule where nothing is said
     assert ids == [*bos, 9, *expected, 10]
     assert tokenizer.decode(ids, skip_special_tokens=True) == " ab12\n"
+    # llama-bpe takes a whole word that is a token, merges or not
+    whole = tokenizer.encode("ba", add_special_tokens=False).ids
+    assert whole == ([11] if pre == "llama-bpe" else [1, 0])
 
 
 def test_names_and_ids_of_special_tokens(tmp_path):

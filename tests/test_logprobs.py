@@ -179,7 +179,7 @@ def test_shard_map(check_vma):
 
     def total(f, hidden, unembed):
         logps, entropy = f(hidden, unembed, targets)
-        return (logps * jnp.arange(5)).sum() + entropy.sum(), (logps, entropy)
+        return (logps @ jnp.arange(5.0)).sum() + entropy.sum(), (logps, entropy)
 
     def run(f):
         grad = jax.value_and_grad(functools.partial(total, f), (0, 1), has_aux=True)
@@ -199,7 +199,8 @@ def test_large_logits_keep_their_digits():
     logps, entropy = token_logprobs(hidden, unembed, targets)
     expected = plain(hidden, unembed, targets)
     np.testing.assert_allclose(logps, expected[0], rtol=1e-6)
-    np.testing.assert_allclose(entropy, expected[1], atol=2e-3)
+    last = np.spacing(np.float32(1e4))  # the entropy may lose a few of these
+    np.testing.assert_allclose(entropy, expected[1], atol=4 * last)
     ours, theirs = (
         jax.grad(lambda h, f=f: f(h, unembed, targets)[0].sum())(hidden)
         for f in (token_logprobs, plain)

@@ -1,0 +1,34 @@
+"""SmolLM2-135M-Instruct on GSM8K by GRPO: a real model on real questions, on a CPU.
+
+    make smollm2
+    python train.py --config configs/smollm2_135m.py
+
+Hardware: 2 cores, 8 GB. The paper's settings, scaled down: G 8 instead of 64,
+4 questions a step instead of 16, 128 new tokens instead of 1024, 20 steps; the same
+learning rate 1e-6, β 0.04, ε 0.2 and one update a rollout. Data: GSM8K, from
+$GRPO_JAX_DATA or downloaded. Evaluation: 50 questions of its test split, greedy.
+"""
+
+from grpo_jax.config import (
+    Config,
+    DataSettings,
+    EvalSettings,
+    ModelSettings,
+    OptimizerSettings,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        name="smollm2_135m",
+        rl_steps=20,
+        questions_per_step=4,
+        group_size=8,
+        max_new_tokens=128,
+        learning_rate=1e-6,
+        checkpoint_every=5,
+        model=ModelSettings(path="models/smollm2-135m-instruct"),
+        data=DataSettings(train="gsm8k", eval="gsm8k", max_prompt_tokens=256),
+        optimizer=OptimizerSettings(micro_rows=4),
+        eval=EvalSettings(questions=50, samples=0, batch=50),
+    )

@@ -1,0 +1,139 @@
+"""Every wrong config is refused in one line that names the key (faults 1-6)."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo_jax.config import (
+    METHODS,
+    Config,
+    DataSettings,
+    EvalSettings,
+    ModelSettings,
+    flatten,
+    from_dict,
+    to_json,
+    validate,
+)
+from grpo_jax.errors import GrpoError
+
+ROOT = Path(__file__).parent.parent
+GOOD = Config(
+    sft_steps=1,
+    data=DataSettings(sft="sums/chain"),
+    model=ModelSettings(layers=1, width=16, heads=2, ffn=16),
+)
+
+
+def changed(name, value):
+    """GOOD with one field changed, by its dotted name."""
+    values = dataclasses.asdict(GOOD)
+    *path, last = name.split(".")
+    inner = values
+    for key in path:
+        inner = inner[key]
+    inner[last] = value
+    return from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("method", "gpro", "did you mean grpo"),
+        ("rl_steps", -1, "0 or more"),
+        ("clip_low", 0.0, "above 0"),
+        ("kl_coef", float("nan"), "NaN"),
+        ("group_size", 1, "2 or more"),
+        ("temperature", 0.0, "above 0"),
+        ("surrogate", "cispo", "clip_high"),
+        ("data.template", "chatt", "did you mean chat"),
+        ("data.sft", "", "name the worked examples"),
+        ("model.width", 18, "not a multiple"),
+        ("sft_steps", 0, "random weights"),
+        ("rewards.functions", "rule,format", "1 for 2 functions"),
+        ("rewards.weights", "a", "not numbers"),
+        ("eval.samples", -2, "0 or more"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(name, value, message):
+    validate(GOOD)
+    with pytest.raises(GrpoError, match=message) as caught:
+        validate(changed(name, value))
+    text = str(caught.value)
+    assert text.startswith("config.") and "\n" not in text
+
+
+def test_what_a_method_would_ignore_is_refused():
+    for name in METHODS["grpo"]:
+        value = "k3" if name == "kl_estimator" else 1
+        if name in ("aggregate", "importance", "surrogate"):
+            value = METHODS["grpo"][name]
+        if name.startswith("advantage"):
+            value = METHODS["grpo"][name]
+        config = changed(name, value if name != "delta" else 2.0)
+        with pytest.raises(GrpoError, match=f"config.{name}: method sft would ignore"):
+            validate(dataclasses.replace(config, method="sft"))
+
+
+def test_a_methods_own_fields_have_the_papers_values():
+    assert GOOD.kl_coef is None and GOOD.of_method("kl_coef") == 0.04
+    assert changed("kl_coef", 0.0).of_method("kl_coef") == 0.0
+    assert GOOD.of_method("updates_per_rollout") == 1
+
+
+def test_config_json_reads_back_as_it_was():
+    import json
+
+    config = changed("eval.questions", 7)
+    assert from_dict(json.loads(to_json(config))) == config
+    assert flatten(config)["eval.questions"] == 7
+
+
+def test_every_config_file_is_valid_with_every_method_it_names():
+    import runpy
+
+    for file in sorted((ROOT / "configs").glob("*.py")):
+        config = runpy.run_path(str(file))["get_config"]()
+        assert validate(config) is config, file
+        assert config.name == file.stem
+    tiny = runpy.run_path(str(ROOT / "configs/tiny.py"))["get_config"]
+    for method in METHODS:
+        validate(dataclasses.replace(tiny(), method=method))
+
+
+COMMANDS = {
+    "no config": ([], r"usage: python train.py --config"),
+    "no file": (["--config", "configs/nothing.py"], "nothing.py"),
+    "unknown key": (["--config.group_sise=4"], "did you mean config.group_size"),
+    "inner key": (["--config.mesh.fdsp=4"], "did you mean config.mesh.fsdp"),
+    "wrong type": (["--config.rl_steps=many"], "config.rl_steps"),
+    "unknown flag": (["--workdri=x"], "workdri"),
+    "mesh": (["--config.mesh.tensor=3"], "not the number of devices"),
+}
+
+
+def test_the_command_line_refuses_in_one_line():
+    """Each in a process of its own, started together."""
+    started = {}
+    for label, (arguments, _) in COMMANDS.items():
+        if arguments and not arguments[0] == "--config":
+            arguments = ["--config", "configs/tiny.py", *arguments]
+        started[label] = subprocess.Popen(
+            [sys.executable, "train.py", *arguments],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    for label, process in started.items():
+        error = process.communicate(timeout=120)[1].strip()
+        assert process.returncode == 1, label
+        assert re.search(COMMANDS[label][1], error), (label, error)
+        assert error.startswith("error: ") and "\n" not in error, (label, error)
+
+
+def test_eval_settings_take_zero_for_all():
+    assert validate(dataclasses.replace(GOOD, eval=EvalSettings(questions=0)))

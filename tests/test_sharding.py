@@ -1,0 +1,131 @@
+"""One mesh, whatever its shape: the numbers of one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax import sharding
+from grpo_jax.errors import GrpoError
+from grpo_jax.model import Decoder, ModelConfig
+from grpo_jax.packing import Sample, pack
+from grpo_jax.rollout import generate
+from grpo_jax.update import accumulate, grpo_objective
+
+CONFIG = ModelConfig(
+    vocab_size=64, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, ffn=64
+)
+MODEL = Decoder(CONFIG)
+LAYOUTS = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+
+
+def place(tree, mesh):
+    return jax.device_put(tree, sharding.shardings(tree, mesh))
+
+
+def make_batch():
+    rng = np.random.default_rng(0)
+    samples = [
+        Sample(
+            tokens=rng.integers(0, 64, 12).tolist(),
+            mask=[0] * 4 + [1] * 8,
+            advantages=a,
+        )
+        for a in rng.normal(size=16).tolist()
+    ]
+    return pack(samples, length=12, rows=8)
+
+
+def run_on(mesh, prompts):
+    """(loss, gradients, greedy tokens) on a mesh."""
+    with jax.set_mesh(mesh):
+        params = place(MODEL.init(jax.random.key(0)), mesh)
+        reference = place(MODEL.init(jax.random.key(1)), mesh)
+        batch = sharding.batch_placer(mesh)(make_batch())
+        step = jax.jit(accumulate, static_argnums=0)
+        gradients, metrics = step(
+            grpo_objective(MODEL, kl_coef=0.1), params, reference, batch
+        )
+        out = generate(
+            MODEL,
+            params,
+            prompts,
+            key=jax.random.key(0),
+            samples=2,
+            max_new_tokens=10,
+            temperature=0,
+            eos_id=0,
+        )
+    return jax.device_get((metrics["loss"], gradients, out.tokens, out.logps))
+
+
+PROMPTS = [[1, 2, 3], [9] * 14, [5]]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return run_on(sharding.make_mesh(devices=jax.devices()[:1]), PROMPTS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_gives_one_devices_numbers(layout, alone):
+    loss, gradients, tokens, logps = run_on(sharding.make_mesh(*layout), PROMPTS)
+    np.testing.assert_allclose(loss, alone[0], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(alone[1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    np.testing.assert_array_equal(tokens, alone[2])
+    np.testing.assert_allclose(logps, alone[3], atol=1e-5)
+
+
+def test_the_weights_are_really_split():
+    mesh = sharding.make_mesh(2, 2, 2)
+    params = place(MODEL.init(jax.random.key(0)), mesh)
+    shards = {
+        name: leaf.addressable_shards[0].data.shape
+        for name, leaf in params["layers"].items()
+    }
+    assert shards["q_proj"] == (2, 16, 16)  # [L, out / tensor, in / fsdp]
+    assert shards["down_proj"] == (2, 16, 32)  # [L, out / fsdp, in / tensor]
+    assert params["embed"].addressable_shards[0].data.shape == (32, 16)
+    assert shards["input_norm"] == (2, 32)
+
+
+def test_an_axis_that_does_not_divide_stays_whole():
+    mesh = sharding.make_mesh(1, 8, 1)
+    assert sharding.spec_of("layers/q_proj", (2, 8, 12), mesh) == jax.P(
+        None, "tensor", None
+    )
+
+
+def test_optimiser_state_follows_the_parameters():
+    import optax
+
+    mesh = sharding.make_mesh(1, 8, 1)
+    params = jax.eval_shape(MODEL.init, jax.random.key(0))
+    state = jax.eval_shape(optax.adamw(1e-3).init, params)
+    specs = sharding.shardings(state, mesh)
+    moments = specs[0].mu["layers"]["up_proj"].spec
+    assert moments == sharding.shardings(params, mesh)["layers"]["up_proj"].spec
+    assert moments == jax.P(None, "tensor", "fsdp")
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ((3, 1, 1), "not the number of devices, 8"),
+        ((-1, -1, 1), "one of them may be -1"),
+        ((0, 1, 1), "1 or more"),
+    ],
+)
+def test_a_wrong_mesh_is_refused_with_its_numbers(sizes, message):
+    with pytest.raises(GrpoError, match=message):
+        sharding.make_mesh(*sizes)
+
+
+def test_the_rest_of_the_devices_is_taken():
+    assert dict(sharding.make_mesh(2, -1, 2).shape) == {
+        "data": 2,
+        "fsdp": 2,
+        "tensor": 2,
+    }
+    assert jnp.prod(jnp.array(list(sharding.make_mesh(1, -1, 1).shape.values()))) == 8
