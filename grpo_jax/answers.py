@@ -46,6 +46,7 @@ def extract(text: str) -> str | None:
     >>> extract("He pays 3 + 4 = 7. The answer is $7.00."), extract("so 1,234 in all")
     ('7.00', '1,234')
     """
+    text = re.sub(r"<<[^<>\n]{0,99}>>", "", text)  # GSM8K's calculator notes
     if found := _HOPE.findall(text):
         return _trim(found[-1]) or None
     if boxes := [box for box in boxed(text) if box.strip()]:

@@ -27,7 +27,7 @@ from pathlib import Path
 from grpo_jax import answers
 from grpo_jax.errors import GrpoError
 
-SECONDS = 2.5  # for one pair; with a fresh worker's start a pair stays under 5
+SECONDS = 3.0  # for one pair; with a fresh worker's start a pair stays under 5
 START_SECONDS = 120.0
 MEMORY = 2 << 30  # bytes of address space a worker may use
 WORKERS = max(1, min(8, (os.cpu_count() or 2) // 2))

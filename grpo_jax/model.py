@@ -12,6 +12,7 @@ V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -106,30 +107,24 @@ def attention(
     return out.reshape(*out.shape[:2], -1, out.shape[-1])
 
 
-_NORMAL = nn.initializers.variance_scaling(
-    1.0, "fan_in", "normal", in_axis=-1, out_axis=-2
-)
-
-
 class Block(nn.Module):
     """One layer; `attend` decides what its queries see."""
 
     config: ModelConfig
 
-    def weight(self, name: str, *shape: int, init=_NORMAL) -> Array:
-        return self.param(name, init, shape)
+    def weight(self, name: str, *shape: int) -> Array:
+        """Declares a parameter; `Decoder.init` gives all of them their values."""
+        return self.param(name, nn.initializers.zeros, shape)
 
     def linear(self, x: Array, name: str, out: int, bias: bool = False) -> Array:
         weight = self.weight(name, out, x.shape[-1]).astype(x.dtype)
         y = jnp.einsum("...D,FD->...F", x, weight)
         if bias:
-            zeros = nn.initializers.zeros
-            y += over(y, self.weight(name + "_bias", out, init=zeros).astype(x.dtype))
+            y += over(y, self.weight(name + "_bias", out).astype(x.dtype))
         return y
 
     def norm(self, x: Array, name: str) -> Array:
-        scale = self.weight(name, x.shape[-1], init=nn.initializers.ones)
-        return rms_norm(x, scale, self.config.norm_eps)
+        return rms_norm(x, self.weight(name, x.shape[-1]), self.config.norm_eps)
 
     @nn.compact
     def __call__(self, x: Array, positions: Array, attend: Attend) -> tuple[Array, Any]:
@@ -181,26 +176,35 @@ class Decoder:
     remat: bool = False  # recompute each layer's insides in the backward pass
 
     def init(self, key: Array, dtype: str = "float32") -> Params:
-        """Fresh parameters: embed, layers {name: [L, …]}, norm, unembed unless tied."""
+        """Fresh parameters: embed, layers {name: [L, …]}, norm, unembed unless tied.
+
+        Matrices are normal with variance 1 / fan-in, norms 1, biases 0. All come from
+        one vector of random numbers: a program for each matrix would take long to
+        compile.
+        """
         c = self.config
-        embed_key, layers_key, unembed_key = jax.random.split(key, 3)
-        x = jnp.zeros((1, 1, c.width))
-
-        def layer(key):
-            attend: Attend = lambda q, k, v: (q, None)  # noqa: E731
-            return Block(c).init(key, x, jnp.zeros((1, 1), int), attend)["params"]
-
-        def matrix(key):
-            return jax.random.normal(key, (c.vocab_size, c.width)) / math.sqrt(c.width)
-
-        params = {
-            "embed": matrix(embed_key),
-            "layers": jax.vmap(layer)(jax.random.split(layers_key, c.layers)),
-            "norm": jnp.ones(c.width),
-        }
+        attend: Attend = lambda q, k, v: (q, None)  # noqa: E731
+        block = functools.partial(Block(c).init, attend=attend)
+        x, positions = jnp.zeros((1, 1, c.width)), jnp.zeros((1, 1), int)
+        layer = jax.eval_shape(block, key, x, positions)["params"]
+        shapes = {f"layers/{k}": (c.layers, *leaf.shape) for k, leaf in layer.items()}
+        shapes |= {"embed": (c.vocab_size, c.width), "norm": (c.width,)}
         if not c.tied:
-            params["unembed"] = matrix(unembed_key)
-        return jax.tree.map(lambda x: x.astype(dtype), params)
+            shapes["unembed"] = (c.vocab_size, c.width)
+        sizes = {k: 0 if is_vector(k) else math.prod(s) for k, s in shapes.items()}
+        noise = jax.random.normal(key, (sum(sizes.values()),))
+        params: Params = {"layers": {}}
+        start = 0
+        for path, shape in sorted(shapes.items()):
+            if is_vector(path):
+                value = jnp.full(shape, 0.0 if path.endswith("bias") else 1.0)
+            else:
+                value = noise[start : start + sizes[path]].reshape(shape)
+                value /= math.sqrt(shape[-1])
+                start += sizes[path]
+            inner = params["layers"] if path.startswith("layers/") else params
+            inner[path.removeprefix("layers/")] = value.astype(dtype)
+        return params
 
     def unembed(self, params: Params) -> Float[Array, "D V"]:
         """The output matrix; a transposed view inside jit, never a copy."""
@@ -296,6 +300,11 @@ class Decoder:
             self.unembed(params),
             preferred_element_type=jnp.float32,
         )
+
+
+def is_vector(path: str) -> bool:
+    """Whether a parameter is a norm's scale or a bias, by its path."""
+    return path.endswith(("norm", "bias"))
 
 
 def default_positions(

@@ -182,8 +182,8 @@ _RULES = rules(
     # prose: times, large numbers, options, what introduces an answer
     (r"(?i)(?<=\d) ?(\\text\{)? ?([ap])\.? ?m\b\.? ?(?(1)\})",
      lambda m: rf"\text{{{m[2].lower()}m}}"),
-    (r"(?<=[\d}]) ?(\\text\{)? ?(百万|千万|[百万亿]|千(?![克米瓦卡])|(?:hundred|thousand|million|"
-     rf"billion|trillion){END})", _scale),
+    (r"(?<=[\d}]) ?(\\text\{)? ?(百万|千万|[百万亿]|千(?![克米瓦卡])|"
+     rf"(?:hundred|thousand|million|billion|trillion){END})", _scale),
     (r"(?i)^ ?(?:故?选项?|option|choice) ?:? ?(?=\(?[A-J]\b)", ""),
     (r"^ ?\(?([A-J])\)? ?选项 ?$", r"\1"),
     (r"百分之 ?([\d.]+)", r"\1%"),

@@ -75,7 +75,8 @@ def load_pretrained(
     >>> config = ModelConfig(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2,
     ...                      head_dim=4, ffn=32)
     >>> model = Decoder(config)
-    >>> params = model.init(jax.random.key(0))
+    >>> plan = abstract_params(config)
+    >>> params = jax.tree.map(lambda x: jax.numpy.ones(x.shape), plan)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_pretrained(model, params, folder + "/hf")
     ...     again, same = load_pretrained(folder + "/hf")

@@ -22,6 +22,7 @@ EXTRACTED = [
     ("所以一共 3+4=7 个。答案是：7。", "7"),
     ("答案为 $\\frac{3}{4}$。", "\\frac{3}{4}"),
     ("She sells 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\n#### 18", "18"),
+    ("The answer is <<8=8>>8.\n#### 8", "8"),
     ("#### 1,234", "1,234"),
     ("```python\nprint(6*7)\n```\n```output\n42\n```\n", "42"),
     ("```output\n1\n```\nagain\n```output\n12.5\n```", "12.5"),
@@ -122,6 +123,7 @@ DIFFERENT = r"""
 45^\circ | 45\%
 3 hours | 3 minutes
 1.41 | \sqrt{2}
+1.41421356237 | \sqrt{2}
 0.33 | \frac13
 1\cdot\frac13 | \frac43
 2^{-99} | 2^{-98}

@@ -342,7 +342,7 @@ def test_smollm2_is_what_transformers_reads_from_the_same_file():
     assert config["tie_word_embeddings"] and config["rms_norm_eps"] == 1e-5
     q = dict(model.tensors())["model.layers.3.self_attn.q_proj.weight"].read()
     assert q.shape == (576, 576)
-    np.testing.assert_array_equal(q[[1, 33, 70], 5], np.float32(ROWS))
+    np.testing.assert_array_equal(q[[1, 33, 70], 5], np.array(ROWS, np.float32))
     tokenizer = model.tokenizer()
     for text, ids in IDS.items():
         assert tokenizer.encode(text).ids == ids

@@ -84,6 +84,13 @@ def test_a_worker_killed_between_pairs_is_replaced(pool):
     assert pool.same(r"\sqrt{8}", r"2\sqrt{2}")
 
 
+def test_ctrl_c_leaves_the_worker_to_its_parent(pool):
+    (worker,) = pool._all
+    os.kill(worker.process.pid, signal.SIGINT)
+    assert pool.same(r"\sqrt{8}", r"2\sqrt{2}")
+    assert pool._all == {worker} and worker.process.poll() is None
+
+
 def test_threads_share_the_pool(pool):
     found = {}
 

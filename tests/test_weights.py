@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from grpo_jax import hf_config, sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.model import Decoder, ModelConfig, RopeScaling
+from grpo_jax.model import Decoder, ModelConfig, Params, RopeScaling
 from grpo_jax.weights import (
     abstract_params,
     load_pretrained,
@@ -304,7 +304,7 @@ def _tokenizer(size):
 
 
 @pytest.fixture
-def model():
+def new_model() -> tuple[Decoder, Params]:
     config = ModelConfig(
         vocab_size=11, width=8, layers=1, heads=2, kv_heads=1, head_dim=4, ffn=8
     )
@@ -312,8 +312,9 @@ def model():
     return Decoder(config), jax.tree.map(lambda x: jnp.ones(x.shape), plan)
 
 
-def test_a_new_model_gets_a_config_and_its_tokenizer(model, tmp_path):
-    save_pretrained(*model, tmp_path / "out", tokenizer=Vocabulary())
+def test_a_new_model_gets_a_config_and_its_tokenizer(new_model, tmp_path):
+    model, params = new_model
+    save_pretrained(model, params, tmp_path / "out", tokenizer=Vocabulary())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["torch_dtype"] == "float32"
@@ -337,24 +338,26 @@ def test_the_source_folder_s_other_fields_are_kept(tmp_path):
         save_pretrained(model, params, tmp_path / "no", source=GOLDEN / "qwen2")
 
 
-def test_an_export_is_complete_or_not_there(model, tmp_path):
+def test_an_export_is_complete_or_not_there(new_model, tmp_path):
+    model, params = new_model
+
     class Broken(Vocabulary):
         def save(self, folder):
             raise RuntimeError("disk")
 
     with pytest.raises(RuntimeError):
-        save_pretrained(*model, tmp_path / "out", tokenizer=Broken())
+        save_pretrained(model, params, tmp_path / "out", tokenizer=Broken())
     assert os.listdir(tmp_path) == []
 
     (tmp_path / "out").mkdir()
-    save_pretrained(*model, tmp_path / "out")  # an empty folder is taken
+    save_pretrained(model, params, tmp_path / "out")  # an empty folder is taken
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     with pytest.raises(GrpoError, match="out: exists and is not empty"):
-        save_pretrained(*model, tmp_path / "out")
+        save_pretrained(model, params, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     (tmp_path / "file").write_text("")
     with pytest.raises(GrpoError, match="file/out: cannot be written"):
-        save_pretrained(*model, tmp_path / "file" / "out")
+        save_pretrained(model, params, tmp_path / "file" / "out")
 
 
 # -- faults 18-24 and 26 ---------------------------------------------------------------

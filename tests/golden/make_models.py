@@ -17,8 +17,8 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers as tf
+import torch  # type: ignore
+import transformers as tf  # type: ignore
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent / "families"
