@@ -1,9 +1,8 @@
 """Checkpoints: state in, state out, nothing lost.
 
-In: a pytree of jax arrays (parameters, optimiser state, step, typed PRNG keys), on
-one device or sharded over the mesh of many processes, and a JSON dictionary.
-Out: one folder a step, written by Orbax while training goes on, with a checksum a
-leaf; the same state again, on any mesh, or one line that says what is wrong.
+In: a pytree of jax arrays (typed PRNG keys too), on one device or over the mesh of
+many processes, and a JSON dictionary. Out: one folder a step, written by Orbax while
+training goes on, with a checksum a leaf; the same state again, or one line why not.
 
 A checksum is Σ_i h(bits of element i, i) modulo 2**32, computed where the array lives.
 An integer sum does not depend on its order, so neither does the checksum on the mesh;
@@ -105,9 +104,8 @@ def checksum(x: jax.Array) -> jax.Array:
 
 def _flatten(tree: Any) -> dict[str, Any]:
     """The leaves by name, such as `params/layers/0/kernel`."""
-    pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
     leaves: dict[str, Any] = {}
-    for path, leaf in pairs:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name in leaves:
             raise GrpoError(f"state: two leaves are named {name}; rename one")
@@ -134,9 +132,8 @@ def _first_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     text = (str(error).strip().splitlines() or [""])[0].split(" [tensorstore_spec")[0]
-    if len(text) > 300:  # the cause stands at either end
-        text = f"{text[:120]} … {text[-170:]}"
-    return f"{type(error).__name__}: {text}"
+    ends = f"{text[:120]} … {text[-170:]}"  # the cause stands at either
+    return f"{type(error).__name__}: {ends if len(text) > 300 else text}"
 
 
 class Checkpoints:
@@ -146,9 +143,10 @@ class Checkpoints:
     Every process of a run makes the same calls in the same order.
 
     Args:
-        directory: made when missing; half-written folders of a killed run are removed.
+        directory: made when missing.
         every: `save` writes at the steps that this divides.
         keep: how many checkpoints stay, the newest ones.
+        clean: remove what a killed run left half-written; not where one may be live.
 
     >>> import tempfile
     >>> state = {"w": jnp.arange(3.0), "key": jax.random.key(0)}
@@ -161,12 +159,14 @@ class Checkpoints:
     (True, 2, [0.0, 1.0, 2.0], {'loss': 0.5})
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, every: int, keep: int = 2):
+    def __init__(
+        self, directory: str | os.PathLike[str], *, every: int, keep=2, clean=True
+    ):
         if min(every, keep) < 1:
             raise GrpoError(f"checkpoints: every={every} or keep={keep} is below 1")
         local = "://" not in str(directory)
         self._directory = os.path.abspath(directory) if local else str(directory)
-        self._every, self._keep = every, keep
+        self._every, self._keep, self._clean = every, keep, clean
         self._here: int | None = None  # the step last saved or restored
         self._pending: Any = None
         self._preempted = False
@@ -182,7 +182,7 @@ class Checkpoints:
             self._orbax = training.Checkpointer(
                 self._directory,
                 preservation_policy=training.preservation_policies.LatestN(self._keep),
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=self._clean,
             )
         except OSError as error:
             raise self._error(_first_line(error)) from error

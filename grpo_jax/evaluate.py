@@ -87,31 +87,40 @@ def majority(predictions: Sequence[str | None], right: Sequence[bool]) -> bool:
     return right[predictions.index(votes.most_common(1)[0][0])]
 
 
-def answer_set(
-    model: Decoder,
-    params: Params,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    settings: Settings,
-    *,
-    temperature: float,
-    samples: int,
-    label: str,
-) -> tuple[list[list[str]], list[Example], int]:
-    """Completions of every question [n][samples], the questions asked, the left out."""
-    kept, dropped = encode_prompts(
+def load_prompts(
+    tokenizer: Tokenizer, name: str, settings: Settings
+) -> tuple[list[tuple[Example, list[int]]], int]:
+    """A set's questions with their prompts, and how many are too long to be asked."""
+    limit = settings.questions or None
+    examples = data.load(
+        name, "test", data_dir=settings.data_dir, limit=limit, require=("answer",)
+    )
+    return encode_prompts(
         tokenizer,
         examples,
         limit=settings.max_prompt_tokens,
         template=settings.template,
         instruction=settings.instruction,
     )
+
+
+def answer_all(
+    model: Decoder,
+    params: Params,
+    tokenizer: Tokenizer,
+    kept: Sequence[tuple[Example, list[int]]],
+    settings: Settings,
+    *,
+    temperature: float,
+    samples: int,
+    label: str,
+) -> list[list[str]]:
+    """Completions of every question, [n][samples]."""
     by_length = sorted(range(len(kept)), key=lambda i: -len(kept[i][1]))
     questions = max(1, settings.batch // samples)
     texts: list[list[str]] = [[] for _ in kept]
     key = jax.random.fold_in(jax.random.key(settings.seed), round(1000 * temperature))
-    with progress(label, 0, len(kept)) as bar:
-        bar.unit = "question"
+    with progress(label, 0, len(kept), unit="question") as bar:
         for start in range(0, len(kept), questions):
             chunk = by_length[start : start + questions]
             # The last chunk is filled up, so that it needs no program of its own.
@@ -131,7 +140,7 @@ def answer_set(
                 rows = range(place * samples, (place + 1) * samples)
                 texts[i] = [tokenizer.decode(tokens[r, : lengths[r]]) for r in rows]
             bar.update(len(chunk))
-    return texts, [example for example, _ in kept], dropped
+    return texts
 
 
 def measure(
@@ -145,20 +154,18 @@ def measure(
     label: str = "",
 ) -> Result:
     """Greedy accuracy; with samples also accuracy, pass@k, maj@k at a temperature."""
-    limit = settings.questions or None
-    examples = data.load(
-        name, "test", data_dir=settings.data_dir, limit=limit, require=("answer",)
-    )
-    result: Result = {"n": len(examples)}
+    kept, dropped = load_prompts(tokenizer, name, settings)
+    n = len(kept) + dropped  # a question that was left out counts as wrong
+    result: Result = {"n": n}
     modes = [("greedy", 0.0, 1)]
     if sampled and settings.samples:
         modes.append(("sampled", settings.temperature, settings.samples))
     for mode, temperature, samples in modes:
-        texts, asked, dropped = answer_set(
+        texts = answer_all(
             model,
             params,
             tokenizer,
-            examples,
+            kept,
             settings,
             temperature=temperature,
             samples=samples,
@@ -166,14 +173,12 @@ def measure(
         )
         predictions = [[answers.extract(text) for text in row] for row in texts]
         flat = [p for row in predictions for p in row]
-        references = [e.answer for e in asked for _ in range(samples)]
-        right = np.array(grading.grade(flat, references)).reshape(len(asked), samples)
-        # A question that was left out counts as wrong.
-        accuracy = float(right.sum() / (samples * len(examples)))
-        share = len(asked) / len(examples)
+        references = [e.answer for e, _ in kept for _ in range(samples)]
+        right = np.array(grading.grade(flat, references)).reshape(len(kept), samples)
+        accuracy, share = float(right.sum() / (samples * n)), len(kept) / n
         result[mode] = {
             "accuracy": accuracy,
-            "ci95": wilson(accuracy, len(examples)),
+            "ci95": wilson(accuracy, n),
             "too_long": dropped,
         }
         if samples > 1:
@@ -206,6 +211,12 @@ def settings_of(config: Config) -> Settings:
         seed=config.seed,
         data_dir=config.data.dir or None,
     )
+
+
+def check_sets(run: Run) -> None:
+    """Refuses before the training what the comparison would refuse after it."""
+    for name in set_names(run.config):
+        load_prompts(run.tokenizer, name, settings_of(run.config))
 
 
 def evaluate_set(
@@ -289,20 +300,21 @@ def _cell(result: Result | None) -> str:
     return f"{100 * result['accuracy']:.1f} ± {50 * (high - low):.1f}"
 
 
-def _load(path: str) -> tuple[Decoder, Params, Tokenizer, str]:
-    """A model with the template that it was trained on."""
+def _load(path: str) -> tuple[Decoder, Params, Tokenizer, str, str]:
+    """A model with the template and the instruction that it was trained on."""
     if (Path(path) / "checkpoints").is_dir():
         from grpo_jax.run import read_config
 
         model, params, tokenizer = load_run(path)
-        return model, params, tokenizer, read_config(Path(path)).data.template
+        asked = read_config(Path(path)).data
+        return model, params, tokenizer, asked.template, asked.instruction
     from grpo_jax import weights
 
     mesh = sharding.make_mesh(fsdp=-1)
     model, params = weights.load_pretrained(path, mesh=mesh)
     tokenizer = Tokenizer.from_folder(weights.find_folder(path, None))
     template = "chat" if tokenizer.chat_template else "deepseekmath"
-    return model, params, tokenizer, template
+    return model, params, tokenizer, template, "cot"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -321,6 +333,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=1024, help="of a completion (1024)")
     add("--batch", type=int, default=64, help="completions decoded at a time (64)")
     add("--template", choices=["chat", "deepseekmath", "plain"], help="of the prompt")
+    add("--instruction", choices=["cot", "tool", "none"], help="after the question")
     add("--data-dir", help="where the sets' original files lie ($GRPO_JAX_DATA)")
     add("--seed", type=int, default=0)
     flags = parser.parse_args(arguments)
@@ -350,9 +363,10 @@ def run_command(flags: argparse.Namespace) -> str:
         labels = list(flags.models)
     results: Result = {"models": labels, "sets": {}}
     for path, label in zip(flags.models, labels, strict=True):
-        model, params, tokenizer, template = _load(path)
+        model, params, tokenizer, template, instruction = _load(path)
         settings = Settings(
             template=flags.template or template,
+            instruction=flags.instruction or instruction,
             max_new_tokens=flags.max_new_tokens,
             questions=flags.questions,
             samples=flags.samples,

@@ -155,7 +155,7 @@ def _compiled(hidden, unembed, targets, temperature, chunk):
     # let every input vary over the axes of all: what the devices share, as unembed,
     # then has its gradient summed over them. XLA drops the constant choices.
     every = jax.lax.stop_gradient((hidden, unembed, targets, temperature))
-    one = sum(x.sum().astype(jnp.float32) for x in every)
+    one = sum((x.sum().astype(jnp.float32) for x in every), jnp.zeros(()))
 
     def like_all(x):
         return jnp.where(False, one.astype(x.dtype), x)

@@ -9,6 +9,7 @@ A resumed run drops the lines of steps that it does again.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -115,15 +116,25 @@ def _is_after(line: str, stage: str, step: int) -> bool:
     return values["stage"] == stage and values["step"] > step
 
 
-def progress(stage: str, start: int, steps: int) -> tqdm.tqdm:
-    """A bar with the time left; one line every ten seconds where there is no screen."""
+def progress(stage: str, start: int, steps: int, unit: str = "step") -> tqdm.tqdm:
+    """A bar with the time left; in a log a line every ten seconds and at the end."""
     screen = sys.stderr.isatty()
     return tqdm.tqdm(
         desc=stage,
         initial=start,
         total=steps,
-        unit="step",
+        unit=unit,
         dynamic_ncols=screen,
         mininterval=0.2 if screen else 10.0,
-        file=sys.stderr,
+        delay=0 if screen else 1e-9,  # no line at 0 %
+        file=sys.stderr if screen else _Lines(),
     )
+
+
+class _Lines(io.StringIO):
+    """What tqdm draws over and over in one line, as lines."""
+
+    def write(self, text: str) -> int:
+        if shown := text.replace("\x1b[A", "").strip():
+            print(shown, file=sys.stderr, flush=True)
+        return len(text)

@@ -52,15 +52,21 @@ def optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
     )
 
 
-def train(run: Run, reference: Params) -> Params:
+def prepare(run: Run) -> tuple[data.Batches, Rewards]:
+    """The batches of questions and the rewards: refused here, before any training."""
+    questions, config = load_questions(run), run.config
+    batches = data.Batches(questions, config.questions_per_step, seed=config.seed)
+    return batches, Rewards(config)
+
+
+def train(
+    run: Run, reference: Params, batches: data.Batches, rewards: Rewards
+) -> Params:
     """All RL steps, from wherever the work directory stands; `reference` is π_ref."""
     config = run.config
-    questions = load_questions(run)
-    batches = data.Batches(questions, config.questions_per_step, seed=config.seed)
     transformation, rate = optimizer(config)
     updates = config.of_method("updates_per_rollout")
     kl_coef = config.of_method("kl_coef")
-    rewards = Rewards(config)
     lay_out = Layout(run)
 
     def make_body(shardings) -> Body:
@@ -106,7 +112,7 @@ def train(run: Run, reference: Params) -> Params:
             }
             show(run, step, prompts, texts, scores.rewards, advantages)
             if config.eval.every and (step + 1) % config.eval.every == 0:
-                evaluate_now(run, state.params, step)
+                metrics |= evaluate_now(run, state.params)
             return state, metrics
 
         return body
@@ -269,11 +275,14 @@ def _number(x: Any) -> float | None:
     return round(float(x), 4) if np.isfinite(x) else None
 
 
-def evaluate_now(run: Run, params: Params, step: int) -> None:
-    """Greedy accuracy on the first set of the comparison, as a line of its own."""
+def evaluate_now(run: Run, params: Params) -> dict[str, float]:
+    """Greedy accuracy on the first set of the comparison, and what it took."""
     from grpo_jax import evaluate
 
+    started = time.perf_counter()
     name = evaluate.set_names(run.config)[0]
     result = evaluate.evaluate_set(run, params, name, sampled=False)
-    values = {f"{name}/greedy_accuracy": result["greedy"]["accuracy"]}
-    run.recorder.write("eval", step + 1, values)
+    return {
+        f"eval/{name}/greedy_accuracy": result["greedy"]["accuracy"],
+        "time/eval": time.perf_counter() - started,
+    }

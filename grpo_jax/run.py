@@ -59,10 +59,10 @@ class Run:
         data = self.config.data
         return {"template": data.template, "instruction": data.instruction}
 
-    def checkpoints(self, stage: str) -> Checkpoints:
+    def checkpoints(self, stage: str, *, clean: bool = True) -> Checkpoints:
         folder = self.workdir / "checkpoints" / stage
         every, keep = self.config.checkpoint_every, self.config.checkpoints_kept
-        return Checkpoints(folder, every=every, keep=keep)
+        return Checkpoints(folder, every=every, keep=keep, clean=clean)
 
     def state_shardings(self, optimizer: optax.GradientTransformation) -> Any:
         return sharding.shardings(self.abstract_state(optimizer), self.mesh)
@@ -271,7 +271,7 @@ def load_run(workdir: str | Path) -> tuple[Decoder, Params, Tokenizer]:
 def newest_stage(run: Run) -> str:
     for stage in reversed(STAGES):
         if (run.workdir / "checkpoints" / stage).is_dir():
-            with run.checkpoints(stage) as checkpoints:
+            with run.checkpoints(stage, clean=False) as checkpoints:
                 if checkpoints.steps():
                     return stage
     raise GrpoError(f"{run.workdir}: it holds no finished checkpoint")
@@ -282,6 +282,6 @@ def stage_params(run: Run, stage: str) -> Params:
     from grpo_jax import rl, sft
 
     optimizer, _ = {"sft": sft, "rl": rl}[stage].optimizer(run.config)
-    with run.checkpoints(stage) as checkpoints:
+    with run.checkpoints(stage, clean=False) as checkpoints:
         _, state, _ = checkpoints.restore(run.abstract_state(optimizer))
     return state.params

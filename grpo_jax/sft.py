@@ -84,12 +84,13 @@ class Samples:
             )
             self.batches = data.Batches(rows, settings.batch_rows, seed=seed)
         else:
-            alone = [[i] for i in range(len(examples))]
-            self.batches = data.Batches(alone, settings.batch_size, seed=seed)
+            self.batches = data.Batches(examples, settings.batch_size, seed=seed)
 
     def __getitem__(self, step: int) -> list[Sample]:
-        numbers = [i for row in self.batches[step] for i in row]
-        return encode(self.run, [self.examples[i] for i in numbers])
+        batch = self.batches[step]
+        if self.run.config.sft.batch_rows:
+            batch = [self.examples[i] for row in batch for i in row]
+        return encode(self.run, batch)
 
 
 def concatenate(lengths: list[int], size: int, seed: int) -> list[list[int]]:

@@ -87,14 +87,17 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
         with Recorder(workdir, config) as recorder:
             here = run.Run(config, workdir, mesh, model, tokenizer, recorder)
             try:
+                evaluate.check_sets(here)
+                with_rl = config.method == "grpo" and config.rl_steps
+                prepared = rl.prepare(here) if with_rl else None
                 models = {}
                 if config.sft_steps:
                     start = lambda: run.initial_params(here)  # noqa: E731
                     models["instruct"] = sft.train(here, start)
                 else:
                     models["instruct"] = run.initial_params(here)
-                if config.method == "grpo" and config.rl_steps:
-                    models["rl"] = rl.train(here, models["instruct"])
+                if prepared:
+                    models["rl"] = rl.train(here, models["instruct"], *prepared)
                 results = evaluate.compare(here, models)
             except run.Preempted as stopped:
                 print(f"{stopped}; the same command goes on from there")

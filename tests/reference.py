@@ -34,7 +34,7 @@ def grpo(
     kl_coef=0.04,
     kl_estimator="k3",
     aggregate="sequence_mean",
-    max_length=None,
+    max_length=0,
     importance="token",
     surrogate="clip",
 ):

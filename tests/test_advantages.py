@@ -74,7 +74,7 @@ def test_reference(x64):
     )
     for scale, baseline, ddof in grid:
         options = dict(scale=scale, baseline=baseline, ddof=ddof)
-        ours = group_advantages(rewards, 5, **options)
+        ours = group_advantages(jnp.asarray(rewards), 5, **options)
         theirs = reference.group_advantages(rewards, 5, **options)
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, err_msg=str(options))
         assert not ours[:10].any()
@@ -113,12 +113,12 @@ REWARDS = st.lists(st.integers(-8, 8), min_size=12, max_size=12)
 @given(REWARDS, st.permutations(range(4)), st.integers(-50, 50))
 def test_identities(rewards, order, shift):
     """Each group sums to 0; a shift changes nothing; a permutation permutes."""
-    r = np.array(rewards, np.float32)
+    r = jnp.array(rewards, jnp.float32)
     ours = np.asarray(group_advantages(r, 4)).reshape(3, 4)
     np.testing.assert_allclose(ours.sum(-1), 0, atol=2e-6)
-    shifted = group_advantages(r + np.float32(shift), 4)
+    shifted = group_advantages(r + shift, 4)
     np.testing.assert_allclose(shifted, ours.ravel(), rtol=1e-4, atol=2e-5)
-    permuted = group_advantages(r.reshape(3, 4)[:, list(order)].ravel(), 4)
+    permuted = group_advantages(r.reshape(3, 4)[:, np.array(order)].ravel(), 4)
     np.testing.assert_allclose(permuted, ours[:, list(order)].ravel(), atol=2e-6)
     # RLOO is the mean baseline times G / (G - 1)
     loo = group_advantages(r, 4, scale="none", baseline="leave_one_out")
@@ -126,7 +126,7 @@ def test_identities(rewards, order, shift):
     np.testing.assert_allclose(loo, np.asarray(mean) * 4 / 3, rtol=1e-5, atol=1e-5)
     # scaled by its std, a group that is not tied has std 1 (ddof 1)
     scaled = np.asarray(group_advantages(r, 4, eps=0.0)).reshape(3, 4)
-    for group, reward in zip(scaled, r.reshape(3, 4), strict=True):
+    for group, reward in zip(scaled, np.asarray(r).reshape(3, 4), strict=True):
         tied = reward.min() == reward.max()
         assert np.std(group, ddof=1) == pytest.approx(0 if tied else 1, abs=1e-5)
 

@@ -1,0 +1,490 @@
+"""A whole run as a stranger sees it: train.py, killed, stopped, moved, exported.
+
+One run goes straight through on one device; the others must come to the same bits, or
+say in one line why not. Runs of one device are processes of their own, those of eight
+run in here.
+"""
+
+import hashlib
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from grpo_jax import evaluate, export
+from grpo_jax.checkpoint import lock
+from grpo_jax.config import Config, validate
+from grpo_jax.errors import GrpoError
+from grpo_jax.run import load_run
+from grpo_jax.train import train
+
+ROOT = Path(__file__).parents[1]
+SFT_STEPS, RL_STEPS = 24, 4
+SIZES: dict[str, object] = {
+    "model.layers": 1,
+    "model.width": 16,
+    "model.heads": 2,
+    "model.ffn": 16,
+    "sft_steps": SFT_STEPS,
+    "sft.batch_size": 16,
+    "sft.micro_rows": 8,
+    "sft.learning_rate": 2e-2,
+    "sft.warmup_steps": 2,
+    "rl_steps": RL_STEPS,
+    "questions_per_step": 8,
+    "group_size": 4,
+    "max_new_tokens": 12,
+    "optimizer.micro_rows": 4,
+    "checkpoint_every": 2,
+    "eval.questions": 16,
+    "eval.batch": 16,
+    "rewards.weights": "1.0,0.1",
+}
+# Rewards that a user wrote, in a file of their own. SEND=SIGNAL@CALL sends the run a
+# signal in the middle of a step, as the terminal or the scheduler would.
+REWARDS = """
+import os
+
+calls = 0
+
+def length(prompts, completions, answer, **columns):
+    global calls
+    calls += 1
+    signal, _, call = os.environ.get("SEND", "").partition("@")
+    if call and calls == int(call):
+        os.killpg(os.getpgrp(), int(signal))
+    return [len(completion) / 10 for completion in completions]
+
+def broken(prompts, completions, **columns):
+    return 1 / 0
+
+def short(prompts, completions, **columns):
+    return [1.0]
+"""
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """The folder of the runs: questions that a tiny model can learn, and rewards."""
+    folder = tmp_path_factory.mktemp("runs")
+    rows = []
+    for a in range(1, 10):
+        for b in range(1, 10):
+            answer = a % 2 + 4  # not the sum: it takes no arithmetic to be right
+            row = {"question": f"{a}+{b}=?", "answer": f"{answer}"}
+            rows.append(json.dumps(row | {"solution": f"#### {answer}"}) + "\n")
+    (folder / "sums.jsonl").write_text("".join(rows))
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+def overrides(here: Path) -> dict[str, object]:
+    questions = str(here / "sums.jsonl")
+    return SIZES | {
+        "data.train": questions,
+        "data.sft": questions,
+        "data.eval": f"{questions}+sums/zh",
+        "rewards.functions": f"rule,{here / 'rewards.py'}:length",
+    }
+
+
+def start(here: Path, name: str, *flags: str, **environment: str) -> subprocess.Popen:
+    """train.py on one device, as a process (group) of its own."""
+    compiler = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    environment |= {
+        "XLA_FLAGS": compiler,
+        "JAX_COMPILATION_CACHE_DIR": str(here / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    settings = [f"--config.{k}={v}" for k, v in overrides(here).items()]
+    command = [sys.executable, "train.py", "--config", "configs/tiny.py", *settings]
+    return subprocess.Popen(
+        [*command, "--workdir", str(here / name), *flags],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # a shell that runs pytest in the background has it ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def finish(process: subprocess.Popen) -> SimpleNamespace:
+    out, err = process.communicate(timeout=300)
+    return SimpleNamespace(code=process.returncode, out=out, err=err)
+
+
+def train_here(here: Path, workdir: Path, *, accept: bool = False, **changes) -> None:
+    """The same run in this process, on eight devices; `changes`: name__inner=value."""
+    config: Config = runpy.run_path(str(ROOT / "configs/tiny.py"))["get_config"]()
+    changed = {name.replace("__", "."): value for name, value in changes.items()}
+    for name, value in (overrides(here) | changed).items():
+        outer, _, inner = name.rpartition(".")
+        setattr(getattr(config, outer) if outer else config, inner, value)
+    train(validate(config), workdir, accept_changes=accept)
+
+
+@pytest.fixture(autouse=True)
+def no_cache_at_home(here, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(here / "cache"))
+
+
+@pytest.fixture(scope="module")
+def straight(here):
+    """The run that nothing disturbs."""
+    run = finish(start(here, "straight"))
+    assert run.code == 0, run.err
+    run.dir = here / "straight"
+    return run
+
+
+def copy(straight, workdir: Path, *, rl: bool = True) -> Path:
+    """The straight run's directory; without `rl`, as it was after the Instruct stage.
+
+    results.json stays, so that nothing is evaluated again.
+    """
+    shutil.copytree(straight.dir, workdir)
+    if not rl:
+        shutil.rmtree(workdir / "checkpoints/rl")
+    return workdir
+
+
+def lines(workdir: Path, file: str = "metrics.jsonl", stage: str = "") -> list[dict]:
+    rows = [json.loads(line) for line in (workdir / file).read_text().splitlines()]
+    return [row for row in rows if stage in ("", row["stage"])]
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    return [
+        {k: v for k, v in r.items() if k != "step_time" and not k.startswith("time/")}
+        for r in rows
+    ]
+
+
+def digest(workdir: Path) -> str:
+    """SHA-256 of the newest model's parameters."""
+    _, params, _ = load_run(workdir)
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        sha.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
+        sha.update(np.asarray(leaf).tobytes())
+    return sha.hexdigest()
+
+
+def table(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+METRICS = """
+    loss policy_loss reward reward_std rewards/rule_reward/mean rewards/length/mean
+    frac_reward_zero_std kl entropy clip_ratio/low_mean clip_ratio/high_mean
+    clip_ratio/region_mean completions/mean_length completions/min_length
+    completions/max_length completions/clipped_ratio num_tokens step_time grad_norm
+    learning_rate sampling/sampling_logp_difference/mean
+    sampling/sampling_logp_difference/max
+""".split()
+
+
+def test_a_run_writes_down_what_it_did(straight, here):
+    """Every step of both stages once, in order; what was learnt shows."""
+    rows = lines(straight.dir)
+    order = [("sft", s + 1) for s in range(SFT_STEPS)]
+    order += [("rl", s + 1) for s in range(RL_STEPS)]
+    assert [(r["stage"], r["step"]) for r in rows] == order
+    sft, rl = rows[:SFT_STEPS], rows[SFT_STEPS:]
+    assert sft[-1]["loss"] < 0.5 * sft[0]["loss"]
+    for row in rl:
+        missing = [name for name in METRICS if not isinstance(row.get(name), float)]
+        assert not missing
+        assert row["sampling/sampling_logp_difference/max"] < 1e-4
+        rule, length = row["rewards/rule_reward/mean"], row["rewards/length/mean"]
+        assert row["reward"] == pytest.approx(rule + 0.1 * length, abs=1e-6)
+    assert abs(rl[0]["kl"]) < 1e-9 < rl[-1]["kl"]  # π_θ leaves π_ref
+    assert max(row["reward_std"] for row in rl) > 0  # the test run is not a trivial one
+
+    samples = lines(straight.dir, "samples.jsonl")
+    assert [s["step"] for s in samples] == [1, 2, 3, 4]
+    assert len(samples[0]["completions"]) == SIZES["group_size"]
+
+    config = json.loads((straight.dir / "config.json").read_text())
+    assert config["rl_steps"] == RL_STEPS and config["mesh"]["fsdp"] == -1
+    kept = {s: os.listdir(straight.dir / "checkpoints" / s) for s in ("sft", "rl")}
+    assert {s: sorted(map(int, names)) for s, names in kept.items()} == {
+        "sft": [SFT_STEPS - 2, SFT_STEPS],
+        "rl": [RL_STEPS - 2, RL_STEPS],
+    }
+
+
+def test_tensorboard_can_read_the_run(straight):
+    found: dict[str, list] = {}
+    (file,) = (straight.dir / "tensorboard").iterdir()
+    data = file.read_bytes()
+    while data:  # records: length, its checksum, an event, its checksum
+        (size,) = struct.unpack("<Q", data[:8])
+        event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    rewards = [(r["step"], r["reward"]) for r in lines(straight.dir, stage="rl")]
+    assert found["rl/reward"] == pytest.approx(rewards)
+    assert len(found["sft/loss"]) == SFT_STEPS
+
+
+def test_the_comparison_is_printed_and_written(straight, here):
+    results = json.loads((straight.dir / "results.json").read_text())
+    assert results["models"] == ["instruct", "rl"]
+    in_domain, chinese = str(here / "sums.jsonl"), "sums/zh"
+    where = {name: row["in_domain"] for name, row in results["sets"].items()}
+    assert where == {in_domain: True, chinese: False}
+    accuracies = set()
+    for row in results["sets"].values():
+        for model in results["models"]:
+            assert row[model]["n"] == 16
+            for mode in ("greedy", "sampled"):
+                accuracy, (low, high) = (
+                    row[model][mode].values()
+                    if False
+                    else (
+                        row[model][mode]["accuracy"],
+                        row[model][mode]["ci95"],
+                    )
+                )
+                assert low <= accuracy <= high
+                assert accuracy * 16 == pytest.approx(round(accuracy * 16))
+                accuracies.add(accuracy)
+    assert len(accuracies) > 1  # the model can do something
+    printed = table(straight.out)
+    assert re.match(
+        r"\| set \| n \| greedy: instruct → rl \| temperature 1", printed[0]
+    )
+    cells = results["sets"][in_domain]
+    greedy = [
+        f"{100 * cells[m]['greedy']['accuracy']:.1f} ±"
+        for m in cells
+        if m != "in_domain"
+    ]
+    assert printed[2].startswith(f"| {in_domain} (in-domain) | 16 | {greedy[0]}")
+    assert f"→ {greedy[1]}" in printed[2]
+    assert printed[3].startswith(f"| {chinese} (out-of-domain) | 16 |")
+    assert len(printed) == 4
+
+
+def test_a_log_is_short(straight):
+    """No page of warnings, and a few whole lines of progress where there is no screen."""
+    shown = straight.err.splitlines()
+    assert len(shown) == 2 + 8  # the stages; two models on two sets in two modes
+    assert all(
+        re.match(r"(sft|rl|instruct .*): 100%", line) or line[:3] == "rl "
+        for line in shown
+    )
+    assert "\r" not in straight.err
+    assert len(straight.out.splitlines()) <= 8
+
+
+def test_the_same_command_again_does_nothing_again(straight, here):
+    before = {
+        file: (straight.dir / file).read_bytes()
+        for file in ("metrics.jsonl", "samples.jsonl", "results.json", "config.json")
+    }
+    again = finish(start(here, "straight"))
+    assert again.code == 0 and again.err == ""  # no bar: no step, no question
+    assert table(again.out) == table(straight.out)
+    for file, content in before.items():
+        assert (straight.dir / file).read_bytes() == content, file
+
+
+def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bits(straight, here):
+    """kill -9 in SFT and in RL, SIGTERM, Ctrl-C: the same command goes on each time."""
+    workdir = here / "disturbed"
+    first, log = start(here, "disturbed"), workdir / "metrics.jsonl"
+    while first.poll() is None and (
+        not log.exists() or log.read_text().count("\n") < 3
+    ):
+        time.sleep(0.002)
+    os.killpg(first.pid, signal.SIGKILL)
+    assert finish(first).code == -signal.SIGKILL
+    assert 3 <= len(log.read_text().splitlines()) < SFT_STEPS
+
+    stopped = finish(start(here, "disturbed", SEND=f"{int(signal.SIGTERM)}@1"))
+    assert stopped.code == 0, stopped.err
+    assert "sft: resumed at step" in stopped.out
+    assert "rl: stopped after step 1; the same command goes on" in stopped.out
+    assert os.listdir(workdir / "checkpoints/rl") == ["1"]
+
+    killed = finish(start(here, "disturbed", SEND=f"{int(signal.SIGKILL)}@3"))
+    assert killed.code == -signal.SIGKILL
+    assert "rl: resumed at step 1 of 4" in killed.out
+    assert lines(workdir)[-1]["step"] == 3
+
+    interrupted = finish(start(here, "disturbed", SEND=f"{int(signal.SIGINT)}@2"))
+    assert "rl: resumed at step 2 of 4" in interrupted.out
+    assert interrupted.code not in (0, -signal.SIGINT)
+    assert "the same command goes on from the last checkpoint" in interrupted.err
+    assert "Traceback" not in interrupted.err
+
+    last = finish(start(here, "disturbed"))
+    assert last.code == 0, last.err
+    assert table(last.out) == table(straight.out)
+    assert timeless(lines(workdir)) == timeless(lines(straight.dir))
+    assert lines(workdir, "samples.jsonl") == lines(straight.dir, "samples.jsonl")
+    for file in ("results.json", "config.json"):
+        assert (workdir / file).read_text() == (straight.dir / file).read_text()
+    assert digest(workdir) == digest(straight.dir)
+
+
+def test_a_damaged_checkpoint_ends_the_run_in_one_line(straight, here):
+    workdir = copy(straight, here / "damaged")
+    newest = workdir / f"checkpoints/rl/{RL_STEPS}"
+    files = [file for file in newest.rglob("*") if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 4
+    largest.write_bytes(content)
+    run = finish(start(here, "damaged"))
+    assert run.code == 1
+    (line,) = run.err.strip().splitlines()
+    assert re.match(rf"error: .*step {RL_STEPS} is damaged .*\[{RL_STEPS - 2}\]", line)
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_another_config_is_refused_unless_it_is_accepted(straight, here, tmp_path):
+    workdir = copy(straight, tmp_path / "run")
+    with pytest.raises(GrpoError) as error:
+        train_here(here, workdir, learning_rate=0.5, eval__batch=8)
+    assert "learning_rate 0.001 → 0.5, eval.batch 16 → 8" in one_line(error)
+    assert "--accept_changes" in str(error.value)
+    train_here(here, workdir, learning_rate=0.5, accept=True)
+    assert json.loads((workdir / "config.json").read_text())["learning_rate"] == 0.5
+    assert lines(workdir) == lines(straight.dir)
+
+
+def test_a_work_directory_is_for_one_run_that_can_write(straight, here, tmp_path):
+    workdir = copy(straight, tmp_path / "run")
+    with lock(workdir), pytest.raises(GrpoError) as error:
+        train_here(here, workdir)
+    assert f"in use by process {os.getpid()}" in one_line(error)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GrpoError) as error:
+        train_here(here, tmp_path / "file" / "run")
+    assert "cannot be written" in one_line(error)
+
+
+MISTAKES = {
+    "eval": ({"data__eval": "sums/chian"}, "sums/chian"),
+    "train": ({"data__train": "gms8k"}, "did you mean 'gsm8k'"),
+    "reward": ({"rewards__functions": "rule,ruel"}, "reward 'ruel'"),
+    "few rows": ({"questions_per_step": 100}, "fewer than one batch of 100"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_what_a_later_stage_would_refuse_is_refused_at_the_start(name, here, tmp_path):
+    changes, message = MISTAKES[name]
+    with pytest.raises(GrpoError) as error:
+        train_here(here, tmp_path / "run", **changes)
+    assert message in one_line(error)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+MESHES = {"fsdp": {}, "all": {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_run_of_one_device_goes_on_on_eight(mesh, straight, here, tmp_path):
+    """From the same Instruct model, the first RL step is the one device's."""
+    workdir = copy(straight, tmp_path / "run", rl=False)
+    train_here(here, workdir, accept=mesh != "fsdp", **MESHES[mesh])
+    first = timeless(lines(workdir, stage="rl"))
+    assert len(first) == RL_STEPS
+    expected = timeless(lines(straight.dir, stage="rl"))
+    assert first[0] == pytest.approx(expected[0], rel=1e-4, abs=1e-4)
+
+
+def test_the_instruct_stage_alone_on_eight_devices(straight, here, tmp_path, capsys):
+    """The same steps as on one; the table has one model."""
+    changes = {"method": "sft", "data__eval": "sums/zh", "eval__samples": 0}
+    train_here(here, tmp_path / "run", **changes, **MESHES["all"])
+    rows = timeless(lines(tmp_path / "run"))
+    expected = timeless(lines(straight.dir, stage="sft"))
+    assert len(rows) == SFT_STEPS
+    for row, one in zip(rows[:4], expected, strict=False):
+        assert row == pytest.approx(one, rel=1e-4, abs=1e-4)
+    printed = table(capsys.readouterr().out)
+    assert printed[0] == "| set | n | greedy: instruct |"
+
+
+def test_several_updates_of_one_rollout(straight, here, tmp_path):
+    """The second update has moved on from π_ref; an evaluation between the steps."""
+    workdir = copy(straight, tmp_path / "run", rl=False)
+    (workdir / "results.json").unlink()
+    changes = {"updates_per_rollout": 2, "rl_steps": 1, "eval__every": 1}
+    changes |= {"eval__samples": 0, "data__eval": "sums/zh"}
+    train_here(here, workdir, accept=True, **changes)
+    (row,) = lines(workdir, stage="rl")
+    once = lines(straight.dir, stage="rl")[0]
+    assert row["reward"] == once["reward"]  # the same rollouts
+    assert row["kl"] > 1e-6 > abs(once["kl"])
+    results = json.loads((workdir / "results.json").read_text())
+    now = results["sets"]["sums/zh"]["rl"]["greedy"]["accuracy"]
+    assert row["eval/sums/zh/greedy_accuracy"] == now
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        ("broken", r"reward broken: ZeroDivisionError: .*100% of the reward calls"),
+        ("short", r"reward short: returned 1 values for 32 completions"),
+    ],
+)
+def test_a_reward_that_fails_ends_the_run(function, message, straight, here, tmp_path):
+    workdir = copy(straight, tmp_path / "run", rl=False)
+    rewards = f"{here / 'rewards.py'}:{function}"
+    changes = {"rewards__functions": rewards, "rewards__weights": "1"}
+    with pytest.raises(GrpoError) as error:
+        train_here(here, workdir, accept=True, **changes)
+    assert re.match(message, one_line(error))
+
+
+def test_export_and_evaluate_give_the_runs_own_figures(straight, tmp_path, here):
+    """An exported folder, the work directory and results.json are one model."""
+    workdir = copy(straight, tmp_path / "run")
+    live = workdir / "checkpoints/rl/9.orbax-checkpoint-tmp"  # a trainer is saving
+    live.mkdir()
+    folder, out = str(tmp_path / "hf"), tmp_path / "report"
+    export.main(["--workdir", str(workdir), "--out", folder])
+    assert live.exists()
+    with pytest.raises(SystemExit, match="error: .*not empty"):
+        export.main(["--workdir", str(workdir), "--out", folder])
+    questions = str(here / "sums.jsonl")
+    command = ["--models", folder, str(workdir), "--sets", questions, "--out", str(out)]
+    command += "--questions 16 --max-new-tokens 12 --samples 1 --batch 16".split()
+    evaluate.main([*command, "--template", "plain", "--instruction", "none"])
+    results = json.loads((out / "results.json").read_text())
+    own = json.loads((straight.dir / "results.json").read_text())
+    row = results["sets"][questions]
+    assert row["hf"] == row["run"] == own["sets"][questions]["rl"]
+    assert table((out / "results.md").read_text())[0].startswith(
+        "| set | n | greedy: hf"
+    )
+    # a work directory remembers how it was asked
+    evaluate.main(["--models", str(workdir), *command[3:], "--samples", "0"])
+    results = json.loads((out / "results.json").read_text())
+    assert results["sets"][questions]["run"]["greedy"] == row["run"]["greedy"]
