@@ -27,7 +27,9 @@ def get_config() -> Config:
         max_new_tokens=128,
         learning_rate=1e-6,
         checkpoint_every=5,
-        model=ModelSettings(path="models/smollm2-135m-instruct"),
+        model=ModelSettings(
+            path="models/smollm2-135m-instruct", hint="run `make smollm2` first"
+        ),
         data=DataSettings(train="gsm8k", eval="gsm8k", max_prompt_tokens=256),
         optimizer=OptimizerSettings(micro_rows=4),
         eval=EvalSettings(questions=50, samples=0, batch=50),

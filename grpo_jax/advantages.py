@@ -74,14 +74,6 @@ def _group_advantages(rewards, eps, group_size, scale, baseline, ddof):
         center = r - (r.sum(-1, keepdims=True) - r) / jnp.maximum(count - 1, 1)
     else:
         center = r - mean
-    if scale == "group":
-        squares = jnp.where(scored, jnp.square(r - mean), 0)
-        variance = squares.sum(-1, keepdims=True) / jnp.maximum(count - ddof, 1)
-    elif scale == "batch":
-        total = scored.sum()
-        batch_mean = r.sum() / jnp.maximum(total, 1)
-        squares = jnp.where(scored, jnp.square(r - batch_mean), 0)
-        variance = squares.sum() / jnp.maximum(total - ddof, 1)
 
     # Rounding makes std about 6e-8 where eight rewards are all 0.95: compare, so that
     # a tied group is exactly 0 and not noise over noise.
@@ -90,5 +82,13 @@ def _group_advantages(rewards, eps, group_size, scale, baseline, ddof):
     counts = scored & (count >= 2) & (highest > lowest)
     if scale == "none":
         return jnp.where(counts, center, 0).reshape(-1)
+    if scale == "group":
+        squares = jnp.where(scored, jnp.square(r - mean), 0)
+        variance = squares.sum(-1, keepdims=True) / jnp.maximum(count - ddof, 1)
+    else:
+        total = scored.sum()
+        batch_mean = r.sum() / jnp.maximum(total, 1)
+        squares = jnp.where(scored, jnp.square(r - batch_mean), 0)
+        variance = squares.sum() / jnp.maximum(total - ddof, 1)
     std = jnp.sqrt(jnp.where(counts, variance, 1))
     return jnp.where(counts, center / (std + eps), 0).reshape(-1)

@@ -41,6 +41,7 @@ OWN_FIELDS = tuple(METHODS["grpo"])
 class ModelSettings:
     path: str = ""  # Hugging Face folder or hub name; "" makes a new model
     revision: str = ""  # of the hub name
+    hint: str = ""  # what to do where the folder is missing
     dtype: str = "float32"  # of the computation: float32 | bfloat16
     param_dtype: str = "float32"  # of the trained weights and the optimiser state
     remat: bool = False  # recompute layers in the backward pass: less memory

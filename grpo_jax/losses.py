@@ -100,6 +100,7 @@ def _aggregate(
     if normalizer is None:
         normalizer = _count_sequences(weight > 0, segment_ids, num_segments)
     if aggregate == "constant":
+        assert max_length is not None  # the caller has checked
         return (weight * per_token).sum() / (_nonzero(normalizer) * max_length)
     length = _sequence_sums(weight, segment_ids)
     return (weight * per_token / _at_least_1(length)).sum() / _nonzero(normalizer)
@@ -194,6 +195,8 @@ def grpo_loss(
             f"advantages has shape {jnp.shape(advantages)}; [B] or [B, T] of logps' "
             f"{logps.shape} is needed"
         )
+    if num_segments is not None and segment_ids is None:
+        raise ValueError("num_segments counts packed sequences: pass segment_ids")
     if segment_ids is not None and jnp.ndim(advantages) == 1:
         raise ValueError("packed rows (segment_ids) need advantages of shape [B, T]")
     no_kl = not isinstance(kl_coef, jax.core.Tracer) and kl_coef == 0

@@ -57,7 +57,7 @@ class Recorder:
         if not project:
             return None
         try:
-            import wandb
+            import wandb  # pyrefly: ignore[missing-import]  # the user may have it
         except ImportError:
             print("WANDB_PROJECT is set, but wandb is not installed", file=sys.stderr)
             return None

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -87,7 +88,7 @@ def train(
             scores = rewards(prompts, texts)  # 4
             advantages = np.asarray(  # 5
                 group_advantages(
-                    scores.rewards,
+                    jnp.asarray(scores.rewards),
                     config.group_size,
                     scale=config.of_method("advantage_scale"),
                     baseline=config.of_method("advantage_baseline"),
@@ -99,6 +100,7 @@ def train(
                 old = log_probabilities(state.params, batch)
                 ref = log_probabilities(reference, batch) if kl_coef else None
                 batch = dataclasses.replace(batch, old_logps=old, ref_logps=ref)
+            metrics = {}
             for _ in range(updates):  # 8
                 state, metrics = update(state, reference, batch)
             metrics = jax.device_get(metrics)

@@ -78,6 +78,10 @@ def make_model(config: Config) -> tuple[Decoder, Tokenizer]:
     if settings.path:
         from grpo_jax import weights
 
+        if settings.hint and not Path(settings.path).is_dir():
+            raise GrpoError(
+                f"config.model.path: {settings.path}: no such folder; {settings.hint}"
+            )
         folder = weights.find_folder(settings.path, settings.revision or None)
         model_config = weights.model_config(folder)
         tokenizer = Tokenizer.from_folder(folder)

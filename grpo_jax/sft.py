@@ -76,21 +76,19 @@ class Samples:
     def __init__(self, run: Run, examples: data.Dataset):
         settings, seed = run.config.sft, run.config.seed
         self.run, self.examples = run, examples
+        self.rows: data.Batches[list[int]] | None = None
         if settings.batch_rows:
-            rows = concatenate(
-                [len(encode(run, [e])[0].tokens) - 1 for e in examples],
-                settings.row_length,
-                seed,
-            )
-            self.batches = data.Batches(rows, settings.batch_rows, seed=seed)
+            lengths = [len(encode(run, [e])[0].tokens) - 1 for e in examples]
+            rows = concatenate(lengths, settings.row_length, seed)
+            self.rows = data.Batches(rows, settings.batch_rows, seed=seed)
         else:
             self.batches = data.Batches(examples, settings.batch_size, seed=seed)
 
     def __getitem__(self, step: int) -> list[Sample]:
-        batch = self.batches[step]
-        if self.run.config.sft.batch_rows:
-            batch = [self.examples[i] for row in batch for i in row]
-        return encode(self.run, batch)
+        if self.rows is None:
+            return encode(self.run, self.batches[step])
+        numbers = [i for row in self.rows[step] for i in row]
+        return encode(self.run, [self.examples[i] for i in numbers])
 
 
 def concatenate(lengths: list[int], size: int, seed: int) -> list[list[int]]:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
 
-from grpo_jax.data import Example
+from grpo_jax.data import Example, Indexed
 from grpo_jax.errors import GrpoError
 
 ALPHABET = "0123456789+-=?# \n,.Sabdefhikmnorstuwy加减等于几从开始"
@@ -24,7 +23,7 @@ _SIZES = {"train": 200_000, "test": 5_000}
 Terms = tuple[int, ...]
 
 
-def load(name: str, split: str) -> Sequence[Example]:
+def load(name: str, split: str) -> Indexed[Example]:
     """The examples of sums/chain (in-domain), sums/long, sums/words or sums/zh.
 
     >>> load("sums/chain", "test")[0].question
@@ -39,16 +38,14 @@ def load(name: str, split: str) -> Sequence[Example]:
     return _Sums(variant, split)
 
 
-class _Sums(Sequence[Example]):
+class _Sums:
     def __init__(self, variant: str, split: str):
         self.variant, self.split = variant, split
 
     def __len__(self) -> int:
         return _SIZES[self.split]
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Example:
         index = range(len(self))[index]
         name = f"{self.variant}/{self.split}/{index}"
         terms = _draw(random.Random(name), LENGTHS[self.variant], self.split == "test")

@@ -56,7 +56,7 @@ def test_what_is_packed_can_be_read_back():
             found[number] = ([tokens[0], *targets], mask, logps)
         assert not batch.mask.reshape(-1, 48)[row][ids == 0].any()
     assert found == {
-        i: (s.tokens, [bool(m) for m in s.mask[1:]], s.logps[1:])
+        i: (s.tokens, [bool(m) for m in s.mask[1:]], list(s.logps or [])[1:])
         for i, s in enumerate(samples)
     }
 

@@ -103,13 +103,13 @@ def test_padding_may_stand_on_either_side():
     options = dict(
         key=jax.random.key(5), samples=2, max_new_tokens=12, temperature=1.0, eos_id=EOS
     )
-    right = np.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8]])
-    left = np.array([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8]])
+    right = jnp.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8]])
+    left = jnp.array([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8]])
     a = generate_tokens(
-        MODEL, PARAMS, right, np.array([[1] * 3 + [0] * 2, [1] * 5]), **options
+        MODEL, PARAMS, right, jnp.array([[1] * 3 + [0] * 2, [1] * 5]), **options
     )
     b = generate_tokens(
-        MODEL, PARAMS, left, np.array([[0] * 2 + [1] * 3, [1] * 5]), **options
+        MODEL, PARAMS, left, jnp.array([[0] * 2 + [1] * 3, [1] * 5]), **options
     )
     assert a.tokens.tolist() == b.tokens.tolist()
     np.testing.assert_allclose(a.logps, b.logps, atol=1e-5)

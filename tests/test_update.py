@@ -218,7 +218,7 @@ def test_one_program_serves_every_filling_of_a_batch():
     for n in (1, 4, 9):
         batch = pack(make_samples(n, seed=n), length=20, rows=2).with_capacity(5)
         state, _ = step(state, None, batch)
-    assert step._cache_size() == 1
+    assert step._cache_size() == 1  # pyrefly: ignore[missing-attribute]
 
 
 def test_several_updates_of_one_rollout_are_held_by_the_clip():
@@ -251,7 +251,8 @@ def test_sft_lowers_the_loss_of_the_answers_and_not_of_the_prompts():
     )
     answers, prompts = batch.mask, (batch.segment_ids > 0) & ~batch.mask
     assert logps[answers].mean() > logps[prompts].mean() + 1
-    assert [float(rate(s)) for s in (0, 5, 30)] == pytest.approx([0, 3e-2, 0], abs=1e-4)
+    rates = np.array([rate(s) for s in (0, 5, 30)])
+    np.testing.assert_allclose(rates, [0, 3e-2, 0], atol=1e-4)
 
 
 def test_the_sampler_gap_is_measured():
