@@ -21,7 +21,7 @@ from grpo_jax.config import (
 def get_config() -> Config:
     return Config(
         name="tiny",
-        sft_steps=500,  # stopped early: an Instruct model that RL can still improve
+        sft_steps=600,  # stopped early: an Instruct model that RL can still improve
         rl_steps=100,
         questions_per_step=64,
         group_size=8,

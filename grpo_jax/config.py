@@ -97,6 +97,7 @@ class OptimizerSettings:
     micro_rows: int = 1  # packed rows in memory at a time
     row_length: int = 0  # tokens of a packed row; 0 fits the longest sample
     max_skipped: int = 5  # non-finite updates in a row before the run stops
+    max_sampling_gap: float = 0.5  # nats between sampler and trainer, on average
 
 
 @dataclass(slots=True, kw_only=True)
@@ -207,6 +208,7 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "optimizer.micro_rows": (1, True),
     "optimizer.row_length": (0, True),
     "optimizer.max_skipped": (1, True),
+    "optimizer.max_sampling_gap": (0, False),
     "rewards.timeout": (0, False),
     "eval.questions": (0, True),
     "eval.samples": (0, True),

@@ -66,7 +66,9 @@ def token_logprobs(
     hidden = hidden.reshape(rows, length, hidden.shape[-1])
     targets = targets.reshape(rows, length)
     if chunk is None:
-        chunk = max(1, _CHUNK_ELEMENTS // max(rows * unembed.shape[1], 1))
+        most = max(1, _CHUNK_ELEMENTS // max(rows * unembed.shape[1], 1))
+        count = -(-max(length, 1) // most)
+        chunk = -(-max(length, 1) // count)  # even ones: the last is hardly padded
     chunk = min(chunk, max(length, 1))
     temperature = jnp.asarray(temperature, jnp.float32)
     logps, entropy = _compiled(hidden, unembed, targets, temperature, chunk)

@@ -28,6 +28,7 @@ from grpo_jax import data, sharding
 from grpo_jax.advantages import group_advantages
 from grpo_jax.config import Config, reward_names, reward_weights
 from grpo_jax.data import Example
+from grpo_jax.errors import GrpoError
 from grpo_jax.model import Params
 from grpo_jax.packing import Batch, Sample, pack
 from grpo_jax.prompts import encode_prompts
@@ -105,6 +106,8 @@ def train(
                 state, metrics = update(state, reference, batch)
             metrics = jax.device_get(metrics)
             done = time.perf_counter()
+            if updates == 1:  # later updates are meant to move away from the sampler
+                check_gap(metrics, config.optimizer.max_sampling_gap)
             metrics |= outcome_metrics(scores, rollouts, config.group_size)  # 9
             metrics |= {
                 "learning_rate": float(rate(step * updates)),
@@ -143,6 +146,17 @@ def load_questions(run: Run) -> Prompts:
             f"data.max_prompt_tokens {config.data.max_prompt_tokens} and left out"
         )
     return kept
+
+
+def check_gap(metrics: dict[str, Any], limit: float) -> None:
+    """Refuse to train on log-probabilities that are not the sampler's (fault 54)."""
+    gap = float(metrics["sampling/sampling_logp_difference/mean"])
+    if gap > limit:
+        raise GrpoError(
+            f"rl: sampler and trainer differ by {gap:.3f} nats a token on average, "
+            f"over optimizer.max_sampling_gap {limit:g}; the last checkpoint stands. "
+            "Compute in float32, or raise the limit"
+        )
 
 
 def loss_options(config: Config) -> dict[str, Any]:

@@ -34,6 +34,23 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on from the last checkpoint")
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        what = str(error).splitlines()[0]
+        sys.exit(f"error: out of memory ({what}); {smaller(config)}")
+
+
+def smaller(config: Config) -> str:
+    """What to turn down, with its value, where memory runs out."""
+    rows = config.optimizer.micro_rows
+    rollout = f"{config.questions_per_step} × {config.group_size} outputs"
+    return (
+        f"the last checkpoint stands. Lower optimizer.micro_rows ({rows}), "
+        f"sft.micro_rows ({config.sft.micro_rows}), eval.batch ({config.eval.batch}) "
+        f"or max_new_tokens ({config.max_new_tokens}; {rollout} a rollout), set "
+        "model.remat, or use more devices"
+    )
 
 
 def parse(argv: list[str]) -> Config:

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto import event_pb2
 
 from grpo_jax import evaluate, export
 from grpo_jax.checkpoint import lock
@@ -33,7 +33,7 @@ from grpo_jax.run import load_run
 from grpo_jax.train import train
 
 ROOT = Path(__file__).parents[1]
-CACHE = str(jax.config.jax_compilation_cache_dir)  # of the tests, also for processes
+CACHE = str(ROOT / ".pytest_cache" / "jax")  # as in conftest.py
 SFT_STEPS, RL_STEPS = 24, 4
 SIZES: dict[str, object] = {
     "model.layers": 1,
@@ -132,7 +132,7 @@ def finish(process: subprocess.Popen) -> SimpleNamespace:
     return SimpleNamespace(code=process.returncode, out=out, err=err)
 
 
-def train_here(here: Path, workdir: Path, *, accept: bool = False, **changes) -> None:
+def train_here(here: Path, workdir: Path, accept: bool = False, **changes) -> None:
     """The same run in this process, on eight devices; `changes`: name__inner=value."""
     config: Config = runpy.run_path(str(ROOT / "configs/tiny.py"))["get_config"]()
     changed = {name.replace("__", "."): value for name, value in changes.items()}
@@ -234,12 +234,13 @@ def test_a_run_writes_down_what_it_did(straight, here):
 
 
 def test_tensorboard_can_read_the_run(straight):
+    parse = vars(event_pb2)["Event"].FromString
     found: dict[str, list] = {}
     (file,) = (straight.dir / "tensorboard").iterdir()
     data = file.read_bytes()
     while data:  # records: length, its checksum, an event, its checksum
         (size,) = struct.unpack("<Q", data[:8])
-        event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+        event, data = parse(data[12 : 12 + size]), data[16 + size :]
         for value in event.summary.value:
             found.setdefault(value.tag, []).append((event.step, value.simple_value))
     rewards = {r["step"]: r["reward"] for r in lines(straight.dir, stage="rl")}
