@@ -130,3 +130,7 @@ def start_cache() -> None:
     if folder is None:
         home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(home / "grpo_jax" / "xla"))
+
+
+if __name__ == "__main__":
+    main()

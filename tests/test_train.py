@@ -47,6 +47,9 @@ SIZES: dict[str, object] = {
     "sft.warmup_steps": 2,
     "sft.schedule": "constant",
     "rl_steps": RL_STEPS,
+    "learning_rate": 1e-3,
+    "optimizer.schedule": "constant",
+    "optimizer.warmup_steps": 0,
     "questions_per_step": 8,
     "group_size": 4,
     "max_new_tokens": 12,
@@ -388,7 +391,7 @@ MISTAKES = {
 def test_what_a_later_stage_would_refuse_is_refused_at_the_start(name, here, tmp_path):
     changes, message = MISTAKES[name]
     with pytest.raises(GrpoError) as error:
-        train_here(here, tmp_path / "run", **changes)
+        train_here(here, tmp_path / "run", False, **changes)
     assert message in one_line(error)
     assert not (tmp_path / "run/checkpoints").exists()
 
