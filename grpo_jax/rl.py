@@ -98,7 +98,9 @@ def train(
             batch = lay_out(prompts, rollouts, advantages)  # 6
             scored = time.perf_counter()
             if updates > 1:  # 7
-                old = log_probabilities(state.params, batch)
+                # One program at a time: two that both wait for all devices of a CPU
+                # mesh can starve each other.
+                old = jax.block_until_ready(log_probabilities(state.params, batch))
                 ref = log_probabilities(reference, batch) if kl_coef else None
                 batch = dataclasses.replace(batch, old_logps=old, ref_logps=ref)
             metrics = {}

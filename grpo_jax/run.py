@@ -139,6 +139,11 @@ def describe_state(config: Config) -> str:
     )
 
 
+def count_parameters(model: Decoder) -> int:
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+
+
 def abstract_state(
     model: Decoder,
     optimizer: optax.GradientTransformation,
@@ -177,7 +182,7 @@ def claim(config: Config, workdir: Path, *, accept_changes: bool) -> None:
     file = workdir / "config.json"
     if file.exists() and not accept_changes:
         before, now = flatten(read_config(workdir)), flatten(config)
-        changed = [k for k in now if before[k] != now[k]]
+        changed = [k for k in now if before[k] != now[k] and not is_harmless(k)]
         if changed:
             shown = ", ".join(f"{k} {before[k]!r} → {now[k]!r}" for k in changed[:8])
             raise GrpoError(
@@ -187,6 +192,11 @@ def claim(config: Config, workdir: Path, *, accept_changes: bool) -> None:
     fresh = file.with_suffix(".tmp")
     fresh.write_text(to_json(config), encoding="utf-8")
     fresh.replace(file)
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a field may change between two starts of the same run."""
+    return name.startswith(("mesh.", "checkpoint")) or name == "data.dir"
 
 
 def read_config(workdir: Path) -> Config:

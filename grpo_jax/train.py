@@ -28,6 +28,9 @@ _ACCEPT = flags.DEFINE_bool(
 def main(argv: list[str] | None = None) -> None:
     try:
         config = parse(sys.argv if argv is None else argv)
+    except GrpoError as error:
+        sys.exit(f"error: {error}")
+    try:
         workdir = Path(_WORKDIR.value or f"runs/{config.name}")
         train(config, workdir, accept_changes=_ACCEPT.value)
     except GrpoError as error:
@@ -99,6 +102,11 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     if config.model.path and config.model.vocab_size:  # a large model: say what it is
         print(run.describe_state(config), flush=True)
     model, tokenizer = run.make_model(config)
+    print(
+        f"{config.name}: {run.count_parameters(model) / 1e6:.1f} M parameters on "
+        f"{mesh.size} {jax.default_backend()} device(s), written to {workdir}",
+        flush=True,
+    )
     with lock(workdir), jax.set_mesh(mesh):
         run.claim(config, workdir, accept_changes=accept_changes)
         with Recorder(workdir, config) as recorder:

@@ -69,7 +69,9 @@ def make_optimizer(
         "linear": optax.linear_schedule(learning_rate, 0.0, decay),
         "cosine": optax.cosine_decay_schedule(learning_rate, decay),
     }[schedule]
-    warmup = optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))
+    # From 1/(w+1) of the rate, not from 0: a first rollout that moves nothing is lost.
+    first = learning_rate / (warmup_steps + 1)
+    warmup = optax.linear_schedule(first, learning_rate, max(warmup_steps, 1))
     rate = optax.join_schedules([warmup, after], [warmup_steps])
     adamw = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw), rate
