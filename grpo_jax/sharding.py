@@ -101,9 +101,10 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
         return x
-    sizes = (np.prod([mesh.shape[a] for a in (axes or ())]) for axes in spec)
-    if any(n % size for n, size in zip(x.shape, sizes, strict=False)):
-        return x
+    for n, axes in zip(x.shape, spec, strict=False):
+        names = (axes,) if isinstance(axes, str) else (axes or ())
+        if n % int(np.prod([mesh.shape[name] for name in names])):
+            return x
     return jax.lax.with_sharding_constraint(x, spec)
 
 
