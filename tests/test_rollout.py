@@ -138,7 +138,7 @@ def test_draw_follows_the_distribution():
     chi = ((counts[p > 0] - expected) ** 2 / expected).sum()
     degrees = (p > 0).sum() - 1
     assert abs(chi - degrees) < 4 * np.sqrt(2 * degrees)
-    np.testing.assert_allclose(logps, np.log(p)[tokens], atol=1e-5)
+    np.testing.assert_allclose(logps, np.log(p[tokens]), atol=1e-5)
 
 
 def test_a_certain_token_is_always_drawn():

@@ -321,7 +321,8 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bits(straight, here
     assert lines(workdir)[-1]["step"] == 3
 
     interrupted = finish(start(here, "disturbed", SEND=f"{int(signal.SIGINT)}@2"))
-    assert "rl: resumed at step 2 of 4" in interrupted.out
+    # Step 2's save may or may not have been finished when the kill came.
+    assert re.search("rl: resumed at step [12] of 4", interrupted.out)
     assert interrupted.code not in (0, -signal.SIGINT)
     assert "the same command goes on from the last checkpoint" in interrupted.err
     assert "Traceback" not in interrupted.err
