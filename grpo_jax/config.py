@@ -59,7 +59,7 @@ class ModelSettings:
 class DataSettings:
     dir: str = ""  # where the original files lie; "" is $GRPO_JAX_DATA
     train: str = "gsm8k"  # the RL questions; "a+b" joins sets
-    eval: str = "gsm8k"  # the sets of the comparison; "a+b" is two of them
+    eval: str = "gsm8k"  # the sets of the comparison; "a+b" or "a,b" is two of them
     sft: str = ""  # worked examples for the Instruct stage
     in_domain: str = ""  # which of `eval` RL trained on; "" is `train`
     template: str = "chat"  # chat | deepseekmath | plain

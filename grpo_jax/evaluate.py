@@ -195,7 +195,8 @@ def measure(
 
 
 def set_names(config: Config) -> list[str]:
-    return [name.strip() for name in config.data.eval.split("+") if name.strip()]
+    names = config.data.eval.replace(",", "+").split("+")
+    return [name.strip() for name in names if name.strip()]
 
 
 def settings_of(config: Config) -> Settings:
