@@ -323,7 +323,7 @@ def from_dict(values: Mapping[str, Any], kind: type = Config, where: str = "") -
     >>> from_dict({"group_sise": 8})
     Traceback (most recent call last):
     ...
-    grpo_jax.errors.GrpoError: config.group_sise: no such field; did you mean config.group_size?
+    grpo_jax.errors.GrpoError: config.group_sise: no such field; did you mean...
     """
     hints = get_type_hints(kind)
     arguments: dict[str, Any] = {}
