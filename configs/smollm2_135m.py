@@ -31,6 +31,6 @@ def get_config() -> Config:
             path="models/smollm2-135m-instruct", hint="run `make smollm2` first"
         ),
         data=DataSettings(train="gsm8k", eval="gsm8k", max_prompt_tokens=256),
-        optimizer=OptimizerSettings(micro_rows=4),
+        optimizer=OptimizerSettings(micro_rows=2, row_length=640),  # two outputs a row
         eval=EvalSettings(questions=50, samples=0, batch=50),
     )
