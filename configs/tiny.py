@@ -6,6 +6,24 @@ A decoder of 0.1 M parameters learns worked sums character by character. SFT see
 variants; RL sees only the first, so the other three are out-of-domain for it:
 chain ("12+8-16=?", 2 or 3 terms), long (4 terms), words ("Start with 12, add 8 …"),
 zh ("从12开始加8减16等于几?"). Test problems are in no training set in any wording.
+
+Measured (accuracy in %, temperature 1, Instruct → RL; n 1000, ± 3; 2 cores, CPU):
+
+| set | seed 0 | seed 1 | seed 2 |
+|---|---|---|---|
+| chain | 47.4 → 67.8 | 30.8 → 47.3 | 24.3 → 46.0 |
+| long | 12.4 → 5.6 | 10.5 → 5.0 | 8.7 → 10.2 |
+| words | 46.9 → 59.7 | 32.4 → 38.6 | 25.3 → 36.3 |
+| zh | 49.3 → 63.7 | 33.3 → 41.4 | 30.1 → 39.6 |
+
+and greedy:
+
+| set | seed 0 | seed 1 | seed 2 |
+|---|---|---|---|
+| chain | 58.7 → 72.8 | 44.3 → 62.6 | 34.2 → 60.0 |
+| long | 22.3 → 7.6 | 16.4 → 5.7 | 13.6 → 17.0 |
+| words | 62.2 → 65.2 | 45.7 → 53.1 | 33.8 → 43.4 |
+| zh | 61.3 → 71.9 | 43.4 → 55.5 | 36.7 → 47.6 |
 """
 
 from grpo_jax.config import (
