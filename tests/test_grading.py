@@ -126,7 +126,9 @@ def test_gsm8k_answers_pass_at_500_a_second():
 
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
+# A shell starts background jobs with Ctrl-C ignored; a terminal does not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 print("imported", flush=True)          # once: workers must not run this file
 from grpo_jax import grading
 assert grading.pool().same(r"\\sqrt{8}", r"2\\sqrt{2}")
