@@ -12,10 +12,10 @@ exact answer. Rationals are decided here; the rest goes to `grading`'s workers.
 import re
 from fractions import Fraction
 
-from grpo_jax import notation
-from grpo_jax.expressions import TooLarge, Unreadable, rational
-from grpo_jax.notation import clean
-from grpo_jax.structure import RELATION, Node, read
+from grpo_jax.grading import notation
+from grpo_jax.grading.expressions import TooLarge, Unreadable, rational
+from grpo_jax.grading.notation import clean
+from grpo_jax.grading.structure import RELATION, Node, read
 
 MAX_CHARS = 1000  # a longer answer must be the reference letter for letter
 MAX_MEMBERS = 64  # of a list
@@ -280,6 +280,6 @@ def equivalent(prediction: str, reference: str) -> bool:
     >>> equivalent("$12,000", "12000 dollars"), equivalent("3 cm", r"3\text{ cm}^2")
     (True, False)
     """
-    from grpo_jax import grading
+    from grpo_jax.grading import workers
 
-    return grading.grade([prediction], [reference])[0]
+    return workers.grade([prediction], [reference])[0]

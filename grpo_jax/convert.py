@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from grpo_jax.errors import GrpoError
-from grpo_jax.folders import find_folder, new_folder, write_json
-from grpo_jax.gguf_model import GgufModel
-from grpo_jax.tensors import Source, read_folder, write_folder
-from grpo_jax.torch_bin import INDEX, read_bin_folder
+from grpo_jax.hf.folders import find_folder, new_folder, write_json
+from grpo_jax.hf.gguf_model import GgufModel
+from grpo_jax.hf.tensors import Source, read_folder, write_folder
+from grpo_jax.hf.torch_bin import INDEX, read_bin_folder
 from grpo_jax.weights import check_names, model_config
 
 KEPT = (".json", ".jinja", ".model", ".txt", ".md")  # beside the weights

@@ -22,10 +22,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo_jax import answers, data, grading, published, sharding
+from grpo_jax import answers, data, published, sharding
 from grpo_jax.config import Config
 from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError
+from grpo_jax.grading import workers
 from grpo_jax.model import Decoder, Params
 from grpo_jax.prompts import encode_prompts
 from grpo_jax.recorder import progress
@@ -174,7 +175,7 @@ def measure(
         predictions = [[answers.extract(text) for text in row] for row in texts]
         flat = [p for row in predictions for p in row]
         references = [e.answer for e, _ in kept for _ in range(samples)]
-        right = np.array(grading.grade(flat, references)).reshape(len(kept), samples)
+        right = np.array(workers.grade(flat, references)).reshape(len(kept), samples)
         accuracy, share = float(right.sum() / (samples * n)), len(kept) / n
         result[mode] = {
             "accuracy": accuracy,

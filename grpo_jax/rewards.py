@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax import answers, grading
+from grpo_jax import answers
 from grpo_jax.errors import GrpoError
+from grpo_jax.grading import workers
 
 log = logging.getLogger(__name__)
 Reward = Callable[..., Any]
@@ -41,7 +42,7 @@ def rule_reward(
     [1.0, 0.0]
     """
     found = [answers.extract(_text(completion)) for completion in completions]
-    return [float(same) for same in grading.grade(found, [str(a) for a in answer])]
+    return [float(same) for same in workers.grade(found, [str(a) for a in answer])]
 
 
 def format_reward(prompts: Sequence, completions: Sequence, **columns) -> list[float]:

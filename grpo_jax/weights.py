@@ -20,11 +20,12 @@ import numpy as np
 import tokenizers
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from grpo_jax import hf_config, sharding
+from grpo_jax import sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.folders import find_folder, new_folder, write_json
+from grpo_jax.hf import config as hf_config
+from grpo_jax.hf.folders import find_folder, new_folder, write_json
+from grpo_jax.hf.tensors import Source, Stored, read_folder, read_json, write_folder
 from grpo_jax.model import Decoder, ModelConfig, Params
-from grpo_jax.tensors import Source, Stored, read_folder, read_json, write_folder
 
 # Our names of a layer's weights -> theirs, after "model.layers.{i}."
 LAYER = {

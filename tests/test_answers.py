@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax import algebra, answers, expressions, grading, notation
+from grpo_jax import answers
+from grpo_jax.grading import algebra, expressions, notation, workers
 
 EXTRACTED = [
     ("So the final answer is $\\frac{1}{2}$. I hope it is correct.", "\\frac{1}{2}"),
@@ -188,8 +189,8 @@ def test_rational_answers_need_no_worker(monkeypatch):
     def no_worker(*_):
         raise AssertionError("asked a worker")
 
-    monkeypatch.setattr(grading, "pool", no_worker)
-    assert grading.grade(["1,234", "3/4", "(1, 2)"], ["1234", "0.75", "(1,2)"]) == [
+    monkeypatch.setattr(workers, "pool", no_worker)
+    assert workers.grade(["1,234", "3/4", "(1, 2)"], ["1234", "0.75", "(1,2)"]) == [
         True, True, True,
     ]  # fmt: skip
 
@@ -200,9 +201,9 @@ def test_the_collected_cases_are_graded_as_people_would():
         pytest.skip("GRPO_JAX_DATA names no data folder")
     lines = (Path(root) / "grading_cases.jsonl").read_text("utf-8").splitlines()
     cases = [json.loads(line) for line in lines]
-    grading.grade([r"\sqrt{2}"], [r"2^{1/2}"])  # a worker's start is not grading time
+    workers.grade([r"\sqrt{2}"], [r"2^{1/2}"])  # a worker's start is not grading time
     began = time.monotonic()
-    found = grading.grade(
+    found = workers.grade(
         [case["prediction"] for case in cases], [case["reference"] for case in cases]
     )
     seconds = time.monotonic() - began

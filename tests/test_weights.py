@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from grpo_jax import hf_config, sharding
+from grpo_jax import sharding
 from grpo_jax.errors import GrpoError
+from grpo_jax.hf import config as hf_config
 from grpo_jax.model import Decoder, ModelConfig, Params, RopeScaling
 from grpo_jax.weights import (
     abstract_params,

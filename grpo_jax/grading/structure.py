@@ -7,8 +7,8 @@ in one name becomes its interval, ± two answers, ① ② a list.
 import re
 from dataclasses import dataclass
 
-from grpo_jax.expressions import Unreadable, rational
-from grpo_jax.notation import END, ROW, TEXT, rules, unwrap
+from grpo_jax.grading.expressions import Unreadable, rational
+from grpo_jax.grading.notation import END, ROW, TEXT, rules, unwrap
 
 RELATION = re.compile(r"[<>]|\\[lg]e(?![a-z])")
 _SIGN = re.compile(r"\\(pm|mp)(?![a-z])")

@@ -9,8 +9,8 @@ import re
 from fractions import Fraction
 
 from grpo_jax.answers import Exact, Undecided, compare
-from grpo_jax.expressions import POINTS, TooLarge, Unreadable, context, value_at
-from grpo_jax.notation import clean
+from grpo_jax.grading.expressions import POINTS, TooLarge, Unreadable, context, value_at
+from grpo_jax.grading.notation import clean
 
 MATH_VERIFY_CHARS = 400  # longer text only costs it the time limit
 

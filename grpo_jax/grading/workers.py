@@ -38,10 +38,10 @@ class _Worker:
     """One process and its two pipes."""
 
     def __init__(self):
-        root = str(Path(__file__).resolve().parent.parent)
+        root = str(Path(__file__).resolve().parents[2])
         code = (
             f"import sys; sys.path.insert(0, {root!r}); "
-            f"from grpo_jax.grading import work; work({os.getpid()})"
+            f"from grpo_jax.grading.workers import work; work({os.getpid()})"
         )
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", code],
@@ -234,7 +234,7 @@ def work(parent: int) -> None:
     try:
         import math_verify  # noqa: F401  (its start is not in a pair's time)
 
-        from grpo_jax.algebra import decide
+        from grpo_jax.grading.algebra import decide
     except ImportError as error:
         os.write(replies, f"{error}\n".encode())
         return

@@ -24,8 +24,8 @@ from tokenizers import (
 )
 
 from grpo_jax.errors import GrpoError
-from grpo_jax.hf_config import ARCHITECTURES
-from grpo_jax.tensors import Source
+from grpo_jax.hf.config import ARCHITECTURES
+from grpo_jax.hf.tensors import Source
 
 # llama.cpp's names -> Hugging Face's; a layer's come after "blk.{i}."
 _TOP = {

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.errors import GrpoError
-from grpo_jax.tensors import DTYPES, Stored, merge, read_index, refuse_pointer
+from grpo_jax.hf.tensors import DTYPES, Stored, merge, read_index, refuse_pointer
 
 INDEX = "pytorch_model.bin.index.json"
 _STORAGES = {
