@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: demo test lint smollm2 install clean
+.PHONY: demo test lint paper smollm2 install clean
 
 install: $(VENV)/.installed
 
@@ -16,6 +16,10 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 # From nothing to the comparison, in minutes, on a CPU.
 demo: install
 	$(BIN)/python train.py --config configs/tiny.py
+
+# The paper's figures 5 to 7 in miniature; PAPER=--fast takes minutes.
+paper: install
+	$(BIN)/python benchmarks/paper.py $(PAPER)
 
 # GRPO_JAX_DATA=folder adds the tests on real data.
 test: install

@@ -32,6 +32,7 @@ from grpo_jax.config import (
     EvalSettings,
     ModelSettings,
     OptimizerSettings,
+    RewardModelSettings,
     SftSettings,
 )
 
@@ -68,6 +69,9 @@ def get_config() -> Config:
             b2=0.99,
             micro_rows=48,
             row_length=64,
+        ),
+        reward_model=RewardModelSettings(  # for the methods that have one
+            questions=2048, completions=4, steps=200, learning_rate=2e-3
         ),
         eval=EvalSettings(questions=1000, samples=1, batch=500),
     )

@@ -16,16 +16,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grpo_jax import answers as answers
+    from grpo_jax.advantages import decoupled_advantages as decoupled_advantages
+    from grpo_jax.advantages import gae as gae
     from grpo_jax.advantages import group_advantages as group_advantages
+    from grpo_jax.advantages import process_advantages as process_advantages
+    from grpo_jax.coefficients import gradient_coefficient as gradient_coefficient
     from grpo_jax.errors import GrpoError as GrpoError
     from grpo_jax.logprobs import token_logprobs as token_logprobs
     from grpo_jax.losses import grpo_loss as grpo_loss
+    from grpo_jax.losses import ppo_loss as ppo_loss
     from grpo_jax.losses import sft_loss as sft_loss
+    from grpo_jax.losses import value_loss as value_loss
     from grpo_jax.model import Decoder as Decoder
     from grpo_jax.model import ModelConfig as ModelConfig
     from grpo_jax.packing import Batch as Batch
     from grpo_jax.packing import Sample as Sample
     from grpo_jax.packing import pack as pack
+    from grpo_jax.preferences import dpo_loss as dpo_loss
+    from grpo_jax.reward_model.losses import reward_loss as reward_loss
+    from grpo_jax.reward_model.model import RewardModel as RewardModel
+    from grpo_jax.reward_model.model import score_samples as score_samples
     from grpo_jax.rollout import Rollouts as Rollouts
     from grpo_jax.rollout import generate as generate
     from grpo_jax.rollout import generate_tokens as generate_tokens
@@ -38,14 +48,24 @@ if TYPE_CHECKING:
 _HOMES = {
     "GrpoError": "errors",
     "grpo_loss": "losses",
+    "ppo_loss": "losses",
     "sft_loss": "losses",
+    "value_loss": "losses",
+    "dpo_loss": "preferences",
+    "gradient_coefficient": "coefficients",
+    "decoupled_advantages": "advantages",
+    "gae": "advantages",
     "group_advantages": "advantages",
+    "process_advantages": "advantages",
     "token_logprobs": "logprobs",
     "Decoder": "model",
     "ModelConfig": "model",
     "load_pretrained": "weights",
     "save_pretrained": "weights",
     "Tokenizer": "tokenizer",
+    "RewardModel": "reward_model.model",
+    "reward_loss": "reward_model.losses",
+    "score_samples": "reward_model.model",
     "generate": "rollout",
     "generate_tokens": "rollout",
     "Rollouts": "rollout",

@@ -2,10 +2,11 @@
 
 In: a small Python file in configs/ whose `get_config()` returns a `Config`, and
 `--config.name=value` on the command line. Out: a checked `Config`; the loops hand its
-values on as keyword arguments, and nothing below them knows it.
+values on as keyword arguments, and nothing below them knows it. `checks.py` refuses
+what no run can start with.
 
-Fields that belong to one method are None and then take the method's own default
-(`METHODS`); one that is set and that the method would ignore is refused.
+Fields that belong to some methods are None and then take the method's own default
+(`methods.py`); one that is set and that the method would ignore is refused.
 """
 
 import dataclasses
@@ -16,25 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from grpo_jax.errors import GrpoError
-
-# method → its own fields with the paper's values (DeepSeekMath, section 4.2)
-METHODS: dict[str, dict[str, Any]] = {
-    "sft": {},
-    "grpo": {
-        "kl_coef": 0.04,
-        "clip_low": 0.2,
-        "clip_high": None,  # the same as clip_low
-        "delta": None,  # no bound on the other side
-        "kl_estimator": "k3",
-        "aggregate": "sequence_mean",
-        "importance": "token",
-        "surrogate": "clip",
-        "advantage_scale": "group",
-        "advantage_baseline": "mean",
-        "updates_per_rollout": 1,
-    },
-}
-OWN_FIELDS = tuple(METHODS["grpo"])
+from grpo_jax.methods import METHODS
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,8 +26,11 @@ class ModelSettings:
     revision: str = ""  # of the hub name
     hint: str = ""  # what to do where the folder is missing
     dtype: str = "float32"  # of the computation: float32 | bfloat16
-    param_dtype: str = "float32"  # of the trained weights and the optimiser state
+    param_dtype: str = "float32"  # of the weights and the optimiser state
     remat: bool = False  # recompute layers in the backward pass: less memory
+    lora_rank: int = 0  # r of LoRA's adapters (float32), which alone train; 0 is none
+    lora_alpha: float = 16.0  # α: they are scaled by α/r
+    lora_targets: str = "q,k,v,o,gate,up,down"  # the projections that have them
     # The sizes of a new model, or those that model.path is expected to have (0: any).
     vocab_size: int = 0  # a new model has its tokenizer's
     layers: int = 0
@@ -81,9 +67,22 @@ class SftSettings:
 
 @dataclass(slots=True, kw_only=True)
 class RewardSettings:
-    functions: str = "rule"  # rule | format | module:function, comma-separated
-    weights: str = "1.0"  # one each, comma-separated
+    # rule | format | model | module:function, comma-separated; "" is the method's own
+    functions: str = ""
+    weights: str = ""  # one each, comma-separated; "" is 1 each
     timeout: float = 60.0  # seconds a batch; what is not back counts as wrong
+
+
+@dataclass(slots=True, kw_only=True)
+class RewardModelSettings:
+    labels: str = ""  # a JSON-lines file of labelled steps; "" makes Math-Shepherd's
+    questions: int = 2048  # whose outputs are labelled
+    samples: int = 1  # outputs of each question
+    completions: int = 8  # K, sampled from the end of each step
+    soft: bool = False  # the share of right completions, instead of whether any is
+    steps: int = 500  # updates on the labels, again in each iteration
+    batch_size: int = 64  # labelled outputs a step
+    learning_rate: float = 2e-5
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,7 +119,7 @@ class MeshSettings:
 class Config:
     name: str = "run"  # the work directory is runs/<name>
     seed: int = 0
-    method: str = "grpo"  # sft | grpo
+    method: str = "grpo"  # a row of methods.py
     sft_steps: int = 0  # the Instruct stage; 0 starts from model.path
     rl_steps: int = 0
     questions_per_step: int = 16
@@ -128,17 +127,32 @@ class Config:
     max_new_tokens: int = 1024
     learning_rate: float = 1e-6  # of the RL stage
     temperature: float = 1.0  # of the samples that are trained on
+    # Fields of some methods; None is the method's own default.
     kl_coef: float | None = None  # β
     clip_low: float | None = None  # ε
     clip_high: float | None = None
-    delta: float | None = None
-    kl_estimator: str | None = None
-    aggregate: str | None = None
-    importance: str | None = None
-    surrogate: str | None = None
-    advantage_scale: str | None = None
-    advantage_baseline: str | None = None
+    delta: float | None = None  # two-sided clip: the bound on ρ where Â < 0
+    kl_estimator: str | None = None  # k1 | k2 | k3 | k3_unbiased
+    aggregate: str | None = None  # sequence_mean | token_mean | constant
+    importance: str | None = None  # token | sequence
+    surrogate: str | None = None  # clip | cispo
+    advantage_scale: str | None = None  # group | batch | none
+    advantage_baseline: str | None = None  # mean | leave_one_out | batch
+    reward_normalization: str | None = None  # sum | each: summed first or normalised
     updates_per_rollout: int | None = None  # μ
+    entropy_coef: float | None = None  # of an entropy bonus
+    importance_cap: float | None = None  # C: weights min(π_old/π_sampler, C)
+    mask_truncated: bool | None = None  # outputs that were cut off teach nothing
+    overlong_buffer: int | None = None  # last tokens before the limit that cost reward
+    dynamic_sampling: int | None = None  # further rollouts to replace tied groups
+    dpo_beta: float | None = None
+    length_normalized: bool | None = None  # DPO's Δ of means over tokens, not of sums
+    gae_gamma: float | None = None
+    gae_lambda: float | None = None
+    value_clip: float | None = None
+    value_learning_rate: float | None = None
+    iterations: int | None = None  # of iterative GRPO
+    replay: float | None = None  # share of old labels in the reward model's next data
     checkpoint_every: int = 50
     checkpoints_kept: int = 2
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -146,76 +160,18 @@ class Config:
     sft: SftSettings = field(default_factory=SftSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     rewards: RewardSettings = field(default_factory=RewardSettings)
+    reward_model: RewardModelSettings = field(default_factory=RewardModelSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
 
     def of_method(self, name: str) -> Any:
         """A method's own field: as set, else the method's default."""
         value = getattr(self, name)
-        return METHODS[self.method][name] if value is None else value
+        return METHODS[self.method].fields[name] if value is None else value
 
-
-_CHOICES = {
-    "method": tuple(METHODS),
-    "kl_estimator": ("k1", "k2", "k3", "k3_unbiased"),
-    "aggregate": ("sequence_mean", "token_mean", "constant"),
-    "importance": ("token", "sequence"),
-    "surrogate": ("clip", "cispo"),
-    "advantage_scale": ("group", "batch", "none"),
-    "advantage_baseline": ("mean", "leave_one_out"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.param_dtype": ("float32", "bfloat16"),
-    "data.template": ("chat", "deepseekmath", "plain"),
-    "data.instruction": ("cot", "tool", "none"),
-    "sft.schedule": ("constant", "linear", "cosine"),
-    "sft.aggregate": ("sequence_mean", "token_mean"),
-    "optimizer.schedule": ("constant", "linear", "cosine"),
-}
-# name → the least value allowed, and whether that value itself is
-_BOUNDS: dict[str, tuple[float, bool]] = {
-    "sft_steps": (0, True),
-    "rl_steps": (0, True),
-    "questions_per_step": (1, True),
-    "group_size": (1, True),
-    "max_new_tokens": (1, True),
-    "learning_rate": (0, False),
-    "temperature": (0, False),
-    "kl_coef": (0, True),
-    "clip_low": (0, False),
-    "clip_high": (0, False),
-    "delta": (1, False),
-    "updates_per_rollout": (1, True),
-    "checkpoint_every": (1, True),
-    "checkpoints_kept": (1, True),
-    "model.vocab_size": (0, True),
-    "model.layers": (0, True),
-    "model.width": (0, True),
-    "model.heads": (0, True),
-    "model.kv_heads": (0, True),
-    "model.ffn": (0, True),
-    "data.max_prompt_tokens": (1, True),
-    "sft.learning_rate": (0, False),
-    "sft.warmup_steps": (0, True),
-    "sft.batch_size": (1, True),
-    "sft.batch_rows": (0, True),
-    "sft.row_length": (2, True),
-    "sft.micro_rows": (1, True),
-    "optimizer.warmup_steps": (0, True),
-    "optimizer.b1": (0, True),
-    "optimizer.b2": (0, True),
-    "optimizer.weight_decay": (0, True),
-    "optimizer.max_grad_norm": (0, False),
-    "optimizer.micro_rows": (1, True),
-    "optimizer.row_length": (0, True),
-    "optimizer.max_skipped": (1, True),
-    "optimizer.max_sampling_gap": (0, False),
-    "rewards.timeout": (0, False),
-    "eval.questions": (0, True),
-    "eval.samples": (0, True),
-    "eval.temperature": (0, False),
-    "eval.batch": (1, True),
-    "eval.every": (0, True),
-}
+    def own(self) -> dict[str, Any]:
+        """All of the method's own fields."""
+        return {name: self.of_method(name) for name in METHODS[self.method].fields}
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -230,87 +186,44 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def validate(config: Config) -> Config:
-    """The config itself, if a run can start with it.
-
-    >>> validate(Config(group_size=1))
-    Traceback (most recent call last):
-    ...
-    grpo_jax.errors.GrpoError: config.group_size: 1 output a question has no group...
-    """
-    flat = flatten(config)
-    for name, value in flat.items():
-        if isinstance(value, float) and value != value:
-            raise GrpoError(f"config.{name}: NaN is not a value")
-    for name, choices in _CHOICES.items():
-        if flat[name] is not None and flat[name] not in choices:
-            near = difflib.get_close_matches(str(flat[name]), choices, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            known = ", ".join(choices)
-            raise GrpoError(
-                f"config.{name}: {flat[name]!r} is not one of {known}{hint}"
-            )
-    for name, (least, allowed) in _BOUNDS.items():
-        value = flat[name]
-        if value is not None and (value < least or (value == least and not allowed)):
-            bound = f"{least} or more" if allowed else f"above {least}"
-            raise GrpoError(
-                f"config.{name}: {value} is out of range; {bound} is needed"
-            )
-    for name in OWN_FIELDS:
-        if flat[name] is not None and name not in METHODS[config.method]:
-            raise GrpoError(
-                f"config.{name}: method {config.method} would ignore it; leave it out"
-            )
-    if config.method == "grpo":
-        _validate_grpo(config)
-    if config.sft_steps and not config.data.sft:
-        raise GrpoError("config.data.sft: sft_steps is set; name the worked examples")
-    if not config.model.path:
-        for name in ("layers", "width", "heads", "ffn"):
-            if not flat[f"model.{name}"]:
-                raise GrpoError(
-                    f"config.model.{name}: 0; a new model needs it (or set model.path)"
-                )
-        if config.model.width % (2 * config.model.heads):
-            raise GrpoError(
-                f"config.model.width: {config.model.width} is not a multiple of twice "
-                f"the heads, {config.model.heads}"
-            )
-    if not config.sft_steps and not config.model.path:
-        raise GrpoError(
-            "config.sft_steps: 0, so RL would start from random weights; set it, or "
-            "model.path"
-        )
-    names, weights = reward_names(config), reward_weights(config)
-    if len(names) != len(weights):
-        raise GrpoError(
-            f"config.rewards.weights: {len(weights)} for {len(names)} functions"
-        )
-    return config
-
-
-def _validate_grpo(config: Config) -> None:
-    if config.group_size < 2:
-        raise GrpoError(
-            f"config.group_size: {config.group_size} output a question has no group to "
-            "be compared with; 2 or more"
-        )
-    if config.of_method("surrogate") == "cispo" and config.clip_high is None:
-        raise GrpoError("config.clip_high: surrogate cispo needs it, the ratio's bound")
-
-
 def reward_names(config: Config) -> list[str]:
-    return [n.strip() for n in config.rewards.functions.split(",") if n.strip()]
+    names = config.rewards.functions or METHODS[config.method].reward
+    return [n.strip() for n in names.split(",") if n.strip()]
 
 
 def reward_weights(config: Config) -> list[float]:
+    if not config.rewards.weights:
+        return [1.0] * len(reward_names(config))
     try:
         return [float(w) for w in config.rewards.weights.split(",") if w.strip()]
     except ValueError:
         raise GrpoError(
             f"config.rewards.weights: {config.rewards.weights!r} are not numbers"
         ) from None
+
+
+def lora_targets(config: Config) -> tuple[str, ...]:
+    """The matrices with adapters, as the parameters name them."""
+    model, default = config.model, ModelSettings()
+    if not model.lora_rank:
+        for name in ("lora_alpha", "lora_targets"):
+            if getattr(model, name) != getattr(default, name):
+                raise GrpoError(
+                    f"config.model.{name}: without adapters it would be ignored; set "
+                    "model.lora_rank too, or leave it out"
+                )
+    names = [n.strip() for n in model.lora_targets.split(",") if n.strip()]
+    known = default.lora_targets.split(",")
+    for name in names:
+        if name.removesuffix("_proj") not in known:
+            raise GrpoError(
+                f"config.model.lora_targets: {name!r} is not one of {', '.join(known)}"
+            )
+    if not names:
+        raise GrpoError(
+            "config.model.lora_targets: empty; name one projection at least"
+        )
+    return tuple(dict.fromkeys(f"{name.removesuffix('_proj')}_proj" for name in names))
 
 
 def to_json(config: Config) -> str:

@@ -88,6 +88,17 @@ def majority(predictions: Sequence[str | None], right: Sequence[bool]) -> bool:
     return right[predictions.index(votes.most_common(1)[0][0])]
 
 
+def maj_at_k(predictions: Sequence[str | None], right: Sequence[bool], k: int) -> float:
+    """maj@k of one question: the mean over as many separate sets of k as there are.
+
+    >>> maj_at_k(["4", "4", "5", "5"], [True, True, False, False], k=2)
+    0.5
+    """
+    starts = range(0, len(predictions) - k + 1, k)
+    votes = [majority(predictions[i : i + k], right[i : i + k]) for i in starts]
+    return float(np.mean(votes))
+
+
 def load_prompts(
     tokenizer: Tokenizer, name: str, settings: Settings
 ) -> tuple[list[tuple[Example, list[int]]], int]:
@@ -189,9 +200,11 @@ def measure(
             result[mode]["pass@k"] = {
                 str(k): share * pass_at_k(counts, samples, k) for k in powers
             }
-            voted = zip(predictions, right.tolist(), strict=True)
-            majorities = [majority(p, r) for p, r in voted]
-            result[mode]["maj@k"] = {str(samples): share * float(np.mean(majorities))}
+            voted = list(zip(predictions, right.tolist(), strict=True))
+            result[mode]["maj@k"] = {
+                str(k): share * float(np.mean([maj_at_k(p, r, k) for p, r in voted]))
+                for k in [*powers, samples]
+            }
     return result
 
 

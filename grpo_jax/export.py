@@ -1,9 +1,10 @@
 """A run's newest checkpoint as a Hugging Face folder.
 
-    python -m grpo_jax.export --workdir DIR --out HF_FOLDER
+    python -m grpo_jax.export --workdir DIR --out HF_FOLDER [--adapter]
 
 In: the work directory of a run of train.py. Out: config.json, safetensors and the
-tokenizer's files, which transformers opens.
+tokenizer's files, which transformers opens; LoRA's adapters are merged. With --adapter
+these alone, in a folder that PEFT opens on the model that the run began with.
 """
 
 from __future__ import annotations
@@ -22,12 +23,20 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--workdir", required=True, help="a run's work directory")
     parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument(
+        "--adapter", action="store_true", help="write LoRA's adapters alone, for PEFT"
+    )
     flags = parser.parse_args(arguments)
     try:
-        from grpo_jax.run import load_run
+        from grpo_jax import run
 
-        model, params, tokenizer = load_run(flags.workdir)
-        save_pretrained(model, params, flags.out, tokenizer=tokenizer)
+        if flags.adapter:
+            from grpo_jax.hf.adapter import save_adapter
+
+            save_adapter(*run.load_adapters(flags.workdir), flags.out)
+        else:
+            model, params, tokenizer = run.load_run(flags.workdir)
+            save_pretrained(model, params, flags.out, tokenizer=tokenizer)
     except GrpoError as error:
         sys.exit(f"error: {error}")
     print(f"{flags.out}: written from {flags.workdir}")

@@ -12,10 +12,23 @@ What is masked out may hold anything, NaN and infinities included.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+
+from grpo_jax.preferences import dpo_loss as dpo_loss
+from grpo_jax.reductions import (
+    aggregate_tokens,
+    at_least_1,
+    check_choice,
+    check_shapes,
+    is_off,
+    jitted,
+    sequence_sums,
+    token_mean,
+    weight_of,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float, Int, Num
@@ -24,25 +37,9 @@ if TYPE_CHECKING:
 # all but given up must not make the loss, or Adam's second moment, infinite.
 _MAX_EXPONENT = 20.0
 
-_CHOICES = {
-    "kl_estimator": ("k1", "k2", "k3", "k3_unbiased"),
-    "aggregate": ("sequence_mean", "token_mean", "constant"),
-    "importance": ("token", "sequence"),
-    "surrogate": ("clip", "cispo"),
-}
-
-
-def _check(name: str, value: str) -> None:
-    if value not in _CHOICES[name]:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(_CHOICES[name])}")
-
-
-def _check_shapes(logps: Array, others: dict[str, Array | None]) -> None:
-    if logps.ndim != 2:
-        raise ValueError(f"logps has shape {logps.shape}; [B, T] is needed")
-    for name, x in others.items():
-        if x is not None and jnp.shape(x) != logps.shape:
-            raise ValueError(f"{name} has shape {jnp.shape(x)}, logps {logps.shape}")
+_KL_ESTIMATORS = ("k1", "k2", "k3", "k3_unbiased")
+_IMPORTANCE = ("token", "sequence")
+_SURROGATES = ("clip", "cispo")
 
 
 def _exp(x: Array) -> Array:
@@ -58,68 +55,10 @@ def _k3(x: Array) -> Array:
     return jnp.expm1(small) - small + excess * (jnp.exp(_MAX_EXPONENT) - 1.0)
 
 
-def _sequence_sums(x: Array, segment_ids: Array | None) -> Array:
-    """[B, T] -> [B, T]: at each token, the sum of x over the token's own sequence."""
-    if segment_ids is None:
-        return jnp.broadcast_to(x.sum(-1, keepdims=True), x.shape)
-    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
-    run = jnp.cumsum(jnp.pad(starts, ((0, 0), (1, 0))), axis=-1)  # the run's number
-    sums = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=x.shape[1]))
-    return jnp.take_along_axis(sums(x, run), run, axis=-1)
-
-
-def _count_sequences(
-    valid: Array, segment_ids: Array | None, num_segments: int | None
-) -> Array | int:
-    """How many sequences the rows hold, those without an unmasked token included."""
-    if segment_ids is None:
-        return valid.shape[0]
-    if num_segments is not None:
-        return num_segments
-    # Not told: the sequences with an unmasked token, each counted at its first one.
-    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
-    run = jnp.cumsum(jnp.pad(starts, ((0, 0), (1, 0))), axis=-1)
-    seen = jax.vmap(functools.partial(jax.ops.segment_max, num_segments=run.shape[1]))
-    return jnp.maximum(seen(valid.astype(jnp.int32), run), 0).sum()
-
-
-def _aggregate(
-    per_token: Array,
-    weight: Array,
-    *,
-    aggregate: str,
-    segment_ids: Array | None,
-    num_segments: int | None,
-    normalizer: ArrayLike | None,
-    max_length: ArrayLike | None,
-) -> Array:
-    """Σ m ℓ over [B, T], divided as `aggregate` says."""
-    if aggregate == "token_mean":
-        count = _at_least_1(weight.sum()) if normalizer is None else normalizer
-        return (weight * per_token).sum() / _nonzero(count)
-    if normalizer is None:
-        normalizer = _count_sequences(weight > 0, segment_ids, num_segments)
-    if aggregate == "constant":
-        assert max_length is not None  # the caller has checked
-        return (weight * per_token).sum() / (_nonzero(normalizer) * max_length)
-    length = _sequence_sums(weight, segment_ids)
-    return (weight * per_token / _at_least_1(length)).sum() / _nonzero(normalizer)
-
-
-def _at_least_1(length: Array) -> Array:
-    """n_i = max(Σ m, 1): an empty sequence counts as 0, a fraction is not blown up."""
-    return jnp.maximum(length, 1)
-
-
-def _nonzero(count: ArrayLike) -> Array:
-    """A batch without sequences divides by 1, and so is 0."""
-    return jnp.where(jnp.asarray(count) > 0, count, 1)
-
-
-def _token_mean(x: Array, weight: Array) -> Array:
-    return (weight * x).sum() / _at_least_1(weight.sum())
-
-
+@jitted(
+    *("num_segments", "kl_estimator", "aggregate", "importance", "surrogate"),
+    pairs={"kl_coef": "ref_logps", "entropy_coef": "entropy"},
+)
 def grpo_loss(
     logps: Float[Array, "B T"],
     advantages: Float[Array, "B"] | Float[Array, "B T"],
@@ -128,6 +67,10 @@ def grpo_loss(
     old_logps: Float[Array, "B T"] | None = None,
     ref_logps: Float[Array, "B T"] | None = None,
     weights: Float[Array, "B T"] | None = None,
+    sampler_logps: Float[Array, "B T"] | None = None,
+    importance_cap: ArrayLike | None = None,
+    entropy: Float[Array, "B T"] | None = None,
+    entropy_coef: ArrayLike = 0.0,
     segment_ids: Int[Array, "B T"] | None = None,
     num_segments: int | None = None,
     normalizer: ArrayLike | None = None,
@@ -153,8 +96,12 @@ def grpo_loss(
       mask: 1 where a token counts, [B, T]; bool, int or float.
       old_logps: log π_old; None: the policy sampled them itself, ρ = 1.
       ref_logps: log π_ref; needed unless kl_coef is 0.
-      weights: truncated importance weights between sampler and trainer, [B, T]; a
-        constant factor on the policy term.
+      weights: a constant factor on the policy term, [B, T].
+      sampler_logps, importance_cap: log-probabilities as the sampler computed them,
+        [B, T], and C: truncated importance sampling between sampler and trainer (Yao et
+        al. 2025), the constant factor min(exp(log π_old - sampler_logps), C).
+      entropy, entropy_coef: the policy's entropy at each token, [B, T], and c: the
+        bonus -c H (Mnih et al. 2016), aggregated as the policy term is.
       segment_ids: for packed rows, which sequence a token belongs to, [B, T]; the
         tokens of a sequence stand side by side in one row.
       num_segments: how many sequences the packed rows hold (None: those with an
@@ -172,8 +119,9 @@ def grpo_loss(
       surrogate: "clip", or "cispo": -stop_gradient(min(ρ, clip_high)) Â log π_θ.
 
     Returns:
-      The loss, and the metrics policy_loss, kl, clip_ratio/{low,high,region}_mean and
-      num_tokens. At float32 at least, whatever came in.
+      The loss, and the metrics policy_loss, clip_ratio/{low,high,region}_mean and
+      num_tokens; kl, entropy and sampling/importance_sampling_ratio/{min,mean,max}
+      where their arrays are given. At float32 at least, whatever came in.
 
     Raises:
       ValueError: a shape, or a missing or unknown option.
@@ -184,91 +132,38 @@ def grpo_loss(
     >>> float(loss)  # at ρ = 1: minus the mean advantage
     0.0
     """
-    _check("kl_estimator", kl_estimator)
-    _check("aggregate", aggregate)
-    _check("importance", importance)
-    _check("surrogate", surrogate)
+    check_choice("kl_estimator", kl_estimator, _KL_ESTIMATORS)
+    check_choice("importance", importance, _IMPORTANCE)
+    check_choice("surrogate", surrogate, _SURROGATES)
     arrays = dict(mask=mask, old_logps=old_logps, ref_logps=ref_logps, weights=weights)
-    _check_shapes(logps, {**arrays, "segment_ids": segment_ids})
+    arrays |= dict(sampler_logps=sampler_logps, entropy=entropy)
+    check_shapes(logps, {**arrays, "segment_ids": segment_ids})
     if jnp.shape(advantages) not in (logps.shape[:1], logps.shape):
         raise ValueError(
             f"advantages has shape {jnp.shape(advantages)}; [B] or [B, T] of logps' "
             f"{logps.shape} is needed"
         )
-    if num_segments is not None and segment_ids is None:
-        raise ValueError("num_segments counts packed sequences: pass segment_ids")
     if segment_ids is not None and jnp.ndim(advantages) == 1:
         raise ValueError("packed rows (segment_ids) need advantages of shape [B, T]")
-    no_kl = not isinstance(kl_coef, jax.core.Tracer) and kl_coef == 0
-    if ref_logps is None and not no_kl:
+    if ref_logps is None and not is_off(kl_coef):
         raise ValueError("ref_logps is None: pass log π_ref, or kl_coef=0.0")
-    if aggregate == "constant" and max_length is None:
-        raise ValueError("aggregate='constant' needs max_length")
+    if entropy is None and not is_off(entropy_coef):
+        raise ValueError("entropy is None: pass [B, T], or entropy_coef=0.0")
+    if (sampler_logps is None) != (importance_cap is None):
+        raise ValueError("sampler_logps and importance_cap are needed together")
     if surrogate == "cispo" and clip_high is None:
         raise ValueError("surrogate='cispo' needs clip_high, the bound on the ratio")
-    return _grpo_loss(
-        logps,
-        advantages,
-        mask,
-        old_logps,
-        ref_logps,
-        weights,
-        segment_ids,
-        normalizer,
-        clip_low,
-        clip_low if clip_high is None else clip_high,
-        delta,
-        kl_coef,
-        max_length,
-        num_segments=num_segments,
-        kl_estimator=kl_estimator,
-        aggregate=aggregate,
-        importance=importance,
-        surrogate=surrogate,
-    )
+    clip_high = clip_low if clip_high is None else clip_high
 
-
-_STATIC = ("num_segments", "kl_estimator", "aggregate", "importance", "surrogate")
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _grpo_loss(
-    logps,
-    advantages,
-    mask,
-    old_logps,
-    ref_logps,
-    weights,
-    segment_ids,
-    normalizer,
-    clip_low,
-    clip_high,
-    delta,
-    kl_coef,
-    max_length,
-    *,
-    num_segments,
-    kl_estimator,
-    aggregate,
-    importance,
-    surrogate,
-):
-    dtype = jnp.promote_types(logps.dtype, jnp.float32)
-    valid = mask != 0
-    m = jnp.where(valid, mask, 0).astype(dtype)
-
-    def clean(x):  # nothing masked reaches an exponent, nor its gradient
-        return jnp.where(valid, x.astype(dtype), 0)
-
-    advantages = jnp.asarray(advantages)
+    m, clean = weight_of(mask, logps)
     a = clean(advantages[:, None] if advantages.ndim == 1 else advantages)
     logps = clean(logps)
     old = jax.lax.stop_gradient(logps if old_logps is None else clean(old_logps))
 
     log_ratio = logps - old
     if importance == "sequence":
-        length = _at_least_1(_sequence_sums(m, segment_ids))
-        log_ratio = _sequence_sums(m * log_ratio, segment_ids) / length
+        length = at_least_1(sequence_sums(m, segment_ids))
+        log_ratio = sequence_sums(m * log_ratio, segment_ids) / length
     ratio = _exp(log_ratio)  # ρ
 
     if surrogate == "cispo":
@@ -283,9 +178,15 @@ def _grpo_loss(
         high = (ratio > 1 + clip_high) & (a > 0)
     if weights is not None:
         policy = policy * jax.lax.stop_gradient(clean(weights))
+    metrics = {}
+    if sampler_logps is not None and importance_cap is not None:
+        w = jax.lax.stop_gradient(_exp(old - clean(sampler_logps)))
+        w = jnp.minimum(w, importance_cap)
+        policy = policy * w
+        metrics = _importance_metrics(w, m)
 
     divide = functools.partial(
-        _aggregate,
+        aggregate_tokens,
         weight=m,
         aggregate=aggregate,
         segment_ids=segment_ids,
@@ -294,7 +195,7 @@ def _grpo_loss(
         max_length=max_length,
     )
     loss = policy_loss = divide(policy)
-    metrics = {"policy_loss": policy_loss}
+    metrics["policy_loss"] = policy_loss
     if ref_logps is not None:
         difference = jax.lax.stop_gradient(clean(ref_logps)) - logps  # log π_ref/π_θ
         if kl_estimator == "k1":
@@ -305,17 +206,126 @@ def _grpo_loss(
             kl = _k3(difference)
         if kl_estimator == "k3_unbiased":
             kl = ratio * kl
-        loss = policy_loss + kl_coef * divide(kl)
-        metrics["kl"] = _token_mean(kl, m)
+        loss = loss + kl_coef * divide(kl)
+        metrics["kl"] = token_mean(kl, m)
+    if entropy is not None:
+        h = clean(entropy)
+        loss = loss - entropy_coef * divide(h)
+        metrics["entropy"] = token_mean(h, m)
     metrics |= {
-        "clip_ratio/low_mean": _token_mean(low.astype(dtype), m),
-        "clip_ratio/high_mean": _token_mean(high.astype(dtype), m),
-        "clip_ratio/region_mean": _token_mean((low | high).astype(dtype), m),
+        "clip_ratio/low_mean": token_mean(low.astype(m.dtype), m),
+        "clip_ratio/high_mean": token_mean(high.astype(m.dtype), m),
+        "clip_ratio/region_mean": token_mean((low | high).astype(m.dtype), m),
         "num_tokens": m.sum(),
     }
     return loss, jax.lax.stop_gradient(metrics)
 
 
+def _importance_metrics(w: Array, m: Array) -> dict[str, Array]:
+    """Of the weights of unmasked tokens; 0 where there is none."""
+    valid, name = m > 0, "sampling/importance_sampling_ratio"
+    lowest = jnp.where(valid, w, jnp.inf).min()
+    return {
+        f"{name}/min": jnp.where(valid.any(), lowest, 0),
+        f"{name}/mean": token_mean(w, m),
+        f"{name}/max": jnp.where(valid, w, 0).max(),
+    }
+
+
+def ppo_loss(
+    logps: Float[Array, "B T"],
+    old_logps: Float[Array, "B T"] | None,
+    advantages: Float[Array, "B T"],
+    mask: Num[Array, "B T"],
+    *,
+    clip_low: ArrayLike = 0.2,
+    clip_high: ArrayLike | None = None,
+    aggregate: str = "sequence_mean",
+    **options: Any,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """PPO's clipped surrogate (Schulman et al. 2017; DeepSeekMath, section 4.1.1).
+
+        loss = - mean_i 1/|o_i| Σ_t min[ρ_it A_it, clip(ρ_it, 1-ε_low, 1+ε_high) A_it]
+
+    `grpo_loss` without its KL term, which PPO has in the reward. A comes from `gae`;
+    the value function's part is `value_loss`. TRL and verl average over all tokens
+    instead: aggregate="token_mean".
+
+    Args:
+      options: weights, delta, segment_ids, normalizer and the others of `grpo_loss`.
+
+    >>> old = jnp.log(jnp.array([[0.5, 0.5]]))
+    >>> new = jnp.log(jnp.array([[0.7, 0.4]]))  # ρ = 1.4, held at 1.2, and 0.8
+    >>> loss, _ = ppo_loss(new, old, jnp.ones((1, 2)), jnp.ones((1, 2)))
+    >>> round(float(loss), 4)
+    -1.0
+    """
+    return grpo_loss(
+        logps,
+        advantages,
+        mask,
+        old_logps=old_logps,
+        kl_coef=0.0,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        aggregate=aggregate,
+        **options,
+    )
+
+
+@jitted("num_segments", "aggregate")
+def value_loss(
+    values: Float[Array, "B T"],
+    old_values: Float[Array, "B T"] | None,
+    returns: Float[Array, "B T"],
+    mask: Num[Array, "B T"],
+    *,
+    clip: ArrayLike | None = 0.2,
+    segment_ids: Int[Array, "B T"] | None = None,
+    num_segments: int | None = None,
+    normalizer: ArrayLike | None = None,
+    aggregate: str = "token_mean",
+) -> Float[Array, ""]:
+    """PPO's value loss, as in TRL and verl: half the worse of two squares, over tokens.
+
+        loss = mean_t 1/2 max[(V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2]
+
+    Args:
+      values: V of the value function that is trained, [B, T].
+      old_values: V_old at sampling time, [B, T]; with clip=None it may be None.
+      returns: R, [B, T], as `gae` gives them. A constant, as V_old is.
+      clip: c; None: the plain square.
+      segment_ids, num_segments, normalizer, aggregate: as in `grpo_loss`; "constant"
+        is not offered.
+
+    >>> values, old = jnp.array([[1.0, 0.5]]), jnp.zeros((1, 2))
+    >>> float(value_loss(values, old, jnp.ones((1, 2)), jnp.ones((1, 2)), clip=0.5))
+    0.125
+    """
+    arrays = dict(old_values=old_values, returns=returns, mask=mask)
+    check_shapes(values, {**arrays, "segment_ids": segment_ids}, "values")
+    check_choice("aggregate", aggregate, ("sequence_mean", "token_mean"))
+    m, clean = weight_of(mask, values)
+    v, target = clean(values), jax.lax.stop_gradient(clean(returns))
+    square = jnp.square(v - target)
+    if clip is not None:
+        if old_values is None:
+            raise ValueError("old_values is None: pass them, or clip=None")
+        old = jax.lax.stop_gradient(clean(old_values))
+        square = jnp.maximum(
+            square, jnp.square(jnp.clip(v, old - clip, old + clip) - target)
+        )
+    return aggregate_tokens(
+        square / 2,
+        m,
+        aggregate=aggregate,
+        segment_ids=segment_ids,
+        num_segments=num_segments,
+        normalizer=normalizer,
+    )
+
+
+@jitted("num_segments", "aggregate")
 def sft_loss(
     logps: Float[Array, "B T"],
     mask: Num[Array, "B T"],
@@ -337,26 +347,21 @@ def sft_loss(
     >>> round(float(loss), 4)
     0.6931
     """
-    _check("aggregate", aggregate)
     if aggregate == "constant":
         raise ValueError("sft_loss has no aggregate='constant'")
     arrays = dict(mask=mask, weights=weights, segment_ids=segment_ids)
-    _check_shapes(logps, arrays)
-    logps, mask = jnp.asarray(logps), jnp.asarray(mask)
-    dtype = jnp.promote_types(logps.dtype, jnp.float32)
-    valid = mask != 0
-    m = jnp.where(valid, mask, 0).astype(dtype)
-    nll = -jnp.where(valid, logps.astype(dtype), 0)
+    check_shapes(logps, arrays)
+    m, clean = weight_of(mask, logps)
+    nll = -clean(logps)
     if weights is not None:
-        nll = nll * jnp.where(valid, jnp.asarray(weights, dtype), 0)
-    loss = _aggregate(
+        nll = nll * clean(weights)
+    loss = aggregate_tokens(
         nll,
         m,
         aggregate=aggregate,
         segment_ids=segment_ids,
         num_segments=num_segments,
         normalizer=normalizer,
-        max_length=None,
     )
-    metrics = {"nll": _token_mean(nll, m), "num_tokens": m.sum()}
+    metrics = {"nll": token_mean(nll, m), "num_tokens": m.sum()}
     return loss, jax.lax.stop_gradient(metrics)

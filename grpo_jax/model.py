@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax import sharding
+from grpo_jax.lora import A, B, Lora
+from grpo_jax.packing import PROMPT
 
 Params = dict[str, Any]
 # keys, values -> what the queries take from them, and the layer's cache
@@ -111,6 +113,7 @@ class Block(nn.Module):
     """One layer; `attend` decides what its queries see."""
 
     config: ModelConfig
+    lora: Lora = Lora()
 
     def weight(self, name: str, *shape: int) -> Array:
         """Declares a parameter; `Decoder.init` gives all of them their values."""
@@ -119,6 +122,9 @@ class Block(nn.Module):
     def linear(self, x: Array, name: str, out: int, bias: bool = False) -> Array:
         weight = self.weight(name, out, x.shape[-1]).astype(x.dtype)
         y = jnp.einsum("...D,FD->...F", x, weight)
+        a = self.get_variable("params", name + A)  # not there: the base, or merged
+        if a is not None:
+            y += self.lora.delta(x, a, self.get_variable("params", name + B))
         if bias:
             y += over(y, self.weight(name + "_bias", out).astype(x.dtype))
         return y
@@ -174,6 +180,7 @@ class Decoder:
     config: ModelConfig
     dtype: str = "float32"  # of the computation; logits and softmax stay float32
     remat: bool = False  # recompute each layer's insides in the backward pass
+    lora: Lora = Lora()  # of the adapters that the parameters may hold
 
     def init(self, key: Array, dtype: str = "float32") -> Params:
         """Fresh parameters: embed, layers {name: [L, …]}, norm, unembed unless tied.
@@ -222,7 +229,9 @@ class Decoder:
 
     def block(self, layer: Params, x, positions, attend: Attend) -> tuple[Array, Any]:
         """One layer on its own parameters (without the leading L axis)."""
-        x, cache = Block(self.config).apply({"params": layer}, x, positions, attend)
+        x, cache = Block(self.config, self.lora).apply(
+            {"params": layer}, x, positions, attend
+        )
         return sharding.constrain(x, sharding.BATCH), cache
 
     def allowed(
@@ -232,7 +241,8 @@ class Decoder:
         step = jnp.arange(mask.shape[1])
         allowed = (step[:, None] >= step[None, :])[None] & mask[:, None, :]
         if segment_ids is not None:
-            allowed &= segment_ids[:, :, None] == segment_ids[:, None, :]
+            mine, theirs = segment_ids[:, :, None], segment_ids[:, None, :]
+            allowed &= (mine == theirs) | shares_prompt(mine, theirs)
         if self.config.sliding_window is not None:
             distance = positions[:, :, None] - positions[:, None, :]
             allowed &= distance < self.config.sliding_window
@@ -271,7 +281,10 @@ class Decoder:
         if self.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)
         x = sharding.constrain(self.embed(params, tokens), sharding.BATCH)
-        x, cache = jax.lax.scan(layer, x, params["layers"])
+        # A scan keeps compiling short; a few layers are faster side by side, as XLA's
+        # CPU backward pass of a scan copies what it has stacked.
+        few = self.config.layers <= 4
+        x, cache = jax.lax.scan(layer, x, params["layers"], unroll=few)
         hidden = self.finish(params, x)
         return (hidden, cache) if keep_cache else hidden
 
@@ -303,6 +316,17 @@ class Decoder:
             self.unembed(params),
             preferred_element_type=jnp.float32,
         )
+
+
+def shares_prompt(mine: Array, theirs: Array) -> Array:
+    """Whether a key's segment is the prompt that a query's segment goes on from.
+
+    Prompt g, shared by several outputs, is segment g·2^16; what goes on from it is
+    g·2^16 + 1 and above (`packing.pack` with share_prompts). Plain segments are below
+    2^16, and segment 0 is padding.
+    """
+    is_prompt = (theirs % PROMPT == 0) & (theirs > 0)
+    return is_prompt & (mine // PROMPT == theirs // PROMPT)
 
 
 def is_vector(path: str) -> bool:

@@ -6,13 +6,17 @@ Out: a `Batch` of arrays [A, B, T]: A micro-batches of B rows of T positions.
 Position t of a row holds the token that goes in (`tokens`) and the one to be predicted
 from it (`targets`); everything else in the batch is about the prediction. Several
 samples share a row: `segment_ids` tells them apart, positions start again at 0.
+
+With `share_prompts` the outputs of one question in a row have its prompt in common: the
+prompt stands once, without its last token; each output follows from that token on, and
+sees the prompt and itself (`model.shares_prompt`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,8 +31,12 @@ class Sample:
 
     tokens: Sequence[int]
     mask: Sequence[int]  # 1 where the token counts in the loss: never the prompt
+    prompt: int = 0  # how many tokens are the prompt; 0: not to be shared
     advantages: Sequence[float] | float | None = None  # Â, or one for every token
     logps: Sequence[float] | None = None  # the sampler's
+    labels: Sequence[float] | None = None  # what a reward model learns
+    returns: Sequence[float] | None = None  # what PPO's critic learns
+    values: Sequence[float] | None = None  # what it said before
 
 
 _PER_TOKEN = (
@@ -41,12 +49,23 @@ _PER_TOKEN = (
     "sampler_logps",
     "old_logps",
     "ref_logps",
+    "labels",
+    "returns",
+    "old_values",
 )
+# per-token numbers of a Batch → where a Sample has them
+_FROM_SAMPLE = {
+    "advantages": "advantages",
+    "sampler_logps": "logps",
+    "labels": "labels",
+    "returns": "returns",
+    "old_values": "values",
+}
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=[*_PER_TOKEN, "used", "sequences"],
+    data_fields=[*_PER_TOKEN, "used", "sequences", "loss_tokens"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,8 +81,12 @@ class Batch:
     sampler_logps: Any = None  # float32, log-probabilities when the target was sampled
     old_logps: Any = None  # float32, log π_old; None: ρ = 1
     ref_logps: Any = None  # float32, log π_ref; None: computed in the step
+    labels: Any = None  # float32, of a reward model
+    returns: Any = None  # float32, of PPO's critic
+    old_values: Any = None  # float32, V(s_t) when the outputs were sampled
     used: Any = None  # int32 []: micro-batches that hold anything
     sequences: Any = None  # int32 []: samples in the whole batch
+    loss_tokens: Any = None  # int32 []: unmasked tokens in the whole batch
 
     def micro(self, index: Any) -> Batch:
         """Micro-batch number `index`: [B, T]."""
@@ -87,23 +110,8 @@ class Batch:
         return dataclasses.replace(self, **padded)
 
 
-def first_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Which items share a bin of `size`: longest first, each into the first that fits.
-
-    >>> first_fit([3, 6, 5, 2], 8)
-    [[1, 3], [2, 0]]
-    """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = (n for n, space in enumerate(room) if lengths[item] <= space)
-        number = next(fits, len(bins))
-        if number == len(bins):
-            bins.append([])
-            room.append(size)
-        bins[number].append(item)
-        room[number] -= lengths[item]
-    return bins
+Row = list[list[int]]  # the samples of each prompt in a row
+PROMPT = 1 << 16  # a shared prompt's segment is a multiple of it
 
 
 def pack(
@@ -112,6 +120,9 @@ def pack(
     length: int,
     rows: int = 1,
     share: bool = True,
+    share_prompts: bool = False,
+    together: int = 1,
+    of: Sequence[Sample] | None = None,
 ) -> Batch:
     """Lay samples out in micro-batches of `rows` rows of `length` positions.
 
@@ -119,6 +130,11 @@ def pack(
       length: T. A sample of n tokens takes n - 1 positions.
       rows: B, rows of a micro-batch; a multiple of the mesh's data × fsdp.
       share: False gives every sample a row of its own, for models without segments.
+      share_prompts: samples of one prompt in a row have it in common, for models that
+        know `shares_prompt`, as the project's does.
+      together: so many samples in turn (a pair: 2) share a row, side by side.
+      of: all samples of the batch, where those that teach nothing were left out; the
+        losses are divided as if they were there.
 
     Raises:
       GrpoError: a sample that does not fit a row.
@@ -128,50 +144,160 @@ def pack(
     >>> batch.tokens.tolist(), batch.targets.tolist(), batch.segment_ids.tolist()
     ([[[5, 6, 8, 0]]], [[[6, 7, 9, 0]]], [[[1, 1, 2, 0]]])
     """
-    if not samples:
+    of = samples if of is None else of
+    if not of:
         raise GrpoError("pack: no samples")
-    lengths = [len(sample.tokens) - 1 for sample in samples]
-    for i, n in enumerate(lengths):
-        if not 1 <= n <= length:
-            raise GrpoError(
-                f"pack: sample {i} has {n + 1} tokens; 2 to {length + 1} fit a row"
-            )
-    bins = first_fit(lengths, length) if share else [[i] for i in range(len(samples))]
-    used = -(-len(bins) // rows)
-    arrays = _fill(samples, bins, (used * rows, length))
+    placed = place(samples, length, share, share_prompts, together)
+    used = -(-len(placed) // rows)
+    spans = _spans(samples, placed, share_prompts)
+    arrays = _fill(samples, of[0], spans, (used * rows, length))
     return Batch(
         **{k: x.reshape(used, rows, length) for k, x in arrays.items()},
         used=np.int32(used),
-        sequences=np.int32(len(samples)),
+        sequences=np.int32(len(of)),
+        loss_tokens=np.int32(sum(np.count_nonzero(s.mask[1:]) for s in of)),
     )
 
 
-def _fill(samples, bins, shape) -> dict[str, np.ndarray]:
+def place(
+    samples: Sequence[Sample],
+    length: int,
+    share: bool = True,
+    share_prompts: bool = False,
+    together: int = 1,
+) -> list[Row]:
+    """Which samples stand in which row: the longest first, each where it fits first.
+
+    A shared prompt goes where its other outputs are, as long as there is room.
+    """
+    for i, sample in enumerate(samples):
+        if not 2 <= len(sample.tokens) <= length + 1:
+            raise GrpoError(
+                f"pack: sample {i} has {len(sample.tokens)} tokens; 2 to {length + 1} "
+                "fit a row"
+            )
+    prompts: dict[Any, list[range]] = {}
+    for start in range(0, len(samples), together):
+        first = samples[start]
+        prompt = tuple(first.tokens[: first.prompt]) if share_prompts else ()
+        unit = range(start, start + together)
+        prompts.setdefault(prompt or start, []).append(unit)
+
+    def own(unit: range) -> int:
+        return sum(len(samples[i].tokens) - 1 - prefix(samples[i]) for i in unit)
+
+    def prefix(sample: Sample) -> int:
+        return _prefix(sample, share_prompts)
+
+    rows: list[Row] = []
+    room: list[int] = []
+    for units in sorted(prompts.values(), key=lambda units: -max(map(own, units))):
+        before = prefix(samples[units[0][0]])
+        here: dict[int, list[int]] = {}  # the rows with this prompt
+        for unit in sorted(units, key=own, reverse=True):
+            need = own(unit)
+            number = next((n for n in here if need <= room[n]), None)
+            if number is None:
+                need += before
+                fits = (n for n, space in enumerate(room) if share and need <= space)
+                number = next(fits, len(rows))
+                if need > length:
+                    raise GrpoError(
+                        f"pack: {together} samples take {need} positions together; "
+                        f"{length} fit a row"
+                    )
+                if number == len(rows):
+                    rows.append([])
+                    room.append(length)
+                here[number] = []
+                rows[number].append(here[number])
+            here[number] += unit
+            room[number] -= need
+    return rows
+
+
+def _prefix(sample: Sample, share_prompts: bool) -> int:
+    """Positions of a shared prompt: its last token stands with each output."""
+    return max(sample.prompt - 1, 0) if share_prompts else 0
+
+
+def unpack(
+    values: Any,
+    samples: Sequence[Sample],
+    *,
+    share: bool = True,
+    share_prompts: bool = False,
+    together: int = 1,
+) -> list[np.ndarray]:
+    """What a program made of a packed batch, [A, B, T], for each sample again.
+
+    Of n tokens n - 1 values come back: the first stands where the first token goes in
+    and the second is predicted.
+
+    >>> samples = [Sample(tokens=[5, 6], mask=[0, 1]),
+    ...            Sample(tokens=[7, 8, 9], mask=[0, 1, 1])]
+    >>> [x.tolist() for x in unpack(pack(samples, length=4).targets, samples)]
+    [[6], [8, 9]]
+    """
+    values = np.asarray(values)
+    rows = values.reshape(-1, values.shape[-1])
+    placed = place(samples, rows.shape[1], share, share_prompts, together)
+    found = [np.zeros(len(s.tokens) - 1, values.dtype) for s in samples]
+    for span in _spans(samples, placed, share_prompts):
+        here = rows[span.row, span.start : span.start + span.stop - span.first]
+        for i in span.of:
+            found[i][span.first : span.stop] = here
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Span:
+    """Positions first to stop of a sample, at `start` of a row."""
+
+    row: int
+    start: int
+    of: list[int]  # the samples that have them in common
+    first: int
+    stop: int
+    segment: int
+
+
+def _spans(
+    samples: Sequence[Sample], placed: list[Row], share_prompts: bool
+) -> Iterator[_Span]:
+    for row, prompts in enumerate(placed):
+        at, segment = 0, 0
+        for number, members in enumerate(prompts, start=1):
+            base = PROMPT * number if share_prompts else 0
+            first = _prefix(samples[members[0]], share_prompts)
+            if first:
+                yield _Span(row, at, members, 0, first, base)
+            at += first
+            for i in members:
+                segment += 1
+                stop = len(samples[i].tokens) - 1
+                yield _Span(row, at, [i], first, stop, base + segment)
+                at += stop - first
+
+
+def _fill(samples, like, spans: Iterator[_Span], shape) -> dict[str, np.ndarray]:
     arrays = {
         name: np.zeros(shape, np.int32)
         for name in ("tokens", "targets", "positions", "segment_ids")
     }
     arrays["mask"] = np.zeros(shape, bool)
-    if samples[0].advantages is not None:
-        arrays["advantages"] = np.zeros(shape, np.float32)
-    if samples[0].logps is not None:
-        arrays["sampler_logps"] = np.zeros(shape, np.float32)
-    for row, members in enumerate(bins):
-        at = 0
-        for segment, i in enumerate(members, start=1):
-            sample, n = samples[i], len(samples[i].tokens) - 1
-            here = (row, slice(at, at + n))
-            arrays["tokens"][here] = sample.tokens[:-1]
-            arrays["targets"][here] = sample.tokens[1:]
-            arrays["positions"][here] = np.arange(n)
-            arrays["segment_ids"][here] = segment
-            arrays["mask"][here] = sample.mask[1:]
-            if sample.advantages is not None:
-                advantages = np.asarray(sample.advantages, np.float32)
-                arrays["advantages"][here] = (
-                    advantages[1:] if advantages.ndim else advantages
-                )
-            if sample.logps is not None:
-                arrays["sampler_logps"][here] = sample.logps[1:]
-            at += n
+    extra = {k: v for k, v in _FROM_SAMPLE.items() if getattr(like, v) is not None}
+    arrays |= {name: np.zeros(shape, np.float32) for name in extra}
+    for span in spans:
+        sample, first, stop = samples[span.of[0]], span.first, span.stop
+        here = (span.row, slice(span.start, span.start + stop - first))
+        arrays["tokens"][here] = sample.tokens[first:stop]
+        arrays["targets"][here] = sample.tokens[first + 1 : stop + 1]
+        arrays["positions"][here] = np.arange(first, stop)
+        arrays["segment_ids"][here] = span.segment
+        arrays["mask"][here] = sample.mask[first + 1 : stop + 1]
+        for name, field in extra.items():
+            numbers = np.asarray(getattr(sample, field), np.float32)
+            part = numbers[first + 1 : stop + 1] if numbers.ndim else numbers
+            arrays[name][here] = part
     return arrays

@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,29 @@ class Scores:
     failures: dict[str, int]
     timeouts: int = 0
     errors: dict[str, int] = field(default_factory=dict)
+
+    def take(self, indices: Sequence[int]) -> "Scores":
+        """The scores of some of the samples; counts of calls stay the whole batch's."""
+        rows = list(indices)
+        by_function = {name: x[rows] for name, x in self.by_function.items()}
+        failures = {name: int(np.isnan(x).sum()) for name, x in by_function.items()}
+        return replace(
+            self, rewards=self.rewards[rows], by_function=by_function, failures=failures
+        )
+
+    @staticmethod
+    def join(parts: "Sequence[Scores]") -> "Scores":
+        """The scores of several batches as those of one."""
+        names = list(parts[0].by_function)
+        return Scores(
+            rewards=np.concatenate([p.rewards for p in parts]),
+            by_function={
+                n: np.concatenate([p.by_function[n] for p in parts]) for n in names
+            },
+            failures={n: sum(p.failures[n] for p in parts) for n in names},
+            timeouts=max(p.timeouts for p in parts),
+            errors=parts[0].errors,
+        )
 
 
 class _Call:

@@ -1,11 +1,12 @@
-"""The RL stage: GRPO with outcome supervision (DeepSeekMath, section 4.1, Algorithm 1).
+"""The RL stage: every method of the paradigm by one loop (DeepSeekMath, Algorithm 1).
 
-One step:
+Where the method iterates, for each iteration: π_ref ← π_θ, and the reward model r_φ is
+trained on. One step:
 1. the questions q of this step, by its number;
 2. their prompts as token ids;
-3. G outputs o_i of each, sampled from π_θ (which is π_old from here on);
-4. rewards r_i, by the reward functions, on the outputs' texts;
-5. advantages Â_i within each group;
+3. G outputs o_i of each, sampled from π_θ (which is π_old from here on) or from π_sft;
+4. rewards r_i, by the reward functions on the outputs' texts or by the reward model;
+5. credit: Â of each token, as the method's row has it;
 6. prompts and outputs packed into rows, several to a row;
 7. for μ > 1: log π_old, and log π_ref once;
 8. μ compiled updates of π_θ;
@@ -15,8 +16,9 @@ One step:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,27 +26,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from grpo_jax import data, sharding
-from grpo_jax.advantages import group_advantages
-from grpo_jax.config import Config, reward_names, reward_weights
-from grpo_jax.data import Example
+from grpo_jax import credit, lora, sharding
+from grpo_jax.config import Config
+from grpo_jax.credit import Output
 from grpo_jax.errors import GrpoError
+from grpo_jax.experience import Experience, outcome_metrics, show
+from grpo_jax.methods import METHODS
 from grpo_jax.model import Params
-from grpo_jax.packing import Batch, Sample, pack
-from grpo_jax.prompts import encode_prompts
-from grpo_jax.rewards import Calls, Scores, resolve, score
-from grpo_jax.rollout import Rollouts, generate
-from grpo_jax.run import Body, Run, run_stage
-from grpo_jax.update import make_grpo_step, make_optimizer, make_scorer
-
-Prompts = list[tuple[Example, list[int]]]
+from grpo_jax.objectives import (
+    Objective,
+    dpo_objective,
+    grpo_objective,
+    ppo_objective,
+    sft_objective,
+)
+from grpo_jax.packing import Batch, Sample, pack, unpack
+from grpo_jax.reward_model.judge import Judge, Judges, critic_of, values_of
+from grpo_jax.rewards import Scores
+from grpo_jax.run import Body, Run, policy, run_stage
+from grpo_jax.update import make_optimizer, make_scorer, make_step
 
 
 def optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
-    o = config.optimizer
-    return make_optimizer(
-        config.learning_rate,
-        steps=config.rl_steps * config.of_method("updates_per_rollout"),
+    """The policy's; PPO's critic has one of its own, with its own rate and clip."""
+    o, own = config.optimizer, config.own()
+    make = functools.partial(
+        make_optimizer,
+        steps=config.rl_steps * own.get("updates_per_rollout", 1),
         schedule=o.schedule,
         warmup_steps=o.warmup_steps,
         b1=o.b1,
@@ -52,107 +60,231 @@ def optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
         weight_decay=o.weight_decay,
         max_grad_norm=o.max_grad_norm,
     )
+    policy, rate = make(config.learning_rate)
+    if METHODS[config.method].coefficient != "critic":
+        return policy, rate
+    critic, _ = make(own["value_learning_rate"] or 10 * config.learning_rate)
+
+    def owner(params):
+        labels = {
+            name: jax.tree.map(lambda _: "policy", x) for name, x in params.items()
+        }
+        return labels | {"value": jax.tree.map(lambda _: "critic", params["value"])}
+
+    return optax.partition({"policy": policy, "critic": critic}, owner), rate
 
 
-def prepare(run: Run) -> tuple[data.Batches, Rewards]:
-    """The batches of questions and the rewards: refused here, before any training."""
-    questions, config = load_questions(run), run.config
-    batches = data.Batches(questions, config.questions_per_step, seed=config.seed)
-    return batches, Rewards(config)
+def prepare(run: Run) -> tuple[Experience, Judges]:
+    """Questions, rewards and labels: refused here, before any training."""
+    experience = Experience(run)
+    return experience, Judges(run, experience.questions)
 
 
 def train(
-    run: Run, reference: Params, batches: data.Batches, rewards: Rewards
+    run: Run,
+    instruct: Callable[[], Params],
+    experience: Experience,
+    judges: Judges,
 ) -> Params:
-    """All RL steps, from wherever the work directory stands; `reference` is π_ref."""
-    config = run.config
+    """All RL steps, from wherever the work directory stands.
+
+    `instruct` gives π_sft, where RL starts. With LoRA it is called only where RL has no
+    checkpoint yet, and its parameters are donated: π_ref is the base of the state's.
+    """
+    config, own = run.config, run.config.own()
+    method = METHODS[config.method]
     transformation, rate = optimizer(config)
-    updates = config.of_method("updates_per_rollout")
-    kl_coef = config.of_method("kl_coef")
-    lay_out = Layout(run)
+    only_base = run.model.lora.rank and method.source == "policy" and not judges.needed
+    sft = None if only_base else instruct()
 
-    def make_body(shardings) -> Body:
-        update = make_grpo_step(
-            run.model,
+    def start() -> Params:
+        params = jax.tree.map(jnp.copy, sft) if sft else instruct()
+        params = run.begin("rl", params)
+        if method.coefficient == "critic":
+            value = run.new_reward_model(run.key("critic", 0), params)
+            params = {**params, "value": value}
+        return params
+
+    iterations = own.get("iterations", 1)
+    reference, params = sft, None
+    for i in range(iterations):
+        if i + 1 < iterations and run.has_reference(i + 1):
+            continue  # done before the run was resumed
+        if i and params is not None:
+            reference = run.save_reference(i, params)
+        elif i:
+            reference = run.load_reference(i)
+        until = config.rl_steps * (i + 1) // iterations
+        judge = judges(i, reference)
+        body = functools.partial(
+            make_body, run, experience, judge, sft, reference, transformation, rate
+        )
+        params = run_stage(
+            run,
+            "rl",
             transformation,
-            state_shardings=shardings,
-            temperature=config.temperature,
-            **loss_options(config),
+            start,
+            body,
+            steps=config.rl_steps,
+            until=until,
         )
-        log_probabilities = make_scorer(run.model, temperature=config.temperature)
+    assert params is not None
+    return policy(params)
 
-        def body(step, state):
-            prompts = batches[step]  # 1, 2
-            started = time.perf_counter()
-            rollouts, texts = sample(run, state.params, prompts, step)  # 3
-            sampled = time.perf_counter()
-            scores = rewards(prompts, texts)  # 4
-            advantages = np.asarray(  # 5
-                group_advantages(
-                    jnp.asarray(scores.rewards),
-                    config.group_size,
-                    scale=config.of_method("advantage_scale"),
-                    baseline=config.of_method("advantage_baseline"),
-                )
+
+def make_body(
+    run: Run,
+    experience: Experience,
+    judge: Judge | None,
+    sft: Params | None,
+    reference: Params | None,
+    transformation: optax.GradientTransformation,
+    rate: Any,
+    shardings: Any,
+) -> Body:
+    """One step of the method, compiled: (step, state) → (state, metrics)."""
+    config, own = run.config, run.config.own()
+    method = METHODS[config.method]
+    updates, kl_coef = own.get("updates_per_rollout", 1), own.get("kl_coef", 0.0)
+    in_loss = kl_coef if method.loss == "grpo" else 0.0
+    every = in_loss or own.get("entropy_coef") or method.loss in ("ppo", "dpo")
+    update = make_step(
+        make_objective(run),
+        transformation,
+        has_signal=has_tokens if every else has_advantages,
+        state_shardings=shardings,
+    )
+    log_probabilities = make_scorer(run.model, temperature=config.temperature)
+    lay_out = Layout(run, together=2 if method.coefficient == "pairs" else 1)
+
+    def frozen(state):  # π_ref
+        return lora.base(state.params) if reference is None else reference
+
+    def ref_logps(outputs: Sequence[Output], params: Params) -> list[np.ndarray]:
+        samples = [o.sample for o in outputs]
+        logps = log_probabilities(params, lay_out(samples))
+        found = unpack(logps, samples, share_prompts=True)
+        return [x[-len(o.tokens) :] for o, x in zip(outputs, found, strict=True)]
+
+    def credited(step, state, outputs, scores: Scores) -> list[Sample]:
+        rewards, g = scores.rewards, config.group_size
+        if method.coefficient == "indicator":
+            return credit.indicator(outputs, rewards)
+        if method.coefficient == "pairs":
+            rng = np.random.default_rng([config.seed, step])
+            return credit.pairs(outputs, rewards, g, rng)
+        if method.coefficient == "process":
+            assert judge is not None
+            ends, worth = judge.steps(outputs)
+            return credit.process(outputs, ends, worth, g)
+        if method.coefficient == "critic":
+            return credit.critic(
+                outputs,
+                rewards,
+                values_of(run, state.params["value"], outputs, lay_out),
+                ref_logps(outputs, frozen(state)) if kl_coef else None,
+                kl_coef=kl_coef,
+                gamma=own["gae_gamma"],
+                lam=own["gae_lambda"],
             )
-            batch = lay_out(prompts, rollouts, advantages)  # 6
-            scored = time.perf_counter()
-            if updates > 1:  # 7
-                # One program at a time: two that both wait for all devices of a CPU
-                # mesh can starve each other.
-                old = jax.block_until_ready(log_probabilities(state.params, batch))
-                ref = log_probabilities(reference, batch) if kl_coef else None
-                batch = dataclasses.replace(batch, old_logps=old, ref_logps=ref)
-            metrics = {}
-            for _ in range(updates):  # 8
-                state, metrics = update(state, reference, batch)
-            metrics = jax.device_get(metrics)
-            done = time.perf_counter()
-            if updates == 1:  # later updates are meant to move away from the sampler
-                check_gap(metrics, config.optimizer.max_sampling_gap)
-            metrics |= outcome_metrics(scores, rollouts, config.group_size)  # 9
-            metrics |= {
-                "learning_rate": float(rate(step * updates)),
-                "time/sample": sampled - started,
-                "time/reward": scored - sampled,
-                "time/update": done - scored,
-            }
-            show(run, step, prompts, texts, scores.rewards, advantages)
-            if config.eval.every and (step + 1) % config.eval.every == 0:
-                metrics |= evaluate_now(run, state.params)
-            return state, metrics
-
-        return body
-
-    return run_stage(run, "rl", transformation, lambda: reference, make_body)
-
-
-def load_questions(run: Run) -> Prompts:
-    """The RL questions with their prompts; those that are too long are counted."""
-    config = run.config
-    examples = data.load(
-        config.data.train,
-        "train",
-        data_dir=config.data.dir or None,
-        require=("answer",),
-    )
-    kept, dropped = encode_prompts(
-        run.tokenizer,
-        examples,
-        limit=config.data.max_prompt_tokens,
-        **run.prompt_options,
-    )
-    if dropped:
-        print(
-            f"rl: {dropped} of {dropped + len(kept)} questions are longer than "
-            f"data.max_prompt_tokens {config.data.max_prompt_tokens} and left out"
+        return credit.outcome(
+            outputs,
+            scores,
+            experience.rewards.weights,
+            g,
+            scale=own["advantage_scale"],
+            baseline=own["advantage_baseline"],
+            each=own["reward_normalization"] == "each",
         )
-    return kept
+
+    def body(step, state):
+        started = time.perf_counter()
+        sampler = sft if method.source == "instruct" else state.params
+        assert sampler is not None
+        outcome = judge.outcome if judge else None
+        outputs, scores, spent = experience(step, sampler, outcome)  # 1, 2, 3, 4
+        sampled = time.perf_counter()
+        samples = credited(step, state, outputs, scores)  # 5
+        if own.get("mask_truncated"):
+            samples = [
+                s if o.finished else credit.masked(s)
+                for s, o in zip(samples, outputs, strict=True)
+            ]
+        # What has no gradient costs no pass; the loss is divided as if it were there.
+        kept = samples if every else [s for s in samples if credit.teaches(s)]
+        batch = lay_out(kept, of=samples or [credit.masked(outputs[0].sample)])  # 6
+        scored = time.perf_counter()
+        if updates > 1:  # 7
+            # One program at a time: two that both wait for all devices of a CPU mesh
+            # can starve each other.
+            old = jax.block_until_ready(log_probabilities(state.params, batch))
+            ref = log_probabilities(frozen(state), batch) if in_loss else None
+            batch = dataclasses.replace(batch, old_logps=old, ref_logps=ref)
+        metrics = {}
+        for _ in range(updates):  # 8
+            state, metrics = update(state, reference if in_loss else None, batch)
+        metrics = jax.device_get(metrics)
+        done = time.perf_counter()
+        if updates == 1:  # later updates are meant to move away from the sampler
+            check_gap(metrics, config.optimizer.max_sampling_gap)
+        metrics |= outcome_metrics(outputs, scores, config.group_size) | spent  # 9
+        metrics |= {
+            "learning_rate": float(rate(step * updates)),
+            "samples/taught": float(len(kept)),
+            "time/sample": sampled - started,
+            "time/credit": scored - sampled,
+            "time/update": done - scored,
+        }
+        show(run, step, outputs, scores.rewards, samples)
+        if config.eval.every and (step + 1) % config.eval.every == 0:
+            metrics |= evaluate_now(run, state.params)
+        return state, metrics
+
+    return body
+
+
+def make_objective(run: Run) -> Objective:
+    """The loss of the method's row, on the run's model."""
+    config, own = run.config, run.config.own()
+    model, temperature = run.model, config.temperature
+    loss = METHODS[config.method].loss
+    if loss == "sft":
+        return sft_objective(model, temperature=temperature, aggregate=own["aggregate"])
+    if loss == "dpo":
+        return dpo_objective(
+            model,
+            temperature=temperature,
+            beta=own["dpo_beta"],
+            length_normalized=own["length_normalized"],
+        )
+    names = ("clip_low", "clip_high", "aggregate", "entropy_coef", "importance_cap")
+    names += ("delta", "kl_estimator", "importance", "surrogate", "kl_coef")
+    options = {name: own[name] for name in names if name in own}
+    if own["aggregate"] == "constant":
+        options["max_length"] = config.max_new_tokens
+    if loss == "ppo":
+        del options["kl_coef"]  # it is in the reward
+        return ppo_objective(
+            model,
+            critic_of(run),
+            value_clip=own["value_clip"],
+            temperature=temperature,
+            **options,
+        )
+    return grpo_objective(model, temperature=temperature, **options)
+
+
+def has_tokens(batch: Batch) -> jax.Array:
+    return batch.mask.any()
+
+
+def has_advantages(batch: Batch) -> jax.Array:
+    return (batch.mask & (batch.advantages != 0)).any()
 
 
 def check_gap(metrics: dict[str, Any], limit: float) -> None:
     """Refuse to train on log-probabilities that are not the sampler's (fault 54)."""
-    gap = float(metrics["sampling/sampling_logp_difference/mean"])
+    gap = float(metrics.get("sampling/sampling_logp_difference/mean", 0.0))
     if gap > limit:
         raise GrpoError(
             f"rl: sampler and trainer differ by {gap:.3f} nats a token on average, "
@@ -161,136 +293,34 @@ def check_gap(metrics: dict[str, Any], limit: float) -> None:
         )
 
 
-def loss_options(config: Config) -> dict[str, Any]:
-    """The options of `grpo_loss` that the config or its method sets."""
-    names = ("kl_coef", "clip_low", "clip_high", "delta")
-    names += ("kl_estimator", "aggregate", "importance", "surrogate")
-    options = {name: config.of_method(name) for name in names}
-    if options["aggregate"] == "constant":
-        options["max_length"] = config.max_new_tokens
-    return options
-
-
-def sample(
-    run: Run, params: Params, prompts: Prompts, step: int
-) -> tuple[Rollouts, list[str]]:
-    """G outputs of each question, as arrays on the host and as texts."""
-    rollouts = generate(
-        run.model,
-        params,
-        [ids for _, ids in prompts],
-        key=run.key("rl", step),
-        samples=run.config.group_size,
-        max_new_tokens=run.config.max_new_tokens,
-        temperature=run.config.temperature,
-        eos_id=run.tokenizer.eos_ids,
-    )
-    rollouts = jax.device_get(rollouts)
-    outputs = zip(rollouts.tokens, rollouts.lengths, strict=True)
-    return rollouts, [run.tokenizer.decode(o[:n].tolist()) for o, n in outputs]
-
-
-class Rewards:
-    """The reward functions that a config names, applied to groups of outputs."""
-
-    def __init__(self, config: Config):
-        self.functions = [resolve(name) for name in reward_names(config)]
-        self.weights = reward_weights(config)
-        self.group_size, self.timeout = config.group_size, config.rewards.timeout
-        self.calls = Calls()
-
-    def __call__(self, prompts: Prompts, texts: Sequence[str]) -> Scores:
-        examples = [e for e, _ in prompts for _ in range(self.group_size)]
-        names = {name for e in examples for name in e.columns}
-        columns = {name: [e.columns.get(name) for e in examples] for name in names}
-        columns["answer"] = [e.answer for e in examples]
-        return score(
-            self.functions,
-            self.weights,
-            [e.question for e in examples],
-            texts,
-            columns,
-            timeout=self.timeout,
-            calls=self.calls,
-        )
-
-
 class Layout:
-    """Prompts and outputs → one packed batch of the run's one shape, on the mesh."""
+    """Samples → one packed batch of the run's one shape, on the mesh.
 
-    def __init__(self, run: Run):
-        config = run.config
+    together: 2 for pairs, which then have a row of twice the length.
+    """
+
+    def __init__(self, run: Run, together: int = 1):
+        config, self.together = run.config, together
         longest = config.data.max_prompt_tokens + config.max_new_tokens
-        self.length = config.optimizer.row_length or longest
-        self.rows = config.optimizer.micro_rows * sharding.rows_multiple(run.mesh)
-        self.group_size = config.group_size
+        self.length = together * (config.optimizer.row_length or longest)
+        rows = max(1, config.optimizer.micro_rows // together)
+        self.rows = rows * sharding.rows_multiple(run.mesh)
         outputs = config.questions_per_step * config.group_size
-        self.capacity = -(-outputs // self.rows)
+        self.capacity = -(-outputs // (together * self.rows))
         self.place = sharding.batch_placer(run.mesh)
 
-    def __call__(self, prompts: Prompts, rollouts: Rollouts, advantages) -> Batch:
-        samples = []
-        for i, n in enumerate(rollouts.lengths):
-            prompt = prompts[i // self.group_size][1]
-            samples.append(
-                Sample(
-                    tokens=[*prompt, *rollouts.tokens[i, :n].tolist()],
-                    mask=[0] * len(prompt) + [1] * int(n),
-                    advantages=float(advantages[i]),
-                    logps=[0.0] * len(prompt) + rollouts.logps[i, :n].tolist(),
-                )
-            )
-        batch = pack(samples, length=self.length, rows=self.rows)
-        return self.place(batch.with_capacity(self.capacity))
-
-
-def outcome_metrics(
-    scores: Scores, rollouts: Rollouts, group_size: int
-) -> dict[str, float]:
-    """Rewards and lengths of a step, under the names that TRL gave them."""
-    groups = scores.rewards.reshape(-1, group_size)
-    scored = ~np.isnan(groups)
-    tied = [len(set(g[ok].tolist())) <= 1 for g, ok in zip(groups, scored, strict=True)]
-    metrics = {
-        "reward": _mean(scores.rewards),
-        "reward_std": _mean([np.nanstd(g, ddof=1) for g in groups[scored.sum(1) > 1]]),
-        "frac_reward_zero_std": float(np.mean(tied)),
-        "completions/mean_length": float(rollouts.lengths.mean()),
-        "completions/min_length": float(rollouts.lengths.min()),
-        "completions/max_length": float(rollouts.lengths.max()),
-        "completions/clipped_ratio": float(1 - rollouts.finished.mean()),
-        "rewards/timeouts": float(scores.timeouts),
-    }
-    for name, values in scores.by_function.items():
-        metrics[f"rewards/{name}/mean"] = _mean(values)
-        metrics[f"rewards/{name}/std"] = (
-            float(np.nanstd(values)) if len(values) else 0.0
+    def __call__(
+        self, samples: Sequence[Sample], of: Sequence[Sample] | None = None
+    ) -> Batch:
+        batch = pack(
+            samples,
+            length=self.length,
+            rows=self.rows,
+            share_prompts=True,
+            together=self.together,
+            of=of,
         )
-        metrics[f"rewards/{name}/failures"] = float(scores.failures[name])
-    return metrics
-
-
-def _mean(values: Any) -> float:
-    values = np.asarray(values, np.float64)
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if values.size else float("nan")
-
-
-def show(run: Run, step: int, prompts, texts, rewards, advantages) -> None:
-    """The first question's group into samples.jsonl."""
-    example, g = prompts[0][0], run.config.group_size
-    outputs = zip(texts[:g], rewards[:g], advantages[:g], strict=True)
-    names = ("completion", "reward", "advantage")
-    completions = [
-        dict(zip(names, (text, *map(_number, numbers)), strict=True))
-        for text, *numbers in outputs
-    ]
-    sample = {"question": example.question, "answer": example.answer}
-    run.recorder.write_samples("rl", step + 1, {**sample, "completions": completions})
-
-
-def _number(x: Any) -> float | None:
-    return round(float(x), 4) if np.isfinite(x) else None
+        return self.place(batch.with_capacity(self.capacity))
 
 
 def evaluate_now(run: Run, params: Params) -> dict[str, float]:

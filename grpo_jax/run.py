@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from grpo_jax import sharding
+from grpo_jax import lora, sharding
 from grpo_jax.checkpoint import Checkpoints
-from grpo_jax.config import Config, flatten, from_dict, to_json
+from grpo_jax.config import Config, flatten, from_dict, lora_targets, to_json
 from grpo_jax.errors import GrpoError
+from grpo_jax.methods import METHODS
 from grpo_jax.model import Decoder, ModelConfig, Params
 from grpo_jax.recorder import Recorder, progress
+from grpo_jax.reward_model.model import RewardModel
 from grpo_jax.tokenizer import Tokenizer
 from grpo_jax.update import TrainState
 
@@ -50,7 +51,9 @@ class Run:
 
     def key(self, stage: str, step: int) -> jax.Array:
         """The randomness of one step: of the seed, the stage and the step alone."""
-        number = {"init": 0, "sft": 1, "rl": 2, "eval": 3}[stage]
+        number = {"init": 0, "sft": 1, "rl": 2, "eval": 3, "reward": 4, "critic": 5}[
+            stage
+        ]
         key = jax.random.fold_in(jax.random.key(self.config.seed), number)
         return jax.random.fold_in(key, step)
 
@@ -64,12 +67,60 @@ class Run:
         every, keep = self.config.checkpoint_every, self.config.checkpoints_kept
         return Checkpoints(folder, every=every, keep=keep, clean=clean)
 
-    def state_shardings(self, optimizer: optax.GradientTransformation) -> Any:
-        return sharding.shardings(self.abstract_state(optimizer), self.mesh)
+    def begin(self, stage: str, params: Params) -> Params:
+        """A stage's start: with LoRA, adapters of its own (`lora.begin`).
 
-    def abstract_state(self, optimizer: optax.GradientTransformation) -> TrainState:
-        dtype = self.config.model.param_dtype
-        return abstract_state(self.model, optimizer, dtype, self.mesh)
+        The parameters given are used up: their buffers hold the new ones.
+        """
+        if not self.model.lora.rank:
+            return params
+        key = self.key("init", 1 + list(STAGES).index(stage))
+        make = functools.partial(lora.begin, self.model.lora)
+        shapes = jax.eval_shape(make, params, key)
+        out = sharding.shardings(shapes, self.mesh)
+        return jax.jit(make, out_shardings=out, donate_argnums=0)(params, key)
+
+    def abstract_params(self, stage: str) -> Params:
+        return abstract_params(self.config, self.model, stage)
+
+    def abstract_state(
+        self, stage: str, optimizer: optax.GradientTransformation
+    ) -> TrainState:
+        return abstract_state(self.config, self.model, self.mesh, stage, optimizer)
+
+    def new_reward_model(self, key: jax.Array, params: Params) -> Params:
+        """A reward model (or PPO's critic) that starts from a policy's trunk."""
+
+        def init(params):
+            base = lora.merge_lora(self.model.lora, params)
+            return RewardModel(self.model).init(key, base)
+
+        out = sharding.shardings(jax.eval_shape(init, params), self.mesh)
+        return jax.jit(init, out_shardings=out)(params)
+
+    # π_ref of iteration i, where the method iterates (section 4.1.4).
+
+    def references(self, iteration: int) -> Checkpoints:
+        return Checkpoints(self._reference_folder(iteration), every=1)
+
+    def _reference_folder(self, iteration: int) -> Path:
+        return self.workdir / "checkpoints" / f"reference-{iteration}"
+
+    def has_reference(self, iteration: int) -> bool:
+        if not self._reference_folder(iteration).is_dir():
+            return False
+        with self.references(iteration) as checkpoints:
+            return bool(checkpoints.steps())
+
+    def load_reference(self, iteration: int) -> Params:
+        like = sharding.abstract(self.abstract_params("rl"), self.mesh)
+        with self.references(iteration) as checkpoints:
+            return checkpoints.restore(like)[1]
+
+    def save_reference(self, iteration: int, params: Params) -> Params:
+        with self.references(iteration) as checkpoints:
+            checkpoints.save(iteration, params, {"seed": self.config.seed}, force=True)
+        return params
 
 
 def make_model(config: Config) -> tuple[Decoder, Tokenizer]:
@@ -97,7 +148,13 @@ def make_model(config: Config) -> tuple[Decoder, Tokenizer]:
         tokenizer = Tokenizer.from_alphabet(sums.ALPHABET)
         model_config = declared_config(config, tokenizer.vocab_size)
     tokenizer.check_fits(model_config.vocab_size)
-    return Decoder(model_config, settings.dtype, settings.remat), tokenizer
+    decoder = Decoder(model_config, settings.dtype, settings.remat, adapters_of(config))
+    return decoder, tokenizer
+
+
+def adapters_of(config: Config) -> lora.Lora:
+    m = config.model
+    return lora.Lora(rank=m.lora_rank, alpha=m.lora_alpha, targets=lora_targets(config))
 
 
 def declared_config(config: Config, vocab_size: int) -> ModelConfig:
@@ -120,10 +177,11 @@ def describe_state(config: Config) -> str:
     from grpo_jax import rl, sft
 
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    decoder = Decoder(declared_config(config, config.model.vocab_size))
-    stage = rl if config.method == "grpo" else sft
-    optimizer, _ = stage.optimizer(config)
-    state = abstract_state(decoder, optimizer, config.model.param_dtype, mesh)
+    declared = declared_config(config, config.model.vocab_size)
+    decoder = Decoder(declared, lora=adapters_of(config))
+    stage = "sft" if config.method == "sft" else "rl"
+    optimizer, _ = {"sft": sft, "rl": rl}[stage].optimizer(config)
+    state = abstract_state(config, decoder, mesh, stage, optimizer)
 
     def size(x, shape):
         return math.prod(shape) * np.dtype(x.dtype).itemsize
@@ -139,23 +197,50 @@ def describe_state(config: Config) -> str:
     )
 
 
-def count_parameters(model: Decoder) -> int:
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+def describe_size(model: Decoder) -> str:
+    """How many parameters there are, and with LoRA how many of them are trained."""
+    init = functools.partial(lora.begin, model.lora)
+    key = jax.random.key(0)
+    whole = jax.eval_shape(lambda key: init(model.init(key), key), key)
+    trained, frozen = lora.split(whole)
+    count, some = (
+        sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) / 1e6
+        for tree in (whole, trained)
+    )
+    part = f", {some:.3g} M of them trained (LoRA)," if frozen else ""
+    return f"{count:.1f} M parameters{part}"
+
+
+def abstract_params(config: Config, model: Decoder, stage: str) -> Params:
+    """The parameters that a stage trains, as shapes and dtypes."""
+    dtype = config.model.param_dtype
+
+    def policy(key):
+        return lora.begin(model.lora, model.init(key, dtype), key)
+
+    def reward_model(key):
+        return RewardModel(model).init(key, model.init(key, dtype))
+
+    key = jax.random.key(0)
+    if stage.startswith("reward"):
+        return jax.eval_shape(reward_model, key)
+    params = jax.eval_shape(policy, key)
+    if stage == "rl" and METHODS[config.method].coefficient == "critic":
+        params["value"] = jax.eval_shape(reward_model, key)
+    return params
 
 
 def abstract_state(
+    config: Config,
     model: Decoder,
-    optimizer: optax.GradientTransformation,
-    dtype: str,
     mesh: jax.sharding.Mesh,
+    stage: str,
+    optimizer: optax.GradientTransformation,
 ) -> TrainState:
-    """The training state as shapes, dtypes and shardings; nothing is allocated."""
-    params = jax.eval_shape(
-        functools.partial(model.init, dtype=dtype), jax.random.key(0)
-    )
+    """A stage's training state as shapes, dtypes and shardings: nothing allocated."""
     create = functools.partial(TrainState.create, optimizer=optimizer)
-    return sharding.abstract(jax.eval_shape(create, params), mesh)
+    state = jax.eval_shape(create, abstract_params(config, model, stage))
+    return sharding.abstract(state, mesh)
 
 
 def initial_params(run: Run) -> Params:
@@ -215,28 +300,34 @@ def run_stage(
     optimizer: optax.GradientTransformation,
     start_params: Callable[[], Params],
     make_body: Callable[[Any], Body],
+    *,
+    steps: int,
+    until: int | None = None,
 ) -> Params:
     """All steps of a stage from wherever it stands; returns its final parameters.
 
     make_body(state shardings) → body(step, state) → (state, metrics). `start_params`
-    is called only where the stage has no checkpoint yet; they are not donated.
+    is called only where the stage has no checkpoint yet; they are donated. `until`
+    stops it before its `steps` are done, to go on later.
     """
-    steps = getattr(run.config, STAGES[stage])
-    shardings = run.state_shardings(optimizer)
+    abstract = run.abstract_state(stage, optimizer)
+    shardings = sharding.shardings(abstract, run.mesh)
+    end = steps if until is None else until
     with run.checkpoints(stage) as checkpoints:
         if checkpoints.steps():
-            done, state, _ = checkpoints.restore(run.abstract_state(optimizer))
-            print(f"{stage}: resumed at step {done} of {steps}")
+            done, state, _ = checkpoints.restore(abstract)
+            if until is None or done < end:
+                print(f"{stage}: resumed at step {done} of {steps}")
         else:
             create = functools.partial(TrainState.create, optimizer=optimizer)
-            params = jax.tree.map(jnp.copy, start_params())
-            done, state = 0, jax.jit(create, out_shardings=shardings)(params)
+            create = jax.jit(create, out_shardings=shardings, donate_argnums=0)
+            done, state = 0, create(start_params())
         run.recorder.forget_after(stage, done)
-        if done >= steps:
+        if done >= end:
             return state.params
         body = make_body(shardings)
         with progress(stage, done, steps) as bar:
-            for step in range(done, steps):
+            for step in range(done, end):
                 begin = time.perf_counter()
                 state, metrics = body(step, state)
                 seconds = time.perf_counter() - begin
@@ -248,7 +339,7 @@ def run_stage(
                 if checkpoints.preempted(step + 1):
                     checkpoints.save(step + 1, state, metadata, force=True)
                     raise Preempted(f"{stage}: stopped after step {step + 1}")
-                last = step + 1 == steps
+                last = step + 1 == end
                 checkpoints.save(step + 1, state, metadata, force=last)
         return state.params
 
@@ -274,12 +365,32 @@ def _stop_if_broken(run: Run, stage: str, step: int, state: TrainState) -> None:
 
 def load_run(workdir: str | Path) -> tuple[Decoder, Params, Tokenizer]:
     """The newest model of a work directory: RL's if there is one, else SFT's."""
-    workdir = Path(workdir)
+    run = open_run(Path(workdir))
+    return run.model, stage_params(run, newest_stage(run)), run.tokenizer
+
+
+def open_run(workdir: Path) -> Run:
+    """A run that is there already, on all devices, to be read."""
     config = read_config(workdir)
     model, tokenizer = make_model(config)
     mesh = sharding.make_mesh(fsdp=-1)
-    run = Run(config, workdir, mesh, model, tokenizer, Recorder(workdir))
-    return model, stage_params(run, newest_stage(run)), tokenizer
+    return Run(config, workdir, mesh, model, tokenizer, Recorder(workdir))
+
+
+def load_adapters(workdir: str | Path) -> tuple[lora.Lora, list[Params], str]:
+    """LoRA's settings, the adapters of each stage up to the newest, and model.path."""
+    run = open_run(Path(workdir))
+    if not run.model.lora.rank:
+        raise GrpoError(f"{workdir}: the run has no adapters (model.lora_rank is 0)")
+    names = list(STAGES)[: 1 + list(STAGES).index(newest_stage(run))]
+    trained = [name for name in names if getattr(run.config, STAGES[name])]
+    adapters = [lora.split(stage_params(run, name))[0] for name in trained]
+    return run.model.lora, adapters, run.config.model.path
+
+
+def policy(params: Params) -> Params:
+    """What a stage trained, without PPO's critic."""
+    return {name: x for name, x in params.items() if name != "value"}
 
 
 def newest_stage(run: Run) -> str:
@@ -297,5 +408,5 @@ def stage_params(run: Run, stage: str) -> Params:
 
     optimizer, _ = {"sft": sft, "rl": rl}[stage].optimizer(run.config)
     with run.checkpoints(stage, clean=False) as checkpoints:
-        _, state, _ = checkpoints.restore(run.abstract_state(optimizer))
-    return state.params
+        _, state, _ = checkpoints.restore(run.abstract_state(stage, optimizer))
+    return policy(state.params)

@@ -20,10 +20,11 @@ from grpo_jax import data, sharding
 from grpo_jax.config import Config
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Params
+from grpo_jax.objectives import sft_objective
 from grpo_jax.packing import Sample, pack
 from grpo_jax.prompts import encode_sft
 from grpo_jax.run import Body, Run, run_stage
-from grpo_jax.update import make_optimizer, make_step, sft_objective
+from grpo_jax.update import make_optimizer, make_step
 
 
 def optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
@@ -41,7 +42,10 @@ def optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
 
 
 def train(run: Run, start_params: Callable[[], Params]) -> Params:
-    """All SFT steps, from wherever the work directory stands."""
+    """All SFT steps, from wherever the work directory stands.
+
+    `start_params` makes the weights to start from, which are donated.
+    """
     config, settings = run.config, run.config.sft
     examples = data.load(
         config.data.sft,
@@ -67,7 +71,9 @@ def train(run: Run, start_params: Callable[[], Params]) -> Params:
 
         return body
 
-    return run_stage(run, "sft", transformation, start_params, make_body)
+    start = lambda: run.begin("sft", start_params())  # noqa: E731
+    steps = config.sft_steps
+    return run_stage(run, "sft", transformation, start, make_body, steps=steps)
 
 
 class Samples:

@@ -23,6 +23,11 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/(q|k|v|gate|up)_proj$", P(None, "tensor", "fsdp")),
     (r"layers/(o|down)_proj$", P(None, "fsdp", "tensor")),
     (r"layers/(q|k|v|gate|up)_proj_bias$", P(None, "tensor")),
+    # LoRA: A [L, r, in] and B [L, out, r] are split as their matrix is.
+    (r"layers/(q|k|v|gate|up)_proj_lora_a$", P(None, None, "fsdp")),
+    (r"layers/(q|k|v|gate|up)_proj_lora_b$", P(None, "tensor")),
+    (r"layers/(o|down)_proj_lora_a$", P(None, None, "tensor")),
+    (r"layers/(o|down)_proj_lora_b$", P(None, "fsdp")),
     (r"(^|/)(embed|unembed)$", P("tensor", "fsdp")),
     (r"", P()),  # norms, the other biases, counters
 )

@@ -13,7 +13,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from grpo_jax.config import Config, unknown_field, validate
+from grpo_jax.checks import validate
+from grpo_jax.config import Config, unknown_field
 from grpo_jax.errors import GrpoError
 
 USAGE = "usage: python train.py --config FILE [--workdir DIR] [--config.name=value …]"
@@ -94,7 +95,7 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     start_cache()
     import jax
 
-    from grpo_jax import evaluate, rl, run, sft, sharding
+    from grpo_jax import evaluate, lora, rl, run, sft, sharding
     from grpo_jax.checkpoint import lock
     from grpo_jax.recorder import Recorder
 
@@ -103,8 +104,8 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
         print(run.describe_state(config), flush=True)
     model, tokenizer = run.make_model(config)
     print(
-        f"{config.name}: {run.count_parameters(model) / 1e6:.1f} M parameters on "
-        f"{mesh.size} {jax.default_backend()} device(s), written to {workdir}",
+        f"{config.name}: {run.describe_size(model)} on {mesh.size} "
+        f"{jax.default_backend()} device(s), written to {workdir}",
         flush=True,
     )
     with lock(workdir), jax.set_mesh(mesh):
@@ -113,16 +114,19 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
             here = run.Run(config, workdir, mesh, model, tokenizer, recorder)
             try:
                 evaluate.check_sets(here)
-                with_rl = config.method == "grpo" and config.rl_steps
+                with_rl = config.method != "sft" and config.rl_steps
                 prepared = rl.prepare(here) if with_rl else None
-                models = {}
-                if config.sft_steps:
-                    start = lambda: run.initial_params(here)  # noqa: E731
-                    models["instruct"] = sft.train(here, start)
+                with_sft = config.sft_steps > 0
+                start = lambda: run.initial_params(here)  # noqa: E731
+                instruct = (lambda: sft.train(here, start)) if with_sft else start
+                if prepared and model.lora.rank:  # Instruct is what RL left alone
+                    after = rl.train(here, instruct, *prepared)
+                    models = {"instruct": lora.base(after), "rl": after}
                 else:
-                    models["instruct"] = run.initial_params(here)
-                if prepared:
-                    models["rl"] = rl.train(here, models["instruct"], *prepared)
+                    models = {"instruct": instruct()}
+                    if prepared:
+                        before = lambda: models["instruct"]  # noqa: E731
+                        models["rl"] = rl.train(here, before, *prepared)
                 results = evaluate.compare(here, models)
             except run.Preempted as stopped:
                 print(f"{stopped}; the same command goes on from there")

@@ -21,15 +21,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpo_jax.logprobs import logprobs_from_logits, token_logprobs
-from grpo_jax.losses import grpo_loss, sft_loss
+from grpo_jax import lora
+from grpo_jax.objectives import (
+    Apply,
+    Metrics,
+    Objective,
+    batch_logprobs,
+    grpo_objective,
+)
 from grpo_jax.packing import Batch
 
 Array = jax.Array
-Apply = Callable[..., Any]
-Metrics = dict[str, Array]
-# (params, reference, micro-batch, sequences and tokens of the whole batch)
-Objective = Callable[[Any, Any, Batch, Array, Array], tuple[Array, Metrics]]
+# Metrics that are parts of a sum; the others are means over tokens, /min or /max.
+_SUMS = ("loss", "policy_loss", "value_loss", "num_tokens", "rewards/")
 
 
 @functools.partial(
@@ -48,7 +52,8 @@ class TrainState:
 
     @classmethod
     def create(cls, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-        return cls(params, optimizer.init(params), jnp.int32(0), jnp.int32(0))
+        trained, _ = lora.split(params)
+        return cls(params, optimizer.init(trained), jnp.int32(0), jnp.int32(0))
 
 
 def make_optimizer(
@@ -77,86 +82,15 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw), rate
 
 
-def batch_logprobs(
-    apply: Apply, params: Any, micro: Batch, temperature: float
-) -> tuple[Array, Array]:
-    """(log π of the targets, entropy), [B, T], at the sampling temperature."""
-    out = apply(
-        params,
-        micro.tokens,
-        positions=micro.positions,
-        segment_ids=micro.segment_ids,
-    )
-    if isinstance(out, tuple):
-        hidden, unembed = out
-        return token_logprobs(hidden, unembed, micro.targets, temperature=temperature)
-    return logprobs_from_logits(out, micro.targets, temperature=temperature)
-
-
-def grpo_objective(
-    apply: Apply, *, temperature: float = 1.0, kl_coef: float = 0.04, **options: Any
-) -> Objective:
-    """GRPO over packed rows; `options` are those of `losses.grpo_loss`."""
-
-    def objective(params, reference, micro, sequences, tokens):
-        logps, entropy = batch_logprobs(apply, params, micro, temperature)
-        ref_logps = micro.ref_logps
-        if ref_logps is None and kl_coef:
-            ref_logps, _ = batch_logprobs(apply, reference, micro, temperature)
-        by_token = options.get("aggregate") == "token_mean"
-        loss, metrics = grpo_loss(
-            logps,
-            micro.advantages,
-            micro.mask,
-            old_logps=micro.old_logps,
-            ref_logps=ref_logps,
-            segment_ids=micro.segment_ids,
-            normalizer=tokens if by_token else sequences,
-            kl_coef=kl_coef,
-            **options,
-        )
-        m = micro.mask
-        metrics["entropy"] = _mean(jax.lax.stop_gradient(entropy), m)
-        if micro.sampler_logps is not None:
-            gap = jnp.abs(jnp.where(m, logps - micro.sampler_logps, 0))
-            gap = jax.lax.stop_gradient(gap)
-            metrics["sampling/sampling_logp_difference/mean"] = _mean(gap, m)
-            metrics["sampling/sampling_logp_difference/max"] = gap.max()
-        return loss, metrics
-
-    return objective
-
-
-def sft_objective(apply: Apply, *, aggregate: str = "sequence_mean") -> Objective:
-    """Supervised fine-tuning over packed rows."""
-
-    def objective(params, reference, micro, sequences, tokens):
-        logps, entropy = batch_logprobs(apply, params, micro, 1.0)
-        loss, metrics = sft_loss(
-            logps,
-            micro.mask,
-            segment_ids=micro.segment_ids,
-            normalizer=tokens if aggregate == "token_mean" else sequences,
-            aggregate=aggregate,
-        )
-        metrics["entropy"] = _mean(jax.lax.stop_gradient(entropy), micro.mask)
-        return loss, metrics
-
-    return objective
-
-
-def _mean(x: Array, mask: Array) -> Array:
-    return jnp.where(mask, x, 0).sum() / jnp.maximum(mask.sum(), 1)
-
-
 def _sum_metrics(total: Metrics, part: Metrics, share: Array) -> Metrics:
-    """Losses and counts add up, maxima are kept, token means are weighted."""
+    """Losses and counts add up, extremes are kept, token means are weighted."""
 
     def merge(name, a, b):
         if name.endswith("/max"):
             return jnp.maximum(a, b)
-        additive = name in ("loss", "policy_loss", "num_tokens")
-        return a + (b if additive else b * share)
+        if name.endswith("/min"):
+            return jnp.minimum(a, b)
+        return a + (b if name.startswith(_SUMS) else b * share)
 
     return {name: merge(name, total[name], part[name]) for name in total}
 
@@ -164,16 +98,23 @@ def _sum_metrics(total: Metrics, part: Metrics, share: Array) -> Metrics:
 def accumulate(
     objective: Objective, params: Any, reference: Any, batch: Batch
 ) -> tuple[Any, Metrics]:
-    """(gradients in float32, metrics) of the whole batch, a micro-batch at a time."""
-    tokens = batch.mask.sum()
+    """(gradients in float32, metrics) of the whole batch, a micro-batch at a time.
+
+    With LoRA adapters among the parameters the gradients are those of the adapters.
+    """
+    tokens = batch.mask.sum() if batch.loss_tokens is None else batch.loss_tokens
+    trained, frozen = lora.split(params)
+
+    def of_trained(trained, *arguments):
+        return objective(lora.join(trained, frozen), *arguments)
 
     def micro_gradients(index):
         micro = batch.micro(index)
-        (loss, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(
-            params, reference, micro, batch.sequences, tokens
+        (loss, metrics), gradients = jax.value_and_grad(of_trained, has_aux=True)(
+            trained, reference, micro, batch.sequences, tokens
         )
         gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
-        share = micro.mask.sum() / jnp.maximum(tokens, 1)
+        share = micro.mask.sum() / jnp.maximum(batch.mask.sum(), 1)
         return gradients, metrics | {"loss": loss}, share
 
     def add(index, carry):
@@ -182,8 +123,12 @@ def accumulate(
         gradients = jax.tree.map(jnp.add, gradients, more)
         return gradients, _sum_metrics(metrics, part, share)
 
-    like = jax.eval_shape(micro_gradients, 0)[:2]
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    like, metrics, _ = jax.eval_shape(micro_gradients, 0)
+    nothing = {k: jnp.inf if k.endswith("/min") else 0.0 for k in metrics}
+    zero = (
+        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like),
+        {k: jnp.full(x.shape, nothing[k], x.dtype) for k, x in metrics.items()},
+    )
     # The bound is a value, not a shape: micro-batches that hold nothing cost nothing.
     return jax.lax.fori_loop(0, batch.used, add, zero)
 
@@ -202,17 +147,16 @@ def make_step(
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         signal = has_signal(batch)
+        trained, frozen = lora.split(state.params)
 
         def apply_update(_):
-            updates, opt_state = optimizer.update(
-                gradients, state.opt_state, state.params
-            )
-            return optax.apply_updates(state.params, updates), opt_state
+            updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+            return optax.apply_updates(trained, updates), opt_state
 
-        params, opt_state = jax.lax.cond(
+        trained, opt_state = jax.lax.cond(
             finite & signal,
             apply_update,
-            lambda _: (state.params, state.opt_state),
+            lambda _: (trained, state.opt_state),
             None,
         )
         metrics |= {
@@ -221,6 +165,7 @@ def make_step(
             "update/no_signal": (~signal).astype(jnp.float32),
         }
         skipped = jnp.where(finite, 0, state.skipped + 1)
+        params = lora.join(trained, frozen)
         return TrainState(params, opt_state, state.step + 1, skipped), metrics
 
     out_shardings = None if state_shardings is None else (state_shardings, None)
@@ -247,7 +192,9 @@ def make_grpo_step(
       options: temperature, and those of `grpo_loss`.
 
     Returns:
-      step(state, reference, batch) → (state, metrics); the state is donated.
+      step(state, reference, batch) → (state, metrics); the state is donated. Of
+      parameters with LoRA adapters (`lora.begin`) only these are trained, and the
+      reference None is the base without them.
 
     >>> def apply(params, tokens, *, positions, segment_ids):
     ...     return params[tokens]                                   # a bigram model

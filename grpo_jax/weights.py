@@ -20,7 +20,7 @@ import numpy as np
 import tokenizers
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from grpo_jax import sharding
+from grpo_jax import lora, sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.hf import config as hf_config
 from grpo_jax.hf.folders import find_folder, new_folder, write_json
@@ -229,8 +229,8 @@ def save_pretrained(
     """Writes a Hugging Face folder that transformers and load_pretrained open.
 
     The folder appears when it is complete: it is written under a temporary name
-    beside its place. Weights keep their dtype. With several processes all must call
-    this, and process 0 writes.
+    beside its place. Weights keep their dtype; LoRA's adapters are merged into them.
+    With several processes all must call this, and process 0 writes.
 
     Args:
       tokenizer: its files are added, by its method `save(folder)`.
@@ -256,7 +256,7 @@ def save_pretrained(
         config["bos_token_id"] = tokenizer.bos_id
         config["pad_token_id"] = tokenizer.pad_id
     config["torch_dtype"] = str(params["embed"].dtype)
-    tensors = dict(_sources(params, model.config))
+    tensors = dict(_sources(model, params))
     if jax.process_index() != 0:
         for tensor in tensors.values():
             tensor.read()  # takes part in gathering it
@@ -270,19 +270,30 @@ def save_pretrained(
         write_folder(temporary, tensors, max_shard_bytes)
 
 
-def _sources(params: Params, config: ModelConfig) -> Iterator[tuple[str, Source]]:
-    """The parameters as the folder's tensors, fetched one by one."""
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        names = _hf_names(_path(keys), config)
-        stacked = _path(keys) not in TOP
+def _sources(model: Decoder, params: Params) -> Iterator[tuple[str, Source]]:
+    """The parameters as the folder's tensors, fetched and merged one by one."""
+    trained, frozen = lora.split(params)
+    adapters = trained["layers"] if frozen else {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(frozen or params):
+        names = _hf_names(_path(keys), model.config)
+        ours = _path(keys).removeprefix("layers/")
+        pair = [adapters[ours + x] for x in (lora.A, lora.B) if ours + x in adapters]
+        stacked = ours not in TOP
         shape = leaf.shape[1:] if stacked else leaf.shape
         for i, name in enumerate(names):
-            read = functools.partial(_fetch, leaf, i if stacked else ...)
+            at = i if stacked else ...
+            read = functools.partial(_read_merged, model.lora, [leaf, *pair], at)
             yield name, Source(np.dtype(leaf.dtype), shape, read)
 
 
-def _fetch(leaf: jax.Array, index: Any) -> np.ndarray:
-    array = leaf[index]
+def _read_merged(adapters: lora.Lora, leaves: list[jax.Array], at: Any) -> np.ndarray:
+    """One matrix, with its A and B (if it has them) added to it."""
+    matrix, *pair = (leaf[at] for leaf in leaves)
+    return fetch(lora.merge_matrix(adapters, matrix, *pair) if pair else matrix)
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """The whole of an array, on the host of every process."""
     if array.is_fully_addressable:
         return np.asarray(array)
     from jax.experimental import multihost_utils

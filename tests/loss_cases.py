@@ -13,6 +13,7 @@ import pytest
 from grpo_jax.losses import grpo_loss
 
 ARRAYS = ("old_logps", "ref_logps", "weights", "segment_ids")
+ARRAYS += ("sampler_logps", "entropy")
 AGGREGATES: tuple[dict, ...] = (
     dict(aggregate="sequence_mean"),
     dict(aggregate="token_mean"),
@@ -27,6 +28,7 @@ KL = ("k1", "k2", "k3", "k3_unbiased")
 GRID = [(a, i, SURROGATES[0]) for a in AGGREGATES for i in IMPORTANCE]
 GRID.append((AGGREGATES[0], "token", SURROGATES[1]))
 NUMBERS = ("normalizer", "clip_low", "clip_high", "delta", "kl_coef", "max_length")
+NUMBERS += ("importance_cap", "entropy_coef", "clip", "beta")
 
 
 # Compiling is what these tests cost: all cases of a call are one program, and numbers

@@ -25,6 +25,10 @@ def grpo(
     old_logps=None,
     ref_logps=None,
     weights=None,
+    sampler_logps=None,
+    importance_cap=math.inf,
+    entropy=None,
+    entropy_coef=0.0,
     sequences=None,
     num_sequences=None,
     normalizer=None,
@@ -46,7 +50,8 @@ def grpo(
     num_sequences = len(sequences) if num_sequences is None else num_sequences
     tokens = sum(float(mask[p]) for o in sequences for p in o)
 
-    loss = policy_loss = kl_sum = low = high = 0.0
+    loss = policy_loss = kl_sum = low = high = entropy_sum = 0.0
+    ratios = []
     gradient = np.zeros(logps.shape)
     for o in sequences:
         n = max(sum(float(mask[p]) for p in o), 1.0)
@@ -62,6 +67,9 @@ def grpo(
             m = float(mask[p])
             a = float(advantages[p] if advantages.ndim == 2 else advantages[p[0]])
             w = 1.0 if weights is None else float(weights[p])
+            if sampler_logps is not None:
+                ratios.append(min(math.exp(old[p] - sampler_logps[p]), importance_cap))
+                w *= ratios[-1]
             share = importance == "sequence"
             ratio = math.exp(mean_log_ratio if share else logps[p] - old[p])
 
@@ -99,6 +107,9 @@ def grpo(
                     kl, slope = ratio * k3, ratio * k3_slope
                     by_ratio += kl_coef * k3
                 by_logp += kl_coef * slope
+            if entropy is not None:
+                loss -= m * entropy_coef * float(entropy[p]) / divisor
+                entropy_sum += m * float(entropy[p])
             kl_sum += m * kl
             loss += m * (policy + kl_coef * kl) / divisor
             gradient[p] += m * by_logp / divisor
@@ -119,6 +130,13 @@ def grpo(
     }
     if ref_logps is not None:
         metrics["kl"] = kl_sum / count
+    if entropy is not None:
+        metrics["entropy"] = entropy_sum / count
+    if sampler_logps is not None:
+        kept = [float(mask[p]) for o in sequences for p in o]
+        mean = sum(m * w for m, w in zip(kept, ratios, strict=True)) / count
+        for name, value in dict(min=min(ratios), mean=mean, max=max(ratios)).items():
+            metrics[f"sampling/importance_sampling_ratio/{name}"] = value
     return loss, gradient, metrics
 
 
@@ -148,3 +166,54 @@ def group_advantages(
             advantage /= std(group if scale == "group" else scored) + eps
         advantages.append(advantage)
     return np.array(advantages)
+
+
+def process_advantages(step_rewards, step_mask, group_size, *, ddof=1, eps=1e-4):
+    """Section 4.1.3, a group, a step and a token at a time."""
+    N, T = step_rewards.shape
+    advantages = np.zeros((N, T))
+    for first in range(0, N, group_size):
+        steps = [
+            (i, t, float(step_rewards[i, t]))
+            for i in range(first, first + group_size)
+            for t in range(T)
+            if step_mask[i, t] and math.isfinite(step_rewards[i, t])
+        ]
+        rewards = [r for _, _, r in steps]
+        if len(rewards) < 2 or min(rewards) == max(rewards):
+            continue
+        mean = sum(rewards) / len(rewards)
+        squares = sum((r - mean) ** 2 for r in rewards)
+        std = math.sqrt(squares / (len(rewards) - ddof))
+        for i, end, r in steps:
+            for t in range(end + 1):
+                advantages[i, t] += (r - mean) / (std + eps)
+    return advantages
+
+
+def gae(rewards, values, mask, *, gamma=1.0, lam=1.0):
+    """A_t = Σ_k (γλ)^k δ_t+k over the unmasked tokens of a row, and R = A + V."""
+    advantages, returns = np.zeros(rewards.shape), np.zeros(rewards.shape)
+    for b in range(len(rewards)):
+        kept = [t for t in range(rewards.shape[1]) if mask[b, t]]
+        v = [float(values[b, t]) for t in kept] + [0.0]
+        errors = [
+            float(rewards[b, t]) + gamma * v[j + 1] - v[j] for j, t in enumerate(kept)
+        ]
+        for j, t in enumerate(kept):
+            advantages[b, t] = sum(
+                (gamma * lam) ** k * error for k, error in enumerate(errors[j:])
+            )
+            returns[b, t] = advantages[b, t] + v[j]
+    return advantages, returns
+
+
+def decoupled_advantages(rewards, weights, group_size, *, eps=1e-4):
+    """Each column's group advantages, weighted and summed, over their std (ddof 1)."""
+    columns = [group_advantages(r, group_size, eps=eps) for r in rewards.T]
+    total = np.array(weights) @ np.array(columns)
+    kept = [a for a, r in zip(total, rewards, strict=True) if np.isfinite(r).any()]
+    mean = sum(kept) / len(kept)
+    std = math.sqrt(sum((a - mean) ** 2 for a in kept) / (len(kept) - 1))
+    moved = np.any(columns, axis=0)
+    return total, np.where(moved, (total - mean) / (std + eps), 0)

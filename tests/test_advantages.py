@@ -12,7 +12,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.advantages import group_advantages
+from grpo_jax.advantages import decoupled_advantages, group_advantages
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "trl_losses.npz")
 NAN = float("nan")
@@ -50,6 +50,15 @@ BY_HAND = [
         [1, 0, 3, 4],
         [x / math.sqrt(2.5) for x in (0.5, -0.5, -0.5, 0.5)],
     ),
+    # REINFORCE++: mean 2 of the batch; a tied group, or one of one, has an advantage
+    (dict(scale="none", baseline="batch", group_size=2), [1, 1, 4, 2], [-1, -1, 2, 0]),
+    (dict(scale="none", baseline="batch", group_size=1), [1, 1, 4, 2], [-1, -1, 2, 0]),
+    (
+        dict(scale="batch", baseline="batch", group_size=2),
+        [1, NAN, 4, 1],
+        [-1 / math.sqrt(3), 0, 2 / math.sqrt(3), -1 / math.sqrt(3)],
+    ),
+    (dict(scale="batch", baseline="batch", group_size=2), [3, 3, 3, 3], [0] * 4),
     (
         dict(scale="batch", group_size=2),
         [1, 0, 3, 3],
@@ -78,6 +87,15 @@ def test_reference(x64):
         theirs = reference.group_advantages(rewards, 5, **options)
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, err_msg=str(options))
         assert not ours[:10].any()
+
+
+def test_the_batch_is_one_group():
+    """baseline="batch" is the mean baseline over a single group of all outputs."""
+    rewards = jnp.array([0.1, 0.9, NAN, 0.3, 0.3, 0.3])
+    for scale in ("batch", "none"):
+        ours = group_advantages(rewards, 2, scale=scale, baseline="batch")
+        theirs = group_advantages(rewards, 6, scale=scale)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
 @pytest.mark.parametrize("value", [0.95, 0.1, 1 / 3, 1e-30, 1e6, -0.7])
@@ -159,6 +177,7 @@ def test_a_learned_reward_gets_a_finite_gradient():
     [
         ("scale='std'", [1.0, 2.0], dict(group_size=2, scale="std")),
         ("baseline='min'", [1.0, 2.0], dict(group_size=2, baseline="min")),
+        ("has no group", [1.0, 2.0], dict(group_size=2, baseline="batch")),
         ("group_size=2", [1.0, 2.0, 3.0], dict(group_size=2)),
         ("group_size=0", [1.0, 2.0], dict(group_size=0)),
         ("rewards has shape", [[1.0, 2.0]], dict(group_size=2)),
@@ -167,3 +186,64 @@ def test_a_learned_reward_gets_a_finite_gradient():
 def test_refuses(message, rewards, options):
     with pytest.raises(ValueError, match=message):
         group_advantages(jnp.array(rewards), **options)
+
+
+# --- several reward functions ------------------------------------------------------
+
+
+def test_decoupled_by_hand():
+    """std (ddof 0) of each column is 1/2 and 2: A = ±1 w_1 ±1 w_2."""
+    rewards = jnp.array([[1.0, 0.0], [0.0, 4.0], [1.0, 4.0], [0.0, 0.0]])
+    options = dict(ddof=0, eps=0.0)
+    weights = jnp.array([1.0, 3.0])
+    ours = decoupled_advantages(rewards, weights, 4, normalize_sum=False, **options)
+    np.testing.assert_allclose(ours, [-2, 2, 4, -4], rtol=1e-6)
+    ours = decoupled_advantages(rewards, weights, 4, **options)  # std of that: √10
+    np.testing.assert_allclose(ours, np.array([-2, 2, 4, -4]) / 10**0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_decoupled_reference(seed, x64):
+    rng = np.random.default_rng(seed)
+    rewards = rng.choice([0.0, 0.1, 0.5, 1.0, NAN], (15, 3))
+    rewards[:5] = [0.3, NAN, 0.1]  # tied in every function
+    rewards[7] = NAN
+    weights = rng.uniform(0.1, 2, 3)
+    total, scaled = reference.decoupled_advantages(rewards, weights, 5)
+    rewards, weights = jnp.array(rewards), jnp.array(weights)
+    ours = decoupled_advantages(rewards, weights, 5)
+    np.testing.assert_allclose(ours, scaled, rtol=1e-11, atol=1e-13)
+    assert not ours[:5].any() and ours[7] == 0
+    ours = decoupled_advantages(rewards, weights, 5, normalize_sum=False)
+    np.testing.assert_allclose(ours, total, rtol=1e-11, atol=1e-13)
+
+
+def test_decoupled_tells_apart_what_a_sum_does_not():
+    """The rewards (0, 2) and (1, 1) have one sum; GDPO's example."""
+    rewards = jnp.array([[0.0, 2.0], [1.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    summed = group_advantages(rewards.sum(-1), 4)
+    assert summed[0] == summed[1]
+    skewed = jnp.array([1.0, 0.5])
+    ours = decoupled_advantages(rewards, skewed, 4)
+    assert ours[1] > ours[0] > ours[2] == ours[3]
+
+
+def test_decoupled_with_one_function_is_the_group_advantage():
+    rewards = jnp.array([1.0, 0.0, 0.0, 5.0, 2.0, NAN])
+    ours = decoupled_advantages(rewards[:, None], None, 3, normalize_sum=False)
+    np.testing.assert_array_equal(ours, group_advantages(rewards, 3))
+    opposite = jnp.stack([rewards, -rewards], axis=1)
+    assert not decoupled_advantages(opposite, None, 3, eps=0.0).any()
+
+
+@pytest.mark.parametrize(
+    ("message", "shape", "weights"),
+    [
+        ("rewards has shape", (4,), None),
+        ("group_size=2", (3, 1), None),
+        ("weights has shape", (4, 3), np.ones(2)),
+    ],
+)
+def test_decoupled_refuses(message, shape, weights):
+    with pytest.raises(ValueError, match=message):
+        decoupled_advantages(jnp.zeros(shape), weights, 2)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from grpo_jax.checks import validate
 from grpo_jax.config import (
-    METHODS,
     Config,
     DataSettings,
     EvalSettings,
@@ -17,9 +17,9 @@ from grpo_jax.config import (
     flatten,
     from_dict,
     to_json,
-    validate,
 )
 from grpo_jax.errors import GrpoError
+from grpo_jax.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 GOOD = Config(
@@ -43,7 +43,7 @@ def changed(name, value):
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("method", "gpro", "did you mean grpo"),
+        ("method", "gprpo", "did you mean grpo"),
         ("rl_steps", -1, "0 or more"),
         ("clip_low", 0.0, "above 0"),
         ("kl_coef", float("nan"), "NaN"),
@@ -54,7 +54,7 @@ def changed(name, value):
         ("data.sft", "", "name the worked examples"),
         ("model.width", 18, "not a multiple"),
         ("sft_steps", 0, "random weights"),
-        ("rewards.functions", "rule,format", "1 for 2 functions"),
+        ("rewards.weights", "1.0,2.0", "2 for 1 functions"),
         ("rewards.weights", "a", "not numbers"),
         ("eval.samples", -2, "0 or more"),
     ],
@@ -68,13 +68,9 @@ def test_a_wrong_value_is_refused_by_name(name, value, message):
 
 
 def test_what_a_method_would_ignore_is_refused():
-    for name in METHODS["grpo"]:
-        value = "k3" if name == "kl_estimator" else 1
-        if name in ("aggregate", "importance", "surrogate"):
-            value = METHODS["grpo"][name]
-        if name.startswith("advantage"):
-            value = METHODS["grpo"][name]
-        config = changed(name, value if name != "delta" else 2.0)
+    for name, default in METHODS["grpo"].fields.items():
+        value = {"delta": 2.0, "mask_truncated": True}.get(name, default or 1)
+        config = changed(name, value)
         with pytest.raises(GrpoError, match=f"config.{name}: method sft would ignore"):
             validate(dataclasses.replace(config, method="sft"))
 

@@ -40,6 +40,10 @@ a = group_advantages(jnp.array([1.0, 0.0, 0.0, 0.0]), 4)
 mask = jnp.ones((4, 3), bool)
 f = lambda x: grpo_loss(x, a, mask, ref_logps=logps)[0]
 g = jax.grad(f)(logps)
+from grpo_jax import dpo_loss, gae, gradient_coefficient, ppo_loss, value_loss
+advantages, returns = gae(logps, logps, mask)
+ppo_loss(logps, logps, advantages, mask), value_loss(logps, logps, returns, mask)
+dpo_loss(logps, logps, logps, logps, mask, mask), gradient_coefficient("sft", g, mask)
 print(float(g[0, 0]), float(sft_loss(logps, mask)[0]))
 """
 

@@ -8,15 +8,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.errors import GrpoError
-from grpo_jax.packing import Sample, first_fit, pack
+from grpo_jax.packing import PROMPT, Sample, pack, place, unpack
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(40, 100))
 @settings(max_examples=50, deadline=None)
-def test_first_fit_places_every_item_once_and_overfills_nothing(lengths, size):
-    bins = first_fit(lengths, size)
-    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in b) <= size for b in bins)
+def test_every_sample_is_placed_once_and_no_row_overfilled(lengths, size):
+    samples = [Sample(tokens=[0] * (n + 1), mask=[1] * (n + 1)) for n in lengths]
+    rows = [[i for group in row for i in group] for row in place(samples, size)]
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= size for row in rows)
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_a_shared_prompt_stands_once_a_row(seed):
+    """Every output follows its own prompt, and all come back whole."""
+    rng = random.Random(seed)
+    samples = []
+    for _ in range(rng.randint(1, 6)):
+        prompt = [rng.randint(1, 9) for _ in range(rng.randint(1, 8))]
+        for _ in range(rng.randint(1, 5)):
+            answer = [rng.randint(10, 99) for _ in range(rng.randint(1, 12))]
+            mask = [0] * len(prompt) + [1] * len(answer)
+            tokens = prompt + answer
+            samples.append(Sample(tokens=tokens, mask=mask, prompt=len(prompt)))
+    batch = pack(samples, length=32, share_prompts=True)
+    plain = pack(samples, length=32)
+    assert (batch.segment_ids > 0).sum() <= (plain.segment_ids > 0).sum()
+    assert batch.mask.sum() == plain.mask.sum()
+    targets = unpack(batch.targets, samples, share_prompts=True)
+    tokens = unpack(batch.tokens, samples, share_prompts=True)
+    positions = unpack(batch.positions, samples, share_prompts=True)
+    for s, went_in, came_out, where in zip(
+        samples, tokens, targets, positions, strict=True
+    ):
+        assert went_in.tolist() == s.tokens[:-1]
+        assert came_out.tolist() == s.tokens[1:]
+        assert where.tolist() == list(range(len(s.tokens) - 1))
+    for row, ids in enumerate(batch.segment_ids.reshape(-1, 32)):
+        prompts = [x for x in ids.tolist() if x and x % PROMPT == 0]
+        starts = batch.positions.reshape(-1, 32)[row][np.isin(ids, prompts)]
+        assert (starts == 0).sum() == len(set(prompts))
 
 
 def samples_of(rng, n, longest):

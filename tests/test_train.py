@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +28,8 @@ from tensorboardX.proto import event_pb2
 
 from grpo_jax import evaluate, export
 from grpo_jax.checkpoint import lock
-from grpo_jax.config import Config, validate
+from grpo_jax.checks import validate
+from grpo_jax.config import Config
 from grpo_jax.errors import GrpoError
 from grpo_jax.run import load_run
 from grpo_jax.train import train
@@ -426,7 +428,9 @@ def test_rl_on_all_axes_of_a_mesh(straight, here, tmp_path):
 
 def test_the_instruct_stage_alone_on_eight_devices(straight, here, tmp_path, capsys):
     """The same steps as on one; the table has one model."""
-    changes = {"method": "sft", "data__eval": "sums/chain", "eval__samples": 0}
+    changes: dict[str, Any] = {"method": "sft", "data__eval": "sums/chain"}
+    changes |= {"eval__samples": 0}
+    changes |= {"rewards__functions": "", "rewards__weights": ""}
     train_here(here, tmp_path / "run", sft_steps=4, **changes, **ALL_AXES)
     assert_close(lines(tmp_path / "run"), lines(straight.dir, stage="sft")[:4])
     printed = table(capsys.readouterr().out)

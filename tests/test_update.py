@@ -10,16 +10,15 @@ import pytest
 from flax import nnx
 
 from grpo_jax.model import Decoder, ModelConfig
+from grpo_jax.objectives import grpo_objective, sft_objective
 from grpo_jax.packing import Sample, pack
 from grpo_jax.update import (
     TrainState,
     accumulate,
-    grpo_objective,
     make_grpo_step,
     make_optimizer,
     make_scorer,
     make_step,
-    sft_objective,
 )
 
 CONFIG = ModelConfig(

@@ -1,0 +1,245 @@
+"""The paper's figures 5, 6 and 7 in miniature, on the chain sums of configs/tiny.py.
+
+    make paper                    # all methods, 3 seeds: under an hour on 2 cores
+    make paper PAPER=--fast       # 1 seed, fewer steps: minutes
+
+Every method starts from the same Instruct checkpoint and draws the same number of
+outputs of the same questions, at the same learning rate (DPO's is lower). Out, in
+--out: paper.json (every number), paper.md (the table), figure5.png (accuracy against
+steps, by method), figure6.png (by iteration), figure7.png (pass@K and maj@K, Instruct
+and RL). What is there already is not done again, so that a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+# label in figures → flags beyond the defaults
+METHODS = {
+    "RFT": ["--config.method=rft"],
+    "Online RFT": ["--config.method=online_rft"],
+    # at 1e-3 DPO unlearns both outputs of a pair
+    "DPO": ["--config.method=dpo", "--config.learning_rate=1e-4"],
+    "PPO": ["--config.method=ppo"],
+    "GRPO": ["--config.method=grpo"],
+    "GRPO, reward model": ["--config.method=grpo", "--config.rewards.functions=model"],
+    "GRPO + PS": ["--config.method=grpo_process"],
+    "GRPO, iterative": ["--config.method=grpo_iterative", "--config.iterations=3"],
+}
+SET = "sums/chain"
+Json = dict[str, Any]
+
+
+def main() -> None:
+    flags = parse()
+    out = Path(flags.out)
+    out.mkdir(parents=True, exist_ok=True)
+    instruct = out / "instruct"
+    run(
+        instruct,
+        ["--config.method=sft", f"--config.sft_steps={flags.sft_steps}"],
+        flags,
+    )
+    runs: dict[str, list[Path]] = {}
+    for label, extra in METHODS.items():
+        for seed in range(flags.seeds):
+            name = label.lower().replace(" ", "").replace(",", "-").replace("+", "-")
+            workdir = out / f"{name}-{seed}"
+            start_from(instruct, workdir)
+            arguments = [*extra, f"--config.seed={seed}"]
+            arguments += [f"--config.sft_steps={flags.sft_steps}"]
+            run(workdir, arguments, flags)
+            runs.setdefault(label, []).append(workdir)
+    results = collect(runs, flags)
+    results["figure7"] = {
+        "Instruct": pass_and_majority(instruct, flags),
+        "RL": pass_and_majority(runs["GRPO"][0], flags),
+    }
+    (out / "paper.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = table(results)
+    (out / "paper.md").write_text(text + "\n")
+    draw(results, out)
+    print(f"\n{text}\n\nwritten to {out}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", default="runs/paper")
+    add("--fast", action="store_true", help="1 seed, 24 steps")
+    add("--seeds", type=int, default=3)
+    add("--steps", type=int, default=60)
+    add("--sft-steps", dest="sft_steps", type=int, default=600)
+    add("--questions", type=int, default=500, help="of an evaluation")
+    flags = parser.parse_args()
+    flags.samples, flags.passes = 64, 250
+    if flags.fast:
+        flags.out = flags.out.rstrip("/") + "-fast"
+        flags.seeds, flags.steps, flags.questions = 1, 24, 300
+        flags.samples, flags.passes = 16, 100
+    flags.every = max(1, flags.steps // 10)
+    return flags
+
+
+def start_from(instruct: Path, workdir: Path) -> None:
+    """Gives a run the Instruct stage of another, as if it had done it itself."""
+    target = workdir / "checkpoints" / "sft"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(instruct / "checkpoints" / "sft", target)
+
+
+def run(workdir: Path, arguments: list[str], flags: argparse.Namespace) -> None:
+    """One run of train.py, unless it is done."""
+    if (workdir / "results.json").exists():
+        return
+    print(f"{workdir.name}:", flush=True)
+    command = [sys.executable, "train.py", "--config=configs/tiny.py"]
+    command += [f"--workdir={workdir.resolve()}", f"--config.rl_steps={flags.steps}"]
+    command += [f"--config.data.eval={SET}", f"--config.eval.every={flags.every}"]
+    command += [f"--config.eval.questions={flags.questions}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, check=False)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command)} ended with {done.returncode}")
+
+
+def collect(runs: dict[str, list[Path]], flags: argparse.Namespace) -> Json:
+    """Every run's curve and its last accuracies."""
+    methods: Json = {}
+    start: Json = {}
+    for label, workdirs in runs.items():
+        curves, last, outputs = [], [], 0.0
+        for workdir in workdirs:
+            lines = (workdir / "metrics.jsonl").read_text().splitlines()
+            rows = [r for r in map(json.loads, lines) if r["stage"] == "rl"]
+            key = f"eval/{SET}/greedy_accuracy"
+            curves.append([[r["step"], r[key]] for r in rows if key in r])
+            results = json.loads((workdir / "results.json").read_text())["sets"][SET]
+            last.append({mode: results["rl"][mode] for mode in ("greedy", "sampled")})
+            start = results["instruct"]
+            outputs = len(rows)
+        curves = [[[0, start["greedy"]["accuracy"]], *curve] for curve in curves]
+        methods[label] = {"steps": outputs, "curves": curves, "last": last}
+    return {
+        "set": SET,
+        "questions": flags.questions,
+        "seeds": flags.seeds,
+        "instruct": start,
+        "methods": methods,
+    }
+
+
+def pass_and_majority(workdir: Path, flags: argparse.Namespace) -> Json:
+    """pass@K and maj@K of a run's newest model at temperature 1."""
+    from grpo_jax.evaluate import Settings, measure
+    from grpo_jax.run import load_run, read_config
+
+    file = workdir / "pass.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    model, params, tokenizer = load_run(workdir)
+    config = read_config(workdir)
+    settings = Settings(
+        template=config.data.template,
+        instruction=config.data.instruction,
+        max_new_tokens=config.max_new_tokens,
+        questions=flags.passes,
+        samples=flags.samples,
+        batch=512,
+    )
+    sampled = measure(model, params, tokenizer, SET, settings)["sampled"]
+    result = {"pass@k": sampled["pass@k"], "maj@k": sampled["maj@k"]}
+    file.write_text(json.dumps(result))
+    return result
+
+
+def table(results: Json) -> str:
+    """Accuracy in % at the end, mean over seeds ± the seeds' standard error."""
+    start = results["instruct"]
+    rows = [
+        ("Instruct", start["greedy"]["accuracy"], 0, start["sampled"]["accuracy"], 0)
+    ]
+    for label, method in results["methods"].items():
+        cells = []
+        for mode in ("greedy", "sampled"):
+            values = np.array([last[mode]["accuracy"] for last in method["last"]])
+            error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0
+            cells += [values.mean(), error]
+        rows.append((label, *cells))
+    lines = ["| method | greedy | temperature 1 |", "|---|---|---|"]
+    for label, greedy, g_error, sampled, s_error in rows:
+        cells = [f"{100 * x:.1f}" for x in (greedy, sampled)]
+        errors = [f" ± {100 * e:.1f}" if e else "" for e in (g_error, s_error)]
+        lines.append(f"| {label} | {cells[0]}{errors[0]} | {cells[1]}{errors[1]} |")
+    return "\n".join(lines)
+
+
+def draw(results: Json, out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"figure.dpi": 110, "font.size": 10, "axes.spines.top": False}
+    plt.rcParams |= {"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+    n, seeds = results["questions"], results["seeds"]
+    ylabel = "greedy accuracy in %, in-domain"
+
+    def curve(axes, label: str, **options: Any) -> None:
+        curves = np.array(results["methods"][label]["curves"])
+        values = 100 * curves[..., 1]
+        steps, mean = curves[0, :, 0], values.mean(0)
+        line = axes.plot(steps, mean, label=label, marker=".", **options)[0]
+        if len(values) > 1:
+            low, high = values.min(0), values.max(0)
+            axes.fill_between(
+                steps, low, high, color=line.get_color(), alpha=0.12, lw=0
+            )
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    for label in results["methods"]:
+        if "iterative" not in label:
+            curve(axes, label)
+    axes.set(xlabel="steps of 512 outputs", ylabel=ylabel)
+    axes.set_title(f"Figure 5 in miniature: mean and range of {seeds} seeds, n {n}")
+    axes.legend(fontsize=8)
+    figure.savefig(out / "figure5.png")
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    for label in ("GRPO, iterative", "GRPO, reward model", "GRPO"):
+        curve(axes, label)
+    steps = results["methods"]["GRPO, iterative"]["steps"]
+    for i in (1, 2):
+        axes.axvline(steps * i / 3, color="gray", lw=1, ls="--")
+    axes.set(
+        xlabel="steps of 512 outputs; an iteration ends at each line", ylabel=ylabel
+    )
+    axes.set_title(f"Figure 6 in miniature: mean and range of {seeds} seeds, n {n}")
+    axes.legend(fontsize=8)
+    figure.savefig(out / "figure6.png")
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    for model, color in (("Instruct", "tab:gray"), ("RL", "tab:blue")):
+        for measure, style in (("pass@k", "-"), ("maj@k", "--")):
+            points = results["figure7"][model][measure]
+            ks, values = [int(k) for k in points], [100 * v for v in points.values()]
+            name = f"{model}, {measure.replace('k', 'K')}"
+            axes.plot(ks, values, style, color=color, label=name, marker=".")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="K", ylabel="accuracy in %, temperature 1")
+    axes.set_title("Figure 7 in miniature")
+    axes.legend(fontsize=8)
+    figure.savefig(out / "figure7.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Experience: the outputs of a step and their rewards.
+
+In: the step's number, the policy that samples. Out: G outputs o_i of each question,
+with `Scores`. Algorithm 1's lines 6 to 8, and DAPO's dynamic sampling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpo_jax import data
+from grpo_jax.config import Config, reward_names, reward_weights
+from grpo_jax.credit import Output, overlong_punishment
+from grpo_jax.data import Example
+from grpo_jax.model import Params
+from grpo_jax.packing import Sample
+from grpo_jax.prompts import encode_prompts
+from grpo_jax.rewards import Calls, Scores, resolve, score
+from grpo_jax.rollout import generate
+from grpo_jax.run import Run
+
+Prompts = list[tuple[Example, list[int]]]
+# outputs → what the reward model says of each, [N]
+Judge = Callable[[Sequence[Output]], np.ndarray]
+
+
+def load_questions(run: Run) -> Prompts:
+    """The RL questions with their prompts; those that are too long are counted."""
+    config = run.config
+    examples = data.load(
+        config.data.train,
+        "train",
+        data_dir=config.data.dir or None,
+        require=("answer",),
+    )
+    kept, dropped = encode_prompts(
+        run.tokenizer,
+        examples,
+        limit=config.data.max_prompt_tokens,
+        **run.prompt_options,
+    )
+    if dropped:
+        print(
+            f"rl: {dropped} of {dropped + len(kept)} questions are longer than "
+            f"data.max_prompt_tokens {config.data.max_prompt_tokens} and left out"
+        )
+    return kept
+
+
+def sample(
+    run: Run,
+    params: Params,
+    prompts: Sequence[tuple[Example, list[int]]],
+    *,
+    key: jax.Array,
+    samples: int,
+) -> list[Output]:
+    """`samples` outputs of each question at the run's temperature, side by side."""
+    rollouts = generate(
+        run.model,
+        params,
+        [ids for _, ids in prompts],
+        key=key,
+        samples=samples,
+        max_new_tokens=run.config.max_new_tokens,
+        temperature=run.config.temperature,
+        eos_id=run.tokenizer.eos_ids,
+    )
+    rollouts = jax.device_get(rollouts)
+    outputs = []
+    for i, n in enumerate(rollouts.lengths):
+        example, prompt = prompts[i // samples]
+        tokens = rollouts.tokens[i, :n].tolist()
+        outputs.append(
+            Output(
+                example=example,
+                prompt=prompt,
+                tokens=tokens,
+                logps=rollouts.logps[i, :n].tolist(),
+                text=run.tokenizer.decode(tokens),
+                finished=bool(rollouts.finished[i]),
+            )
+        )
+    return outputs
+
+
+class Rewards:
+    """The reward functions that a config names, applied to outputs."""
+
+    def __init__(self, config: Config):
+        # A process reward model judges by step; what the rule says is then only shown.
+        names = reward_names(config) or ["rule"]
+        self.weights = reward_weights(config) or [1.0]
+        self.functions = [None if n == "model" else resolve(n) for n in names]
+        self.timeout = config.rewards.timeout
+        own = config.own()
+        self.limit, self.buffer = config.max_new_tokens, own.get("overlong_buffer", 0)
+        self.calls = Calls()
+
+    def __call__(self, outputs: Sequence[Output], judge: Judge | None) -> Scores:
+        examples = [o.example for o in outputs]
+        names = {name for e in examples for name in e.columns}
+        columns = {name: [e.columns.get(name) for e in examples] for name in names}
+        columns["answer"] = [e.answer for e in examples]
+
+        def model(prompts, completions, **columns):
+            assert judge is not None  # a run with "model" among its rewards has one
+            return judge(outputs)
+
+        scores = score(
+            [function or model for function in self.functions],
+            self.weights,
+            [e.question for e in examples],
+            [o.text for o in outputs],
+            columns,
+            timeout=self.timeout,
+            calls=self.calls,
+        )
+        if not self.buffer:
+            return scores
+        lengths = [len(o.tokens) for o in outputs]
+        punishment = overlong_punishment(lengths, self.limit, self.buffer)
+        return dataclasses.replace(scores, rewards=scores.rewards + punishment)
+
+
+class Experience:
+    """step → (outputs, scores); the same for the same step, parameters and seed."""
+
+    def __init__(self, run: Run):
+        self.run, self.rewards = run, Rewards(run.config)
+        self.questions = load_questions(run)
+        size, seed = run.config.questions_per_step, run.config.seed
+        own = run.config.own()
+        # DAPO: each further rollout of a step has questions of its own.
+        attempts = 1 + own.get("dynamic_sampling", 0)
+        self.batches = [
+            data.Batches(self.questions, size, seed=seed + 7919 * i)
+            for i in range(attempts)
+        ]
+
+    def __call__(
+        self, step: int, params: Params, judge: Judge | None = None
+    ) -> tuple[list[Output], Scores, dict[str, float]]:
+        """The step's outputs, and what it took to get them.
+
+        With dynamic sampling, groups whose rewards are all equal are replaced by groups
+        of further rollouts, as long as the method allows; what then still lacks is
+        filled with tied groups, which teach nothing.
+        """
+        config = self.run.config
+        g, wanted = config.group_size, config.questions_per_step
+        key = self.run.key("rl", step)
+        found: list[list[Output]] = []
+        parts: list[Scores] = []
+        spare: tuple[list[list[Output]], list[Scores]] = ([], [])
+        rounds = 0
+        for rounds, batches in enumerate(self.batches, start=1):
+            this = key if rounds == 1 else jax.random.fold_in(key, rounds)
+            outputs = sample(self.run, params, batches[step], key=this, samples=g)
+            scores = self.rewards(outputs, judge)
+            if len(self.batches) == 1:
+                return outputs, scores, {}
+            for start in range(0, len(outputs), g):
+                group = range(start, start + g)
+                tied = len(_values(scores.rewards[start : start + g])) < 2
+                groups, kept = spare if tied else (found, parts)
+                groups.append(outputs[start : start + g])
+                kept.append(scores.take(group))
+            if len(found) >= wanted:
+                break
+        tied_share = len(spare[0]) / max(len(spare[0]) + len(found), 1)
+        found, parts = [*found, *spare[0]][:wanted], [*parts, *spare[1]][:wanted]
+        metrics = {"dynamic/rollouts": float(rounds), "dynamic/tied": tied_share}
+        return [o for group in found for o in group], Scores.join(parts), metrics
+
+
+def _values(rewards: np.ndarray) -> set[float]:
+    return set(rewards[~np.isnan(rewards)].tolist())
+
+
+def outcome_metrics(
+    outputs: Sequence[Output], scores: Scores, group_size: int
+) -> dict[str, float]:
+    """Rewards and lengths of a step, under the names that TRL gave them."""
+    groups = scores.rewards.reshape(-1, group_size)
+    scored = ~np.isnan(groups)
+    lengths = np.array([len(o.tokens) for o in outputs])
+    several = groups[scored.sum(1) > 1]
+    metrics = {
+        "reward": _mean(scores.rewards),
+        "reward_std": _mean([np.nanstd(g, ddof=1) for g in several]),
+        "frac_reward_zero_std": float(np.mean([len(_values(g)) < 2 for g in groups])),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float(np.mean([not o.finished for o in outputs])),
+        "rewards/timeouts": float(scores.timeouts),
+    }
+    for name, values in scores.by_function.items():
+        metrics[f"rewards/{name}/mean"] = _mean(values)
+        metrics[f"rewards/{name}/std"] = (
+            float(np.nanstd(values)) if len(values) else 0.0
+        )
+        metrics[f"rewards/{name}/failures"] = float(scores.failures[name])
+    return metrics
+
+
+def _mean(values: Any) -> float:
+    values = np.asarray(values, np.float64)
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if values.size else float("nan")
+
+
+def show(run: Run, step: int, outputs, rewards: np.ndarray, samples) -> None:
+    """The first question's group into samples.jsonl, with what each output teaches."""
+    g = run.config.group_size
+    taught: list[Any] = [None] * g  # a pair is not an output's own
+    if len(samples) == len(outputs):
+        taught = [_advantage(s) for s in samples[:g]]
+    completions = [
+        {"completion": o.text, "reward": _number(r), "advantage": a}
+        for o, r, a in zip(outputs[:g], rewards[:g], taught, strict=True)
+    ]
+    example = outputs[0].example
+    shown = {"question": example.question, "answer": example.answer}
+    run.recorder.write_samples("rl", step + 1, {**shown, "completions": completions})
+
+
+def _advantage(sample: Sample) -> Any:
+    """One number for the output, or one for each of its tokens."""
+    if isinstance(sample.advantages, float):
+        return _number(sample.advantages)
+    pairs = zip(sample.advantages or (), sample.mask, strict=False)
+    return [_number(a) for a, m in pairs if m]
+
+
+def _number(x: Any) -> float | None:
+    return round(float(x), 4) if np.isfinite(x) else None

@@ -1,0 +1,73 @@
+"""What a reward model minimises: scores and labels in, (loss, metrics) out.
+
+In: a score at every token, labels and a mask of the tokens that have one: an output's
+last token (outcome), or the last token of each step (process). Out: a scalar loss and
+scalar metrics. Pure, and needs jax alone. What is masked out may hold anything.
+
+Axes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, ArrayLike, Float, Num
+
+
+@jax.jit
+def reward_loss(
+    scores: Float[Array, "B T"],
+    labels: Num[Array, "B T"],
+    mask: Num[Array, "B T"],
+    *,
+    normalizer: ArrayLike | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Binary cross-entropy of a reward model (Cobbe et al. 2021; Wang et al. 2023).
+
+        loss = - mean_t [ y_t log σ(s_t) + (1 - y_t) log σ(-s_t) ]
+
+    over the marked tokens t; y is 0 or 1 (hard) or a share in between (soft).
+
+    Args:
+      scores: s, the logits of "right".
+      labels: y; anything where the mask is 0.
+      mask: 1 at the tokens that have a label.
+      normalizer: the number of marked tokens in the whole batch, when this call holds
+        only a part of it: parts then sum to the whole's loss.
+
+    Returns:
+      The loss and metrics: accuracy (both on the same side of ½), score and label
+      (means), num_tokens (marked ones).
+
+    Raises:
+      ValueError: shapes that differ.
+
+    >>> scores = jnp.array([[9.0, 0.0, jnp.log(3.0)]])
+    >>> loss, metrics = reward_loss(scores, jnp.array([[0, 0, 1]]),
+    ...                             jnp.array([[0, 1, 1]]))
+    >>> round(float(loss), 4) == round(float((jnp.log(2) + jnp.log(4 / 3)) / 2), 4)
+    True
+    """
+    for name, x in {"labels": labels, "mask": mask}.items():
+        if x.shape != scores.shape:
+            raise ValueError(f"{name} has shape {x.shape}, scores {scores.shape}")
+    dtype = jnp.promote_types(scores.dtype, jnp.float32)
+    valid = mask != 0
+    m = valid.astype(dtype)
+    s = jnp.where(valid, scores.astype(dtype), 0)
+    y = jnp.where(valid, labels.astype(dtype), 0)
+    count = jnp.maximum(m.sum(), 1)
+    divisor = count if normalizer is None else jnp.maximum(normalizer, 1)
+    # -y log σ(s) - (1 - y) log σ(-s) = log(1 + e^s) - y s
+    loss = (m * (jax.nn.softplus(s) - y * s)).sum() / divisor
+    metrics = {
+        "accuracy": (m * ((s > 0) == (y > 0.5))).sum() / count,
+        "score": (m * s).sum() / count,
+        "label": (m * y).sum() / count,
+        "num_tokens": m.sum(),
+    }
+    return loss, jax.lax.stop_gradient(metrics)

@@ -1,0 +1,118 @@
+"""What rewards teach each token: by hand, row by row of the table of methods."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grpo_jax import credit
+from grpo_jax.credit import Output
+from grpo_jax.data import Example
+from grpo_jax.rewards import Scores
+
+
+def output(tokens, prompt=(7,), logps=None, finished=True):
+    example = Example(question="q", answer="a", id="x")
+    return Output(
+        example=example,
+        prompt=list(prompt),
+        tokens=list(tokens),
+        logps=list(logps or [-1.0] * len(tokens)),
+        text="",
+        finished=finished,
+    )
+
+
+def taught(sample) -> Any:
+    return sample.advantages
+
+
+def masked(samples, name) -> Any:
+    """A field's numbers at the masked tokens of all samples."""
+    return [
+        x for s in samples for x, m in zip(getattr(s, name), s.mask, strict=True) if m
+    ]
+
+
+def scores(**by_function):
+    arrays = {k: np.array(v, np.float32) for k, v in by_function.items()}
+    total = np.sum(list(arrays.values()), 0)
+    failures = dict.fromkeys(arrays, 0)
+    return Scores(rewards=total, by_function=arrays, failures=failures)
+
+
+def test_rejection_sampling_keeps_what_is_right():
+    outputs = [output([1]), output([2]), output([3])]
+    samples = credit.indicator(outputs, np.array([1.0, 0.0, np.nan]))
+    assert [s.advantages for s in samples] == [1.0, 0.0, 0.0]
+    assert [credit.teaches(s) for s in samples] == [True, False, False]
+
+
+def test_outcome_is_one_number_for_every_token():
+    outputs = [output([1, 2]), output([3])]
+    options = dict(group_size=2, scale="none", baseline="mean")
+    samples = credit.outcome(outputs, scores(rule=[1.0, 0.0]), [1.0], **options)
+    assert [s.advantages for s in samples] == [0.5, -0.5]
+    assert samples[0].tokens == [7, 1, 2] and samples[0].mask == [0, 1, 1]
+
+
+def test_functions_normalised_each_count_alike():
+    """Summed, the function with the large values decides alone."""
+    outputs = [output([1]), output([2]), output([3])]
+    both = scores(rule=[1.0, 0.0, 0.0], length=[0.0, 100.0, 0.0])
+    options = dict(group_size=3, scale="group", baseline="mean")
+    summed = credit.outcome(outputs, both, [1.0, 1.0], **options)
+    each = credit.outcome(outputs, both, [1.0, 1.0], **options, each=True)
+    assert taught(summed[0]) < 0 < 1 < taught(summed[1])
+    assert taught(each[0]) == pytest.approx(taught(each[1]), rel=1e-3)
+    assert taught(each[0]) > 0.5 and taught(each[2]) < -1
+
+
+def test_process_credit_is_the_sum_of_the_steps_to_come():
+    """Step rewards 1, 0 | 0, 0 have mean 1/4, and std 1/2 (ddof 1)."""
+    outputs = [output([1, 2, 3]), output([4, 5])]
+    ends, rewards = [[1, 2], [0, 1]], [np.array([1.0, 0.0]), np.array([0.0, 0.0])]
+    first, second = credit.process(outputs, ends, rewards, 2)
+    r = (np.array([1.0, 0.0]) - 0.25) / (0.5 + 1e-4)
+    want = [r[0] + r[1], r[0] + r[1], r[1]]
+    np.testing.assert_allclose(taught(first), [0.0, *want], rtol=1e-5)
+    np.testing.assert_allclose(taught(second), [0.0, 2 * r[1], r[1]], rtol=1e-5)
+
+
+def test_the_critics_credit_by_hand():
+    """γ = λ = 1: the return is what follows, KL and reward, and A = return - V."""
+    outputs = [output([1, 2], logps=[-1.0, -2.0]), output([3], logps=[-0.5])]
+    ref = [np.array([-1.5, -2.0]), np.array([-0.5])]
+    values = [np.array([0.2, 0.4]), np.array([0.1])]
+    samples = credit.critic(
+        outputs, np.array([1.0, 0.0]), values, ref, kl_coef=0.1, gamma=1.0, lam=1.0
+    )
+    returns = np.array([1.0 - 0.1 * 0.5, 1.0, 0.0])
+    np.testing.assert_allclose(masked(samples, "returns"), returns, rtol=1e-5)
+    raw = returns - np.array([0.2, 0.4, 0.1])
+    white = (raw - raw.mean()) / raw.std(ddof=1)
+    np.testing.assert_allclose(masked(samples, "advantages"), white, rtol=1e-4)
+    assert samples[0].values == pytest.approx([0.0, 0.2, 0.4])
+
+
+def test_an_output_without_a_reward_teaches_the_critic_nothing():
+    outputs = [output([1, 2]), output([3, 4])]
+    values = [np.zeros(2), np.zeros(2)]
+    rewards = np.array([1.0, np.nan])
+    a, b = credit.critic(
+        outputs, rewards, values, None, kl_coef=0.0, gamma=1.0, lam=1.0
+    )
+    assert not any(b.mask) and np.isfinite(taught(b)).all()
+    assert sum(a.mask) == 2 and np.isfinite(taught(a)).all()
+
+
+def test_pairs_are_of_one_question_right_before_wrong():
+    outputs = [output([i]) for i in range(8)]
+    rewards = np.array([1, 0, 0, 1, 1, 1, 1, 1.0])  # the second group has no pair
+    rng = np.random.default_rng(0)
+    pairs = credit.pairs(outputs, rewards, 4, rng)
+    tokens = [s.tokens[-1] for s in pairs]
+    assert len(tokens) == 4 == len(set(tokens))
+    assert all(rewards[right] for right in tokens[::2])
+    assert not any(rewards[wrong] for wrong in tokens[1::2])
+    assert max(tokens) < 4

@@ -1,0 +1,208 @@
+"""Every row of the table of methods as a whole run, and what makes each row itself."""
+
+import dataclasses
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from grpo_jax import experience
+from grpo_jax.checks import validate
+from grpo_jax.config import Config
+from grpo_jax.methods import METHODS
+from grpo_jax.recorder import Recorder
+from grpo_jax.reward_model import labelled
+from grpo_jax.run import load_run, open_run
+from grpo_jax.train import train
+
+ROOT = Path(__file__).parents[1]
+STEPS = 4
+SIZES: dict[str, object] = {
+    "model.layers": 1,
+    "model.width": 16,
+    "model.heads": 2,
+    "model.ffn": 16,
+    "sft_steps": 24,
+    "sft.batch_size": 16,
+    "sft.micro_rows": 8,
+    "sft.learning_rate": 2e-2,
+    "sft.warmup_steps": 2,
+    "rl_steps": STEPS,
+    "learning_rate": 1e-3,
+    "optimizer.schedule": "constant",
+    "optimizer.warmup_steps": 0,
+    "questions_per_step": 8,
+    "group_size": 4,
+    "max_new_tokens": 12,
+    "optimizer.micro_rows": 8,
+    "optimizer.row_length": 40,
+    "checkpoint_every": 1,
+    "reward_model.questions": 16,
+    "reward_model.completions": 4,
+    "reward_model.steps": 4,
+    "reward_model.batch_size": 8,
+    "eval.questions": 16,
+    "eval.samples": 0,
+    "eval.batch": 16,
+}
+# One method of each kind of credit or loss; the relatives are GRPO with other values.
+ROWS = ["rft", "online_rft", "dpo", "ppo", "grpo_process", "grpo_iterative", "dapo"]
+
+
+@pytest.fixture(scope="module")
+def instruct(tmp_path_factory):
+    """A folder with questions a tiny model half learns, and the Instruct stage."""
+    folder = tmp_path_factory.mktemp("methods")
+    rows = []
+    for a in range(1, 10):
+        for b in range(1, 10):
+            answer = a % 2 + 4
+            row = {"question": f"{a}+{b}=?", "answer": f"{answer}"}
+            text = f"{a}{b}\n#### {answer}" if b % 2 else f"#### {answer}"
+            rows.append(json.dumps(row | {"solution": text}) + "\n")
+    (folder / "sums.jsonl").write_text("".join(rows))
+    run(folder, "instruct", "sft")
+    return folder
+
+
+def run(folder: Path, name: str, method: str, **changes) -> Path:
+    """The method's run in this process, from the same Instruct checkpoint."""
+    config: Config = runpy.run_path(str(ROOT / "configs/tiny.py"))["get_config"]()
+    questions = str(folder / "sums.jsonl")
+    data = {"data.train": questions, "data.sft": questions, "data.eval": questions}
+    changed = {key.replace("__", "."): value for key, value in changes.items()}
+    for key, value in (SIZES | data | {"method": method} | changed).items():
+        outer, _, inner = key.rpartition(".")
+        setattr(getattr(config, outer) if outer else config, inner, value)
+    start = folder / "instruct" / "checkpoints" / "sft"
+    if start.exists() and not (folder / name / "checkpoints" / "sft").exists():
+        shutil.copytree(start, folder / name / "checkpoints" / "sft")
+    train(validate(config), folder / name)
+    return folder / name
+
+
+def metrics(workdir: Path, stage: str = "rl") -> list[dict]:
+    rows = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["stage"] == stage]
+
+
+def weights(workdir: Path) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(load_run(workdir)[1])]
+
+
+def differ(a: Path, b: Path) -> bool:
+    pairs = zip(weights(a), weights(b), strict=True)
+    return any((x != y).any() for x, y in pairs)
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_every_row_runs_to_its_table(instruct, method, capsys):
+    workdir = run(instruct, method, method)
+    assert "| method" not in capsys.readouterr().out
+    rows = metrics(workdir)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    assert differ(workdir, instruct / "instruct")
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["method"] == method and results["models"] == ["instruct", "rl"]
+
+
+def test_the_reference_follows_the_policy_where_the_method_iterates(instruct):
+    """KL is 0 at the first step of an iteration, when π_ref is π_θ, and only there."""
+    changes = dict(learning_rate=1e-2, iterations=3, rl_steps=6)
+    workdir = run(instruct, "iterates", "grpo_iterative", **changes)
+    kl = [row["kl"] for row in metrics(workdir)]
+    assert max(kl[0], kl[2], kl[4]) < 1e-6
+    assert min(kl[1], kl[3], kl[5]) > 1e-5
+    # and the reward model was trained on: new labels, more steps, other weights
+    assert [row["step"] for row in metrics(workdir, "reward-2")] == [1, 2, 3, 4]
+    first, second = (labelled.read(workdir / f"labels-{i}.jsonl") for i in (1, 2))
+    assert len(first) == len(second) == 16 and first != second
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo_iterative"])
+def test_a_stopped_run_goes_on_to_the_same_bits(instruct, method, monkeypatch):
+    """Stopped at the boundary of two iterations, and after it."""
+    straight = run(instruct, f"{method}-straight", method)
+    write, stops = Recorder.write, iter((2, 3))
+
+    def interrupted(self, stage, step, values):
+        write(self, stage, step, values)
+        if stage == "rl" and step == state["at"]:
+            state["at"] = next(stops, None)
+            raise KeyboardInterrupt
+
+    state: dict[str, int | None] = {"at": next(stops)}
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "write", interrupted)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                run(instruct, f"{method}-stopped", method)
+    stopped = run(instruct, f"{method}-stopped", method)
+    assert not differ(straight, stopped)
+    for a, b in zip(metrics(straight), metrics(stopped), strict=True):
+        assert {k: v for k, v in a.items() if "time" not in k} == {
+            k: v for k, v in b.items() if "time" not in k
+        }
+
+
+def test_dynamic_sampling_leaves_no_tied_group(instruct, tmp_path):
+    """Questions with an odd first term tie all their outputs: they are replaced."""
+    (tmp_path / "mine.py").write_text(
+        "def mine(prompts, completions, **columns):\n"
+        "    return [0.0 if int(p[0]) % 2 else float(i)\n"
+        "            for i, p in enumerate(prompts)]\n"
+    )
+    reward = f"{tmp_path / 'mine.py'}:mine"
+    dynamic = run(instruct, "dynamic", "dapo", rewards__functions=reward, rl_steps=1)
+    (row,) = metrics(dynamic)
+    assert row["frac_reward_zero_std"] == 0.0
+    assert row["dynamic/rollouts"] > 1 and 0.2 < row["dynamic/tied"] < 0.8
+    plain = run(
+        instruct,
+        "static",
+        "dapo",
+        rewards__functions=reward,
+        rl_steps=1,
+        dynamic_sampling=0,
+    )
+    (row,) = metrics(plain)
+    assert row["frac_reward_zero_std"] > 0.2
+    tied = row["frac_reward_zero_std"] * 32
+    assert row["samples/taught"] <= 32 - tied  # β = 0: tied outputs cost no pass
+
+
+def test_rft_samples_from_the_instruct_model_all_along(instruct):
+    """The outputs of a step are π_sft's, whatever was learned before it."""
+    workdir = run(instruct, "rft-again", "rft", learning_rate=1e-1)
+    here = open_run(workdir)
+    source = experience.Experience(here)
+    sft = load_run(instruct / "instruct")[1]
+    with jax.set_mesh(here.mesh):
+        outputs, _, _ = source(STEPS - 1, sft)
+    lines = (workdir / "samples.jsonl").read_text().splitlines()
+    shown = json.loads(lines[-1])["completions"]
+    assert [c["completion"] for c in shown] == [o.text for o in outputs[:4]]
+
+
+def test_truncated_outputs_are_masked_on_request(instruct):
+    """Five new tokens cut most outputs off: those teach nothing, the rest as before."""
+    limit = dict(max_new_tokens=5, rl_steps=1, kl_coef=0.0)
+    masked = run(instruct, "masked", "grpo", mask_truncated=True, **limit)
+    free = run(instruct, "unmasked", "grpo", **limit)
+    (a,), (b,) = metrics(masked), metrics(free)
+    assert a["completions/clipped_ratio"] == b["completions/clipped_ratio"] > 0.3
+    assert a["num_tokens"] < b["num_tokens"]
+
+
+def test_the_table_is_the_papers():
+    sources = {name: method.source for name, method in METHODS.items()}
+    assert {n for n, s in sources.items() if s == "instruct"} == {"rft", "dpo"}
+    assert METHODS["grpo"].fields["kl_coef"] == 0.04
+    for name, method in METHODS.items():
+        assert dataclasses.is_dataclass(method), name
+        assert set(method.fields) <= {f.name for f in dataclasses.fields(Config)}
