@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from grpo_jax.advantages import group_advantages as group_advantages
     from grpo_jax.advantages import process_advantages as process_advantages
     from grpo_jax.coefficients import gradient_coefficient as gradient_coefficient
+    from grpo_jax.continuation import continue_rollouts as continue_rollouts
     from grpo_jax.errors import GrpoError as GrpoError
     from grpo_jax.logprobs import token_logprobs as token_logprobs
     from grpo_jax.losses import grpo_loss as grpo_loss
@@ -69,6 +70,7 @@ _HOMES = {
     "generate": "rollout",
     "generate_tokens": "rollout",
     "Rollouts": "rollout",
+    "continue_rollouts": "continuation",
     "Sample": "packing",
     "Batch": "packing",
     "pack": "packing",

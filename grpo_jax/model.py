@@ -121,7 +121,10 @@ class Block(nn.Module):
 
     def linear(self, x: Array, name: str, out: int, bias: bool = False) -> Array:
         weight = self.weight(name, out, x.shape[-1]).astype(x.dtype)
-        y = jnp.einsum("...D,FD->...F", x, weight)
+        if x.ndim == 3 and x.shape[1] == 1:  # decoding
+            y = few_rows(weight, x[:, 0])[:, None]
+        else:
+            y = jnp.einsum("...D,FD->...F", x, weight)
         a = self.get_variable("params", name + A)  # not there: the base, or merged
         if a is not None:
             y += self.lora.delta(x, a, self.get_variable("params", name + B))
@@ -151,6 +154,14 @@ class Block(nn.Module):
         gate = nn.silu(self.linear(h, "gate_proj", c.ffn, c.mlp_bias))
         h = gate * self.linear(h, "up_proj", c.ffn, c.mlp_bias)
         return x + self.linear(h, "down_proj", c.width, c.mlp_bias), cache
+
+
+def few_rows(weight: Array, x: Array, **options) -> Array:
+    """x [B, D] times weight [F, D] transposed, the weight as the first factor.
+
+    For few rows CPUs are a fifth faster this way round: they repack the second factor.
+    """
+    return jax.lax.dot_general(weight, x, (((1,), (1,)), ((), ())), **options).T
 
 
 def over(x: Array, vector: Array) -> Array:

@@ -1,16 +1,19 @@
 """The sampler: what it draws, and that its log-probabilities are the trainer's."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax.continuation import continue_rollouts
 from grpo_jax.errors import GrpoError
 from grpo_jax.logprobs import token_logprobs
 from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.rollout import bucket, draw, generate, generate_tokens
+from grpo_jax.rollout import bucket, generate, generate_tokens
+from grpo_jax.sampling import Sampling, draw
 
 CONFIG = ModelConfig(
     vocab_size=300,  # more than one block of the inverse CDF, not a multiple of it
@@ -26,7 +29,7 @@ MODEL = Decoder(CONFIG)
 PARAMS = MODEL.init(jax.random.key(0))
 EOS = (0, 5, 9, *range(100, 106))
 PROMPTS = [[1, 2, 3], [4] * 20, [7, 8]]
-ROLL = dict(samples=4, max_new_tokens=24, eos_id=EOS)
+ROLL: Any = dict(samples=4, max_new_tokens=24, eos_id=EOS)
 
 
 def rows(rollouts):
@@ -100,7 +103,7 @@ def test_a_row_depends_on_neither_padding_nor_the_other_prompts():
 
 
 def test_padding_may_stand_on_either_side():
-    options = dict(
+    options: Any = dict(
         key=jax.random.key(5), samples=2, max_new_tokens=12, temperature=1.0, eos_id=EOS
     )
     right = jnp.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8]])
@@ -157,3 +160,196 @@ def test_buckets_are_few_and_waste_at_most_a_third():
 def test_an_empty_prompt_is_refused_by_number():
     with pytest.raises(GrpoError, match="prompt 1 is empty"):
         generate(MODEL, PARAMS, [[1], []], key=jax.random.key(0), **ROLL)
+
+
+def test_results_depend_on_neither_slots_nor_the_queues_order():
+    """Rows and prompts keep their numbers; only who decodes when is different."""
+    key = jax.random.key(7)
+    alone, three, all_at_once = (
+        generate(MODEL, PARAMS, PROMPTS, key=key, slots=w, **ROLL) for w in (1, 3, 12)
+    )
+    for other in (alone, three):
+        assert other.tokens.tolist() == all_at_once.tokens.tolist()
+        assert other.finished.tolist() == all_at_once.finished.tolist()
+        np.testing.assert_allclose(other.logps, all_at_once.logps, atol=1e-5)
+    # Greedy rows depend on their prompt alone: the queue's order only permutes them.
+    greedy: Any = dict(ROLL, samples=1, key=key, temperature=0, slots=2)
+    forth = rows(generate(MODEL, PARAMS, PROMPTS, **greedy))
+    back = rows(generate(MODEL, PARAMS, PROMPTS[::-1], **greedy))[::-1]
+    assert [tokens for tokens, _ in forth] == [tokens for tokens, _ in back]
+
+
+def test_slots_are_occupied_on_ragged_lengths():
+    """A queue of 4 × the slots; and with fewer slots at the end, the same tokens."""
+    prompts = [*PROMPTS, [9] * 5]
+    options: Any = dict(ROLL, samples=16)
+    key = jax.random.key(0)
+    out = generate(MODEL, PARAMS, prompts, key=key, slots=16, **options)
+    assert out.lengths.std() > out.lengths.mean() / 3
+    assert 0.9 <= out.occupancy <= 1
+    one = generate(MODEL, PARAMS, prompts, key=key, slots=1, **options)
+    assert one.occupancy == 1
+    assert one.tokens.tolist() == out.tokens.tolist()
+
+
+def test_what_a_slot_held_before_does_not_reach_the_next_row():
+    """A long row first: its keys and values lie beyond where the short one ends."""
+    options: Any = dict(
+        key=jax.random.key(1), temperature=0, max_new_tokens=24, eos_id=EOS
+    )
+    after = generate(MODEL, PARAMS, [[11] * 90, [1, 2, 3]], slots=1, **options)
+    alone = generate(MODEL, PARAMS, [[1, 2, 3]], slots=1, **options)
+    assert after.tokens[1].tolist() == alone.tokens[0].tolist()
+    np.testing.assert_allclose(after.logps[1], alone.logps[0], atol=1e-6)
+
+
+def test_another_number_of_prompts_is_no_other_program():
+    from grpo_jax import rollout
+
+    jitted: Any = rollout._jitted
+    options: Any = dict(ROLL, samples=2)
+
+    def count(n):
+        generate(MODEL, PARAMS, [[1, 2]] * n, key=jax.random.key(n), **options)
+        return jitted._cache_size()
+
+    assert count(7) == count(8)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_continuing_equals_prefilling_everything_anew(window):
+    model = Decoder(dataclasses.replace(CONFIG, sliding_window=window))
+    options: Any = dict(
+        max_new_tokens=9, temperature=0, eos_id=EOS, key=jax.random.key(0)
+    )
+    first = generate(model, PARAMS, PROMPTS, keep=True, **options)
+    tool = [[30, 31, 32], None, []]
+    second = continue_rollouts(model, PARAMS, first, tool, **options)
+    again = [[40], None, [41, 42]]
+    third = continue_rollouts(model, PARAMS, second, again, **options)
+    texts = [list(prompt) for prompt in PROMPTS]
+    for turn, given in (
+        (first, ([],) * 3),
+        (second, tool),
+        (third, [[40], None, [41, 42]]),
+    ):
+        for i, ids in enumerate(given):
+            n = int(turn.lengths[i])
+            if ids is None:
+                assert n == 0 and not turn.mask[i].any()
+                continue
+            anew = generate(model, PARAMS, [texts[i] + ids], **options)
+            at = len(ids)
+            assert turn.tokens[i, :at].tolist() == ids
+            assert turn.tokens[i, at:n].tolist() == anew.tokens[0, : n - at].tolist()
+            assert n - at == anew.lengths[0] and turn.finished[i] == anew.finished[0]
+            np.testing.assert_allclose(
+                turn.logps[i, at:n], anew.logps[0, : n - at], atol=1e-5
+            )
+            assert turn.mask[i].tolist() == [
+                at <= c < n for c in range(turn.mask.shape[1])
+            ]
+            assert not turn.logps[i, :at].any()
+            texts[i] += turn.tokens[i, :n].tolist()
+
+
+def test_stop_sequences_end_a_row_and_belong_to_it():
+    """What greedy decoding writes is known; cut where the stop sequence first ends."""
+    options: Any = dict(
+        key=jax.random.key(0), max_new_tokens=24, temperature=0, eos_id=-1
+    )
+    free = generate(MODEL, PARAMS, [[1, 2, 3], [7, 8]], **options).tokens.tolist()
+    stops = [free[0][5:8], [299, 298], free[1][2:3]]
+    out = generate(MODEL, PARAMS, [[1, 2, 3], [7, 8]], stop=stops, **options)
+    for row, n, whole in zip(
+        out.tokens.tolist(), out.lengths.tolist(), free, strict=True
+    ):
+        ends = [
+            i for i in range(1, 25) for s in stops if whole[max(0, i - len(s)) : i] == s
+        ]
+        assert n == min(ends) and row[:n] == whole[:n] and not any(row[n:])
+    assert out.finished.tolist() == [True, True]
+    # A prompt that ends with the sequence's beginning does not count.
+    begun = [1, 2, free[0][5]]
+    again = generate(MODEL, PARAMS, [begun], **options).tokens[0].tolist()
+    out = generate(MODEL, PARAMS, [begun], stop=[[begun[-1], again[0]]], **options)
+    assert out.lengths[0] > 1
+
+
+def by_hand(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
+    """The filters by sorting, one after the other, each on what the last one left."""
+    p = np.exp(np.float64(logits) / temperature)
+    p /= p.sum()
+    if 0 < top_k < len(p):
+        p[p < np.sort(p)[-top_k]] = 0
+        p /= p.sum()
+    order = np.argsort(-p, kind="stable")
+    before = np.cumsum(p[order]) - p[order]
+    p[order[before >= top_p]] = 0
+    p /= p.sum()
+    p[p < min_p * p.max()] = 0
+    return p / p.sum()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(top_k=7),
+        dict(top_p=0.6),
+        dict(min_p=0.2),
+        dict(top_k=40, top_p=0.8, min_p=0.05),
+        dict(top_k=1000, top_p=1.0),
+        dict(top_p=1e-6),
+    ],
+    ids=str,
+)
+def test_filters_are_those_of_a_sorted_distribution(settings):
+    n, v, temperature = 20_000, 300, 0.7
+    logits = jax.random.normal(jax.random.key(9), (v,)) * 1.5
+    sampling = Sampling(temperature=temperature, **settings)
+    keys = jax.random.split(jax.random.key(2), n)
+    tokens, logps = jax.jit(sampling)(
+        jnp.tile(logits, (n, 1)), keys, jnp.zeros(n, jnp.int32)
+    )
+    p = by_hand(
+        logits, temperature, *({"top_k": 0, "top_p": 1, "min_p": 0} | settings).values()
+    )
+    np.testing.assert_allclose(logps, np.log(p[tokens]), atol=1e-4)  # never one of 0
+    counts, kept = np.bincount(tokens, minlength=v), p > 0
+    chi = ((counts - n * p)[kept] ** 2 / (n * p[kept])).sum()
+    degrees = kept.sum() - 1
+    assert abs(chi - degrees) <= 5 * np.sqrt(2 * degrees)
+
+
+def test_a_choice_that_makes_no_sense_is_refused():
+    wrong: Any = {"top_p": 0.0, "min_p": 2.0, "top_k": -1, "temperature": -1}
+    for name, value in wrong.items():
+        with pytest.raises(GrpoError, match=name):
+            Sampling(**{name: value})
+    with pytest.raises(GrpoError, match="stop sequence is empty"):
+        generate(MODEL, PARAMS, PROMPTS, key=jax.random.key(0), stop=[[]], **ROLL)
+    out = generate(MODEL, PARAMS, PROMPTS, key=jax.random.key(3), **ROLL)
+    with pytest.raises(GrpoError, match="keep=True"):
+        continue_rollouts(
+            MODEL,
+            PARAMS,
+            out,
+            [[1]] * 12,
+            key=jax.random.key(0),
+            max_new_tokens=4,
+            eos_id=0,
+        )
+
+
+def test_a_narrower_cache_is_close():
+    options: Any = dict(
+        key=jax.random.key(3), max_new_tokens=6, eos_id=-1, temperature=0
+    )
+    wide = generate(MODEL, PARAMS, PROMPTS, **options)
+    narrow = generate(
+        MODEL, PARAMS, PROMPTS, cache_dtype="bfloat16", keep=True, **options
+    )
+    assert narrow.cache.layers[0][0].dtype == jnp.bfloat16
+    # Equal as long as the tokens are; the first sees only prompts in bfloat16.
+    np.testing.assert_allclose(wide.logps[:, 0], narrow.logps[:, 0], atol=0.05)
+    assert (wide.logps[:, 0] != narrow.logps[:, 0]).any()

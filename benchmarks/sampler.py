@@ -1,0 +1,187 @@
+"""The sampler's speed: completion tokens a second and slot occupancy.
+
+    python benchmarks/sampler.py --model HF_FOLDER --prompts JSONL [--transformers PY]
+
+In: a Hugging Face folder and a file of JSON lines with "question". Out: JSON lines
+{"case", "tokens_per_second", "occupancy", "seconds", "tokens", …}: "fixed" decodes
+`--slots` rows of `--new` tokens, EOS suppressed; "ragged" decodes `--rows` rows of up
+to `--ragged-new` tokens from a queue, with natural EOS. With --transformers, the same
+prompts go in turn through `transformers.generate` of that interpreter, in batches of
+as many rows as there are slots, and each case ends with the ratio of the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+# What the other interpreter runs: a line of options in, a line of figures out.
+_OTHER = """
+import json, sys, time, torch, transformers
+transformers.logging.set_verbosity_error()
+torch.set_num_threads(int(sys.argv[2]))
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).float().eval()
+for line in sys.stdin:
+    ask = json.loads(line)
+    rows, seconds, tokens = ask["rows"], 0.0, 0
+    torch.manual_seed(ask["seed"])
+    for at in range(0, len(rows), ask["slots"]):
+        batch = rows[at : at + ask["slots"]]
+        width = max(map(len, batch))
+        ids = torch.tensor([[0] * (width - len(r)) + r for r in batch])
+        mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in batch])
+        least = ask["new"] if ask["fixed"] else 0
+        begin = time.perf_counter()
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0,
+                top_k=0, top_p=1.0, max_new_tokens=ask["new"], min_new_tokens=least,
+                eos_token_id=ask["eos"], pad_token_id=ask["eos"][0])
+        seconds += time.perf_counter() - begin
+        for row in out[:, width:].tolist():
+            ends = [i for i, t in enumerate(row) if t in ask["eos"]]
+            tokens += ends[0] + 1 if ends else len(row)
+    print(json.dumps({"seconds": seconds, "tokens": tokens}), flush=True)
+"""
+
+
+def measure_transformers(python: str, model: str, threads: int, ask: dict) -> Generator:
+    """A process that stays: each `next` is one more run, of another seed."""
+    command = [python, "-c", _OTHER, model, str(threads)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin and process.stdout
+        try:
+            for seed in range(10**6):
+                process.stdin.write(json.dumps({**ask, "seed": seed}) + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+                if not line:
+                    sys.exit("error: --transformers: the interpreter ended; see above")
+                yield json.loads(line)
+        finally:
+            process.stdin.close()
+
+
+def measure(model, params, prompts, eos, flags, *, samples, new, fixed) -> Generator:
+    """The same for this package; what is compiled is compiled before."""
+    import jax
+
+    from grpo_jax.rollout import generate
+
+    # No token has a negative id: nothing ends before the last turn.
+    options: dict = dict(
+        samples=samples,
+        max_new_tokens=new,
+        eos_id=(-1,) if fixed else eos,
+        slots=flags.slots,
+        cache_dtype=flags.cache_dtype,
+    )
+    jax.block_until_ready(
+        generate(model, params, prompts, key=jax.random.key(10**6), **options)
+    )
+    for seed in range(10**6):
+        begin = time.perf_counter()
+        out = generate(model, params, prompts, key=jax.random.key(seed), **options)
+        tokens = int(out.lengths.sum())
+        seconds = time.perf_counter() - begin
+        yield {
+            "seconds": seconds,
+            "tokens": tokens,
+            "occupancy": float(out.occupancy),
+        }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--model", required=True, help="a Hugging Face folder")
+    add("--prompts", required=True, help="JSON lines with a question each")
+    add("--slots", type=int, default=32)
+    add("--group", type=int, default=8, help="outputs of a question")
+    add("--new", type=int, default=128, help="tokens of a fixed output")
+    add("--rows", type=int, default=128, help="outputs in the queue of the ragged case")
+    add("--ragged-new", type=int, default=128, help="tokens of a ragged output at most")
+    add("--cases", nargs="+", choices=["fixed", "ragged"], default=["fixed", "ragged"])
+    add("--repeats", type=int, default=3)
+    add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add("--cache-dtype", help="of keys and values (the model's)")
+    add("--transformers", metavar="PYTHON", help="an interpreter that has transformers")
+    add("--threads", type=int, default=2, help="of transformers")
+    return parser.parse_args()
+
+
+def main() -> None:
+    flags = parse()
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from grpo_jax import weights
+    from grpo_jax.data import Example
+    from grpo_jax.prompts import encode_prompt
+    from grpo_jax.tokenizer import Tokenizer
+
+    model, params = weights.load_pretrained(flags.model, dtype=flags.dtype)
+    tokenizer = Tokenizer.from_folder(flags.model)
+    lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
+    for case in flags.cases:
+        fixed = case == "fixed"
+        rows = flags.slots if fixed else flags.rows
+        new = flags.new if fixed else flags.ragged_new
+        asked = [json.loads(line)["question"] for line in lines[: rows // flags.group]]
+        prompts = [encode_prompt(tokenizer, Example(q)) for q in asked]
+        sides = {
+            "grpo_jax": measure(
+                model,
+                params,
+                prompts,
+                tokenizer.eos_ids,
+                flags,
+                samples=flags.group,
+                new=new,
+                fixed=fixed,
+            )
+        }
+        if flags.transformers:
+            ask = {
+                "rows": [p for p in prompts for _ in range(flags.group)],
+                "slots": flags.slots,
+                "new": new,
+                "eos": tokenizer.eos_ids,
+                "fixed": fixed,
+            }
+            sides["transformers"] = measure_transformers(
+                flags.transformers, flags.model, flags.threads, ask
+            )
+        speeds: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(flags.repeats):
+            for name, side in sides.items():
+                found = next(side)
+                speed = found["tokens"] / found["seconds"]
+                speeds[name].append(speed)
+                show(case=case, who=name, tokens_per_second=speed, **found)
+        medians = {name: statistics.median(found) for name, found in speeds.items()}
+        if len(sides) > 1:
+            pairs = zip(*speeds.values(), strict=True)
+            show(
+                case=case,
+                ratio=medians["grpo_jax"] / medians["transformers"],
+                ratios=[round(a / b, 3) for a, b in pairs],
+            )
+        for side in sides.values():
+            side.close()
+
+
+def show(**figures) -> None:
+    rounded = {
+        k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()
+    }
+    print(json.dumps(rounded), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Kept rows go on: tokens that others wrote are appended, and sampling resumes.
+
+In: `Rollouts` with a cache, tokens for each row (a tool's output). Out: `Rollouts` of
+the new turn. Keys and values of what was there are not computed again.
+
+Axes: N rows, W slots (one a row), T appended positions, C new positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from grpo_jax.decoding import BLOCK, Cache, Ends, Rollouts, append, decode, start
+from grpo_jax.errors import GrpoError
+from grpo_jax.model import Decoder, Params
+from grpo_jax.rollout import OPTIONS, as_ids, as_stops, bucket, first_rows, ragged
+from grpo_jax.sampling import Sampling
+
+
+def continue_tokens(
+    model: Decoder,
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array, "W T"],
+    lengths: Int[Array, "W"],
+    *,
+    key: Array,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    eos_id: int | tuple[int, ...],
+    stop: tuple[tuple[int, ...], ...] = (),
+) -> Rollouts:
+    """The jittable core of `continue_rollouts`; lengths -1: the row is left alone.
+
+    [W, T + max_new_tokens]: what was appended, outside the mask, then what was sampled.
+    """
+    ends = Ends(as_ids(eos_id), stop, max_new_tokens)
+    rows, width = tokens.shape
+    live, lengths = lengths >= 0, jnp.maximum(lengths, 0)
+    more = -(-(width + max_new_tokens) // BLOCK)
+    room = ((0, 0), (0, more), *((0, 0),) * 3)
+    grown = jax.tree.map(lambda x: jnp.pad(x, room), cache.layers)
+    cache = dataclasses.replace(cache, layers=grown)
+    cache = append(model, params, cache, tokens, lengths)
+    row = jnp.where(live, jnp.arange(rows, dtype=jnp.int32), rows)
+    state = decode(
+        model,
+        params,
+        start(cache, row, rows, ends),
+        lambda state: state,
+        jnp.int32(0),
+        key=key,
+        sampling=Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+        ),
+        ends=ends,
+        widths=(rows,),
+    )
+    at = jnp.arange(width + max_new_tokens)[None] - lengths[:, None]
+    given = at < 0
+
+    def behind(sampled: Array) -> Array:  # [W, C] -> [W, T + C], 0 where none is
+        index = jnp.clip(at, 0, max_new_tokens - 1)
+        moved = jnp.take_along_axis(sampled, index, 1)
+        return jnp.where((at >= 0) & (at < max_new_tokens), moved, 0)
+
+    out = state.out
+    appended = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))
+    return Rollouts(
+        tokens=jnp.where(given, appended, behind(out.tokens)),
+        logps=behind(out.logps),
+        mask=behind(out.mask) != 0,
+        lengths=out.lengths + lengths,
+        finished=out.finished,
+        occupancy=out.occupancy,
+        cache=state.cache,
+    )
+
+
+_jitted = jax.jit(continue_tokens, static_argnames=OPTIONS)
+
+
+def continue_rollouts(
+    model: Decoder,
+    params: Params,
+    rollouts: Rollouts,
+    appended: Sequence[Sequence[int] | None],
+    *,
+    key: Array,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    eos_id: int | Sequence[int],
+    stop: Sequence[Sequence[int]] = (),
+) -> Rollouts:
+    """Go on with kept rows after tokens that others wrote, such as a tool's output.
+
+    Args:
+      rollouts: of `generate(…, keep=True)` or of this function; its cache is used up.
+      appended: [N] token ids after a row's last one; None: the row is left alone.
+      key, max_new_tokens, …: as in `generate`, for what is sampled now.
+
+    Returns:
+      Rollouts of this turn alone, with a cache: a row begins with its appended tokens,
+      whose mask is False and whose log-probabilities are 0.
+
+    >>> from grpo_jax.model import ModelConfig
+    >>> config = ModelConfig(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2,
+    ...                      head_dim=4, ffn=32)
+    >>> model = Decoder(config)
+    >>> from grpo_jax.rollout import generate
+    >>> params = model.init(jax.random.key(0))
+    >>> options = dict(max_new_tokens=4, eos_id=0)
+    >>> out = generate(model, params, [[1, 2], [3]], key=jax.random.key(1), keep=True,
+    ...                **options)
+    >>> more = continue_rollouts(model, params, out, [[7, 8], None],
+    ...                          key=jax.random.key(2), **options)
+    >>> more.tokens[0, :2].tolist(), more.mask[0, :3].tolist(), int(more.lengths[1])
+    ([7, 8], [False, False, True], 0)
+    """
+    if rollouts.cache is None:
+        raise GrpoError("continue_rollouts: no cache was kept; generate(…, keep=True)")
+    rows = rollouts.tokens.shape[0]
+    if len(appended) != rows:
+        raise GrpoError(
+            f"continue_rollouts: {len(appended)} lists of tokens for {rows} rows; "
+            "give None for a row that is left alone"
+        )
+    lists = [ids or [] for ids in appended]
+    longest = max(map(len, lists))
+    width = bucket(longest) if longest else 0
+    slots = rollouts.cache.token.shape[0]
+    tokens, mask = ragged(lists, slots, width)
+    lengths = np.full(slots, -1, np.int32)
+    lengths[:rows] = [-1 if ids is None else len(ids) for ids in appended]
+    out = _jitted(
+        model,
+        params,
+        rollouts.cache,
+        tokens,
+        lengths,
+        key=key,
+        max_new_tokens=max_new_tokens,
+        temperature=float(temperature),
+        top_k=top_k,
+        top_p=float(top_p),
+        min_p=float(min_p),
+        eos_id=as_ids(eos_id),
+        stop=as_stops(stop),
+    )
+    return first_rows(out, rows)
