@@ -19,7 +19,7 @@ from jaxtyping import Array, Int
 from grpo_jax.decoding import BLOCK, Cache, Ends, Rollouts, append, decode, start
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, Params
-from grpo_jax.rollout import OPTIONS, as_ids, as_stops, bucket, first_rows, ragged
+from grpo_jax.rollout import as_ids, as_stops, bucket, first_rows, ragged
 from grpo_jax.sampling import Sampling
 
 
@@ -31,19 +31,14 @@ def continue_tokens(
     lengths: Int[Array, "W"],
     *,
     key: Array,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    eos_id: int | tuple[int, ...],
-    stop: tuple[tuple[int, ...], ...] = (),
+    sampling: Sampling,
+    ends: Ends,
 ) -> Rollouts:
     """The jittable core of `continue_rollouts`; lengths -1: the row is left alone.
 
-    [W, T + max_new_tokens]: what was appended, outside the mask, then what was sampled.
+    [W, T + C]: what was appended, outside the mask, then what was sampled.
     """
-    ends = Ends(as_ids(eos_id), stop, max_new_tokens)
+    max_new_tokens = ends.limit
     rows, width = tokens.shape
     live, lengths = lengths >= 0, jnp.maximum(lengths, 0)
     more = -(-(width + max_new_tokens) // BLOCK)
@@ -59,9 +54,7 @@ def continue_tokens(
         lambda state: state,
         jnp.int32(0),
         key=key,
-        sampling=Sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-        ),
+        sampling=sampling,
         ends=ends,
         widths=(rows,),
     )
@@ -86,7 +79,7 @@ def continue_tokens(
     )
 
 
-_jitted = jax.jit(continue_tokens, static_argnames=OPTIONS)
+_jitted = jax.jit(continue_tokens, static_argnames=("model", "sampling", "ends"))
 
 
 def continue_rollouts(
@@ -151,12 +144,9 @@ def continue_rollouts(
         tokens,
         lengths,
         key=key,
-        max_new_tokens=max_new_tokens,
-        temperature=float(temperature),
-        top_k=top_k,
-        top_p=float(top_p),
-        min_p=float(min_p),
-        eos_id=as_ids(eos_id),
-        stop=as_stops(stop),
+        sampling=Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+        ),
+        ends=Ends(as_ids(eos_id), as_stops(stop), max_new_tokens),
     )
     return first_rows(out, rows)

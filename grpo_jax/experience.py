@@ -100,6 +100,8 @@ class Rewards:
         self.timeout = config.rewards.timeout
         own = config.own()
         self.limit, self.buffer = config.max_new_tokens, own.get("overlong_buffer", 0)
+        # of `Scores.by_function`: the punishment of length is one of them
+        self.all_weights = [*self.weights, 1.0] if self.buffer else self.weights
         self.calls = Calls()
 
     def __call__(self, outputs: Sequence[Output], judge: Judge | None) -> Scores:
@@ -125,7 +127,12 @@ class Rewards:
             return scores
         lengths = [len(o.tokens) for o in outputs]
         punishment = overlong_punishment(lengths, self.limit, self.buffer)
-        return dataclasses.replace(scores, rewards=scores.rewards + punishment)
+        return dataclasses.replace(
+            scores,
+            rewards=scores.rewards + punishment,
+            by_function=scores.by_function | {"overlong": punishment},
+            failures=scores.failures | {"overlong": 0},
+        )
 
 
 class Experience:

@@ -81,27 +81,24 @@ _GRPO = Method(
 )
 
 
+# Rejection sampling fine-tuning (Yuan et al. 2023).
+_RFT = Method(
+    source="instruct",
+    reward="rule",
+    coefficient="indicator",
+    loss="sft",
+    fields={"aggregate": "sequence_mean"},
+)
+
+
 def _grpo(**changes: Any) -> Method:
     return replace(_GRPO, fields={**_GRPO.fields, **changes})
 
 
 METHODS: dict[str, Method] = {
     "sft": Method(source="dataset", reward="", coefficient="one", loss="sft"),
-    # Rejection sampling fine-tuning (Yuan et al. 2023), offline and online.
-    "rft": Method(
-        source="instruct",
-        reward="rule",
-        coefficient="indicator",
-        loss="sft",
-        fields={"aggregate": "sequence_mean"},
-    ),
-    "online_rft": Method(
-        source="policy",
-        reward="rule",
-        coefficient="indicator",
-        loss="sft",
-        fields={"aggregate": "sequence_mean"},
-    ),
+    "rft": _RFT,
+    "online_rft": replace(_RFT, source="policy"),
     # Rafailov et al. 2023; per token, as the paper's equation 12 has it, with a β that
     # suits means over tokens (Lambert et al. 2024).
     "dpo": Method(

@@ -44,21 +44,19 @@ from grpo_jax.packing import Batch, Sample, pack, unpack
 from grpo_jax.reward_model.judge import Judge, Judges, critic_of, values_of
 from grpo_jax.rewards import Scores
 from grpo_jax.run import Body, Run, policy, run_stage
-from grpo_jax.update import make_optimizer, make_scorer, make_step
+from grpo_jax.setup import adamw
+from grpo_jax.update import make_scorer, make_step
 
 
 def optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
     """The policy's; PPO's critic has one of its own, with its own rate and clip."""
     o, own = config.optimizer, config.own()
     make = functools.partial(
-        make_optimizer,
+        adamw,
+        o,
         steps=config.rl_steps * own.get("updates_per_rollout", 1),
         schedule=o.schedule,
         warmup_steps=o.warmup_steps,
-        b1=o.b1,
-        b2=o.b2,
-        weight_decay=o.weight_decay,
-        max_grad_norm=o.max_grad_norm,
     )
     policy, rate = make(config.learning_rate)
     if METHODS[config.method].coefficient != "critic":
@@ -190,7 +188,7 @@ def make_body(
         return credit.outcome(
             outputs,
             scores,
-            experience.rewards.weights,
+            experience.rewards.all_weights,
             g,
             scale=own["advantage_scale"],
             baseline=own["advantage_baseline"],

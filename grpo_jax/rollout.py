@@ -122,20 +122,9 @@ def generate_tokens(
     return dataclasses.replace(state.out, cache=state.cache if keep else None)
 
 
-OPTIONS = (
-    "model",
-    "max_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "eos_id",
-    "stop",
-)
-_jitted = jax.jit(
-    generate_tokens,
-    static_argnames=(*OPTIONS, "samples", "slots", "cache_dtype", "keep"),
-)
+_STATIC = ("model", "max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+_STATIC += ("eos_id", "stop", "samples", "slots", "cache_dtype", "keep")
+_jitted = jax.jit(generate_tokens, static_argnames=_STATIC)
 
 
 def as_ids(ids: int | Sequence[int]) -> tuple[int, ...]:

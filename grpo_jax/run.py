@@ -9,22 +9,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
-from grpo_jax import lora, sharding
+from grpo_jax import lora, setup, sharding
 from grpo_jax.checkpoint import Checkpoints
-from grpo_jax.config import Config, flatten, from_dict, lora_targets, to_json
+from grpo_jax.config import Config, flatten, from_dict, to_json
 from grpo_jax.errors import GrpoError
-from grpo_jax.methods import METHODS
-from grpo_jax.model import Decoder, ModelConfig, Params
+from grpo_jax.model import Decoder, Params
 from grpo_jax.recorder import Recorder, progress
 from grpo_jax.reward_model.model import RewardModel
 from grpo_jax.tokenizer import Tokenizer
@@ -50,12 +47,7 @@ class Run:
     recorder: Recorder
 
     def key(self, stage: str, step: int) -> jax.Array:
-        """The randomness of one step: of the seed, the stage and the step alone."""
-        number = {"init": 0, "sft": 1, "rl": 2, "eval": 3, "reward": 4, "critic": 5}[
-            stage
-        ]
-        key = jax.random.fold_in(jax.random.key(self.config.seed), number)
-        return jax.random.fold_in(key, step)
+        return setup.key(self.config.seed, stage, step)
 
     @functools.cached_property
     def prompt_options(self) -> dict[str, str]:
@@ -81,12 +73,14 @@ class Run:
         return jax.jit(make, out_shardings=out, donate_argnums=0)(params, key)
 
     def abstract_params(self, stage: str) -> Params:
-        return abstract_params(self.config, self.model, stage)
+        return setup.abstract_params(self.config, self.model, stage)
 
     def abstract_state(
         self, stage: str, optimizer: optax.GradientTransformation
     ) -> TrainState:
-        return abstract_state(self.config, self.model, self.mesh, stage, optimizer)
+        return setup.abstract_state(
+            self.config, self.model, self.mesh, stage, optimizer
+        )
 
     def new_reward_model(self, key: jax.Array, params: Params) -> Params:
         """A reward model (or PPO's critic) that starts from a policy's trunk."""
@@ -121,145 +115,6 @@ class Run:
         with self.references(iteration) as checkpoints:
             checkpoints.save(iteration, params, {"seed": self.config.seed}, force=True)
         return params
-
-
-def make_model(config: Config) -> tuple[Decoder, Tokenizer]:
-    """The decoder and the tokenizer that a config names; no weights yet."""
-    settings = config.model
-    if settings.path:
-        from grpo_jax import weights
-
-        if settings.hint and not Path(settings.path).is_dir():
-            raise GrpoError(
-                f"config.model.path: {settings.path}: no such folder; {settings.hint}"
-            )
-        folder = weights.find_folder(settings.path, settings.revision or None)
-        model_config = weights.model_config(folder)
-        tokenizer = Tokenizer.from_folder(folder)
-        for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "ffn"):
-            wanted, found = getattr(settings, name), getattr(model_config, name)
-            if wanted and wanted != found:
-                raise GrpoError(
-                    f"config.model.{name}: {wanted}, but {settings.path} has {found}"
-                )
-    else:
-        from grpo_jax import sums
-
-        tokenizer = Tokenizer.from_alphabet(sums.ALPHABET)
-        model_config = declared_config(config, tokenizer.vocab_size)
-    tokenizer.check_fits(model_config.vocab_size)
-    decoder = Decoder(model_config, settings.dtype, settings.remat, adapters_of(config))
-    return decoder, tokenizer
-
-
-def adapters_of(config: Config) -> lora.Lora:
-    m = config.model
-    return lora.Lora(rank=m.lora_rank, alpha=m.lora_alpha, targets=lora_targets(config))
-
-
-def declared_config(config: Config, vocab_size: int) -> ModelConfig:
-    """The architecture that the config itself states: Llama's."""
-    m = config.model
-    return ModelConfig(
-        vocab_size=vocab_size,
-        width=m.width,
-        layers=m.layers,
-        heads=m.heads,
-        kv_heads=m.kv_heads or m.heads,
-        head_dim=m.width // m.heads,
-        ffn=m.ffn,
-        tied=m.tied,
-    )
-
-
-def describe_state(config: Config) -> str:
-    """One line on the whole training state, built from shapes alone."""
-    from grpo_jax import rl, sft
-
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    declared = declared_config(config, config.model.vocab_size)
-    decoder = Decoder(declared, lora=adapters_of(config))
-    stage = "sft" if config.method == "sft" else "rl"
-    optimizer, _ = {"sft": sft, "rl": rl}[stage].optimizer(config)
-    state = abstract_state(config, decoder, mesh, stage, optimizer)
-
-    def size(x, shape):
-        return math.prod(shape) * np.dtype(x.dtype).itemsize
-
-    leaves = jax.tree.leaves(state)
-    whole = sum(size(x, x.shape) for x in leaves)
-    local = sum(size(x, x.sharding.shard_shape(x.shape)) for x in leaves)
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
-    return (
-        f"state: {count / 1e9:.2f} B parameters, {whole / 1e9:.1f} GB with the "
-        f"optimiser's in {config.model.param_dtype}, {local / 1e9:.1f} GB on each of "
-        f"{mesh.size} device(s)"
-    )
-
-
-def describe_size(model: Decoder) -> str:
-    """How many parameters there are, and with LoRA how many of them are trained."""
-    init = functools.partial(lora.begin, model.lora)
-    key = jax.random.key(0)
-    whole = jax.eval_shape(lambda key: init(model.init(key), key), key)
-    trained, frozen = lora.split(whole)
-    count, some = (
-        sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) / 1e6
-        for tree in (whole, trained)
-    )
-    part = f", {some:.3g} M of them trained (LoRA)," if frozen else ""
-    return f"{count:.1f} M parameters{part}"
-
-
-def abstract_params(config: Config, model: Decoder, stage: str) -> Params:
-    """The parameters that a stage trains, as shapes and dtypes."""
-    dtype = config.model.param_dtype
-
-    def policy(key):
-        return lora.begin(model.lora, model.init(key, dtype), key)
-
-    def reward_model(key):
-        return RewardModel(model).init(key, model.init(key, dtype))
-
-    key = jax.random.key(0)
-    if stage.startswith("reward"):
-        return jax.eval_shape(reward_model, key)
-    params = jax.eval_shape(policy, key)
-    if stage == "rl" and METHODS[config.method].coefficient == "critic":
-        params["value"] = jax.eval_shape(reward_model, key)
-    return params
-
-
-def abstract_state(
-    config: Config,
-    model: Decoder,
-    mesh: jax.sharding.Mesh,
-    stage: str,
-    optimizer: optax.GradientTransformation,
-) -> TrainState:
-    """A stage's training state as shapes, dtypes and shardings: nothing allocated."""
-    create = functools.partial(TrainState.create, optimizer=optimizer)
-    state = jax.eval_shape(create, abstract_params(config, model, stage))
-    return sharding.abstract(state, mesh)
-
-
-def initial_params(run: Run) -> Params:
-    """The weights of model.path, or fresh ones of the seed, laid out on the mesh."""
-    settings = run.config.model
-    if settings.path:
-        from grpo_jax import weights
-
-        _, params = weights.load_pretrained(
-            settings.path,
-            dtype=settings.param_dtype,
-            revision=settings.revision or None,
-            mesh=run.mesh,
-        )
-        return params
-    init = functools.partial(run.model.init, dtype=settings.param_dtype)
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    make = jax.jit(init, out_shardings=sharding.shardings(shapes, run.mesh))
-    return make(run.key("init", 0))
 
 
 def claim(config: Config, workdir: Path, *, accept_changes: bool) -> None:
@@ -372,7 +227,7 @@ def load_run(workdir: str | Path) -> tuple[Decoder, Params, Tokenizer]:
 def open_run(workdir: Path) -> Run:
     """A run that is there already, on all devices, to be read."""
     config = read_config(workdir)
-    model, tokenizer = make_model(config)
+    model, tokenizer = setup.make_model(config)
     mesh = sharding.make_mesh(fsdp=-1)
     return Run(config, workdir, mesh, model, tokenizer, Recorder(workdir))
 

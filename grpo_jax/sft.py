@@ -24,20 +24,17 @@ from grpo_jax.objectives import sft_objective
 from grpo_jax.packing import Sample, pack
 from grpo_jax.prompts import encode_sft
 from grpo_jax.run import Body, Run, run_stage
-from grpo_jax.update import make_optimizer, make_step
+from grpo_jax.setup import adamw
+from grpo_jax.update import make_step
 
 
 def optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
-    o = config.optimizer
-    return make_optimizer(
+    return adamw(
+        config.optimizer,
         config.sft.learning_rate,
         steps=config.sft_steps,
         schedule=config.sft.schedule,
         warmup_steps=config.sft.warmup_steps,
-        b1=o.b1,
-        b2=o.b2,
-        weight_decay=o.weight_decay,
-        max_grad_norm=o.max_grad_norm,
     )
 
 

@@ -95,16 +95,16 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     start_cache()
     import jax
 
-    from grpo_jax import evaluate, lora, rl, run, sft, sharding
+    from grpo_jax import evaluate, lora, rl, run, setup, sft, sharding
     from grpo_jax.checkpoint import lock
     from grpo_jax.recorder import Recorder
 
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if config.model.path and config.model.vocab_size:  # a large model: say what it is
-        print(run.describe_state(config), flush=True)
-    model, tokenizer = run.make_model(config)
+        print(setup.describe_state(config), flush=True)
+    model, tokenizer = setup.make_model(config)
     print(
-        f"{config.name}: {run.describe_size(model)} on {mesh.size} "
+        f"{config.name}: {setup.describe_size(model)} on {mesh.size} "
         f"{jax.default_backend()} device(s), written to {workdir}",
         flush=True,
     )
@@ -117,7 +117,7 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
                 with_rl = config.method != "sft" and config.rl_steps
                 prepared = rl.prepare(here) if with_rl else None
                 with_sft = config.sft_steps > 0
-                start = lambda: run.initial_params(here)  # noqa: E731
+                start = lambda: setup.initial_params(config, model, mesh)  # noqa: E731
                 instruct = (lambda: sft.train(here, start)) if with_sft else start
                 if prepared and model.lora.rank:  # Instruct is what RL left alone
                     after = rl.train(here, instruct, *prepared)

@@ -89,7 +89,7 @@ def _sum_metrics(total: Metrics, part: Metrics, share: Array) -> Metrics:
         if name.endswith("/max"):
             return jnp.maximum(a, b)
         if name.endswith("/min"):
-            return jnp.minimum(a, b)
+            return jnp.where(share > 0, jnp.minimum(a, b), a)  # 0: no token in it
         return a + (b if name.startswith(_SUMS) else b * share)
 
     return {name: merge(name, total[name], part[name]) for name in total}

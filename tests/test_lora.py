@@ -2,7 +2,6 @@
 
 import functools
 import json
-import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from safetensors.numpy import load_file
+from small_runs import small_config
 
 from grpo_jax import export, lora, sharding
 from grpo_jax.checks import validate
@@ -22,7 +22,8 @@ from grpo_jax.lora import Lora
 from grpo_jax.model import Decoder, ModelConfig
 from grpo_jax.packing import Sample, pack
 from grpo_jax.rollout import generate
-from grpo_jax.run import initial_params, load_run, open_run, stage_params
+from grpo_jax.run import load_run, open_run, stage_params
+from grpo_jax.setup import initial_params
 from grpo_jax.train import train
 from grpo_jax.update import (
     TrainState,
@@ -343,24 +344,19 @@ def length(prompts, completions, answer, **columns):
 
 
 def start(folder: Path, workdir: Path, accept=False, **changes) -> None:
-    root = Path(__file__).parents[1]
-    config = runpy.run_path(str(root / "configs/tiny.py"))["get_config"]()
     questions = str(folder / "sums.jsonl")
     settings = {
-        "model.layers": 1, "model.width": 16, "model.heads": 2, "model.ffn": 56,
-        "model.lora_rank": 4, "model.lora_alpha": 8.0,
-        "sft_steps": 4, "sft.batch_size": 16, "sft.micro_rows": 2,
-        "sft.learning_rate": 2e-2, "rl_steps": 4, "learning_rate": 1e-2, "kl_coef": 0.1,
-        "questions_per_step": 8, "group_size": 4, "max_new_tokens": 12,
-        "optimizer.micro_rows": 1, "checkpoint_every": 2, "checkpoints_kept": 4,
+        "model.ffn": 56, "model.lora_rank": 4, "model.lora_alpha": 8.0,
+        "sft_steps": 4, "sft.micro_rows": 2, "sft.warmup_steps": 20,
+        "learning_rate": 1e-2, "kl_coef": 0.1,
+        "optimizer.schedule": "linear", "optimizer.warmup_steps": 10,
+        "optimizer.micro_rows": 1, "checkpoints_kept": 4,
         "eval.questions": 8, "eval.batch": 8, "eval.samples": 0,
         "data.train": questions, "data.sft": questions, "data.eval": questions,
         "rewards.functions": f"{folder / 'rewards.py'}:length",
     }  # fmt: skip
-    for name, value in (settings | changes).items():
-        outer, _, inner = name.rpartition(".")
-        setattr(getattr(config, outer) if outer else config, inner, value)
-    train(validate(config), workdir, accept_changes=accept)
+    config = small_config(settings | changes)
+    train(config, workdir, accept_changes=accept)
 
 
 @pytest.fixture(scope="module")
@@ -391,7 +387,7 @@ def kls(workdir: Path) -> list[float]:
 
 def test_the_reference_of_rl_is_instruct(straight):
     run, params = states(straight / "run")
-    initial = initial_params(run)
+    initial = initial_params(run.config, run.model, run.mesh)
     same_bits(lora.base(params["sft"]), initial)
     same_bits(lora.base(params["rl"]), merge(run.model.lora, params["sft"]))
     kl = kls(straight / "run")
@@ -446,7 +442,7 @@ def test_the_adapter_alone_leads_from_the_first_weights_to_the_last(straight, tm
     assert (told["r"], told["lora_alpha"], told["peft_type"]) == (8, 16.0, "LORA")
     tensors = load_file(out / "adapter_model.safetensors")
     run, params = states(workdir)
-    first = initial_params(run)["layers"]
+    first = initial_params(run.config, run.model, run.mesh)["layers"]
     last = merge(run.model.lora, params["rl"])["layers"]
     modules = {"q": "self_attn.q_proj", "down": "mlp.down_proj"}
     for name, module in modules.items():

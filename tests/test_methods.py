@@ -2,16 +2,15 @@
 
 import dataclasses
 import json
-import runpy
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from small_runs import SMALL, dotted, small_config, write_questions
 
 from grpo_jax import experience
-from grpo_jax.checks import validate
 from grpo_jax.config import Config
 from grpo_jax.methods import METHODS
 from grpo_jax.recorder import Recorder
@@ -19,25 +18,9 @@ from grpo_jax.reward_model import labelled
 from grpo_jax.run import load_run, open_run
 from grpo_jax.train import train
 
-ROOT = Path(__file__).parents[1]
 STEPS = 4
-SIZES: dict[str, object] = {
-    "model.layers": 1,
-    "model.width": 16,
-    "model.heads": 2,
-    "model.ffn": 16,
-    "sft_steps": 24,
-    "sft.batch_size": 16,
-    "sft.micro_rows": 8,
-    "sft.learning_rate": 2e-2,
-    "sft.warmup_steps": 2,
+SIZES = SMALL | {
     "rl_steps": STEPS,
-    "learning_rate": 1e-3,
-    "optimizer.schedule": "constant",
-    "optimizer.warmup_steps": 0,
-    "questions_per_step": 8,
-    "group_size": 4,
-    "max_new_tokens": 12,
     "optimizer.micro_rows": 8,
     "optimizer.row_length": 40,
     "checkpoint_every": 1,
@@ -45,9 +28,7 @@ SIZES: dict[str, object] = {
     "reward_model.completions": 4,
     "reward_model.steps": 4,
     "reward_model.batch_size": 8,
-    "eval.questions": 16,
     "eval.samples": 0,
-    "eval.batch": 16,
 }
 # One method of each kind of credit or loss; the relatives are GRPO with other values.
 ROWS = ["rft", "online_rft", "dpo", "ppo", "grpo_process", "grpo_iterative", "dapo"]
@@ -57,31 +38,20 @@ ROWS = ["rft", "online_rft", "dpo", "ppo", "grpo_process", "grpo_iterative", "da
 def instruct(tmp_path_factory):
     """A folder with questions a tiny model half learns, and the Instruct stage."""
     folder = tmp_path_factory.mktemp("methods")
-    rows = []
-    for a in range(1, 10):
-        for b in range(1, 10):
-            answer = a % 2 + 4
-            row = {"question": f"{a}+{b}=?", "answer": f"{answer}"}
-            text = f"{a}{b}\n#### {answer}" if b % 2 else f"#### {answer}"
-            rows.append(json.dumps(row | {"solution": text}) + "\n")
-    (folder / "sums.jsonl").write_text("".join(rows))
+    write_questions(folder / "sums.jsonl", two_ways=True)
     run(folder, "instruct", "sft")
     return folder
 
 
 def run(folder: Path, name: str, method: str, **changes) -> Path:
     """The method's run in this process, from the same Instruct checkpoint."""
-    config: Config = runpy.run_path(str(ROOT / "configs/tiny.py"))["get_config"]()
     questions = str(folder / "sums.jsonl")
     data = {"data.train": questions, "data.sft": questions, "data.eval": questions}
-    changed = {key.replace("__", "."): value for key, value in changes.items()}
-    for key, value in (SIZES | data | {"method": method} | changed).items():
-        outer, _, inner = key.rpartition(".")
-        setattr(getattr(config, outer) if outer else config, inner, value)
+    config = small_config(SIZES | data | {"method": method} | dotted(changes))
     start = folder / "instruct" / "checkpoints" / "sft"
     if start.exists() and not (folder / name / "checkpoints" / "sft").exists():
         shutil.copytree(start, folder / name / "checkpoints" / "sft")
-    train(validate(config), folder / name)
+    train(config, folder / name)
     return folder / name
 
 

@@ -30,7 +30,8 @@ from grpo_jax.reward_model.model import (
     score_samples,
 )
 from grpo_jax.reward_model.training import Settings, load_reward_model, train
-from grpo_jax.run import Run, make_model
+from grpo_jax.run import Run
+from grpo_jax.setup import make_model
 from grpo_jax.update import accumulate
 
 MODEL = RewardModel(

@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import struct
@@ -24,41 +23,21 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from small_runs import ROOT, SMALL, dotted, small_config, write_questions
 from tensorboardX.proto import event_pb2
 
 from grpo_jax import evaluate, export
 from grpo_jax.checkpoint import lock
-from grpo_jax.checks import validate
-from grpo_jax.config import Config
 from grpo_jax.errors import GrpoError
 from grpo_jax.run import load_run
 from grpo_jax.train import train
 
-ROOT = Path(__file__).parents[1]
 CACHE = str(ROOT / ".pytest_cache" / "jax")  # as in conftest.py
 SFT_STEPS, RL_STEPS = 24, 4
-SIZES: dict[str, object] = {
-    "model.layers": 1,
-    "model.width": 16,
-    "model.heads": 2,
-    "model.ffn": 16,
+SIZES = SMALL | {
     "sft_steps": SFT_STEPS,
-    "sft.batch_size": 16,
-    "sft.micro_rows": 8,
-    "sft.learning_rate": 2e-2,
-    "sft.warmup_steps": 2,
     "sft.schedule": "constant",
     "rl_steps": RL_STEPS,
-    "learning_rate": 1e-3,
-    "optimizer.schedule": "constant",
-    "optimizer.warmup_steps": 0,
-    "questions_per_step": 8,
-    "group_size": 4,
-    "max_new_tokens": 12,
-    "optimizer.micro_rows": 4,
-    "checkpoint_every": 2,
-    "eval.questions": 16,
-    "eval.batch": 16,
     "rewards.weights": "1.0,0.1",
 }
 # Rewards that a user wrote, in a file of their own. SEND=SIGNAL@CALL sends the run a
@@ -88,13 +67,7 @@ def short(prompts, completions, **columns):
 def here(tmp_path_factory):
     """The folder of the runs: questions that a tiny model can learn, and rewards."""
     folder = tmp_path_factory.mktemp("runs")
-    rows = []
-    for a in range(1, 10):
-        for b in range(1, 10):
-            answer = a % 2 + 4  # not the sum: it takes no arithmetic to be right
-            row = {"question": f"{a}+{b}=?", "answer": f"{answer}"}
-            rows.append(json.dumps(row | {"solution": f"#### {answer}"}) + "\n")
-    (folder / "sums.jsonl").write_text("".join(rows))
+    write_questions(folder / "sums.jsonl")
     (folder / "rewards.py").write_text(REWARDS)
     return folder
 
@@ -139,12 +112,8 @@ def finish(process: subprocess.Popen) -> SimpleNamespace:
 
 def train_here(here: Path, workdir: Path, accept: bool = False, **changes) -> None:
     """The same run in this process, on eight devices; `changes`: name__inner=value."""
-    config: Config = runpy.run_path(str(ROOT / "configs/tiny.py"))["get_config"]()
-    changed = {name.replace("__", "."): value for name, value in changes.items()}
-    for name, value in (overrides(here) | changed).items():
-        outer, _, inner = name.rpartition(".")
-        setattr(getattr(config, outer) if outer else config, inner, value)
-    train(validate(config), workdir, accept_changes=accept)
+    config = small_config(overrides(here) | dotted(changes))
+    train(config, workdir, accept_changes=accept)
 
 
 @pytest.fixture(autouse=True)

@@ -86,10 +86,7 @@ class Judges:
             row_length=o.row_length
             or config.data.max_prompt_tokens + config.max_new_tokens,
             micro_rows=o.micro_rows,
-            b1=o.b1,
-            b2=o.b2,
-            weight_decay=o.weight_decay,
-            max_grad_norm=o.max_grad_norm,
+            shared=o,
         )
         if self.needed and r.labels:  # refused here, before any training
             self._of_file()

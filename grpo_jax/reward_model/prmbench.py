@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 from grpo_jax import sharding
-from grpo_jax.config import Config, ModelSettings
+from grpo_jax.config import Config, ModelSettings, OptimizerSettings
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, Params
 from grpo_jax.recorder import Recorder
@@ -37,7 +37,8 @@ from grpo_jax.reward_model import auc
 from grpo_jax.reward_model.labelled import Solution, encode, read_rows
 from grpo_jax.reward_model.model import RewardModel, score_samples
 from grpo_jax.reward_model.training import Settings, load_reward_model, train
-from grpo_jax.run import Preempted, Run, declared_config
+from grpo_jax.run import Preempted, Run
+from grpo_jax.setup import declared_config
 from grpo_jax.tokenizer import EOS, PAD, Tokenizer
 
 
@@ -197,7 +198,7 @@ def train_small(
         schedule="linear",
         row_length=longest,
         micro_rows=4,
-        weight_decay=0.1,
+        shared=OptimizerSettings(weight_decay=0.1),
     )
     workdir.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(mesh), Recorder(workdir, config) as recorder:

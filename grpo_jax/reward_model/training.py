@@ -22,14 +22,16 @@ import optax
 
 from grpo_jax import data, sharding
 from grpo_jax.checkpoint import Checkpoints
+from grpo_jax.config import OptimizerSettings
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Params
 from grpo_jax.packing import Sample, pack
 from grpo_jax.reward_model.labelled import Labelled
 from grpo_jax.reward_model.model import RewardModel, reward_objective, reward_sample
 from grpo_jax.run import Body, Run, open_run, run_stage
+from grpo_jax.setup import adamw
 from grpo_jax.tokenizer import Tokenizer
-from grpo_jax.update import make_optimizer, make_step
+from grpo_jax.update import make_step
 
 KINDS = ("process", "outcome")
 
@@ -46,21 +48,15 @@ class Settings:
     schedule: str = "constant"  # constant | linear | cosine
     row_length: int = 0  # tokens of a packed row; 0 is the longest sequence
     micro_rows: int = 1  # rows in memory at a time
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    shared: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
 
     def optimizer(self) -> tuple[optax.GradientTransformation, Any]:
-        return make_optimizer(
+        return adamw(
+            self.shared,
             self.learning_rate,
             steps=self.steps,
             schedule=self.schedule,
             warmup_steps=self.warmup_steps,
-            b1=self.b1,
-            b2=self.b2,
-            weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm,
         )
 
 

@@ -1,0 +1,193 @@
+"""What a config names: model, tokenizer, state as shapes, first weights.
+
+In: a checked config and a mesh. Out: a `Decoder` and a `Tokenizer`; the training state
+of a stage without an array allocated; the parameters that the first stage starts from.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from grpo_jax import lora, sharding
+from grpo_jax.config import Config, OptimizerSettings, lora_targets
+from grpo_jax.errors import GrpoError
+from grpo_jax.methods import METHODS
+from grpo_jax.model import Decoder, ModelConfig, Params
+from grpo_jax.reward_model.model import RewardModel
+from grpo_jax.tokenizer import Tokenizer
+from grpo_jax.update import TrainState, make_optimizer
+
+_STREAMS = ("init", "sft", "rl", "eval", "reward", "critic")
+
+
+def key(seed: int, stage: str, step: int) -> jax.Array:
+    """The randomness of one step: of the seed, the stage and the step alone."""
+    stream = jax.random.fold_in(jax.random.key(seed), _STREAMS.index(stage))
+    return jax.random.fold_in(stream, step)
+
+
+def adamw(
+    settings: OptimizerSettings,
+    learning_rate: float,
+    *,
+    steps: int,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """A stage's optimiser and its schedule, with what all stages of a run share."""
+    return make_optimizer(
+        learning_rate,
+        steps=steps,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        b1=settings.b1,
+        b2=settings.b2,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+    )
+
+
+def make_model(config: Config) -> tuple[Decoder, Tokenizer]:
+    """The decoder and the tokenizer that a config names; no weights yet."""
+    settings = config.model
+    if settings.path:
+        from grpo_jax import weights
+
+        if settings.hint and not Path(settings.path).is_dir():
+            raise GrpoError(
+                f"config.model.path: {settings.path}: no such folder; {settings.hint}"
+            )
+        folder = weights.find_folder(settings.path, settings.revision or None)
+        model_config = weights.model_config(folder)
+        tokenizer = Tokenizer.from_folder(folder)
+        for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "ffn"):
+            wanted, found = getattr(settings, name), getattr(model_config, name)
+            if wanted and wanted != found:
+                raise GrpoError(
+                    f"config.model.{name}: {wanted}, but {settings.path} has {found}"
+                )
+    else:
+        from grpo_jax import sums
+
+        tokenizer = Tokenizer.from_alphabet(sums.ALPHABET)
+        model_config = declared_config(config, tokenizer.vocab_size)
+    tokenizer.check_fits(model_config.vocab_size)
+    decoder = Decoder(model_config, settings.dtype, settings.remat, adapters_of(config))
+    return decoder, tokenizer
+
+
+def adapters_of(config: Config) -> lora.Lora:
+    m = config.model
+    return lora.Lora(rank=m.lora_rank, alpha=m.lora_alpha, targets=lora_targets(config))
+
+
+def declared_config(config: Config, vocab_size: int) -> ModelConfig:
+    """The architecture that the config itself states: Llama's."""
+    m = config.model
+    return ModelConfig(
+        vocab_size=vocab_size,
+        width=m.width,
+        layers=m.layers,
+        heads=m.heads,
+        kv_heads=m.kv_heads or m.heads,
+        head_dim=m.width // m.heads,
+        ffn=m.ffn,
+        tied=m.tied,
+    )
+
+
+def describe_state(config: Config) -> str:
+    """One line on the whole training state, built from shapes alone."""
+    from grpo_jax import rl, sft
+
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    declared = declared_config(config, config.model.vocab_size)
+    decoder = Decoder(declared, lora=adapters_of(config))
+    stage = "sft" if config.method == "sft" else "rl"
+    optimizer, _ = {"sft": sft, "rl": rl}[stage].optimizer(config)
+    state = abstract_state(config, decoder, mesh, stage, optimizer)
+
+    def size(x, shape):
+        return math.prod(shape) * np.dtype(x.dtype).itemsize
+
+    leaves = jax.tree.leaves(state)
+    whole = sum(size(x, x.shape) for x in leaves)
+    local = sum(size(x, x.sharding.shard_shape(x.shape)) for x in leaves)
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    return (
+        f"state: {count / 1e9:.2f} B parameters, {whole / 1e9:.1f} GB with the "
+        f"optimiser's in {config.model.param_dtype}, {local / 1e9:.1f} GB on each of "
+        f"{mesh.size} device(s)"
+    )
+
+
+def describe_size(model: Decoder) -> str:
+    """How many parameters there are, and with LoRA how many of them are trained."""
+    init = functools.partial(lora.begin, model.lora)
+    key = jax.random.key(0)
+    whole = jax.eval_shape(lambda key: init(model.init(key), key), key)
+    trained, frozen = lora.split(whole)
+    count, some = (
+        sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) / 1e6
+        for tree in (whole, trained)
+    )
+    part = f", {some:.3g} M of them trained (LoRA)," if frozen else ""
+    return f"{count:.1f} M parameters{part}"
+
+
+def abstract_params(config: Config, model: Decoder, stage: str) -> Params:
+    """The parameters that a stage trains, as shapes and dtypes."""
+    dtype = config.model.param_dtype
+
+    def policy(key):
+        return lora.begin(model.lora, model.init(key, dtype), key)
+
+    def reward_model(key):
+        return RewardModel(model).init(key, model.init(key, dtype))
+
+    key = jax.random.key(0)
+    if stage.startswith("reward"):
+        return jax.eval_shape(reward_model, key)
+    params = jax.eval_shape(policy, key)
+    if stage == "rl" and METHODS[config.method].coefficient == "critic":
+        params["value"] = jax.eval_shape(reward_model, key)
+    return params
+
+
+def abstract_state(
+    config: Config,
+    model: Decoder,
+    mesh: Mesh,
+    stage: str,
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
+    """A stage's training state as shapes, dtypes and shardings: nothing allocated."""
+    create = functools.partial(TrainState.create, optimizer=optimizer)
+    state = jax.eval_shape(create, abstract_params(config, model, stage))
+    return sharding.abstract(state, mesh)
+
+
+def initial_params(config: Config, model: Decoder, mesh: Mesh) -> Params:
+    """The weights of model.path, or fresh ones of the seed, laid out on the mesh."""
+    settings = config.model
+    if settings.path:
+        from grpo_jax import weights
+
+        _, params = weights.load_pretrained(
+            settings.path,
+            dtype=settings.param_dtype,
+            revision=settings.revision or None,
+            mesh=mesh,
+        )
+        return params
+    init = functools.partial(model.init, dtype=settings.param_dtype)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    make = jax.jit(init, out_shardings=sharding.shardings(shapes, mesh))
+    return make(key(config.seed, "init", 0))
