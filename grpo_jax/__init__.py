@@ -2,10 +2,11 @@
 
 The data's way, a file each:
 
-    data → prompts → rollout → rewards → advantages → packing → logprobs → losses
-    → update → checkpoint → evaluate
+    data → prompts → rollout → rewards → credit (advantages) → packing → logprobs
+    → losses → update → checkpoint → evaluate
 
-`sft.py` and `rl.py` are the loops, each told in numbered steps; `train.py` runs them.
+`methods.py` is the paper's table; `sft.py` and `rl.py` are the loops, each told in
+numbered steps; `train.py` runs them.
 The names below load when they are asked for: the losses need jax and nothing else.
 """
 

@@ -1,7 +1,8 @@
 """A run: its work directory, its mesh, its model, and the loop that stages share.
 
 In: a checked config and a work directory. Out: everything a stage needs (`Run`); and
-`run_stage`, which resumes, steps, records, saves and stops for SFT and RL alike.
+`run_stage`, which resumes, steps, records, saves and stops for SFT, reward models and
+RL alike; a finished run opened again.
 """
 
 from __future__ import annotations
