@@ -8,7 +8,6 @@ Axes: N rows, W slots (one a row), T appended positions, C new positions.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -16,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from grpo_jax.decoding import BLOCK, Cache, Ends, Rollouts, append, decode, start
+from grpo_jax.cache import Cache, grow
+from grpo_jax.decoding import Ends, Rollouts, append, decode, start
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, Params
 from grpo_jax.rollout import as_ids, as_stops, bucket, first_rows, ragged
@@ -41,10 +41,7 @@ def continue_tokens(
     max_new_tokens = ends.limit
     rows, width = tokens.shape
     live, lengths = lengths >= 0, jnp.maximum(lengths, 0)
-    more = -(-(width + max_new_tokens) // BLOCK)
-    room = ((0, 0), (0, more), *((0, 0),) * 3)
-    grown = jax.tree.map(lambda x: jnp.pad(x, room), cache.layers)
-    cache = dataclasses.replace(cache, layers=grown)
+    cache = grow(cache, width + max_new_tokens)
     cache = append(model, params, cache, tokens, lengths)
     row = jnp.where(live, jnp.arange(rows, dtype=jnp.int32), rows)
     state = decode(

@@ -3,32 +3,34 @@
 In: a model, its parameters, a `State` and what refills its slots. Out: the state when
 every row has ended. Pure; `rollout.py` and `continuation.py` start and read it.
 
-Position p of a slot lies in block p // B of its cache at p % B. Attention reads the
-blocks up to the longest row that is being decoded, and no others. What a slot's last
-row left beyond the present one's end is never looked at.
-
-Axes: N rows, W slots, C new positions, T appended positions, X blocks of the cache,
-B positions of one, K key heads, G query heads per key head, Q = K·G, H head width.
+Axes: N rows, W slots, C new positions, T appended positions, S positions of a prompt,
+X blocks of columns, B columns of one, K key heads, H head width.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
+from grpo_jax.cache import (
+    BLOCK,
+    TOGETHER,
+    Cache,
+    attend,
+    blocks_of,
+    of_prefix,
+    plan_of,
+)
 from grpo_jax.model import Decoder, Params, attention, few_rows
 from grpo_jax.sampling import Sampling
 
-BLOCK = 32  # B
 _F32: Any = dict(preferred_element_type=jnp.float32)
-Layer = tuple[Array, Array]  # keys and values of all slots, each [W, X, K, B, H]
 
 
 @functools.partial(
@@ -55,20 +57,6 @@ class Rollouts:
     finished: Any  # [N] bool: ended with EOS or a stop sequence, not cut off
     occupancy: Any = None  # [] float32, the share of slots × turns that decoded
     cache: Any = None  # `Cache`, where it was kept
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["token", "position", "layers"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """What the slots hold: all a row's tokens but the last, which is yet to go in."""
-
-    token: Array  # [W] int32
-    position: Array  # [W] int32, where it will go
-    layers: tuple[Layer, ...]
 
 
 @functools.partial(
@@ -102,59 +90,6 @@ class Ends:
         return ended
 
 
-def _attend(
-    q: Float[Array, "W 1 Q H"],
-    keys: Float[Array, "W X K B H"],
-    values: Float[Array, "W X K B H"],
-    position: Int[Array, "W"],
-    window: int | None,
-    blocks: tuple[Array, Array],
-) -> Float[Array, "W 1 Q H"]:
-    """Softmax over the positions up to the row's own, block after block."""
-    slots, _, kv_heads, size, head_dim = keys.shape
-    q = q.reshape(slots, kv_heads, -1, head_dim)
-
-    def add(block, carry):
-        top, total, out = carry
-        k, v = (
-            jax.lax.dynamic_index_in_dim(table, block, 1, False).astype(q.dtype)
-            for table in (keys, values)
-        )
-        at = position[:, None] - (block * size + jnp.arange(size))[None]  # [W, B]
-        seen = at >= 0 if window is None else (at >= 0) & (at < window)
-        # Keys first: the product that CPUs do fastest.
-        scores = jnp.einsum("WKBH,WKGH->WKBG", k, q, **_F32) / math.sqrt(head_dim)
-        scores = jnp.where(seen[:, None, :, None], scores, -1e30).swapaxes(2, 3)
-        now = jnp.maximum(top, scores.max(-1, keepdims=True))
-        weights, fade = jnp.exp(scores - now), jnp.exp(top - now)
-        total = total * fade + weights.sum(-1, keepdims=True)
-        taken = jnp.einsum("WKGB,WKBH->WKGH", weights.astype(v.dtype), v, **_F32)
-        return now, total, out * fade + taken
-
-    empty = jnp.zeros((*q.shape[:3], 1), jnp.float32)
-    carry = (empty - 1e30, empty, jnp.zeros(q.shape, jnp.float32))
-    _, total, out = jax.lax.fori_loop(*blocks, add, carry)
-    return (out / total).astype(q.dtype).reshape(slots, 1, -1, head_dim)
-
-
-def _blocks_of(position, live, window) -> tuple[Array, Array]:
-    """The blocks that a row being decoded looks at: [first, end)."""
-    end = jnp.max(jnp.where(live, position, 0)) // BLOCK + 1
-    if window is None:
-        return jnp.int32(0), end
-    oldest = jnp.min(jnp.where(live, position, 2**30)) - window + 1
-    return jnp.maximum(oldest, 0) // BLOCK, end
-
-
-def _write(table: Array, new: Array, position: Array) -> Array:
-    """new [W, *T, K, H] into table [W, X, K, B, H], at each slot's own [W, *T]."""
-
-    def put(table, new, p):
-        return table.at[p // BLOCK, :, p % BLOCK].set(new, mode="drop")
-
-    return jax.vmap(put)(table, new.astype(table.dtype), position)
-
-
 def _layers(model: Decoder, params: Params) -> list[Params]:
     """A layer's weights, taken apart once; indexing in the loop would copy them."""
     return [
@@ -181,23 +116,39 @@ def decode(
     those: the last rows do not pay for slots that stand idle.
     """
     layers, window = _layers(model, params), model.config.sliding_window
-    none = state.out.tokens.shape[0]
+    none, prefixes = state.out.tokens.shape[0], state.cache.prefixes
+    together = max(1, min(TOGETHER, none // len(prefixes.lengths)))
 
     def step(state: State) -> State:
         if len(state.row) == widths[0]:  # afterwards the queue is empty
             state = refill(state)
         cache, live = state.cache, state.row < none
-        blocks = _blocks_of(cache.position, live, window)
+        column = cache.turn % cache.columns
+        block, inside = column // BLOCK, column % BLOCK
+        written = jnp.where(live, cache.position, -1)[:, None]
+        places = jax.lax.dynamic_update_slice_in_dim(cache.places, written, column, 1)
+        cache = dataclasses.replace(cache, places=places)
+        plan, blocks = plan_of(cache, live, together), blocks_of(cache, live)
         x, new = model.embed(params, cache.token[:, None]), []
-        for layer, (keys, values) in zip(layers, cache.layers, strict=True):
+        tables = zip(layers, cache.layers, prefixes.layers, strict=True)
+        for layer, (keys, values), prefix in tables:
 
-            def attend(q, k, v, keys=keys, values=values):
-                keys = _write(keys, k[:, 0], cache.position)
-                values = _write(values, v[:, 0], cache.position)
-                out = _attend(q, keys, values, cache.position, window, blocks)
+            def look(q, k, v, keys=keys, values=values, prefix=prefix):
+                def put(table, x):  # [W, 1, K, H] into [X, W, K, B, H]
+                    x = x[None, :, 0, :, None].astype(table.dtype)
+                    return jax.lax.dynamic_update_slice(
+                        table, x, (block, 0, 0, inside, 0)
+                    )
+
+                keys, values = put(keys, k), put(values, v)
+                heads = q.reshape(len(live), k.shape[2], -1, q.shape[-1])
+                parts = of_prefix(
+                    heads, prefix, prefixes.lengths, cache.position, plan, window
+                )
+                out = attend(q, parts, keys, values, cache, window, blocks)
                 return out, (keys, values)
 
-            x, both = model.block(layer, x, cache.position[:, None], attend)
+            x, both = model.block(layer, x, cache.position[:, None], look)
             new.append(both)
         hidden = model.finish(params, x)[:, 0]
         logits = few_rows(model.unembed(params).T, hidden, **_F32)
@@ -227,7 +178,13 @@ def decode(
             queue=state.queue,
             row=jnp.where(ended | (at + 1 >= ends.limit), none, row),
             recent=recent,
-            cache=Cache(token, cache.position + live, tuple(new)),
+            cache=dataclasses.replace(
+                cache,
+                turn=cache.turn + 1,
+                token=token,
+                position=cache.position + live,
+                layers=tuple(new),
+            ),
             out=out,
         )
 
@@ -251,10 +208,15 @@ def _narrow(state: State, width: int) -> State:
     if width == len(state.row):
         return state
     order = jnp.argsort(state.row, stable=True)[:width]  # those without one are last
-    cache = Cache(
-        state.cache.token[order],
-        state.cache.position[order],
-        jax.tree.map(lambda x: x[order], state.cache.layers),
+    cache = state.cache
+    cache = dataclasses.replace(
+        cache,
+        token=cache.token[order],
+        position=cache.position[order],
+        began=cache.began[order],
+        prompt=cache.prompt[order],
+        places=cache.places[order],
+        layers=jax.tree.map(lambda x: x[:, order], cache.layers),
     )
     row, recent = state.row[order], state.recent[order]
     return dataclasses.replace(state, row=row, recent=recent, cache=cache)
@@ -283,30 +245,56 @@ def start(cache: Cache, row: Array, rows: int, ends: Ends) -> State:
 def append(
     model: Decoder, params: Params, cache: Cache, tokens: Array, lengths: Array
 ) -> Cache:
-    """tokens [W, T], of which [W] are real, after what the slots hold."""
+    """tokens [W, T], of which [W] are real, after what the slots hold.
+
+    The columns must reach that far (`grow`): they are not used in a circle here.
+    """
     tokens = jnp.concatenate([cache.token[:, None], tokens], 1)
     token = jnp.take_along_axis(tokens, lengths[:, None], 1)[:, 0]
-    step = jnp.arange(tokens.shape[1] - 1)[None]
-    positions = cache.position[:, None] + step
-    at = jnp.where(step < lengths[:, None], positions, 2**30)  # the others are dropped
+    step = jnp.arange(tokens.shape[1] - 1)
+    columns = cache.turn + step
+    positions = cache.position[:, None] + step[None]
+    at = jnp.where(step[None] < lengths[:, None], positions, -1)
+    places = cache.places.at[:, columns].set(at)
+    prefixes, own = cache.prefixes, cache.prompt
+    distance = positions[:, :, None] - places[:, None]  # [W, T, X·B]
+    allowed = (places[:, None] >= 0) & (distance >= 0)
+    index = jnp.arange(prefixes.layers[0][0].shape[2])[None, None]
+    of_prompt = positions[:, :, None] - index  # [W, T, S]
+    seen = jnp.broadcast_to(
+        index < prefixes.lengths[own][:, None, None], of_prompt.shape
+    )
+    if model.config.sliding_window is not None:
+        allowed &= distance < model.config.sliding_window
+        seen &= of_prompt < model.config.sliding_window
+    allowed = jnp.concatenate([seen, allowed], 2)
     x, new = model.embed(params, tokens[:, :-1]), []
-    for layer, tables in zip(_layers(model, params), cache.layers, strict=True):
+    tables = zip(_layers(model, params), cache.layers, prefixes.layers, strict=True)
+    for layer, both, prefix in tables:
 
-        def attend(q, k, v, tables=tables):
-            tables = _write(tables[0], k, at), _write(tables[1], v, at)
-            # [W, X, K, B, H] -> [W, X B, K, H]
+        def look(q, k, v, both=both, prefix=prefix):
+            def put(table, x):  # [W, T, K, H] into [X, W, K, B, H]
+                x = x.swapaxes(0, 1).astype(table.dtype)
+                return table.at[columns // BLOCK, :, :, columns % BLOCK].set(x)
+
+            def flat(table, prefix):  # [W, S + X·B, K, H]
+                rows = table.transpose(1, 0, 3, 2, 4)
+                rows = rows.reshape(rows.shape[0], -1, *rows.shape[3:])
+                return jnp.concatenate([prefix[own].swapaxes(1, 2), rows], 1)
+
+            both = put(both[0], k), put(both[1], v)
             keys, values = (
-                x.transpose(0, 1, 3, 2, 4)
-                .reshape(x.shape[0], -1, *x.shape[2::2])
-                .astype(q.dtype)
-                for x in tables
+                flat(x, p).astype(q.dtype) for x, p in zip(both, prefix, strict=True)
             )
-            distance = positions[:, :, None] - jnp.arange(keys.shape[1])[None, None]
-            allowed = distance >= 0
-            if model.config.sliding_window is not None:
-                allowed &= distance < model.config.sliding_window
-            return attention(q, keys, values, allowed), tables
+            return attention(q, keys, values, allowed), both
 
-        x, tables = model.block(layer, x, positions, attend)
-        new.append(tables)
-    return Cache(token, cache.position + lengths, tuple(new))
+        x, both = model.block(layer, x, positions, look)
+        new.append(both)
+    return dataclasses.replace(
+        cache,
+        turn=cache.turn + len(step),
+        token=token,
+        position=cache.position + lengths,
+        places=places,
+        layers=tuple(new),
+    )

@@ -4,12 +4,12 @@ In: model, parameters, prompts (lists of token ids), a key. Out: `Rollouts`.
 
 A prompt is prefilled once, however many samples are drawn from it. Then one jitted
 while_loop (`decoding.py`) decodes W slots at a time, a token a turn. A slot whose row
-ended takes the next (prompt, sample) of the queue: the prompt's keys and values are
-copied into the slot, and the prompt's last token goes in. The same key gives the same
-tokens whatever the slots: a row's draws depend on its own number and turn alone.
+ended takes the next (prompt, sample) of the queue: the prompt's last token goes in, and
+the rest of its prompt is read where it stands. The same key gives the same tokens
+whatever the slots: a row's draws depend on its own number and turn alone.
 
 Axes: P prompts, M samples of each, N = P·M rows, W slots, S prompt positions, C new
-positions, X blocks of the cache, B positions of one, K key heads, H head width.
+positions, K key heads, H head width.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from grpo_jax import sharding
-from grpo_jax.decoding import BLOCK, Cache, Ends, State, decode, start
+from grpo_jax.cache import BLOCK, Cache, Prefixes, blocks_for
+from grpo_jax.decoding import Ends, State, decode, start
 from grpo_jax.decoding import Rollouts as Rollouts
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, Params
@@ -61,51 +62,57 @@ def generate_tokens(
     tokens = jnp.take_along_axis(tokens, order, 1)
     lengths = mask.sum(1, dtype=jnp.int32)
     mask = jnp.arange(mask.shape[1])[None] < lengths[:, None]
-    _, prefill = model.hidden(params, tokens, mask=mask, keep_cache=True)
+    _, (keys, values) = model.hidden(params, tokens, mask=mask, keep_cache=True)
     last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[:, None], 1)[:, 0]
 
-    def by_block(x: Array) -> Array:  # [P, S, K, H] -> [P, X, K, B, H]
-        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), (0, 0), (0, 0)))
-        x = x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:])
-        return x.transpose(0, 1, 3, 2, 4).astype(cache_dtype or x.dtype)
+    def table(x: Array) -> Array:  # [P, S, K, H] -> [P, K, S, H]
+        return x.swapaxes(1, 2).astype(cache_dtype or x.dtype)
 
     depth = model.config.layers
-    prefixes = tuple(tuple(by_block(x[i]) for x in prefill) for i in range(depth))
+    prefixes = Prefixes(
+        jnp.maximum(lengths - 1, 0),
+        tuple((table(keys[i]), table(values[i])) for i in range(depth)),
+    )
     rows = lengths.astype(bool).sum() * samples
 
     def refill(state: State) -> State:
-        """The queue's next rows into the slots that have none, one after the other."""
+        """The queue's next rows into the slots that have none."""
+        cache, free = state.cache, state.row == total
+        row = state.queue + jnp.cumsum(free) - 1
+        taken = free & (row < rows)
+        prompt = jnp.where(taken, row // samples, cache.prompt)
+        return dataclasses.replace(
+            state,
+            queue=state.queue + taken.sum(),
+            row=jnp.where(taken, row, state.row),
+            recent=jnp.where(taken[:, None], -1, state.recent),
+            cache=dataclasses.replace(
+                cache,
+                token=jnp.where(taken, last[prompt], cache.token),
+                position=jnp.where(taken, prefixes.lengths[prompt], cache.position),
+                began=jnp.where(taken, cache.turn, cache.began),
+                prompt=prompt,
+                places=jnp.where(taken[:, None], -1, cache.places),
+            ),
+        )
 
-        def waiting(state: State) -> Bool[Array, ""]:
-            return (state.row == total).any() & (state.queue < rows)
-
-        def place(state: State) -> State:
-            slot, prompt = jnp.argmax(state.row == total), state.queue // samples
-
-            def copy(table, prefix):
-                part = jax.lax.dynamic_index_in_dim(prefix, prompt)
-                return jax.lax.dynamic_update_slice(table, part, (slot, 0, 0, 0, 0))
-
-            return dataclasses.replace(
-                state,
-                queue=state.queue + 1,
-                row=state.row.at[slot].set(state.queue),
-                recent=state.recent.at[slot].set(-1),
-                cache=Cache(
-                    state.cache.token.at[slot].set(last[prompt]),
-                    state.cache.position.at[slot].set(lengths[prompt] - 1),
-                    jax.tree.map(copy, state.cache.layers, prefixes),
-                ),
-            )
-
-        return jax.lax.while_loop(waiting, place, state)
-
-    blocks = -(-(tokens.shape[1] + max_new_tokens) // BLOCK)
-    shape = (slots, blocks, *prefixes[0][0].shape[2:])
-    table = jnp.zeros(shape, prefixes[0][0].dtype)
-    table = sharding.constrain(table, sharding.BATCH)
+    _, kv_heads, _, head_dim = prefixes.layers[0][0].shape
+    blocks = blocks_for(max_new_tokens)
+    own = jnp.zeros(
+        (blocks, slots, kv_heads, BLOCK, head_dim), prefixes.layers[0][0].dtype
+    )
+    own = sharding.constrain(own, sharding.P(None, *sharding.BATCH))
     zeros = jnp.zeros(slots, jnp.int32)
-    cache = Cache(zeros, zeros, ((table, table),) * depth)
+    cache = Cache(
+        turn=jnp.int32(0),
+        token=zeros,
+        position=zeros,
+        began=zeros,
+        prompt=zeros,
+        places=jnp.full((slots, blocks * BLOCK), -1, jnp.int32),
+        layers=((own, own),) * depth,
+        prefixes=prefixes,
+    )
     state = decode(
         model,
         params,
