@@ -4,7 +4,8 @@
     make paper PAPER=--fast       # 1 seed, fewer steps: minutes
 
 Every method starts from the same Instruct checkpoint and draws the same number of
-outputs of the same questions, at the same learning rate (DPO's is lower). Out, in
+outputs of the same questions, at the demo's settings but for what `METHODS` says; the
+reward models of the first iteration are trained once for all seeds. Out, in
 --out: paper.json (every number), paper.md (the table), figure5.png (accuracy against
 steps, by method), figure6.png (by iteration), figure7.png (pass@K and maj@K, Instruct
 and RL). What is there already is not done again, so that a stopped run goes on.
@@ -14,15 +15,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import queue
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+# A reward model this small is soon over-optimised: a lower rate, a stronger KL term,
+# and more labels than the demo's.
+JUDGED = ["--config.learning_rate=1e-4", "--config.kl_coef=0.3"]
+OUTCOME, PROCESS, ITERATIVE = "GRPO, reward model", "GRPO + PS", "GRPO, iterative"
 # label in figures → flags beyond the defaults
 METHODS = {
     "RFT": ["--config.method=rft"],
@@ -31,12 +40,13 @@ METHODS = {
     "DPO": ["--config.method=dpo", "--config.learning_rate=1e-4"],
     "PPO": ["--config.method=ppo"],
     "GRPO": ["--config.method=grpo"],
-    "GRPO, reward model": ["--config.method=grpo", "--config.rewards.functions=model"],
-    "GRPO + PS": ["--config.method=grpo_process"],
-    "GRPO, iterative": ["--config.method=grpo_iterative", "--config.iterations=3"],
+    OUTCOME: ["--config.method=grpo", "--config.rewards.functions=model", *JUDGED],
+    PROCESS: ["--config.method=grpo_process", *JUDGED],
+    ITERATIVE: ["--config.method=grpo_iterative", "--config.iterations=3", *JUDGED],
 }
 SET = "sums/chain"
 Json = dict[str, Any]
+Job = tuple[Path, list[str]]  # its work directory, its flags
 
 
 def main() -> None:
@@ -49,16 +59,27 @@ def main() -> None:
         ["--config.method=sft", f"--config.sft_steps={flags.sft_steps}"],
         flags,
     )
-    runs: dict[str, list[Path]] = {}
-    for label, extra in METHODS.items():
-        for seed in range(flags.seeds):
+    runs: dict[str, list[Path]] = {label: [] for label in METHODS}
+    first: list[Job] = []
+    then: list[Job] = []
+    for seed in range(flags.seeds):
+        for label, extra in METHODS.items():
             name = label.lower().replace(" ", "").replace(",", "-").replace("+", "-")
-            workdir = out / f"{name}-{seed}"
-            start_from(instruct, workdir)
+            runs[label].append(out / f"{name}-{seed}")
             arguments = [*extra, f"--config.seed={seed}"]
             arguments += [f"--config.sft_steps={flags.sft_steps}"]
-            run(workdir, arguments, flags)
-            runs.setdefault(label, []).append(workdir)
+            arguments += [f"--config.reward_model.questions={flags.labelled}"]
+            arguments += [f"--config.reward_model.steps={flags.reward_steps}"]
+            trains = label in (OUTCOME, PROCESS) and not seed
+            (first if trains else then).append((runs[label][-1], arguments))
+    for workdir, _ in first + then:
+        copy(instruct, workdir, "checkpoints/sft")
+    side_by_side(first, flags)
+    for label, judge in ((OUTCOME, OUTCOME), (PROCESS, PROCESS), (ITERATIVE, OUTCOME)):
+        for workdir in runs[label]:
+            copy(runs[judge][0], workdir, "checkpoints/reward-1", "labels-1.jsonl")
+    then.sort(key=lambda job: "iterative" not in job[0].name)  # the longest first
+    side_by_side(then, flags)
     results = collect(runs, flags)
     results["figure7"] = {
         "Instruct": pass_and_majority(instruct, flags),
@@ -82,34 +103,80 @@ def parse() -> argparse.Namespace:
     add("--questions", type=int, default=500, help="of an evaluation")
     flags = parser.parse_args()
     flags.samples, flags.passes = 64, 250
+    flags.labelled, flags.reward_steps = 4096, 600
     if flags.fast:
         flags.out = flags.out.rstrip("/") + "-fast"
         flags.seeds, flags.steps, flags.questions = 1, 24, 300
         flags.samples, flags.passes = 16, 100
+        flags.labelled, flags.reward_steps = 1024, 150
     flags.every = max(1, flags.steps // 10)
     return flags
 
 
-def start_from(instruct: Path, workdir: Path) -> None:
-    """Gives a run the Instruct stage of another, as if it had done it itself."""
-    target = workdir / "checkpoints" / "sft"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(instruct / "checkpoints" / "sft", target)
+def copy(source: Path, workdir: Path, *names: str) -> None:
+    """Gives a run what another has made, as if it had done it itself."""
+    for name in names:
+        if (workdir / name).exists():
+            continue
+        (workdir / name).parent.mkdir(parents=True, exist_ok=True)
+        if (source / name).is_dir():
+            shutil.copytree(source / name, workdir / name)
+        else:
+            shutil.copy(source / name, workdir / name)
 
 
-def run(workdir: Path, arguments: list[str], flags: argparse.Namespace) -> None:
-    """One run of train.py, unless it is done."""
+def side_by_side(jobs: list[Job], flags: argparse.Namespace) -> None:
+    """All runs, one on each core: models this small are no faster on two."""
+    cores: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    # Where a process cannot be pinned (macOS), they share all cores.
+    pinned = hasattr(os, "sched_getaffinity")
+    for core in sorted(os.sched_getaffinity(0)) if pinned else [None] * 2:
+        cores.put(core)
+
+    def one(job: Job) -> None:
+        core = cores.get()
+        try:
+            run(*job, flags, log=job[0] / "log.txt", core=core)
+        finally:
+            cores.put(core)
+
+    with ThreadPoolExecutor(cores.qsize()) as pool:
+        try:
+            list(pool.map(one, jobs))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def run(
+    workdir: Path,
+    arguments: list[str],
+    flags: argparse.Namespace,
+    log: Path | None = None,
+    core: int | None = None,
+) -> None:
+    """One run of train.py, unless it is done; with a log, what it prints goes there."""
     if (workdir / "results.json").exists():
         return
-    print(f"{workdir.name}:", flush=True)
+    begin = time.perf_counter()
+    print(f"{workdir.name}: starts", flush=True)
     command = [sys.executable, "train.py", "--config=configs/tiny.py"]
     command += [f"--workdir={workdir.resolve()}", f"--config.rl_steps={flags.steps}"]
     command += [f"--config.data.eval={SET}", f"--config.eval.every={flags.every}"]
     command += [f"--config.eval.questions={flags.questions}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, check=False)
+    options: Json = {}
+    if log:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        options = {"stdout": log.open("a"), "stderr": subprocess.STDOUT}
+    if core is not None:
+        options["preexec_fn"] = lambda: os.sched_setaffinity(0, {core})
+    done = subprocess.run(command, cwd=ROOT, check=False, **options)
     if done.returncode:
-        sys.exit(f"error: {' '.join(command)} ended with {done.returncode}")
+        where = f"; see {log}" if log else ""
+        raise SystemExit(
+            f"error: {' '.join(command)} ended with {done.returncode}{where}"
+        )
+    print(f"{workdir.name}: {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 def collect(runs: dict[str, list[Path]], flags: argparse.Namespace) -> Json:
@@ -207,7 +274,7 @@ def draw(results: Json, out: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     for label in results["methods"]:
-        if "iterative" not in label:
+        if label != ITERATIVE:
             curve(axes, label)
     axes.set(xlabel="steps of 512 outputs", ylabel=ylabel)
     axes.set_title(f"Figure 5 in miniature: mean and range of {seeds} seeds, n {n}")
@@ -215,9 +282,9 @@ def draw(results: Json, out: Path) -> None:
     figure.savefig(out / "figure5.png")
 
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    for label in ("GRPO, iterative", "GRPO, reward model", "GRPO"):
+    for label in (ITERATIVE, OUTCOME, "GRPO"):
         curve(axes, label)
-    steps = results["methods"]["GRPO, iterative"]["steps"]
+    steps = results["methods"][ITERATIVE]["steps"]
     for i in (1, 2):
         axes.axvline(steps * i / 3, color="gray", lw=1, ls="--")
     axes.set(

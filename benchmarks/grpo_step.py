@@ -1,0 +1,230 @@
+"""A whole GRPO step: sampling, rewards, the update with its KL term.
+
+    python benchmarks/grpo_step.py --model HF_FOLDER --prompts JSONL [--trl PYTHON]
+
+In: a Hugging Face folder and a file of JSON lines with "question", of which each step
+takes the next --questions. Out: a JSON line a step, {"step", "seconds",
+"generate_seconds", "update_seconds", "completion_tokens", "peak_rss_gb"}, after one
+step that only compiles. Questions stand in the model's own chat template, temperature
+1, natural EOS, AdamW, β 0.04, μ 1; an output's reward is its share of digits, so that
+groups differ whatever the model knows. With --trl, TRL's GRPOTrainer of that
+interpreter then does the same on the same machine, and a last line gives the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# What the other interpreter runs. TRL generates all outputs at once and trains on
+# micro-batches of `micro` outputs, its fastest here that its memory allows.
+_TRL = """
+import json, resource, sys, time, torch, transformers
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+ask = json.loads(sys.argv[1])
+torch.set_num_threads(ask["threads"])
+model = transformers.AutoModelForCausalLM.from_pretrained(ask["model"]).float()
+prompts = [[{"role": "user", "content": q}] for q in ask["questions"]]
+counted, spent = {}, {"generate": 0.0, "begin": 0.0}
+def reward(prompts, completions, completion_ids, **_):
+    counted["tokens"] = sum(len(ids) for ids in completion_ids)
+    texts = [c[0]["content"] for c in completions]
+    return [sum(x.isdigit() for x in t) / max(len(t), 1) for t in texts]
+config = GRPOConfig(
+    output_dir="/tmp/trl-benchmark", use_cpu=True, bf16=False, fp16=False, beta=0.04,
+    num_generations=ask["group"], temperature=1.0, top_k=0, top_p=1.0,
+    max_completion_length=ask["new"], per_device_train_batch_size=ask["micro"],
+    gradient_accumulation_steps=ask["outputs"] // ask["micro"],
+    generation_batch_size=ask["outputs"], num_iterations=1, max_steps=ask["steps"],
+    learning_rate=1e-6, adam_beta2=0.95, save_strategy="no", report_to=[],
+    logging_strategy="no", shuffle_dataset=False, gradient_checkpointing=False)
+generate = model.generate
+def timed(*args, **kwargs):
+    begin = time.perf_counter()
+    out = generate(*args, **kwargs)
+    spent["generate"] += time.perf_counter() - begin
+    return out
+model.generate = timed
+class Clock(transformers.TrainerCallback):
+    def on_step_begin(self, *args, **kwargs):
+        spent["begin"], spent["generate"] = time.perf_counter(), 0.0
+    def on_step_end(self, args, state, control, **kwargs):
+        seconds = time.perf_counter() - spent["begin"]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print("LINE" + json.dumps({"step": state.global_step, "seconds": seconds,
+            "generate_seconds": spent["generate"],
+            "update_seconds": seconds - spent["generate"],
+            "completion_tokens": counted["tokens"], "peak_rss_gb": peak}), flush=True)
+trainer = GRPOTrainer(
+    model=model, reward_funcs=reward, args=config,
+    train_dataset=Dataset.from_dict({"prompt": prompts}), callbacks=[Clock()])
+trainer.train()
+"""
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--model", required=True, help="a Hugging Face folder")
+    add("--prompts", required=True, help="JSON lines with a question each")
+    add("--questions", type=int, default=4, help="of a step")
+    add("--group", type=int, default=8, help="outputs of a question, G")
+    add("--max-new", dest="new", type=int, default=128, help="tokens of an output")
+    add("--steps", type=int, default=3)
+    add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add("--row-length", dest="length", type=int, default=1024, help="of a packed row")
+    add("--remat", action="store_true", help="recompute layers: less memory")
+    add("--seed", type=int, default=0)
+    add("--trl", metavar="PYTHON", help="an interpreter that has TRL")
+    add("--micro", type=int, default=4, help="outputs of a micro-batch of TRL's")
+    add("--threads", type=int, default=2, help="of TRL")
+    return parser.parse_args()
+
+
+def main() -> None:
+    flags = parse()
+    lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
+    questions = [json.loads(line)["question"] for line in lines if line.strip()]
+    wanted = flags.questions * (flags.steps + 1)
+    if len(questions) < wanted:
+        sys.exit(f"error: {flags.prompts}: {len(questions)} questions, {wanted} wanted")
+    ours = measure(flags, questions[:wanted])
+    if flags.trl:
+        theirs = measure_trl(flags, questions[flags.questions : wanted])
+        speeds = [
+            statistics.median(x["completion_tokens"] / x["seconds"] for x in side)
+            for side in (ours, theirs)
+        ]
+        memory = [max(x["peak_rss_gb"] for x in side) for side in (ours, theirs)]
+        show(
+            tokens_per_second=speeds[0],
+            trl_tokens_per_second=speeds[1],
+            ratio=speeds[0] / speeds[1],
+            memory_share=memory[0] / memory[1],
+        )
+
+
+def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, Any]]:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+
+    from grpo_jax import (
+        Sample,
+        TrainState,
+        generate,
+        group_advantages,
+        load_pretrained,
+        make_grpo_step,
+        pack,
+    )
+    from grpo_jax.data import Example
+    from grpo_jax.prompts import encode_prompt
+    from grpo_jax.tokenizer import Tokenizer
+
+    model, params = load_pretrained(flags.model, dtype=flags.dtype)
+    model = dataclasses.replace(model, remat=flags.remat)
+    tokenizer = Tokenizer.from_folder(flags.model)
+    optimizer = optax.adamw(1e-6, b2=0.95)
+    update = make_grpo_step(model, optimizer, kl_coef=0.04)
+    reference = params
+    state = TrainState.create(jax.tree.map(jnp.copy, params), optimizer)
+    prompts = [encode_prompt(tokenizer, Example(q)) for q in questions]
+    capacity = flags.questions * flags.group
+    found = []
+    for step in range(flags.steps + 1):
+        asked = prompts[step * flags.questions : (step + 1) * flags.questions]
+        begin = time.perf_counter()
+        out = generate(
+            model,
+            state.params,
+            asked,
+            key=jax.random.fold_in(jax.random.key(flags.seed), step),
+            samples=flags.group,
+            max_new_tokens=flags.new,
+            eos_id=tokenizer.eos_ids,
+        )
+        out = jax.device_get(out)
+        sampled = time.perf_counter()
+        tokens = [t[:n].tolist() for t, n in zip(out.tokens, out.lengths, strict=True)]
+        texts = [tokenizer.decode(t) for t in tokens]
+        digits = [sum(x.isdigit() for x in t) / max(len(t), 1) for t in texts]
+        advantages = np.asarray(group_advantages(jnp.array(digits), flags.group))
+        samples = [
+            Sample(
+                tokens=[*asked[i // flags.group], *t],
+                mask=[0] * len(asked[i // flags.group]) + [1] * len(t),
+                prompt=len(asked[i // flags.group]),
+                advantages=float(advantages[i]),
+                logps=[0.0] * len(asked[i // flags.group]) + out.logps[i].tolist(),
+            )
+            for i, t in enumerate(tokens)
+        ]
+        batch = pack(samples, length=flags.length, share_prompts=True)
+        batch = batch.with_capacity(capacity)
+        state, metrics = update(state, reference, batch)
+        metrics = jax.device_get(metrics)
+        end = time.perf_counter()
+        if not step:
+            continue
+        found.append(
+            show(
+                step=step,
+                seconds=end - begin,
+                generate_seconds=sampled - begin,
+                update_seconds=end - sampled,
+                completion_tokens=int(out.lengths.sum()),
+                peak_rss_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+                loss=float(metrics["loss"]),
+                kl=float(metrics["kl"]),
+                rows=int(batch.used),
+                padding=float((batch.segment_ids[: batch.used] == 0).mean()),
+            )
+        )
+    return found
+
+
+def measure_trl(flags: argparse.Namespace, questions: list[str]) -> list[dict]:
+    ask = {
+        "model": flags.model,
+        "questions": questions,
+        "group": flags.group,
+        "outputs": flags.questions * flags.group,
+        "new": flags.new,
+        "steps": flags.steps,
+        "micro": flags.micro,
+        "threads": flags.threads,
+    }
+    command = [flags.trl, "-c", _TRL, json.dumps(ask)]
+    found = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("LINE"):
+                found.append(show(who="trl", **json.loads(line[4:])))
+    if process.returncode or not found:
+        sys.exit(f"error: --trl: the interpreter ended with {process.returncode}")
+    return found
+
+
+def show(**figures) -> dict[str, Any]:
+    rounded = {
+        k: round(v, 5) if isinstance(v, float) else v for k, v in figures.items()
+    }
+    print(json.dumps(rounded), flush=True)
+    return rounded
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The update's speed: trained tokens a second, against the machine's own peak.
+
+    python benchmarks/update.py [--model HF_FOLDER] [--cases update group …]
+
+In: a Hugging Face folder; without one, random weights of SmolLM2-135M's sizes. Out:
+JSON lines:
+  peak        FLOP/s of one float32 matrix product, N × N by N × N;
+  update      a GRPO update without KL on outputs of log-normal lengths: useful tokens
+              and FLOP/s (6 × parameters a token, recomputation not counted), its share
+              of the peak, and the padding's share of the rows;
+  group       the same per useful token, by G;
+  vocabulary  what the step holds beside weights, gradients and optimiser state, by V.
+Useful tokens are those that go through the model once: a question's, and its outputs'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CASES = ("peak", "update", "group", "vocabulary")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--model", help="a Hugging Face folder")
+    add("--cases", nargs="+", choices=CASES, default=CASES)
+    add("--questions", type=int, default=4)
+    add("--group", type=int, default=8)
+    add("--groups", type=int, nargs="+", default=[4, 8, 16, 32])
+    add("--vocabularies", type=int, nargs="+", default=[8192, 32768, 131072])
+    add("--prompt", type=int, default=100, help="tokens of a question")
+    add("--new", type=int, default=128, help="tokens of an output at most")
+    add("--row-length", dest="length", type=int, default=1024, help="of a packed row")
+    add("--remat", action="store_true", help="recompute layers: less memory")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add("--repeats", type=int, default=3)
+    add("--size", type=int, default=2048, help="N of the matrix product")
+    return parser.parse_args()
+
+
+def main() -> None:
+    flags = parse()
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import jax
+    import optax
+
+    from grpo_jax import TrainState, load_pretrained, make_grpo_step
+    from grpo_jax.model import Decoder, ModelConfig
+
+    if flags.model:
+        model, params = load_pretrained(flags.model, dtype=flags.dtype)
+        model = dataclasses.replace(model, remat=flags.remat)
+    else:
+        sizes = dict(width=576, layers=30, heads=9, kv_heads=3, head_dim=64, ffn=1536)
+        config = ModelConfig(vocab_size=49152, tied=True, **sizes)
+        model = Decoder(config, dtype=flags.dtype, remat=flags.remat)
+        params = jax.jit(model.init)(jax.random.key(0))
+    optimizer = optax.adamw(1e-6)
+
+    if "vocabulary" in flags.cases:
+        for size in flags.vocabularies:
+            show(case="vocabulary", V=size, **held(model, optimizer, flags, size))
+    if set(flags.cases) == {"vocabulary"}:
+        return
+    update = make_grpo_step(model, optimizer, kl_coef=0.0)
+    weights = sum(x.size for x in jax.tree.leaves(params))
+    state = TrainState.create(params, optimizer)
+
+    def seconds(batch) -> float:
+        nonlocal state
+        begin = time.perf_counter()
+        state, _ = jax.block_until_ready(update(state, None, batch))
+        return time.perf_counter() - begin
+
+    groups = flags.groups if "group" in flags.cases else []
+    batches = {g: make_batch(flags, g, max([*groups, flags.group])) for g in groups}
+    if "update" in flags.cases:
+        batches[flags.group] = make_batch(flags, flags.group, flags.group)
+    for batch, _ in batches.values():  # compiles
+        seconds(batch)
+    times: dict[int, list[float]] = {g: [] for g in batches}
+    peaks = []
+    for _ in range(flags.repeats):  # in turn: the machine's speed drifts
+        peaks.append(peak(flags.size))
+        for g, (batch, _) in batches.items():
+            times[g].append(seconds(batch))
+    best = max(peaks)
+    show(case="peak", size=flags.size, gflops=best / 1e9)
+    for g, (batch, tokens) in batches.items():
+        spent = statistics.median(times[g])
+        speed = tokens / spent
+        rows = np.asarray(batch.segment_ids)[: int(batch.used)]
+        show(
+            case="update" if g == flags.group else "group",
+            G=g,
+            seconds=spent,
+            tokens=tokens,
+            tokens_per_second=speed,
+            gflops=6 * weights * speed / 1e9,
+            share_of_peak=6 * weights * speed / best,
+            padding=float((rows == 0).mean()),
+        )
+
+
+def make_batch(flags: argparse.Namespace, group: int, most: int):
+    """Packed outputs of log-normal lengths, as trained models write them."""
+    from grpo_jax import Sample, pack
+
+    rng = np.random.default_rng(0)
+    samples, tokens = [], 0
+    for _ in range(flags.questions):
+        prompt = rng.integers(10, 1000, flags.prompt).tolist()
+        tokens += flags.prompt
+        for _ in range(group):
+            length = int(
+                np.clip(rng.lognormal(np.log(flags.new / 2), 0.5), 4, flags.new)
+            )
+            tokens += length
+            output = rng.integers(10, 1000, length).tolist()
+            samples.append(
+                Sample(
+                    tokens=[*prompt, *output],
+                    mask=[0] * flags.prompt + [1] * length,
+                    prompt=flags.prompt,
+                    advantages=float(rng.normal()),
+                )
+            )
+    batch = pack(samples, length=flags.length, share_prompts=True)
+    most = -(-flags.questions * (flags.prompt + most * flags.new) // flags.length) + 1
+    return batch.with_capacity(most), tokens
+
+
+def peak(size: int) -> float:
+    """FLOP/s of a float32 matrix product, the best of three."""
+    import jax
+    import jax.numpy as jnp
+
+    product = jax.jit(jnp.matmul)
+    x = jax.random.normal(jax.random.key(0), (size, size))
+    times = []
+    jax.block_until_ready(product(x, x))
+    for _ in range(3):
+        begin = time.perf_counter()
+        jax.block_until_ready(product(x, x))
+        times.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(times)
+
+
+def held(model, optimizer, flags: argparse.Namespace, vocab_size: int) -> dict:
+    """Bytes that the compiled step holds beside what grows with the weights."""
+    import jax
+
+    from grpo_jax import TrainState, make_grpo_step
+
+    config = dataclasses.replace(model.config, vocab_size=vocab_size)
+    model = dataclasses.replace(model, config=config)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    state = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
+    batch, _ = make_batch(flags, flags.group, flags.group)
+    step: Any = make_grpo_step(model, optimizer, kl_coef=0.0)
+    analysis = step.lower(state, None, batch).compile().memory_analysis()
+    weights = sum(x.size * 4 for x in jax.tree.leaves(params))
+    # The gradients' sum and those of one micro-batch are as large as the weights.
+    return {
+        "weights_gb": weights / 2**30,
+        "temporaries_gb": analysis.temp_size_in_bytes / 2**30,
+        "beside_gradients_gb": (analysis.temp_size_in_bytes - 2 * weights) / 2**30,
+    }
+
+
+def show(**figures) -> None:
+    rounded = {
+        k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()
+    }
+    print(json.dumps(rounded), flush=True)
+
+
+if __name__ == "__main__":
+    main()
