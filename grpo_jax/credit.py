@@ -40,7 +40,7 @@ class Output:
     prompt: list[int]
     tokens: list[int]  # the EOS token included
     logps: list[float]  # under the policy that sampled it
-    text: str
+    text: str = ""  # its tokens decoded, where that was done
     finished: bool  # with EOS, not cut off
 
     @property
