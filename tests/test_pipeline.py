@@ -41,10 +41,10 @@ meanwhile: list[Callable[[int], Any]] = []
 def digits(prompts, completions, **columns):
     """The reward: how many digits. Some questions tie all their outputs."""
     calls.append((list(prompts), list(completions)))
-    for act in meanwhile:
+    for act in [*meanwhile]:
         act(len(calls) - 1)
     pairs = zip(prompts, completions, strict=True)
-    return [sum(c.isdigit() for c in text) * (q[0] != "1") for q, text in pairs]
+    return [sum(c.isdigit() for c in text) * (q[0] > "3") for q, text in pairs]
 
 
 @pytest.fixture(autouse=True)
@@ -229,12 +229,12 @@ def test_a_stopped_run_goes_on_to_the_same_bits(method, folder, monkeypatch):
 
     def preempt(call):
         if len(metrics(folder / name)) == 4:  # while step 5 is graded
+            meanwhile.clear()  # once: a second one ends the process
             os.kill(os.getpid(), signal.SIGTERM)
 
     meanwhile.append(preempt)
     with pytest.raises(Preempted, match="after step 5"):
         learn(folder, name, **options)
-    meanwhile.clear()
     assert distance(straight, learn(folder, name, **options)) == 0.0
     rows = metrics(folder / name)
     assert rows == metrics(folder / f"{method}-straight")
@@ -242,7 +242,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(method, folder, monkeypatch):
     staleness = [float(step not in restarts) for step in range(STEPS)]
     assert [row["sampling/staleness"] for row in rows] == staleness
     if method == "dapo":  # tied groups made room for further rollouts, of now
-        assert min(row["dynamic/rollouts"] for row in rows) > 1
+        assert min(row["dynamic/rollouts"] for row in rows[1:]) > 1
 
 
 def test_a_rollout_under_way_is_taken_up_by_the_run_that_asked_for_it(folder):
