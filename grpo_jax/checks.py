@@ -15,7 +15,7 @@ from grpo_jax.config import (
 from grpo_jax.errors import GrpoError
 from grpo_jax.methods import METHODS, OWN_FIELDS
 
-_CHOICES = {
+_CHOICES: dict[str, tuple[str | int, ...]] = {
     "method": tuple(METHODS),
     "kl_estimator": ("k1", "k2", "k3", "k3_unbiased"),
     "aggregate": ("sequence_mean", "token_mean", "constant"),
@@ -24,6 +24,7 @@ _CHOICES = {
     "advantage_scale": ("group", "batch", "none"),
     "advantage_baseline": ("mean", "leave_one_out", "batch"),
     "reward_normalization": ("sum", "each"),
+    "max_staleness": (0, 1),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "data.template": ("chat", "deepseekmath", "plain"),
@@ -112,11 +113,11 @@ def validate(config: Config) -> Config:
             raise GrpoError(f"config.{name}: NaN is not a value")
     for name, choices in _CHOICES.items():
         if flat[name] is not None and flat[name] not in choices:
-            near = difflib.get_close_matches(str(flat[name]), choices, 1)
+            known = [str(choice) for choice in choices]
+            near = difflib.get_close_matches(str(flat[name]), known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            known = ", ".join(choices)
             raise GrpoError(
-                f"config.{name}: {flat[name]!r} is not one of {known}{hint}"
+                f"config.{name}: {flat[name]!r} is not one of {', '.join(known)}{hint}"
             )
     for name, (least, allowed) in _BOUNDS.items():
         value = flat[name]

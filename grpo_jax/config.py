@@ -140,6 +140,7 @@ class Config:
     advantage_baseline: str | None = None  # mean | leave_one_out | batch
     reward_normalization: str | None = None  # sum | each: summed first or normalised
     updates_per_rollout: int | None = None  # μ
+    max_staleness: int | None = None  # 0 | 1: updates that π_sampler may lag π_old
     entropy_coef: float | None = None  # of an entropy bonus
     importance_cap: float | None = None  # C: weights min(π_old/π_sampler, C)
     mask_truncated: bool | None = None  # outputs that were cut off teach nothing

@@ -40,7 +40,7 @@ class Output:
     prompt: list[int]
     tokens: list[int]  # the EOS token included
     logps: list[float]  # under the policy that sampled it
-    text: str
+    text: str = ""  # its tokens decoded, where that was done
     finished: bool  # with EOS, not cut off
 
     @property
@@ -127,7 +127,8 @@ def critic(
     """A_t = GAE of r_t = -β log(π_old/π_ref) + r at the last token; whitened.
 
     values, ref_logps: of each output, V(s_t) and log π_ref at its tokens. An output
-    without a reward (NaN) teaches nothing. Advantages are brought to mean 0 and
+    without a reward (NaN) teaches nothing. log π_old is the sampler's, also where that
+    is a step older (max_staleness). Advantages are brought to mean 0 and
     variance 1 over the batch's tokens, returns are not.
     """
     r, v, mask = padded(outputs), padded(outputs), padded(outputs)

@@ -2,6 +2,9 @@
 
 In: the step's number, the policy that samples. Out: G outputs o_i of each question,
 with `Scores`. Algorithm 1's lines 6 to 8, and DAPO's dynamic sampling.
+
+In three parts, so that the device has work while the host decodes and grades: `draw`
+dispatches the sampler, `read` waits for the outputs, `Experience.grade` does the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo_jax import data
+from grpo_jax import data, sharding
 from grpo_jax.config import Config, reward_names, reward_weights
 from grpo_jax.credit import Output, overlong_punishment
 from grpo_jax.data import Example
@@ -52,38 +55,49 @@ def load_questions(run: Run) -> Prompts:
     return kept
 
 
-def sample(
-    run: Run,
-    params: Params,
-    prompts: Sequence[tuple[Example, list[int]]],
-    *,
-    key: jax.Array,
-    samples: int,
-) -> list[Output]:
-    """`samples` outputs of each question at the run's temperature, side by side."""
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """G outputs of each of a step's questions, side by side, maybe still on their way.
+
+    arrays: tokens and logps [N, C], lengths and finished [N], as `Rollouts` has them.
+    """
+
+    step: int
+    prompts: Prompts
+    arrays: dict[str, Any]
+
+
+def draw(run: Run, params: Params, step: int, prompts: Prompts, key: jax.Array):
+    """The step's `Drawn` at the run's temperature: dispatched, not waited for."""
     rollouts = generate(
         run.model,
         params,
         [ids for _, ids in prompts],
         key=key,
-        samples=samples,
+        samples=run.config.group_size,
         max_new_tokens=run.config.max_new_tokens,
         temperature=run.config.temperature,
         eos_id=run.tokenizer.eos_ids,
     )
-    rollouts = jax.device_get(rollouts)
+    names = ("tokens", "logps", "lengths", "finished")
+    arrays = {name: getattr(rollouts, name) for name in names}
+    return Drawn(step, prompts, sharding.one_at_a_time(run.mesh, arrays))
+
+
+def read(drawn: Drawn) -> list[Output]:
+    """The outputs, waited for; not decoded yet."""
+    arrays = jax.device_get(drawn.arrays)
+    samples = len(arrays["lengths"]) // len(drawn.prompts)
     outputs = []
-    for i, n in enumerate(rollouts.lengths):
-        example, prompt = prompts[i // samples]
-        tokens = rollouts.tokens[i, :n].tolist()
+    for i, n in enumerate(arrays["lengths"]):
+        example, prompt = drawn.prompts[i // samples]
         outputs.append(
             Output(
                 example=example,
                 prompt=prompt,
-                tokens=tokens,
-                logps=rollouts.logps[i, :n].tolist(),
-                text=run.tokenizer.decode(tokens),
-                finished=bool(rollouts.finished[i]),
+                tokens=arrays["tokens"][i, :n].tolist(),
+                logps=arrays["logps"][i, :n].tolist(),
+                finished=bool(arrays["finished"][i]),
             )
         )
     return outputs
@@ -136,7 +150,7 @@ class Rewards:
 
 
 class Experience:
-    """step → (outputs, scores); the same for the same step, parameters and seed."""
+    """A step's outputs and scores; the same for the same step, parameters and seed."""
 
     def __init__(self, run: Run):
         self.run, self.rewards = run, Rewards(run.config)
@@ -145,32 +159,43 @@ class Experience:
         own = run.config.own()
         # DAPO: each further rollout of a step has questions of its own.
         attempts = 1 + own.get("dynamic_sampling", 0)
+        self.replaces = attempts > 1
         self.batches = [
             data.Batches(self.questions, size, seed=seed + 7919 * i)
             for i in range(attempts)
         ]
 
-    def __call__(
-        self, step: int, params: Params, judge: Judge | None = None
+    def draw(self, step: int, params: Params, round: int = 1) -> Drawn:
+        """The step's first rollout, or a further one, sampled from `params`."""
+        key = self.run.key("rl", step)
+        key = key if round == 1 else jax.random.fold_in(key, round)
+        return draw(self.run, params, step, self.batches[round - 1][step], key)
+
+    def grade(
+        self,
+        step: int,
+        outputs: Sequence[Output],
+        params: Params,
+        judge: Judge | None = None,
     ) -> tuple[list[Output], Scores, dict[str, float]]:
-        """The step's outputs, and what it took to get them.
+        """The step's outputs as they will be taught, and what it took to get them.
 
         With dynamic sampling, groups whose rewards are all equal are replaced by groups
-        of further rollouts, as long as the method allows; what then still lacks is
-        filled with tied groups, which teach nothing.
+        of further rollouts from `params`, as long as the method allows; what then still
+        lacks is filled with tied groups, which teach nothing.
         """
-        config = self.run.config
+        config, decode = self.run.config, self.run.tokenizer.decode
         g, wanted = config.group_size, config.questions_per_step
-        key = self.run.key("rl", step)
         found: list[list[Output]] = []
         parts: list[Scores] = []
         spare: tuple[list[list[Output]], list[Scores]] = ([], [])
         rounds = 0
-        for rounds, batches in enumerate(self.batches, start=1):
-            this = key if rounds == 1 else jax.random.fold_in(key, rounds)
-            outputs = sample(self.run, params, batches[step], key=this, samples=g)
+        for rounds in range(1, len(self.batches) + 1):
+            if rounds > 1:
+                outputs = read(self.draw(step, params, rounds))
+            outputs = [dataclasses.replace(o, text=decode(o.tokens)) for o in outputs]
             scores = self.rewards(outputs, judge)
-            if len(self.batches) == 1:
+            if not self.replaces:
                 return outputs, scores, {}
             for start in range(0, len(outputs), g):
                 group = range(start, start + g)

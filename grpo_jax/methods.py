@@ -25,6 +25,9 @@ and GRPO also takes these, off unless they are set:
     mask_truncated        outputs that were cut off teach nothing (DAPO, Yu et al. 2025)
     overlong_buffer       a soft punishment of length, in tokens (DAPO)
     updates_per_rollout   μ > 1, with log π_old of the policy that sampled (section 4.1)
+    max_staleness         1: the next rollout starts before the update, so that the host
+                          grades while the device samples; what the update changed is
+                          corrected by importance_cap, then 2 unless set
 
 and GRPO's: delta, the bound on ρ where Â < 0 (two-sided clip, INTELLECT-2, Prime
 Intellect 2025); reward_normalization=each, several reward functions normalised before
@@ -55,6 +58,7 @@ _POLICY: dict[str, Any] = {  # PPO's and GRPO's, section 4.2
     "clip_high": None,  # the same as clip_low
     "aggregate": "sequence_mean",
     "updates_per_rollout": 1,  # μ
+    "max_staleness": 0,
     "entropy_coef": 0.0,
     "importance_cap": None,
     "mask_truncated": False,

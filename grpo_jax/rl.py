@@ -5,10 +5,12 @@ trained on. One step:
 1. the questions q of this step, by its number;
 2. their prompts as token ids;
 3. G outputs o_i of each, sampled from π_θ (which is π_old from here on) or from π_sft;
-4. rewards r_i, by the reward functions on the outputs' texts or by the reward model;
-5. credit: Â of each token, as the method's row has it;
-6. prompts and outputs packed into rows, several to a row;
-7. for μ > 1: log π_old, and log π_ref once;
+4. dispatched: log π_ref, for μ > 1 log π_old, PPO's values, and with max_staleness 1
+   the next step's outputs (`pipeline.py`);
+5. meanwhile on the host: rewards r_i, by the reward functions on the outputs' texts or
+   by the reward model;
+6. credit: Â of each token, as the method's row has it;
+7. prompts and outputs packed into rows, several to a row;
 8. μ compiled updates of π_θ;
 9. metrics, and one group written down for the reader.
 """
@@ -30,7 +32,7 @@ from grpo_jax import credit, lora, sharding
 from grpo_jax.config import Config
 from grpo_jax.credit import Output
 from grpo_jax.errors import GrpoError
-from grpo_jax.experience import Experience, outcome_metrics, show
+from grpo_jax.experience import Experience, outcome_metrics, read, show
 from grpo_jax.methods import METHODS
 from grpo_jax.model import Params
 from grpo_jax.objectives import (
@@ -41,7 +43,9 @@ from grpo_jax.objectives import (
     sft_objective,
 )
 from grpo_jax.packing import Batch, Sample, pack, unpack
-from grpo_jax.reward_model.judge import Judge, Judges, critic_of, values_of
+from grpo_jax.pipeline import Pipeline
+from grpo_jax.reward_model.judge import Judge, Judges, critic_of
+from grpo_jax.reward_model.model import make_reward_scorer
 from grpo_jax.rewards import Scores
 from grpo_jax.run import Body, Run, policy, run_stage
 from grpo_jax.setup import adamw
@@ -114,8 +118,10 @@ def train(
             reference = run.load_reference(i)
         until = config.rl_steps * (i + 1) // iterations
         judge = judges(i, reference)
+        stale = own.get("max_staleness", 0)
+        pipeline = Pipeline(experience, staleness=stale, until=until)
         body = functools.partial(
-            make_body, run, experience, judge, sft, reference, transformation, rate
+            make_body, run, pipeline, judge, sft, reference, transformation, rate
         )
         params = run_stage(
             run,
@@ -125,6 +131,8 @@ def train(
             body,
             steps=config.rl_steps,
             until=until,
+            keep=pipeline.keep,
+            resume=pipeline.resume,
         )
     assert params is not None
     return policy(params)
@@ -132,7 +140,7 @@ def train(
 
 def make_body(
     run: Run,
-    experience: Experience,
+    pipeline: Pipeline,
     judge: Judge | None,
     sft: Params | None,
     reference: Params | None,
@@ -141,8 +149,9 @@ def make_body(
     shardings: Any,
 ) -> Body:
     """One step of the method, compiled: (step, state) → (state, metrics)."""
-    config, own = run.config, run.config.own()
+    config, own, experience = run.config, run.config.own(), pipeline.experience
     method = METHODS[config.method]
+    critic = method.coefficient == "critic"
     updates, kl_coef = own.get("updates_per_rollout", 1), own.get("kl_coef", 0.0)
     in_loss = kl_coef if method.loss == "grpo" else 0.0
     every = in_loss or own.get("entropy_coef") or method.loss in ("ppo", "dpo")
@@ -153,18 +162,24 @@ def make_body(
         state_shardings=shardings,
     )
     log_probabilities = make_scorer(run.model, temperature=config.temperature)
+    all_values = make_reward_scorer(critic_of(run))
     lay_out = Layout(run, together=2 if method.coefficient == "pairs" else 1)
 
     def frozen(state):  # π_ref
         return lora.base(state.params) if reference is None else reference
 
-    def ref_logps(outputs: Sequence[Output], params: Params) -> list[np.ndarray]:
-        samples = [o.sample for o in outputs]
-        logps = log_probabilities(params, lay_out(samples))
-        found = unpack(logps, samples, share_prompts=True)
-        return [x[-len(o.tokens) :] for o, x in zip(outputs, found, strict=True)]
+    def passes(state, batch) -> Passes:
+        once = functools.partial(sharding.one_at_a_time, run.mesh)
+        return Passes(
+            old=once(log_probabilities(state.params, batch)) if updates > 1 else None,
+            ref=once(log_probabilities(frozen(state), batch)) if kl_coef else None,
+            values=once(all_values(state.params["value"], batch)) if critic else None,
+        )
 
-    def credited(step, state, outputs, scores: Scores) -> list[Sample]:
+    # A batch of all outputs has the same rows whatever they will be worth.
+    early = (kl_coef or updates > 1 or critic) and every and not experience.replaces
+
+    def credited(step, outputs, scores: Scores, scored: Passes) -> list[Sample]:
         rewards, g = scores.rewards, config.group_size
         if method.coefficient == "indicator":
             return credit.indicator(outputs, rewards)
@@ -175,12 +190,12 @@ def make_body(
             assert judge is not None
             ends, worth = judge.steps(outputs)
             return credit.process(outputs, ends, worth, g)
-        if method.coefficient == "critic":
+        if critic:
             return credit.critic(
                 outputs,
                 rewards,
-                values_of(run, state.params["value"], outputs, lay_out),
-                ref_logps(outputs, frozen(state)) if kl_coef else None,
+                by_output(scored.values, outputs),
+                by_output(scored.ref, outputs) if kl_coef else None,
                 kl_coef=kl_coef,
                 gamma=own["gae_gamma"],
                 lam=own["gae_lambda"],
@@ -200,9 +215,16 @@ def make_body(
         sampler = sft if method.source == "instruct" else state.params
         assert sampler is not None
         outcome = judge.outcome if judge else None
-        outputs, scores, spent = experience(step, sampler, outcome)  # 1, 2, 3, 4
+        drawn, staleness = pipeline.take(step, sampler)  # 1, 2, 3
+        outputs = read(drawn)
         sampled = time.perf_counter()
-        samples = credited(step, state, outputs, scores)  # 5
+        scored = Passes()
+        if early:  # 4
+            scored = passes(state, lay_out([o.sample for o in outputs]))
+        pipeline.start(step + 1, sampler)
+        outputs, scores, spent = experience.grade(step, outputs, sampler, outcome)  # 5
+        graded = time.perf_counter()
+        samples = credited(step, outputs, scores, scored)  # 6
         if own.get("mask_truncated"):
             samples = [
                 s if o.finished else credit.masked(s)
@@ -210,28 +232,29 @@ def make_body(
             ]
         # What has no gradient costs no pass; the loss is divided as if it were there.
         kept = samples if every else [s for s in samples if credit.teaches(s)]
-        batch = lay_out(kept, of=samples or [credit.masked(outputs[0].sample)])  # 6
-        scored = time.perf_counter()
-        if updates > 1:  # 7
-            # One program at a time: two that both wait for all devices of a CPU mesh
-            # can starve each other.
-            old = jax.block_until_ready(log_probabilities(state.params, batch))
-            ref = log_probabilities(frozen(state), batch) if in_loss else None
-            batch = dataclasses.replace(batch, old_logps=old, ref_logps=ref)
+        batch = lay_out(kept, of=samples or [credit.masked(outputs[0].sample)])  # 7
+        if not early:
+            scored = passes(state, batch)
+        ref = scored.ref if in_loss else None
+        batch = dataclasses.replace(batch, old_logps=scored.old, ref_logps=ref)
+        credited_at = time.perf_counter()
         metrics = {}
         for _ in range(updates):  # 8
-            state, metrics = update(state, reference if in_loss else None, batch)
+            state, metrics = update(state, None, batch)
         metrics = jax.device_get(metrics)
         done = time.perf_counter()
-        if updates == 1:  # later updates are meant to move away from the sampler
+        # A later policy is meant to have moved away from the sampler.
+        if updates == 1 and not staleness:
             check_gap(metrics, config.optimizer.max_sampling_gap)
         metrics |= outcome_metrics(outputs, scores, config.group_size) | spent  # 9
         metrics |= {
             "learning_rate": float(rate(step * updates)),
             "samples/taught": float(len(kept)),
-            "time/sample": sampled - started,
-            "time/credit": scored - sampled,
-            "time/update": done - scored,
+            "sampling/staleness": float(staleness),
+            "time/sample": sampled - started,  # what the host waited for
+            "time/rewards": graded - sampled,
+            "time/credit": credited_at - graded,
+            "time/update": done - credited_at,
         }
         show(run, step, outputs, scores.rewards, samples)
         if config.eval.every and (step + 1) % config.eval.every == 0:
@@ -258,6 +281,8 @@ def make_objective(run: Run) -> Objective:
     names = ("clip_low", "clip_high", "aggregate", "entropy_coef", "importance_cap")
     names += ("delta", "kl_estimator", "importance", "surrogate", "kl_coef")
     options = {name: own[name] for name in names if name in own}
+    if own["max_staleness"] and own["importance_cap"] is None:
+        options["importance_cap"] = 2.0
     if own["aggregate"] == "constant":
         options["max_length"] = config.max_new_tokens
     if loss == "ppo":
@@ -289,6 +314,22 @@ def check_gap(metrics: dict[str, Any], limit: float) -> None:
             f"over optimizer.max_sampling_gap {limit:g}; the last checkpoint stands. "
             "Compute in float32, or raise the limit"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """What a step needs to know beside the rewards, [A, B, T]; maybe on its way."""
+
+    old: Any = None  # log π_old
+    ref: Any = None  # log π_ref
+    values: Any = None  # V(s_t)
+
+
+def by_output(values: Any, outputs: Sequence[Output]) -> list[np.ndarray]:
+    """What a pass over all outputs says of each output's own tokens."""
+    samples = [o.sample for o in outputs]
+    found = unpack(values, samples, share_prompts=True)
+    return [x[-len(o.tokens) :] for o, x in zip(outputs, found, strict=True)]
 
 
 class Layout:

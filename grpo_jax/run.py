@@ -159,19 +159,23 @@ def run_stage(
     *,
     steps: int,
     until: int | None = None,
+    keep: Callable[[], Mapping[str, Any]] = dict,
+    resume: Callable[[Mapping[str, Any]], None] = lambda kept: None,
 ) -> Params:
     """All steps of a stage from wherever it stands; returns its final parameters.
 
     make_body(state shardings) → body(step, state) → (state, metrics). `start_params`
     is called only where the stage has no checkpoint yet; they are donated. `until`
-    stops it before its `steps` are done, to go on later.
+    stops it before its `steps` are done, to go on later. What `keep` gives at a
+    checkpoint, as JSON, `resume` gets back from it.
     """
     abstract = run.abstract_state(stage, optimizer)
     shardings = sharding.shardings(abstract, run.mesh)
     end = steps if until is None else until
     with run.checkpoints(stage) as checkpoints:
         if checkpoints.steps():
-            done, state, _ = checkpoints.restore(abstract)
+            done, state, kept = checkpoints.restore(abstract)
+            resume(kept)
             if until is None or done < end:
                 print(f"{stage}: resumed at step {done} of {steps}")
         else:
@@ -191,12 +195,14 @@ def run_stage(
                 run.recorder.write(stage, step + 1, {**metrics, "step_time": seconds})
                 bar.set_postfix_str(_headline(metrics), refresh=False)
                 bar.update()
+                stop = checkpoints.preempted(step + 1)
+                force = stop or step + 1 == end
                 metadata = {"stage": stage, "seed": run.config.seed}
-                if checkpoints.preempted(step + 1):
-                    checkpoints.save(step + 1, state, metadata, force=True)
+                if force or (step + 1) % run.config.checkpoint_every == 0:
+                    metadata |= keep()
+                checkpoints.save(step + 1, state, metadata, force=force)
+                if stop:
                     raise Preempted(f"{stage}: stopped after step {step + 1}")
-                last = step + 1 == end
-                checkpoints.save(step + 1, state, metadata, force=last)
         return state.params
 
 

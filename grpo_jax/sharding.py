@@ -101,6 +101,16 @@ def rows_multiple(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def one_at_a_time(mesh: Mesh, x: Any) -> Any:
+    """x, on its way; on a CPU mesh of several devices x when it is there.
+
+    Two programs that both wait for all devices of such a mesh can starve each other;
+    an accelerator runs its programs in the order in which they were dispatched.
+    """
+    several = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+    return jax.block_until_ready(x) if several else x
+
+
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     """Pin an intermediate to the mesh in use; nothing where none is or it can't be."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -50,6 +50,7 @@ def changed(name, value):
         ("group_size", 1, "2 or more"),
         ("temperature", 0.0, "above 0"),
         ("surrogate", "cispo", "clip_high"),
+        ("max_staleness", 2, "not one of 0, 1"),
         ("data.template", "chatt", "did you mean chat"),
         ("data.sft", "", "name the worked examples"),
         ("model.width", 18, "not a multiple"),

@@ -154,7 +154,8 @@ def test_rft_samples_from_the_instruct_model_all_along(instruct):
     source = experience.Experience(here)
     sft = load_run(instruct / "instruct")[1]
     with jax.set_mesh(here.mesh):
-        outputs, _, _ = source(STEPS - 1, sft)
+        drawn = source.draw(STEPS - 1, sft)
+        outputs, _, _ = source.grade(STEPS - 1, experience.read(drawn), sft)
     lines = (workdir / "samples.jsonl").read_text().splitlines()
     shown = json.loads(lines[-1])["completions"]
     assert [c["completion"] for c in shown] == [o.text for o in outputs[:4]]

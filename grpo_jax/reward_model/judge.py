@@ -22,11 +22,10 @@ from grpo_jax.credit import Output
 from grpo_jax.data import Batches, Example
 from grpo_jax.methods import METHODS
 from grpo_jax.model import Params
-from grpo_jax.packing import Batch, unpack
 from grpo_jax.recorder import progress
 from grpo_jax.reward_model import labelled
 from grpo_jax.reward_model.labelled import Labelled
-from grpo_jax.reward_model.model import RewardModel, make_reward_scorer, score_samples
+from grpo_jax.reward_model.model import RewardModel, score_samples
 from grpo_jax.reward_model.shepherd import Sampler, label_questions
 from grpo_jax.reward_model.steps import step_ends
 from grpo_jax.reward_model.training import Settings, train
@@ -168,14 +167,3 @@ class Judges:
 def critic_of(run: Run) -> RewardModel:
     """PPO's value function: V(s_t), a number at every token."""
     return RewardModel(run.model)
-
-
-def values_of(
-    run: Run, params: Params, outputs: Sequence[Output], lay_out
-) -> list[np.ndarray]:
-    """V(s_t) of each output's tokens, before each is written."""
-    samples = [o.sample for o in outputs]
-    batch: Batch = lay_out(samples)
-    values = make_reward_scorer(critic_of(run))(params, batch)
-    found = unpack(values, samples, share_prompts=True)
-    return [x[-len(o.tokens) :] for o, x in zip(outputs, found, strict=True)]
