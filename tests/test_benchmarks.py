@@ -1,0 +1,98 @@
+"""The benchmark commands, on a folder made on the spot: what they print adds up."""
+
+import json
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from grpo_jax.model import Decoder, ModelConfig
+from grpo_jax.tokenizer import Tokenizer
+from grpo_jax.weights import save_pretrained
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """The options for a small model and a file of questions."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    tokenizer = Tokenizer.from_alphabet(string.printable, chat_template=TEMPLATE)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        width=16,
+        layers=1,
+        heads=2,
+        kv_heads=1,
+        head_dim=8,
+        ffn=32,
+        max_positions=512,
+    )
+    model = Decoder(config)
+    params = model.init(jax.random.key(0))
+    save_pretrained(model, params, folder / "model", tokenizer=tokenizer)
+    lines = [json.dumps({"question": f"{i} + {i}?"}) for i in range(12)]
+    (folder / "questions.jsonl").write_text("\n".join(lines))
+    return [
+        "--model",
+        str(folder / "model"),
+        "--prompts",
+        str(folder / "questions.jsonl"),
+    ]
+
+
+def lines_of(script: str, *arguments: str) -> list[dict]:
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_whole_step_is_its_parts(given):
+    options = ["--questions", "2", "--group", "4", "--max-new", "8", "--steps", "2"]
+    found = lines_of("grpo_step.py", *given, *options, "--row-length", "256")
+    assert [x["step"] for x in found] == [1, 2]
+    for x in found:
+        parts = x["generate_seconds"] + x["update_seconds"]
+        assert parts == pytest.approx(x["seconds"], rel=1e-3)
+        assert 0 < x["completion_tokens"] <= 2 * 4 * 8
+    # An update went before each, so that π_θ has moved away from π_ref, a little.
+    assert 0 < found[0]["kl"] < found[1]["kl"] < 1e-3
+    assert found[0]["peak_rss_gb"] <= found[1]["peak_rss_gb"]
+
+
+def test_too_few_questions_are_counted(given):
+    command = [sys.executable, str(BENCHMARKS / "grpo_step.py"), *given]
+    done = subprocess.run(
+        [*command, "--steps", "3"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode and "12 questions, 16 wanted" in done.stderr
+
+
+def test_the_sampler_counts_its_tokens(given):
+    options = ["--slots", "4", "--group", "2", "--new", "6", "--rows", "16"]
+    found = lines_of("sampler.py", *given, *options, "--ragged-new", "8")
+    fixed, ragged = ([x for x in found if x["case"] == c] for c in ("fixed", "ragged"))
+    assert len(fixed) == len(ragged) == 3
+    assert all(x["tokens"] == 4 * 6 and x["occupancy"] == 1 for x in fixed)
+    assert all(0 < x["tokens"] <= 16 * 8 for x in ragged)
+
+
+def test_the_update_is_measured_against_the_peak(given):
+    sizes = ["--questions", "2", "--group", "4", "--groups", "2", "4", "--prompt", "5"]
+    sizes += ["--new", "8", "--row-length", "32", "--size", "256"]
+    sizes += ["--vocabularies", "512", "1024", "--repeats", "2"]
+    found = lines_of("update.py", *given[:2], *sizes)
+    by_case = {c: [x for x in found if x["case"] == c] for c in ("update", "group")}
+    peak = next(x for x in found if x["case"] == "peak")
+    (update,), (group,) = by_case["update"], by_case["group"]
+    assert (update["G"], group["G"]) == (4, 2)
+    assert update["tokens"] > group["tokens"]
+    share = update["gflops"] / peak["gflops"]
+    assert update["share_of_peak"] == pytest.approx(share, abs=1e-3)
+    held = [x for x in found if x["case"] == "vocabulary"]
+    assert [x["V"] for x in held] == [512, 1024]
