@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.model import Decoder, Params, attention, few_rows
+from grpo_jax.attention import attention
+from grpo_jax.model import Decoder, Params, few_rows
 from grpo_jax.sampling import Sampling
 
 BLOCK = 32  # B

@@ -1,0 +1,217 @@
+"""Attention over whole rows: who sees whom, and the fastest way the platform has.
+
+In: queries, keys and values of rows of T positions, and `Rows`. Out: what each query
+takes from the values it may see. `attend` chooses:
+
+- XLA (CPU, and wherever no kernel fits): queries in chunks, each against the keys up to
+  its own end, so that half of the work falls away. The backward pass computes a chunk's
+  scores again: memory grows with T, not T².
+- TPU: splash attention, which skips blocks that nobody may look at.
+- GPU: cuDNN's flash attention, for bfloat16 and float16.
+
+Axes: B rows, T positions, S positions attended to, N query heads, K key heads, G query
+heads per key head, H head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from grpo_jax import sharding
+from grpo_jax.packing import PROMPT
+
+CHUNK = 256  # queries of a chunk on XLA
+LANES = 128  # a TPU's: the least block
+BLOCK = 512  # positions of a block on TPU
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["real", "segments", "positions"],
+    meta_fields=["window"],
+)
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What decides who sees whom.
+
+    >>> rows = Rows(jnp.ones((1, 3), bool), jnp.array([[1, 2, 2]]), jnp.arange(3)[None])
+    >>> rows.allowed().astype(int).tolist()
+    [[[1, 0, 0], [0, 1, 0], [0, 1, 1]]]
+    """
+
+    real: Array  # bool [B, T]: not padding
+    segments: Array | None  # int32 [B, T], as `packing.pack` numbers them; None: one
+    positions: Array  # int32 [B, T]
+    window: int | None = None  # a query sees positions less than this before its own
+
+    def allowed(self, start: int = 0, stop: int | None = None) -> Bool[Array, "B t s"]:
+        """Whether the queries start to stop see the keys 0 to stop.
+
+        They see what is earlier, real, of the same sequence and in the window, and
+        themselves: even padding sees something, so that every softmax is of a number.
+        """
+        queries, keys = slice(start, stop), slice(stop)
+        step = jnp.arange(self.real.shape[1])
+        mine, theirs = step[None, queries, None], step[None, None, keys]
+        allowed = (mine > theirs) & self.real[:, None, keys]
+        if self.segments is not None:
+            of = self.segments[:, queries, None], self.segments[:, None, keys]
+            allowed &= (of[0] == of[1]) | shares_prompt(*of)
+        if self.window is not None:
+            at = self.positions[:, queries, None] - self.positions[:, None, keys]
+            allowed &= at < self.window
+        return allowed | (mine == theirs)
+
+
+def shares_prompt(mine: Int[Array, "..."], theirs: Int[Array, "..."]) -> Array:
+    """Whether a key's segment is the prompt that a query's segment goes on from.
+
+    Prompt g, shared by several outputs, is segment g·2^16; what goes on from it is
+    g·2^16 + 1 and above (`packing.pack` with share_prompts). Plain segments are below
+    2^16, and segment 0 is padding.
+    """
+    is_prompt = (theirs % PROMPT == 0) & (theirs > 0)
+    return is_prompt & (mine // PROMPT == theirs // PROMPT)
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    allowed: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+    """softmax(q k / √H) v over the allowed positions, in float32 inside."""
+    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(allowed[:, None, None], scores / math.sqrt(q.shape[-1]), -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    rows: Rows,
+) -> Float[Array, "B T N H"]:
+    """`attention(q, k, v, rows.allowed())`, by the platform's way of computing it."""
+    where = platform()
+    if where == "tpu" and q.shape[1] >= LANES:
+        return on_each_device(splash, q, k, v, rows)
+    if where == "gpu" and cudnn_takes(q):
+        return on_each_device(cudnn, q, k, v, rows)
+    return chunked(q, k, v, rows)
+
+
+def platform() -> str:
+    """Where the program being traced will run: "cpu", "gpu" or "tpu".
+
+    The mesh in use knows, also where the machine that compiles has no such devices.
+    `jax.lax.platform_dependent` would trace every way on every platform, and cuDNN's
+    refuses to be traced without cuDNN; under `grad` it keeps what each would need.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def chunked(
+    q: Array, k: Array, v: Array, rows: Rows, size: int = CHUNK
+) -> Float[Array, "B T N H"]:
+    """`size` queries at a time, nothing as large as the scores kept for gradients."""
+    length = q.shape[1]
+    if length <= size:
+        return attention(q, k, v, rows.allowed())
+
+    def part(start: int, q, k, v):
+        stop = min(start + size, length)
+        allowed = rows.allowed(start, stop)
+        return attention(q[:, start:stop], k[:, :stop], v[:, :stop], allowed)
+
+    parts = [
+        jax.checkpoint(functools.partial(part, start))(q, k, v)
+        for start in range(0, length, size)
+    ]
+    return jnp.concatenate(parts, axis=1)
+
+
+def splash(
+    q: Array, k: Array, v: Array, rows: Rows, interpret: bool = False
+) -> Float[Array, "B T N H"]:
+    """JAX's Pallas kernel for TPUs, row after row, with each row's own mask.
+
+    Shared prompts are no equality of segments, so the mask is an array and not the
+    kernel's segment ids; 4 bytes a pair of positions, which no head has for itself.
+    In turn blocks of other segments cost nothing.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+
+    length = q.shape[1]
+    block = min(BLOCK, -(-length // LANES) * LANES)
+    missing = -length % block
+
+    def pad(x: Array) -> Array:  # not real, and of segment 0
+        return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+
+    # The kernel does not scale.
+    q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
+    q, k, v = (pad(x).swapaxes(1, 2) for x in (q, k, v))  # [B, heads, T, H]
+    make = functools.partial(
+        kernels.make_splash_mha_single_device,
+        block_sizes=kernels.BlockSizes(*[block] * 8),
+        interpret=interpret,
+    )
+
+    def row(q, k, v, allowed):
+        kernel = make(allowed[None])  # one mask for all heads
+        # What the kernel asks of this flag needs a bool; under jit it is an array.
+        kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
+        return kernel(q, k, v)
+
+    out = jax.vmap(row)(q, k, v, jax.tree.map(pad, rows).allowed())
+    return out.swapaxes(1, 2)[:, :length]
+
+
+def cudnn_takes(q: Array) -> bool:
+    """Whether cuDNN's flash attention computes this on every GPU since Ampere."""
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    return half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.shape[1] % 2 == 0
+
+
+def cudnn(q: Array, k: Array, v: Array, rows: Rows) -> Float[Array, "B T N H"]:
+    """cuDNN's flash attention; the mask goes in as a bias, 2 bytes a pair."""
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=rows.allowed()[:, None],
+        is_causal=True,  # blocks above the diagonal are skipped
+        implementation="cudnn",
+    )
+
+
+def on_each_device(
+    kernel: Callable[..., Array], q: Array, k: Array, v: Array, rows: Rows
+) -> Float[Array, "B T N H"]:
+    """The kernel on each device's rows and heads: XLA cannot split what is in it."""
+    mesh = sharding.mesh_in_use()
+    if mesh is None:
+        return kernel(q, k, v, rows)
+    batch = None if q.shape[0] % sharding.rows_multiple(mesh) else sharding.BATCH[0]
+    heads = None if k.shape[2] % mesh.shape["tensor"] else "tensor"
+    whole = sharding.P(batch, None, heads)
+    return jax.shard_map(
+        kernel,
+        in_specs=(whole, whole, whole, sharding.P(batch)),
+        out_specs=whole,
+        check_vma=False,  # kernels do not say how their outputs vary over the mesh
+    )(q, k, v, rows)
