@@ -3,9 +3,9 @@
 In: queries, keys and values of rows of T positions, and `Rows`. Out: what each query
 takes from the values it may see. `attend` chooses:
 
-- XLA (CPU, and wherever no kernel fits): queries in chunks, each against the keys up to
-  its own end, so that half of the work falls away. The backward pass computes a chunk's
-  scores again: memory grows with T, not T².
+- XLA (CPU, and wherever no kernel fits): queries in chunks, one after the other, most
+  of the later keys left out. The backward pass computes a chunk's scores again: memory
+  grows with T, not T².
 - TPU: splash attention, which skips blocks that nobody may look at.
 - GPU: cuDNN's flash attention, for bfloat16 and float16.
 
@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from grpo_jax import sharding
 from grpo_jax.packing import PROMPT
 
 CHUNK = 256  # queries of a chunk on XLA
+GROUPS = 4  # of chunks: each as far as its last chunk sees, (1 + 1 / 4) / 2 of the work
 LANES = 128  # a TPU's: the least block
 BLOCK = 512  # positions of a block on TPU
 
@@ -51,22 +53,28 @@ class Rows:
     positions: Array  # int32 [B, T]
     window: int | None = None  # a query sees positions less than this before its own
 
-    def allowed(self, start: int = 0, stop: int | None = None) -> Bool[Array, "B t s"]:
-        """Whether the queries start to stop see the keys 0 to stop.
+    def allowed(
+        self, start: Any = 0, count: int | None = None, stop: int | None = None
+    ) -> Bool[Array, "B t s"]:
+        """Whether `count` queries from `start` on see the keys before `stop`.
 
         They see what is earlier, real, of the same sequence and in the window, and
         themselves: even padding sees something, so that every softmax is of a number.
         """
-        queries, keys = slice(start, stop), slice(stop)
-        step = jnp.arange(self.real.shape[1])
-        mine, theirs = step[None, queries, None], step[None, None, keys]
-        allowed = (mine > theirs) & self.real[:, None, keys]
+        count = self.real.shape[1] if count is None else count
+
+        def pairs(x: Array) -> tuple[Array, Array]:
+            mine = jax.lax.dynamic_slice_in_dim(x, start, count, axis=1)
+            return mine[:, :, None], x[:, None, :stop]
+
+        mine, theirs = pairs(jnp.arange(self.real.shape[1])[None])
+        allowed = (mine > theirs) & self.real[:, None, :stop]
         if self.segments is not None:
-            of = self.segments[:, queries, None], self.segments[:, None, keys]
+            of = pairs(self.segments)
             allowed &= (of[0] == of[1]) | shares_prompt(*of)
         if self.window is not None:
-            at = self.positions[:, queries, None] - self.positions[:, None, keys]
-            allowed &= at < self.window
+            at = pairs(self.positions)
+            allowed &= at[0] - at[1] < self.window
         return allowed | (mine == theirs)
 
 
@@ -112,34 +120,58 @@ def attend(
 
 
 def platform() -> str:
-    """Where the program being traced will run: "cpu", "gpu" or "tpu".
+    """Whose kernels may be used: "gpu", "tpu", or else "cpu", which has none.
 
     The mesh in use knows, also where the machine that compiles has no such devices.
     `jax.lax.platform_dependent` would trace every way on every platform, and cuDNN's
     refuses to be traced without cuDNN; under `grad` it keeps what each would need.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = jax.device_count() if mesh.empty else mesh.size
+    if devices > 1 and sharding.mesh_in_use() is None:
+        return "cpu"  # who knows how arrays are spread? XLA can split what is its own
+    device = mesh.abstract_device
     return device.platform if device else jax.default_backend()
 
 
 def chunked(
     q: Array, k: Array, v: Array, rows: Rows, size: int = CHUNK
 ) -> Float[Array, "B T N H"]:
-    """`size` queries at a time, nothing as large as the scores kept for gradients."""
+    """At most `size` queries at a time; their scores are not kept for gradients.
+
+    Chunks of one group have the same keys and follow one another in a loop: side by
+    side XLA would compute them all at once, in the memory of all.
+    """
     length = q.shape[1]
-    if length <= size:
+    chunks = -(-length // size)
+    if chunks == 1:
         return attention(q, k, v, rows.allowed())
+    size = -(-length // chunks)
+    q, k, v, rows = lengthen((q, k, v, rows), chunks * size - length)
+    q = q.reshape(q.shape[0], chunks, size, *q.shape[2:]).swapaxes(0, 1)
 
-    def part(start: int, q, k, v):
-        stop = min(start + size, length)
-        allowed = rows.allowed(start, stop)
-        return attention(q[:, start:stop], k[:, :stop], v[:, :stop], allowed)
+    def group(first: int, last: int) -> Array:
+        stop = last * size
+        keys, values = k[:, :stop], v[:, :stop]
 
-    parts = [
-        jax.checkpoint(functools.partial(part, start))(q, k, v)
-        for start in range(0, length, size)
-    ]
-    return jnp.concatenate(parts, axis=1)
+        @jax.checkpoint
+        def chunk(start_and_q):
+            start, q = start_and_q
+            return attention(q, keys, values, rows.allowed(start, size, stop))
+
+        return jax.lax.map(chunk, (size * jnp.arange(first, last), q[first:last]))
+
+    groups = min(GROUPS, chunks)
+    ends = [chunks * i // groups for i in range(groups + 1)]
+    out = jnp.concatenate([group(*ends[i : i + 2]) for i in range(groups)])
+    return out.swapaxes(0, 1).reshape(k.shape[0], -1, *q.shape[3:])[:, :length]
+
+
+def lengthen(tree: Any, missing: int) -> Any:
+    """Every [B, T, …] with `missing` more positions, not real and of segment 0."""
+    return jax.tree.map(
+        lambda x: jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)), tree
+    )
 
 
 def splash(
@@ -157,27 +189,24 @@ def splash(
 
     length = q.shape[1]
     block = min(BLOCK, -(-length // LANES) * LANES)
-    missing = -length % block
-
-    def pad(x: Array) -> Array:  # not real, and of segment 0
-        return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
-
     # The kernel does not scale.
     q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
-    q, k, v = (pad(x).swapaxes(1, 2) for x in (q, k, v))  # [B, heads, T, H]
-    make = functools.partial(
-        kernels.make_splash_mha_single_device,
-        block_sizes=kernels.BlockSizes(*[block] * 8),
-        interpret=interpret,
-    )
+    q, k, v, rows = lengthen((q, k, v, rows), -length % block)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, heads, T, H]
+    names = ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")
+    sizes: Any = {f"block_{name}": block for name in names}
 
-    def row(q, k, v, allowed):
-        kernel = make(allowed[None])  # one mask for all heads
+    def row(q, k, v, allowed) -> Any:
+        kernel = kernels.make_splash_mha_single_device(
+            allowed[None],  # one mask for all heads
+            block_sizes=kernels.BlockSizes(**sizes),
+            interpret=interpret,
+        )
         # What the kernel asks of this flag needs a bool; under jit it is an array.
         kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
         return kernel(q, k, v)
 
-    out = jax.vmap(row)(q, k, v, jax.tree.map(pad, rows).allowed())
+    out = jax.vmap(row)(q, k, v, rows.allowed())
     return out.swapaxes(1, 2)[:, :length]
 
 
@@ -187,7 +216,9 @@ def cudnn_takes(q: Array) -> bool:
     return half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.shape[1] % 2 == 0
 
 
-def cudnn(q: Array, k: Array, v: Array, rows: Rows) -> Float[Array, "B T N H"]:
+def cudnn(
+    q: Array, k: Array, v: Array, rows: Rows, implementation: Any = "cudnn"
+) -> Float[Array, "B T N H"]:
     """cuDNN's flash attention; the mask goes in as a bias, 2 bytes a pair."""
     return jax.nn.dot_product_attention(
         q,
@@ -195,7 +226,7 @@ def cudnn(q: Array, k: Array, v: Array, rows: Rows) -> Float[Array, "B T N H"]:
         v,
         mask=rows.allowed()[:, None],
         is_causal=True,  # blocks above the diagonal are skipped
-        implementation="cudnn",
+        implementation=implementation,
     )
 
 
