@@ -65,21 +65,13 @@ def sees(rows: Rows, b: int, i: int, j: int) -> bool:
     """Whether query i of row b may look at key j, in words."""
     if i == j:
         return True
-    mine, theirs = (
-        (0, 0)
-        if rows.segments is None
-        else rows.segments[
-            b,
-            (i, j),
-        ]
-    )
-    own = mine == theirs
-    prompt = (
-        theirs >= PROMPT and theirs % PROMPT == 0 and theirs == mine - mine % PROMPT
-    )
+    ids = np.zeros(rows.real.shape, int) if rows.segments is None else rows.segments
+    mine, theirs = ids[b, i], ids[b, j]
+    shared = theirs >= PROMPT and theirs % PROMPT == 0
+    own = mine == theirs or (shared and theirs == mine - mine % PROMPT)
     near = rows.positions[b, i] - rows.positions[b, j]
     in_window = rows.window is None or near < rows.window
-    return bool(j < i and rows.real[b, j] and (own or prompt) and in_window)
+    return bool(j < i and rows.real[b, j] and own and in_window)
 
 
 def mask_of(rows: Rows) -> np.ndarray:
@@ -282,8 +274,11 @@ def program(where: str, mesh: AbstractMesh, dtype, length=256, width=64) -> str:
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
 def test_the_program_for_tpu_is_splashs_three_kernels(sizes):
     mesh = mesh_of("tpu", *sizes)
-    for dtype in (jnp.float32, jnp.bfloat16):
-        assert program("tpu", mesh, dtype).count("tpu_custom_call") == 3
+    for dtype, name in ((jnp.float32, "f32"), (jnp.bfloat16, "bf16")):
+        lines = program("tpu", mesh, dtype).splitlines()
+        calls = [line for line in lines if "tpu_custom_call" in line]
+        queries = f"tensor<{4 // sizes[2]}x256x64x{name}>"  # a device's own heads
+        assert len(calls) == 3 and all(queries in call for call in calls)
     assert "tpu_custom_call" not in program("tpu", mesh, jnp.float32, length=100)
 
 
