@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from grpo_jax.attention import attention
 from grpo_jax.cache import (
     BLOCK,
     TOGETHER,
@@ -27,7 +28,7 @@ from grpo_jax.cache import (
     of_prefix,
     plan_of,
 )
-from grpo_jax.model import Decoder, Params, attention, few_rows
+from grpo_jax.model import Decoder, Params, few_rows
 from grpo_jax.sampling import Sampling
 
 _F32: Any = dict(preferred_element_type=jnp.float32)

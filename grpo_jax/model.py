@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax import sharding
+from grpo_jax import attention, sharding
+from grpo_jax.attention import Rows
 from grpo_jax.lora import A, B, Lora
-from grpo_jax.packing import PROMPT
 
 Params = dict[str, Any]
 # keys, values -> what the queries take from them, and the layer's cache
@@ -92,21 +92,6 @@ def rotate(
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return out.astype(x.dtype)
-
-
-def attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    allowed: Bool[Array, "B T S"],
-) -> Float[Array, "B T N H"]:
-    """softmax(q k / √H) v over the allowed positions, in float32 inside."""
-    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(allowed[:, None, None], scores / math.sqrt(q.shape[-1]), -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
-    return out.reshape(*out.shape[:2], -1, out.shape[-1])
 
 
 class Block(nn.Module):
@@ -245,20 +230,6 @@ class Decoder:
         )
         return sharding.constrain(x, sharding.BATCH), cache
 
-    def allowed(
-        self, mask: Bool[Array, "B T"], segment_ids: Array | None, positions: Array
-    ) -> Bool[Array, "B T T"]:
-        """Who may look at whom: earlier, real, of the same sequence, in the window."""
-        step = jnp.arange(mask.shape[1])
-        allowed = (step[:, None] >= step[None, :])[None] & mask[:, None, :]
-        if segment_ids is not None:
-            mine, theirs = segment_ids[:, :, None], segment_ids[:, None, :]
-            allowed &= (mine == theirs) | shares_prompt(mine, theirs)
-        if self.config.sliding_window is not None:
-            distance = positions[:, :, None] - positions[:, None, :]
-            allowed &= distance < self.config.sliding_window
-        return allowed
-
     def hidden(
         self,
         params: Params,
@@ -281,10 +252,10 @@ class Decoder:
         real = jnp.ones(tokens.shape, bool) if mask is None else mask != 0
         if positions is None:
             positions = default_positions(real, segment_ids)
-        allowed = self.allowed(real, segment_ids, positions)
+        rows = Rows(real, segment_ids, positions, self.config.sliding_window)
 
         def attend(q, k, v):
-            return attention(q, k, v, allowed), (k, v) if keep_cache else None
+            return attention.attend(q, k, v, rows), (k, v) if keep_cache else None
 
         def layer(x, weights):
             return self.block(weights, x, positions, attend)
@@ -327,17 +298,6 @@ class Decoder:
             self.unembed(params),
             preferred_element_type=jnp.float32,
         )
-
-
-def shares_prompt(mine: Array, theirs: Array) -> Array:
-    """Whether a key's segment is the prompt that a query's segment goes on from.
-
-    Prompt g, shared by several outputs, is segment g·2^16; what goes on from it is
-    g·2^16 + 1 and above (`packing.pack` with share_prompts). Plain segments are below
-    2^16, and segment 0 is padding.
-    """
-    is_prompt = (theirs % PROMPT == 0) & (theirs > 0)
-    return is_prompt & (mine // PROMPT == theirs // PROMPT)
 
 
 def is_vector(path: str) -> bool:

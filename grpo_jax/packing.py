@@ -9,7 +9,7 @@ samples share a row: `segment_ids` tells them apart, positions start again at 0.
 
 With `share_prompts` the outputs of one question in a row have its prompt in common: the
 prompt stands once, without its last token; each output follows from that token on, and
-sees the prompt and itself (`model.shares_prompt`).
+sees the prompt and itself (`attention.shares_prompt`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.errors import GrpoError
 
@@ -96,7 +96,7 @@ def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*(None,) * leading, *BATCH))
 
 
-def rows_multiple(mesh: Mesh) -> int:
+def rows_multiple(mesh: Mesh | AbstractMesh) -> int:
     """A batch's row count must be a multiple of this."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -111,10 +111,18 @@ def one_at_a_time(mesh: Mesh, x: Any) -> Any:
     return jax.block_until_ready(x) if several else x
 
 
-def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Pin an intermediate to the mesh in use; nothing where none is or it can't be."""
+def mesh_in_use() -> AbstractMesh | None:
+    """The mesh that `jax.set_mesh` has set; None where that is one device or none."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+        return None
+    return mesh
+
+
+def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Pin an intermediate to the mesh in use; nothing where none is or it can't be."""
+    mesh = mesh_in_use()
+    if mesh is None:
         return x
     for n, axes in zip(x.shape, spec, strict=False):
         names = (axes,) if isinstance(axes, str) else (axes or ())

@@ -1,0 +1,248 @@
+"""Attention over whole rows: who sees whom, and the fastest way the platform has.
+
+In: queries, keys and values of rows of T positions, and `Rows`. Out: what each query
+takes from the values it may see. `attend` chooses:
+
+- XLA (CPU, and wherever no kernel fits): queries in chunks, one after the other, most
+  of the later keys left out. The backward pass computes a chunk's scores again: memory
+  grows with T, not T².
+- TPU: splash attention, which skips blocks that nobody may look at.
+- GPU: cuDNN's flash attention, for bfloat16 and float16.
+
+Axes: B rows, T positions, S positions attended to, N query heads, K key heads, G query
+heads per key head, H head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from grpo_jax import sharding
+from grpo_jax.packing import PROMPT
+
+CHUNK = 256  # queries of a chunk on XLA
+GROUPS = 4  # of chunks: each as far as its last chunk sees, (1 + 1 / 4) / 2 of the work
+LANES = 128  # a TPU's: the least block
+BLOCK = 512  # positions of a block on TPU
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["real", "segments", "positions"],
+    meta_fields=["window"],
+)
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What decides who sees whom.
+
+    >>> rows = Rows(jnp.ones((1, 3), bool), jnp.array([[1, 2, 2]]), jnp.arange(3)[None])
+    >>> rows.allowed().astype(int).tolist()
+    [[[1, 0, 0], [0, 1, 0], [0, 1, 1]]]
+    """
+
+    real: Array  # bool [B, T]: not padding
+    segments: Array | None  # int32 [B, T], as `packing.pack` numbers them; None: one
+    positions: Array  # int32 [B, T]
+    window: int | None = None  # a query sees positions less than this before its own
+
+    def allowed(
+        self, start: Any = 0, count: int | None = None, stop: int | None = None
+    ) -> Bool[Array, "B t s"]:
+        """Whether `count` queries from `start` on see the keys before `stop`.
+
+        They see what is earlier, real, of the same sequence and in the window, and
+        themselves: even padding sees something, so that every softmax is of a number.
+        """
+        count = self.real.shape[1] if count is None else count
+
+        def pairs(x: Array) -> tuple[Array, Array]:
+            mine = jax.lax.dynamic_slice_in_dim(x, start, count, axis=1)
+            return mine[:, :, None], x[:, None, :stop]
+
+        mine, theirs = pairs(jnp.arange(self.real.shape[1])[None])
+        allowed = (mine > theirs) & self.real[:, None, :stop]
+        if self.segments is not None:
+            of = pairs(self.segments)
+            allowed &= (of[0] == of[1]) | shares_prompt(*of)
+        if self.window is not None:
+            at = pairs(self.positions)
+            allowed &= at[0] - at[1] < self.window
+        return allowed | (mine == theirs)
+
+
+def shares_prompt(mine: Int[Array, "..."], theirs: Int[Array, "..."]) -> Array:
+    """Whether a key's segment is the prompt that a query's segment goes on from.
+
+    Prompt g, shared by several outputs, is segment g·2^16; what goes on from it is
+    g·2^16 + 1 and above (`packing.pack` with share_prompts). Plain segments are below
+    2^16, and segment 0 is padding.
+    """
+    is_prompt = (theirs % PROMPT == 0) & (theirs > 0)
+    return is_prompt & (mine // PROMPT == theirs // PROMPT)
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    allowed: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+    """softmax(q k / √H) v over the allowed positions, in float32 inside."""
+    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(allowed[:, None, None], scores / math.sqrt(q.shape[-1]), -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    rows: Rows,
+) -> Float[Array, "B T N H"]:
+    """`attention(q, k, v, rows.allowed())`, by the platform's way of computing it."""
+    where = platform()
+    if where == "tpu" and q.shape[1] >= LANES:
+        return on_each_device(splash, q, k, v, rows)
+    if where == "gpu" and cudnn_takes(q):
+        return on_each_device(cudnn, q, k, v, rows)
+    return chunked(q, k, v, rows)
+
+
+def platform() -> str:
+    """Whose kernels may be used: "gpu", "tpu", or else "cpu", which has none.
+
+    The mesh in use knows, also where the machine that compiles has no such devices.
+    `jax.lax.platform_dependent` would trace every way on every platform, and cuDNN's
+    refuses to be traced without cuDNN; under `grad` it keeps what each would need.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = jax.device_count() if mesh.empty else mesh.size
+    if devices > 1 and sharding.mesh_in_use() is None:
+        return "cpu"  # who knows how arrays are spread? XLA can split what is its own
+    device = mesh.abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def chunked(
+    q: Array, k: Array, v: Array, rows: Rows, size: int = CHUNK
+) -> Float[Array, "B T N H"]:
+    """At most `size` queries at a time; their scores are not kept for gradients.
+
+    Chunks of one group have the same keys and follow one another in a loop: side by
+    side XLA would compute them all at once, in the memory of all.
+    """
+    length = q.shape[1]
+    chunks = -(-length // size)
+    if chunks == 1:
+        return attention(q, k, v, rows.allowed())
+    size = -(-length // chunks)
+    q, k, v, rows = lengthen((q, k, v, rows), chunks * size - length)
+    q = q.reshape(q.shape[0], chunks, size, *q.shape[2:]).swapaxes(0, 1)
+
+    def group(first: int, last: int) -> Array:
+        stop = last * size
+        keys, values = k[:, :stop], v[:, :stop]
+
+        @jax.checkpoint
+        def chunk(start_and_q):
+            start, q = start_and_q
+            return attention(q, keys, values, rows.allowed(start, size, stop))
+
+        return jax.lax.map(chunk, (size * jnp.arange(first, last), q[first:last]))
+
+    groups = min(GROUPS, chunks)
+    ends = [chunks * i // groups for i in range(groups + 1)]
+    out = jnp.concatenate([group(*ends[i : i + 2]) for i in range(groups)])
+    return out.swapaxes(0, 1).reshape(k.shape[0], -1, *q.shape[3:])[:, :length]
+
+
+def lengthen(tree: Any, missing: int) -> Any:
+    """Every [B, T, …] with `missing` more positions, not real and of segment 0."""
+    return jax.tree.map(
+        lambda x: jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)), tree
+    )
+
+
+def splash(
+    q: Array, k: Array, v: Array, rows: Rows, interpret: bool = False
+) -> Float[Array, "B T N H"]:
+    """JAX's Pallas kernel for TPUs, row after row, with each row's own mask.
+
+    Shared prompts are no equality of segments, so the mask is an array and not the
+    kernel's segment ids; 4 bytes a pair of positions, which no head has for itself.
+    In turn blocks of other segments cost nothing.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+
+    length = q.shape[1]
+    block = min(BLOCK, -(-length // LANES) * LANES)
+    # The kernel does not scale.
+    q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
+    q, k, v, rows = lengthen((q, k, v, rows), -length % block)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, heads, T, H]
+    names = ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")
+    sizes: Any = {f"block_{name}": block for name in names}
+
+    def row(q, k, v, allowed) -> Any:
+        kernel = kernels.make_splash_mha_single_device(
+            allowed[None],  # one mask for all heads
+            block_sizes=kernels.BlockSizes(**sizes),
+            interpret=interpret,
+        )
+        # What the kernel asks of this flag needs a bool; under jit it is an array.
+        kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
+        return kernel(q, k, v)
+
+    out = jax.vmap(row)(q, k, v, rows.allowed())
+    return out.swapaxes(1, 2)[:, :length]
+
+
+def cudnn_takes(q: Array) -> bool:
+    """Whether cuDNN's flash attention computes this on every GPU since Ampere."""
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    return half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.shape[1] % 2 == 0
+
+
+def cudnn(
+    q: Array, k: Array, v: Array, rows: Rows, implementation: Any = "cudnn"
+) -> Float[Array, "B T N H"]:
+    """cuDNN's flash attention; the mask goes in as a bias, 2 bytes a pair."""
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=rows.allowed()[:, None],
+        is_causal=True,  # blocks above the diagonal are skipped
+        implementation=implementation,
+    )
+
+
+def on_each_device(
+    kernel: Callable[..., Array], q: Array, k: Array, v: Array, rows: Rows
+) -> Float[Array, "B T N H"]:
+    """The kernel on each device's rows and heads: XLA cannot split what is in it."""
+    mesh = sharding.mesh_in_use()
+    if mesh is None:
+        return kernel(q, k, v, rows)
+    batch = None if q.shape[0] % sharding.rows_multiple(mesh) else sharding.BATCH[0]
+    heads = None if k.shape[2] % mesh.shape["tensor"] else "tensor"
+    whole = sharding.P(batch, None, heads)
+    return jax.shard_map(
+        kernel,
+        in_specs=(whole, whole, whole, sharding.P(batch)),
+        out_specs=whole,
+        check_vma=False,  # kernels do not say how their outputs vary over the mesh
+    )(q, k, v, rows)

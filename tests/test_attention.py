@@ -1,0 +1,326 @@
+"""Each platform's way against softmax written out, and against what must hold of it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from grpo_jax import attention as attention_module
+from grpo_jax import sharding
+from grpo_jax.attention import (
+    CHUNK,
+    Rows,
+    attend,
+    attention,
+    chunked,
+    cudnn,
+    on_each_device,
+    platform,
+    splash,
+)
+from grpo_jax.model import Decoder, ModelConfig
+from grpo_jax.packing import PROMPT, Sample, pack, unpack
+
+T = 50  # no multiple of a chunk
+WAYS = {
+    "chunks": functools.partial(chunked, size=16),
+    "splash": functools.partial(splash, interpret=True),
+    "cudnn": functools.partial(cudnn, implementation="xla"),  # what is asked of it
+}
+
+
+def samples_of(lengths, prompt=0, answers=1) -> list[Sample]:
+    rng = np.random.default_rng(0)
+    samples = []
+    for n in lengths:
+        first = rng.integers(0, 61, prompt).tolist()
+        for i in range(answers):
+            tokens = first + rng.integers(0, 61, n - prompt + i).tolist()
+            mask = [0] * prompt + [1] * (len(tokens) - prompt)
+            samples.append(Sample(tokens=tokens, mask=mask, prompt=prompt))
+    return samples
+
+
+def rows_of(case: str, length: int = T) -> Rows:
+    if case in ("packed", "shared"):
+        shared = case == "shared"
+        samples = samples_of([14, 19], prompt=8, answers=4 if shared else 2)
+        batch = pack(samples, length=length, rows=2, share_prompts=shared).micro(0)
+        ids = jnp.array(batch.segment_ids)
+        assert ((ids >= PROMPT).any() == shared) and (ids == 0).any()
+        return Rows(jnp.ones(ids.shape, bool), ids, jnp.array(batch.positions))
+    real = np.ones((2, length), bool)
+    if case == "left":
+        real[0, : length // 3], real[1, : length - 4] = False, False
+    if case == "right":
+        real[0, length // 3 :], real[1, -5:] = False, False
+    positions = np.cumsum(real, 1) - real
+    return Rows(jnp.array(real), None, jnp.array(positions))
+
+
+def sees(rows: Rows, b: int, i: int, j: int) -> bool:
+    """Whether query i of row b may look at key j, in words."""
+    if i == j:
+        return True
+    ids = np.zeros(rows.real.shape, int) if rows.segments is None else rows.segments
+    mine, theirs = ids[b, i], ids[b, j]
+    shared = theirs >= PROMPT and theirs % PROMPT == 0
+    own = mine == theirs or (shared and theirs == mine - mine % PROMPT)
+    near = rows.positions[b, i] - rows.positions[b, j]
+    in_window = rows.window is None or near < rows.window
+    return bool(j < i and rows.real[b, j] and own and in_window)
+
+
+def mask_of(rows: Rows) -> np.ndarray:
+    plain = jax.tree.map(np.asarray, rows)
+    batch, length = rows.real.shape
+    every = range(length)
+    return np.array([[[sees(plain, b, i, j) for j in every] for i in every]
+                     for b in range(batch)])  # fmt: skip
+
+
+def written_out(q, k, v, allowed):
+    """float64, one head and one query at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out, group = np.zeros(q.shape), q.shape[2] // k.shape[2]
+    for b, i, n in np.ndindex(*q.shape[:3]):
+        here = allowed[b, i]
+        scores = k[b, here, n // group] @ q[b, i, n] / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[b, i, n] = weights @ v[b, here, n // group] / weights.sum()
+    return out
+
+
+def inputs(length=T, rows=2, heads=4, kv_heads=2, width=8, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = (heads, kv_heads, kv_heads, heads)
+    return [
+        jax.random.normal(key, (rows, length, n, width), dtype)
+        for key, n in zip(keys, sizes, strict=True)
+    ]
+
+
+def gradients(f, q, k, v, cotangent):
+    """What f gives, and the gradients of its sum with `cotangent`."""
+
+    @jax.jit
+    def both(q, k, v):
+        out, back = jax.vjp(f, q, k, v)
+        return out, back(cotangent)
+
+    return both(q, k, v)
+
+
+def check(way, rows: Rows, arrays) -> None:
+    q, k, v, cotangent = arrays
+    allowed = mask_of(rows)
+    dense = functools.partial(attention, allowed=jnp.array(allowed))
+    out, ours = gradients(lambda q, k, v: way(q, k, v, rows), q, k, v, cotangent)
+    np.testing.assert_allclose(out, written_out(q, k, v, allowed), atol=2e-6)
+    _, expected = gradients(dense, q, k, v, cotangent)
+    for a, b in zip(ours, expected, strict=True):
+        assert np.abs(b).max() > 1
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", ["left", "right", "packed", "shared"])
+def test_every_way_gives_the_numbers_of_softmax_and_its_gradients(case, way):
+    check(WAYS[way], rows_of(case), inputs())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_window_is_of_positions_not_of_places(way):
+    """An output that goes on from a shared prompt stands far from it in the row."""
+    rows = rows_of("shared")
+    windowed = Rows(rows.real, rows.segments, rows.positions, window=5)
+    ids, at = np.asarray(rows.segments), np.asarray(rows.positions)
+    far = [
+        (b, i, j)
+        for b, i, j in np.argwhere(mask_of(windowed))
+        if ids[b, i] != ids[b, j] and i - j >= 5 > at[b, i] - at[b, j]
+    ]
+    assert far  # by places these would not be seen
+    check(WAYS[way], windowed, inputs())
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("way", ["chunks", "splash"])
+def test_one_key_head_for_all_and_one_each(way, kv_heads):
+    check(WAYS[way], rows_of("packed"), inputs(kv_heads=kv_heads))
+
+
+def test_splash_over_several_blocks_some_of_them_skipped(monkeypatch):
+    monkeypatch.setattr(attention_module, "BLOCK", 128)
+    samples = samples_of([100, 90, 110], prompt=40, answers=2)
+    batch = pack(samples, length=300, rows=2, share_prompts=True).micro(0)
+    ids = jnp.array(batch.segment_ids)
+    rows = Rows(jnp.ones(ids.shape, bool), ids, jnp.array(batch.positions))
+    allowed = mask_of(rows)
+    below = allowed[:, 256:, :128]
+    assert not below[0].any() or not below[1].any()  # a whole block is of others
+    arrays = inputs(300, rows=len(ids), heads=2, kv_heads=1)
+    check(WAYS["splash"], rows, arrays)
+
+
+def test_short_rows_are_the_dense_function_itself():
+    q, k, v, _ = inputs(CHUNK, heads=1, kv_heads=1)
+    rows = rows_of("right", CHUNK)
+    ours = jax.make_jaxpr(chunked)(q, k, v, rows)
+    dense = jax.make_jaxpr(lambda q, k, v, rows: attention(q, k, v, rows.allowed()))
+    assert str(ours) == str(dense(q, k, v, rows))
+
+
+def test_memory_grows_with_the_row_and_not_with_its_square():
+    def growth(way):
+        def temporaries(length):
+            arrays = jax.eval_shape(lambda: inputs(length, heads=8, kv_heads=8))
+            rows = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((2, length), x.dtype), rows_of("packed")
+            )
+
+            def step(q, k, v, cotangent, rows):
+                _, back = jax.vjp(lambda *a: way(*a, rows), q, k, v)
+                return back(cotangent)
+
+            compiled = jax.jit(step).lower(*arrays, rows).compile()
+            memory = compiled.memory_analysis()
+            assert memory is not None
+            return memory.temp_size_in_bytes
+
+        return temporaries(1024) / temporaries(512)
+
+    assert growth(functools.partial(chunked, size=64)) < 2.3
+    assert growth(lambda q, k, v, rows: attention(q, k, v, rows.allowed())) > 3.5
+
+
+def test_a_long_row_of_shared_prompts_gives_each_output_its_own_logits():
+    config = ModelConfig(
+        vocab_size=61, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, ffn=16
+    )
+    model = Decoder(config)
+    params = jax.jit(model.init)(jax.random.key(3))
+    samples = samples_of([90], prompt=60, answers=8)
+    length = CHUNK + 80
+    batch = pack(samples, length=length, share_prompts=True).micro(0)
+    assert batch.segment_ids.shape == (1, length)
+    assert (batch.segment_ids > 0).sum() > CHUNK
+
+    @jax.jit
+    def logps(tokens, targets, **where):
+        logits = model.logits(params, tokens, **where)
+        every = jax.nn.log_softmax(logits)
+        return jnp.take_along_axis(every, targets[..., None], -1)[..., 0]
+
+    places = dict(positions=batch.positions, segment_ids=batch.segment_ids)
+    packed = logps(batch.tokens, batch.targets, **places)
+    longest = max(len(s.tokens) for s in samples)
+    tokens = np.array([np.resize(s.tokens, longest) for s in samples])
+    alone = logps(tokens[:, :-1], tokens[:, 1:])
+    for ours, own in zip(
+        unpack(packed, samples, share_prompts=True), alone, strict=True
+    ):
+        np.testing.assert_allclose(ours, own[: len(ours)], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "layout, kv_heads, count",
+    [((2, 2, 2), 2, 4), ((1, 2, 4), 2, 2), ((4, 2, 1), 2, 2)],
+    ids=["all split", "heads whole", "rows whole"],
+)
+def test_on_a_mesh_each_device_runs_the_kernel_on_its_part(layout, kv_heads, count):
+    q, k, v, cotangent = inputs(rows=count, kv_heads=kv_heads)
+    one = rows_of("shared")
+    rows = jax.tree.map(lambda x: jnp.tile(x, (count // 2, 1)), one)
+
+    def split(q, k, v):
+        return on_each_device(WAYS["splash"], q, k, v, rows)
+
+    with jax.set_mesh(sharding.make_mesh(*layout)):
+        out, ours = gradients(split, q, k, v, cotangent)
+    dense = functools.partial(attention, allowed=rows.allowed())
+    alone, expected = gradients(dense, q, k, v, cotangent)
+    for a, b in zip((out, *ours), (alone, *expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def mesh_of(where: str, *sizes: int, axes=sharding.AXES) -> AbstractMesh:
+    """A mesh of devices that are not here."""
+    device = AbstractDevice(device_kind=where, num_cores=1, platform=where)
+    types = (AxisType.Auto,) * len(sizes)
+    return AbstractMesh(sizes, axes, axis_types=types, abstract_device=device)
+
+
+def program(where: str, mesh: AbstractMesh, dtype, length=256, width=64) -> str:
+    """What the platform is given to compile: `attend` forward and backward."""
+    q, k, v, cotangent = jax.eval_shape(
+        lambda: inputs(length, rows=4, width=width, dtype=dtype)
+    )
+    rows = jax.eval_shape(lambda: rows_of("right", length))
+    rows = jax.tree.map(lambda x: jnp.zeros((4, length), x.dtype), rows)
+
+    def step(q, k, v, cotangent):
+        out, back = jax.vjp(lambda q, k, v: attend(q, k, v, rows), q, k, v)
+        return out, back(cotangent)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(step).trace(q, k, v, cotangent)
+        return traced.lower(lowering_platforms=(where,)).as_text()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_the_program_for_tpu_is_splashs_three_kernels(sizes):
+    mesh = mesh_of("tpu", *sizes)
+    for dtype, name in ((jnp.float32, "f32"), (jnp.bfloat16, "bf16")):
+        lines = program("tpu", mesh, dtype).splitlines()
+        calls = [line for line in lines if "tpu_custom_call" in line]
+        assert len(calls) == 3
+        for call in calls:  # with the device's own query heads, of 4
+            assert (f"tensor<4x256x64x{name}>" in call) == (sizes[2] == 1)
+    assert "tpu_custom_call" not in program("tpu", mesh, jnp.float32, length=100)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_the_program_for_gpu_is_cudnns_where_it_computes_this(sizes):
+    mesh = mesh_of("gpu", *sizes)
+    lower = functools.partial(program, "cuda", mesh)
+    try:
+        assert "__cudnn$fmha" in lower(jnp.bfloat16)
+    except RuntimeError as error:  # chosen, on a machine that has none
+        assert "cuDNN is not detected" in str(error)
+    assert "cudnn" not in lower(jnp.float32)
+    assert "cudnn" not in lower(jnp.bfloat16, length=255)
+    assert "cudnn" not in lower(jnp.bfloat16, width=12)
+
+
+def test_no_kernel_where_it_is_not_known_how_arrays_are_spread():
+    with jax.sharding.use_abstract_mesh(mesh_of("tpu", 4, axes=("own",))):
+        assert platform() == "cpu"
+    with jax.sharding.use_abstract_mesh(mesh_of("tpu", 1, axes=("own",))):
+        assert platform() == "tpu"
+
+
+def test_a_tpu_compiles_the_layers_on_its_mesh():
+    """XLA's and Mosaic's own compilers for a TPU, which need none to be there."""
+    pytest.importorskip("libtpu", reason="libtpu, TPUs' compiler, is not installed")
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    mesh = sharding.make_mesh(1, 2, 2, devices=topology.devices)
+    config = ModelConfig(
+        vocab_size=64, width=128, layers=5, heads=4, kv_heads=2, head_dim=64, ffn=128
+    )
+    model = Decoder(config, dtype="bfloat16")
+    params = sharding.abstract(jax.eval_shape(model.init, jax.random.key(0)), mesh)
+    place = sharding.batch_sharding(mesh)
+    ids = jax.ShapeDtypeStruct((2, 200), jnp.int32, sharding=place)
+
+    def loss(params, tokens, segment_ids):
+        return model.hidden(params, tokens, segment_ids=segment_ids).mean(dtype=float)
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss)).lower(params, ids, ids).compile()
+    assert "tpu_custom_call" in str(compiled.as_text())
