@@ -45,7 +45,7 @@ config = GRPOConfig(
     max_completion_length=ask["new"], per_device_train_batch_size=ask["micro"],
     gradient_accumulation_steps=ask["outputs"] // ask["micro"],
     generation_batch_size=ask["outputs"], num_iterations=1, max_steps=ask["steps"],
-    learning_rate=1e-6, adam_beta2=0.95, save_strategy="no", report_to=[],
+    learning_rate=ask["rate"], adam_beta2=0.95, save_strategy="no", report_to=[],
     logging_strategy="no", shuffle_dataset=False, gradient_checkpointing=False)
 generate = model.generate
 def timed(*args, **kwargs):
@@ -83,6 +83,7 @@ def parse() -> argparse.Namespace:
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add("--row-length", dest="length", type=int, default=1024, help="of a packed row")
     add("--remat", action="store_true", help="recompute layers: less memory")
+    add("--learning-rate", dest="rate", type=float, default=1e-6)
     add("--seed", type=int, default=0)
     add("--trl", metavar="PYTHON", help="an interpreter that has TRL")
     add("--micro", type=int, default=4, help="outputs of a micro-batch of TRL's")
@@ -136,7 +137,7 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, A
     model, params = load_pretrained(flags.model, dtype=flags.dtype)
     model = dataclasses.replace(model, remat=flags.remat)
     tokenizer = Tokenizer.from_folder(flags.model)
-    optimizer = optax.adamw(1e-6, b2=0.95)
+    optimizer = optax.adamw(flags.rate, b2=0.95)
     update = make_grpo_step(model, optimizer, kl_coef=0.04)
     reference = params
     state = TrainState.create(jax.tree.map(jnp.copy, params), optimizer)
@@ -204,6 +205,7 @@ def measure_trl(flags: argparse.Namespace, questions: list[str]) -> list[dict]:
         "new": flags.new,
         "steps": flags.steps,
         "micro": flags.micro,
+        "rate": flags.rate,
         "threads": flags.threads,
     }
     command = [flags.trl, "-c", _TRL, json.dumps(ask)]
@@ -220,7 +222,7 @@ def measure_trl(flags: argparse.Namespace, questions: list[str]) -> list[dict]:
 
 def show(**figures) -> dict[str, Any]:
     rounded = {
-        k: round(v, 5) if isinstance(v, float) else v for k, v in figures.items()
+        k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in figures.items()
     }
     print(json.dumps(rounded), flush=True)
     return rounded

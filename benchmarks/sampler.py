@@ -178,7 +178,7 @@ def main() -> None:
 
 def show(**figures) -> None:
     rounded = {
-        k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()
+        k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in figures.items()
     }
     print(json.dumps(rounded), flush=True)
 

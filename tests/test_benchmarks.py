@@ -54,14 +54,15 @@ def lines_of(script: str, *arguments: str) -> list[dict]:
 
 def test_a_whole_step_is_its_parts(given):
     options = ["--questions", "2", "--group", "4", "--max-new", "8", "--steps", "2"]
-    found = lines_of("grpo_step.py", *given, *options, "--row-length", "256")
+    options += ["--learning-rate", "1e-2", "--row-length", "256"]
+    found = lines_of("grpo_step.py", *given, *options)
     assert [x["step"] for x in found] == [1, 2]
     for x in found:
         parts = x["generate_seconds"] + x["update_seconds"]
         assert parts == pytest.approx(x["seconds"], rel=1e-3)
         assert 0 < x["completion_tokens"] <= 2 * 4 * 8
     # An update went before each, so that π_θ has moved away from π_ref, a little.
-    assert 0 < found[0]["kl"] < found[1]["kl"] < 1e-3
+    assert 0 < found[0]["kl"] < found[1]["kl"]
     assert found[0]["peak_rss_gb"] <= found[1]["peak_rss_gb"]
 
 
@@ -93,6 +94,6 @@ def test_the_update_is_measured_against_the_peak(given):
     assert (update["G"], group["G"]) == (4, 2)
     assert update["tokens"] > group["tokens"]
     share = update["gflops"] / peak["gflops"]
-    assert update["share_of_peak"] == pytest.approx(share, abs=1e-3)
+    assert update["share_of_peak"] == pytest.approx(share, rel=1e-3)
     held = [x for x in found if x["case"] == "vocabulary"]
     assert [x["V"] for x in held] == [512, 1024]
