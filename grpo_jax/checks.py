@@ -27,6 +27,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "max_staleness": (0, 1),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
+    "model.cache_dtype": ("", "float32", "bfloat16"),
     "data.template": ("chat", "deepseekmath", "plain"),
     "data.instruction": ("cot", "tool", "none"),
     "sft.schedule": ("constant", "linear", "cosine"),

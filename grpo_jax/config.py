@@ -27,6 +27,7 @@ class ModelSettings:
     hint: str = ""  # what to do where the folder is missing
     dtype: str = "float32"  # of the computation: float32 | bfloat16
     param_dtype: str = "float32"  # of the weights and the optimiser state
+    cache_dtype: str = ""  # of the sampler's keys and values; "" is dtype
     remat: bool = False  # recompute layers in the backward pass: less memory
     lora_rank: int = 0  # r of LoRA's adapters (float32), which alone train; 0 is none
     lora_alpha: float = 16.0  # α: they are scaled by α/r

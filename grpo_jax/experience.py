@@ -59,7 +59,8 @@ def load_questions(run: Run) -> Prompts:
 class Drawn:
     """G outputs of each of a step's questions, side by side, maybe still on their way.
 
-    arrays: tokens and logps [N, C], lengths and finished [N], as `Rollouts` has them.
+    arrays: tokens and logps [N, C], lengths and finished [N], occupancy [], as
+    `Rollouts` has them.
     """
 
     step: int
@@ -78,8 +79,9 @@ def draw(run: Run, params: Params, step: int, prompts: Prompts, key: jax.Array):
         max_new_tokens=run.config.max_new_tokens,
         temperature=run.config.temperature,
         eos_id=run.tokenizer.eos_ids,
+        cache_dtype=run.config.model.cache_dtype or None,
     )
-    names = ("tokens", "logps", "lengths", "finished")
+    names = ("tokens", "logps", "lengths", "finished", "occupancy")
     arrays = {name: getattr(rollouts, name) for name in names}
     return Drawn(step, prompts, sharding.one_at_a_time(run.mesh, arrays))
 

@@ -251,6 +251,7 @@ def make_body(
             "learning_rate": float(rate(step * updates)),
             "samples/taught": float(len(kept)),
             "sampling/staleness": float(staleness),
+            "sampling/occupancy": float(drawn.arrays["occupancy"]),
             "time/sample": sampled - started,  # what the host waited for
             "time/rewards": graded - sampled,
             "time/credit": credited_at - graded,

@@ -138,6 +138,7 @@ def test_a_run_is_what_it_would_be_one_thing_after_the_other(lag, folder):
         assert [s == c for s, c in zip(seen, calls, strict=True)][:2] == [True, False]
     rows = metrics(folder / f"lag-{lag}")
     assert [r["sampling/staleness"] for r in rows] == [0.0] + [float(lag)] * (STEPS - 1)
+    assert all(0 < r["sampling/occupancy"] <= 1 for r in rows)
 
 
 def wait(array: Any) -> bool:
