@@ -81,8 +81,14 @@ def parse() -> argparse.Namespace:
     add("--max-new", dest="new", type=int, default=128, help="tokens of an output")
     add("--steps", type=int, default=3)
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
-    add("--row-length", dest="length", type=int, default=1024, help="of a packed row")
-    add("--remat", action="store_true", help="recompute layers: less memory")
+    add("--row-length", dest="length", type=int, default=512, help="of a packed row")
+    add("--rows", type=int, default=2, help="packed rows in memory at a time")
+    add(
+        "--no-remat",
+        dest="remat",
+        action="store_false",
+        help="keep all layers' insides",
+    )
     add("--learning-rate", dest="rate", type=float, default=1e-6)
     add("--seed", type=int, default=0)
     add("--trl", metavar="PYTHON", help="an interpreter that has TRL")
@@ -172,7 +178,7 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, A
             )
             for i, t in enumerate(tokens)
         ]
-        batch = pack(samples, length=flags.length, share_prompts=True)
+        batch = pack(samples, length=flags.length, rows=flags.rows, share_prompts=True)
         batch = batch.with_capacity(capacity)
         state, metrics = update(state, reference, batch)
         metrics = jax.device_get(metrics)

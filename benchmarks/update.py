@@ -40,8 +40,14 @@ def parse() -> argparse.Namespace:
     add("--vocabularies", type=int, nargs="+", default=[8192, 32768, 131072])
     add("--prompt", type=int, default=100, help="tokens of a question")
     add("--new", type=int, default=128, help="tokens of an output at most")
-    add("--row-length", dest="length", type=int, default=1024, help="of a packed row")
-    add("--remat", action="store_true", help="recompute layers: less memory")
+    add("--row-length", dest="length", type=int, default=512, help="of a packed row")
+    add("--rows", type=int, default=2, help="packed rows in memory at a time")
+    add(
+        "--no-remat",
+        dest="remat",
+        action="store_false",
+        help="keep all layers' insides",
+    )
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add("--repeats", type=int, default=3)
     add("--size", type=int, default=2048, help="N of the matrix product")
@@ -135,9 +141,8 @@ def make_batch(flags: argparse.Namespace, group: int, most: int):
                     advantages=float(rng.normal()),
                 )
             )
-    batch = pack(samples, length=flags.length, share_prompts=True)
-    most = -(-flags.questions * (flags.prompt + most * flags.new) // flags.length) + 1
-    return batch.with_capacity(most), tokens
+    batch = pack(samples, length=flags.length, rows=flags.rows, share_prompts=True)
+    return batch.with_capacity(flags.questions * most // flags.rows + 1), tokens
 
 
 def peak(size: int) -> float:

@@ -35,9 +35,11 @@ def get_config() -> Config:
         learning_rate=1e-6,
         checkpoint_every=5,
         model=ModelSettings(
-            path="models/smollm2-135m-instruct", hint="run `make smollm2` first"
+            path="models/smollm2-135m-instruct",
+            hint="run `make smollm2` first",
+            remat=True,  # on a CPU computing again is faster than keeping
         ),
         data=DataSettings(train="gsm8k", eval="gsm8k", max_prompt_tokens=256),
-        optimizer=OptimizerSettings(micro_rows=2, row_length=640),  # two outputs a row
+        optimizer=OptimizerSettings(micro_rows=2, row_length=512),
         eval=EvalSettings(questions=50, samples=0, batch=50),
     )
