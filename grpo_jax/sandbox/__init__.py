@@ -84,8 +84,9 @@ class Sandbox:
         for self.mechanism in names:
             try:
                 found = self.run(PROBE)
-            except (GrpoError, SandboxFailed) as fault:
+            except (OSError, ValueError, SandboxFailed) as fault:
                 faults.append(f"{self.mechanism}: {fault}")
+                self.close()
                 continue
             if found.status == "ok" and found.stdout == "confined\n":
                 return
@@ -109,7 +110,7 @@ class Sandbox:
         """Runs one program; SandboxFailed if that could not be done, twice.
 
         `cpu_seconds` is rounded up to whole ones. `memory_bytes` is of address space,
-        of which Python with numpy and sympy has about 200 MB.
+        of which Python, numpy and sympy have taken 150 MB.
         """
         limits = {
             "wall_seconds": wall_seconds,
@@ -127,7 +128,7 @@ class Sandbox:
                 reply = server.ask({"program": program, **limits}, wall_seconds)
             except (OSError, ValueError) as error:
                 server.close()
-                fault = f"{error or type(error).__name__} {server.complaint()}"
+                fault = f"{type(error).__name__} {server.fault}"
                 continue
             if "failed" not in reply:
                 return Result(**reply)
@@ -142,7 +143,7 @@ class Sandbox:
             return list(threads.map(functools.partial(self.run, **limits), programs))
 
     def close(self) -> None:
-        """Ends the server and every program under it; the next `run` starts another."""
+        """Ends the server; the next `run` starts another."""
         with self._lock:
             if self._server is not None:
                 self._server.close()
@@ -166,6 +167,7 @@ class _Server:
     def __init__(self, mechanism: str):
         self.control, inner = socket.socketpair()
         self.errors: IO[bytes] = tempfile.TemporaryFile()
+        self.fault = ""  # the last line that the process wrote there, once closed
         with inner:
             command, environment = launch.MECHANISMS[mechanism](inner.fileno())
             self.process = subprocess.Popen(
@@ -185,7 +187,7 @@ class _Server:
             ready = False
         if not ready:
             self.close()
-            raise GrpoError(self.complaint() or "its server did not start")
+            raise GrpoError(self.fault or "its server did not start")
 
     def ask(self, request: dict, wall_seconds: float) -> dict:
         """A request's reply; OSError or ValueError if none came."""
@@ -199,18 +201,17 @@ class _Server:
                 return json.loads(reply.readline())
 
     def close(self) -> None:
+        """Lets the server end, which it does when nobody holds the socket."""
         self.control.close()
         try:
-            self.process.wait(2)
+            self.process.wait(5)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-
-    def complaint(self) -> str:
-        """The last line that the process wrote to its stderr."""
-        self.errors.seek(0)
-        lines = self.errors.read()[-1000:].decode(errors="replace").splitlines()
-        return lines[-1] if lines else ""
+        with contextlib.suppress(ValueError):  # another thread was faster
+            said = os.pread(self.errors.fileno(), 1 << 16, 0).decode(errors="replace")
+            self.fault = said.strip().rpartition("\n")[2]
+            self.errors.close()
 
 
 _shared: tuple[int, Sandbox] | None = None

@@ -126,7 +126,7 @@ def _prctl(option: int, value: object, more: object = 0) -> None:
 
 
 def landlock_ruleset(readable: list[str]) -> int:
-    """A Landlock rule set: these files and folders may be read, nothing else touched."""
+    """A Landlock rule set: these may be read, and no other file touched."""
     version = _call("Landlock", LIBC.syscall(444, None, ctypes.c_size_t(0), 1))
     rights = 13 + (version >= 2) + (version >= 3) + (version >= 5)
     handled = ctypes.c_uint64((1 << rights) - 1)
@@ -216,14 +216,15 @@ def run_program(source: str) -> int:
             print(leave.code, file=sys.stderr)
     except BaseException as error:
         where = error.__traceback__
-        traceback.print_exception(error.with_traceback(where and where.tb_next))
+        error = error.with_traceback(where and where.tb_next)
+        traceback.print_exception(error, limit=-100)  # deep recursion has millions
     sys.stdout.flush()
     sys.stderr.flush()
     return code
 
 
 def start_program(asked, keeper, ready, out, err, confinement) -> None:
-    """In a fresh fork: descriptors 0 to 2, confinement, the program; does not return."""
+    """In a fresh fork: descriptors, confinement, the program; does not return."""
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,8 +1,8 @@
 """How the sandbox's server is started, by bubblewrap or bare under Landlock.
 
 In: the mechanism and the socket's descriptor. Out: a command for `subprocess`, and its
-environment. Nothing of the host's environment goes in, and of its files only the C
-library, Python, numpy, sympy and mpmath, to be read.
+environment. Nothing of the host's environment goes in, and of its files only shared
+libraries, Python, numpy, sympy and mpmath, to be read.
 """
 
 import importlib.util
@@ -90,6 +90,7 @@ def bubblewrap(control: int) -> tuple[list[str], dict[str, str]]:
     for folder in ("site-packages", "dist-packages"):  # what else is installed
         if Path(os.__file__).with_name(folder).is_dir():
             command += ["--tmpfs", str(inner / folder)]
+            command += ["--remount-ro", str(inner / folder)]
     for package in packages():
         command += ["--ro-bind", str(package), f"/site/{package.name}"]
     for device in ("null", "zero", "urandom"):
