@@ -3,8 +3,15 @@
 `PROGRAMS`: name → (source, the status it must end with). The source prints ESCAPED, or
 a secret, where it got what it wanted; PORT, SOCKET, FILE, LISTENER, PROJECT stand for
 what `test_sandbox.traps` has set up outside. `SYSTEM_CALLS`: name → its x86-64 number;
-called with zeros each must be refused.
+called with zeros each must be refused. `under`, `left_over`: what still runs;
+`missing`: why this machine has not got a mechanism.
 """
+
+import ctypes
+import pathlib
+import shutil
+import subprocess
+import time
 
 SECRET = "hunter2-never-inside"
 
@@ -296,6 +303,11 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     "abort": ("import ctypes; ctypes.CDLL(None).abort()", "error"),
     "deep recursion": (
         "import sys; sys.setrecursionlimit(10**9)\ndef f(): return f() + 1\nf()",
+        "error or timeout",  # out of memory; unwinding a million frames is slow
+    ),
+    "deep recursion in C": (
+        "import sys; sys.setrecursionlimit(10**9)\n"
+        "class A: __repr__ = lambda self: repr([self])\nrepr(A())",
         "error",
     ),
     "deep source": ("(" * 10**5 + ")" * 10**5, "error"),
@@ -328,3 +340,60 @@ SYSTEM_CALLS = {
     "settimeofday": 164, "syslog": 103, "init_module": 175, "kexec_load": 246,
     "quotactl": 179, "acct": 163, "landlock_create_ruleset": 444, "set_mempolicy": 238,
 }  # fmt: skip
+
+# A machine that refuses some system calls, as a container's profile does.
+REFUSING = """
+import ctypes, struct, sys
+from grpo_jax import sandbox
+steps = [(0x20, 0, 0, 0)]
+for number in REFUSED:
+    steps += [(0x15, 0, 1, number), (0x06, 0, 0, 0x50001)]
+steps.append((0x06, 0, 0, 0x7FFF0000))
+code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *s) for s in steps))
+program = struct.pack("@HP", len(steps), ctypes.addressof(code))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0
+try:
+    with sandbox.Sandbox() as box:
+        print(box.mechanism, box.run("print(6 * 7)").stdout)
+except sandbox.GrpoError as error:
+    print("refused:", error)
+"""
+
+
+def under(process: int) -> set[int]:
+    """The processes that descend from one."""
+    parents = {}
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            text = (folder / "stat").read_text()
+        except OSError:
+            continue
+        parents[int(folder.name)] = int(text.rpartition(")")[2].split()[1])
+    found, new = set(), {process}
+    while new:
+        found |= new
+        new = {child for child, parent in parents.items() if parent in new}
+    return found
+
+
+def left_over(box, before: set[int]) -> set[int]:
+    """What runs under the sandbox and did not before; a keeper takes a moment to go."""
+    until = time.monotonic() + 5
+    while (
+        more := under(box._server.process.pid) - before
+    ) and time.monotonic() < until:
+        time.sleep(0.01)
+    return more
+
+
+def missing(mechanism: str) -> str:
+    """Why a mechanism cannot be had here, asked without the sandbox; "" if it can."""
+    if mechanism == "landlock":
+        version = ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1)
+        return "" if version >= 1 else "this kernel has no Landlock"
+    if shutil.which("bwrap") is None:
+        return "bubblewrap is not installed"
+    command = ["bwrap", "--unshare-pid", "--unshare-net", "--ro-bind", "/", "/", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stderr.strip()

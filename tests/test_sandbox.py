@@ -15,7 +15,7 @@ import threading
 import time
 
 import pytest
-from hostile import PROGRAMS, SECRET, SYSTEM_CALLS
+from hostile import PROGRAMS, REFUSING, SECRET, SYSTEM_CALLS, left_over, missing, under
 
 from grpo_jax import sandbox
 from grpo_jax.errors import GrpoError
@@ -50,38 +50,10 @@ def traps(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["bubblewrap", "landlock"])
 def box(request, traps):
-    try:
-        sandbox_ = sandbox.Sandbox(request.param)
-    except GrpoError as missing:
-        pytest.skip(str(missing))
-    with sandbox_:
-        yield sandbox_
-
-
-def under(process: int) -> set[int]:
-    """The processes that descend from one."""
-    parents = {}
-    for folder in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            text = (folder / "stat").read_text()
-        except OSError:
-            continue
-        parents[int(folder.name)] = int(text.rpartition(")")[2].split()[1])
-    found, new = set(), {process}
-    while new:
-        found |= new
-        new = {child for child, parent in parents.items() if parent in new}
-    return found
-
-
-def left_over(box, before: set[int]) -> set[int]:
-    """What runs under the sandbox and did not before; a keeper takes a moment to go."""
-    until = time.monotonic() + 5
-    while (
-        more := under(box._server.process.pid) - before
-    ) and time.monotonic() < until:
-        time.sleep(0.01)
-    return more
+    if why := missing(request.param):
+        pytest.skip(why)
+    with sandbox.Sandbox(request.param) as started:
+        yield started
 
 
 # ---- hostile programs ----------------------------------------------------------------
@@ -95,13 +67,13 @@ def test_a_hostile_program_does_no_harm(box, traps, name):
     for word, value in traps.items():
         source = source.replace(word, value)
     before = under(box._server.process.pid)
-    limits = {**LIMITS, **({"wall_seconds": 0.7} if status == "timeout" else {})}
+    limits = {**LIMITS, **({"wall_seconds": 0.7} if "timeout" in status else {})}
     found = box.run(source, output_bytes=1 << 20, **limits)
     said = found.stdout + found.stderr
-    assert found.status == status, said[-2000:]
+    assert found.status in status.split(" or "), said[-2000:]
     assert "ESCAPED" not in found.stdout and SECRET not in said
     assert len(said) <= (1 << 20) + 100
-    assert status != "timeout" or 0.7 <= found.seconds < 10
+    assert found.status != "timeout" or 0.7 <= found.seconds < 10
     assert left_over(box, before) == set()
     # The next program finds everything as it should be.
     after = box.run("import sympy, os; print(sympy.sqrt(8), len(os.environ), 2 + 2)")
@@ -129,17 +101,30 @@ for name, number in {SYSTEM_CALLS!r}.items():
         assert (int(result), int(error)) == (-1, expected), name
 
 
+def test_under_landlock_the_filter_alone_refuses_to_write(box):
+    """Older kernels' Landlock lets O_TRUNC through; the filter's errno is not its."""
+    if box.mechanism != "landlock":
+        pytest.skip("under bubblewrap a program has a /tmp to write to")
+    program = """
+import os
+for flags in (os.O_RDONLY | os.O_TRUNC, os.O_WRONLY, os.O_RDWR, os.O_CREAT):
+    try: os.open(os.__file__, flags)
+    except OSError as error: print(error.errno)
+"""
+    assert box.run(program).stdout.split() == [str(errno.EPERM)] * 4
+
+
 def test_a_program_has_given_everything_up(box):
     """As the kernel tells it, from outside."""
     before = under(box._server.process.pid)
     thread = threading.Thread(target=box.run, args=["import time; time.sleep(3)"])
     thread.start()
     time.sleep(1)
-    new = under(box._server.process.pid) - before
+    new = under(box._server.process.pid) - before  # the keeper, the program
     states = [pathlib.Path(f"/proc/{n}/status").read_text() for n in new]
     thread.join()
     confined = [s for s in states if re.search(r"^Seccomp:\t2$", s, re.M)]
-    assert len(states) == 2 and len(confined) == 1  # the keeper, the program
+    assert len(states) == 2 and len(confined) == 1
     assert re.search(r"^NoNewPrivs:\t1$", confined[0], re.M)
     for kind in ("Inh", "Prm", "Eff", "Amb"):
         assert re.search(rf"^Cap{kind}:\t0+$", confined[0], re.M)
@@ -385,24 +370,6 @@ def test_the_death_of_a_server_is_not_the_programs_fault(box, times):
     assert not thread.is_alive()
 
 
-# A machine that refuses some system calls, as a container's profile does.
-REFUSING = """
-import ctypes, struct, sys
-from grpo_jax import sandbox
-steps = [(0x20, 0, 0, 0)]
-for number in REFUSED:
-    steps += [(0x15, 0, 1, number), (0x06, 0, 0, 0x50001)]
-steps.append((0x06, 0, 0, 0x7FFF0000))
-code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *s) for s in steps))
-program = struct.pack("@HP", len(steps), ctypes.addressof(code))
-libc = ctypes.CDLL(None, use_errno=True)
-assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0
-try:
-    with sandbox.Sandbox() as box:
-        print(box.mechanism, box.run("print(6 * 7)").stdout)
-except sandbox.GrpoError as error:
-    print("refused:", error)
-"""
 MOUNT, LANDLOCK = 165, 444
 
 
@@ -414,11 +381,8 @@ MOUNT, LANDLOCK = 165, 444
     ],
 )
 def test_without_bubblewrap_landlock_and_without_both_nothing(refused, answer):
-    if LANDLOCK not in refused:
-        try:
-            sandbox.Sandbox("landlock").close()
-        except GrpoError as missing:
-            pytest.skip(str(missing))
+    if LANDLOCK not in refused and (why := missing("landlock")):
+        pytest.skip(why)
     code = REFUSING.replace("REFUSED", repr(refused))
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(
@@ -429,10 +393,9 @@ def test_without_bubblewrap_landlock_and_without_both_nothing(refused, answer):
 
 
 def test_the_shared_sandbox_is_started_once():
-    try:
-        first = sandbox.shared()
-    except GrpoError as missing:
-        pytest.skip(str(missing))
+    if missing("bubblewrap") and missing("landlock"):
+        pytest.skip("neither mechanism exists here")
+    first = sandbox.shared()
     assert sandbox.run("print(3)").stdout == "3\n"
     assert [x.stdout for x in sandbox.run_many(["print(1)", "print(2)"])] == [
         "1\n",

@@ -201,7 +201,7 @@ def run_program(source: str) -> int:
         stream = open(number, "w", 1, "utf-8", errors="replace", closefd=False)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-    builtins.exit = builtins.quit = sys.exit  # `site` is not loaded
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # `site` is not loaded
     name, main = "<program>", types.ModuleType("__main__")
     sys.modules["__main__"], sys.argv = main, [name]
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
@@ -330,7 +330,7 @@ def preload() -> None:
 
     x, n = sympy.symbols("x"), sympy.Symbol("n", integer=True)
     sympy.solve(x**2 - 2 * x - 1, x), sympy.solve([x + n - 1, x - n], [x, n])
-    sympy.simplify(sympy.sin(x) ** 2 + sympy.cos(x) ** 2), sympy.factor(x**2 - 1)
+    sympy.simplify("sin(x)**2 + cos(x)**2"), sympy.factor(x**2 - 1)
     sympy.Rational(1, 3).evalf(), sympy.sqrt(8), sympy.factorint(360)
     sympy.integrate(x**2, x), sympy.diff(x**3, x), sympy.Matrix([[1, 2], [3, 4]]).inv()
 
