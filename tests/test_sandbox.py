@@ -219,7 +219,7 @@ ORDINARY = {
 @pytest.mark.parametrize("name", ORDINARY)
 def test_an_ordinary_program(box, name):
     program, printed = ORDINARY[name]
-    found = box.run(program)
+    found = box.run(program, **LIMITS)
     assert (found.status, found.stdout, found.stderr) == ("ok", printed, "")
 
 
@@ -266,8 +266,7 @@ def test_the_same_program_prints_the_same(box):
     )
     first, second = box.run_many([program] * 2)
     assert first.stdout == second.stdout
-    other = sandbox.Sandbox(box.mechanism)
-    with other:
+    with sandbox.Sandbox(box.mechanism) as other:
         assert other.run(program).stdout == first.stdout
 
 
@@ -339,17 +338,14 @@ def end(processes) -> None:
 
 def end_servers(box, times: int) -> None:
     """Ends the server and all under it, once a program runs there; and the next one."""
+    idle = 3 if box.mechanism == "bubblewrap" else 1  # its own two, the server
     for _ in range(times):
         server = box._server.process
-        while len(running := under(server.pid)) < under_idle(box) + 2:
+        while len(running := under(server.pid)) < idle + 2:
             time.sleep(0.02)
         end(running)
         while times > 1 and box._server.process is server:
             time.sleep(0.02)
-
-
-def under_idle(box) -> int:
-    return 3 if box.mechanism == "bubblewrap" else 1  # its two processes, the server
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -397,8 +393,6 @@ def test_the_shared_sandbox_is_started_once():
         pytest.skip("neither mechanism exists here")
     first = sandbox.shared()
     assert sandbox.run("print(3)").stdout == "3\n"
-    assert [x.stdout for x in sandbox.run_many(["print(1)", "print(2)"])] == [
-        "1\n",
-        "2\n",
-    ]
+    both = sandbox.run_many(["print(1)", "print(2)"])
+    assert [x.stdout for x in both] == ["1\n", "2\n"]
     assert sandbox.shared() is first
