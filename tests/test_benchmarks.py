@@ -97,3 +97,14 @@ def test_the_update_is_measured_against_the_peak(given):
     assert update["share_of_peak"] == pytest.approx(share, rel=1e-3)
     held = [x for x in found if x["case"] == "vocabulary"]
     assert [x["V"] for x in held] == [512, 1024]
+
+
+def test_the_sandbox_is_measured_on_programs_that_ran():
+    sizes = ["--programs", "6", "--repeats", "2", "--workers", "2"]
+    start, *found, outside = lines_of("sandbox.py", *sizes)
+    assert (start["case"], outside["case"]) == ("start", "outside")
+    assert [x["case"] for x in found] == ["print"] * 2 + ["numpy"] * 2 + ["sympy"] * 2
+    for x in found:
+        rate = x["programs_per_second"] * x["seconds"]
+        assert rate == pytest.approx(x["programs"], rel=1e-3) and x["programs"] == 6
+        assert x["inside_seconds"] * 6 < 2 * x["seconds"]
