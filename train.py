@@ -3,8 +3,8 @@
     python train.py --config configs/tiny.py [--workdir DIR] [--config.name=value …]
 
 In: a config file. Out: the work directory (runs/<name>) with config.json,
-metrics.jsonl, samples.jsonl, checkpoints/ and results.json. The same command again
-goes on where the run stopped.
+metrics.jsonl, samples.jsonl, checkpoints/, results.json and report.html. The same
+command again goes on where the run stopped.
 """
 
 from grpo_jax.train import main

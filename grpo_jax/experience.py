@@ -250,28 +250,47 @@ def _mean(values: Any) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
-def show(run: Run, step: int, outputs, rewards: np.ndarray, samples) -> None:
-    """The first question's group into samples.jsonl, with what each output teaches."""
+SHOWN = 8  # outputs of a group that are shown token by token
+
+
+def show(run: Run, step: int, outputs, rewards: np.ndarray, samples, **logps) -> None:
+    """The first question's group into samples.jsonl, with what each output teaches.
+
+    logps: of each output, what else is known of its tokens (ref_logps, old_logps); None
+    where nothing is. Only the first outputs go token by token: the file stays small.
+    """
     g = run.config.group_size
     taught: list[Any] = [None] * g  # a pair is not an output's own
     if len(samples) == len(outputs):
         taught = [_advantage(s) for s in samples[:g]]
     completions = [
-        {"completion": o.text, "reward": _number(r), "advantage": a}
+        {
+            "completion": o.text,
+            "reward": _number(r),
+            "advantage": a,
+            "finished": o.finished,
+        }
         for o, r, a in zip(outputs[:g], rewards[:g], taught, strict=True)
     ]
+    known = {"logps": [o.logps for o in outputs[:SHOWN]], **logps}
+    for i, completion in enumerate(completions[:SHOWN]):
+        completion["tokens"] = run.tokenizer.pieces(outputs[i].tokens)
+        for name, values in known.items():
+            if values is not None:
+                completion[name] = [_number(x, 3) for x in values[i]]
     example = outputs[0].example
     shown = {"question": example.question, "answer": example.answer}
     run.recorder.write_samples("rl", step + 1, {**shown, "completions": completions})
 
 
 def _advantage(sample: Sample) -> Any:
-    """One number for the output, or one for each of its tokens."""
+    """One number for the output, or one for each of its tokens; None: it is masked."""
+    if not any(sample.mask):
+        return None
     if isinstance(sample.advantages, float):
         return _number(sample.advantages)
-    pairs = zip(sample.advantages or (), sample.mask, strict=False)
-    return [_number(a) for a, m in pairs if m]
+    return [_number(a) for a in (sample.advantages or ())[sample.prompt :]]
 
 
-def _number(x: Any) -> float | None:
-    return round(float(x), 4) if np.isfinite(x) else None
+def _number(x: Any, digits: int = 4) -> float | None:
+    return round(float(x), digits) if np.isfinite(x) else None

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, samples.jsonl, TensorBoard, a progress bar.
+"""What a run tells: metrics, samples, report.html, TensorBoard, a progress bar.
 
 In: the metrics of a step. Out: one JSON object a line in the work directory, with the
 metric names of algorithms people know (TRL's); the same to TensorBoard, and to Weights
@@ -14,11 +14,14 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import tqdm
+
+from grpo_jax import report
 
 
 class Recorder:
@@ -35,6 +38,7 @@ class Recorder:
     def __init__(self, workdir: str | os.PathLike[str], config: Any = None):
         self.workdir = Path(workdir)
         self.config = config
+        self._next_report = 0.0
 
     def __enter__(self) -> Recorder:
         from tensorboardX import SummaryWriter
@@ -77,6 +81,13 @@ class Recorder:
     def write_samples(self, stage: str, step: int, samples: Mapping[str, Any]) -> None:
         """One question with its completions, so that a reader sees what is going on."""
         _line(self._samples, {"step": step, "stage": stage, **samples})
+
+    def write_report(self, *, last: bool = False) -> None:
+        """report.html anew; before the last one in a fiftieth of the time at most."""
+        begin = time.monotonic()
+        if last or begin >= self._next_report:
+            report.update(self.workdir)
+            self._next_report = begin + 50 * (time.monotonic() - begin)
 
     def forget_after(self, stage: str, step: int) -> None:
         """Drop the lines of a stage's steps beyond `step`: they will be done again."""

@@ -257,7 +257,9 @@ def make_body(
             "time/credit": credited_at - graded,
             "time/update": done - credited_at,
         }
-        show(run, step, outputs, scores.rewards, samples)
+        known = {"ref_logps": scored.ref, "old_logps": scored.old} if early else {}
+        known = {k: x if x is None else by_output(x, outputs) for k, x in known.items()}
+        show(run, step, outputs, scores.rewards, samples, **known)
         if config.eval.every and (step + 1) % config.eval.every == 0:
             metrics |= evaluate_now(run, state.params)
         return state, metrics

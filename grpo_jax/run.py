@@ -198,9 +198,12 @@ def run_stage(
                 stop = checkpoints.preempted(step + 1)
                 force = stop or step + 1 == end
                 metadata = {"stage": stage, "seed": run.config.seed}
-                if force or (step + 1) % run.config.checkpoint_every == 0:
+                saved = force or (step + 1) % run.config.checkpoint_every == 0
+                if saved:
                     metadata |= keep()
                 checkpoints.save(step + 1, state, metadata, force=force)
+                if saved or "time/eval" in metrics:
+                    run.recorder.write_report(last=force)
                 if stop:
                     raise Preempted(f"{stage}: stopped after step {step + 1}")
         return state.params

@@ -233,6 +233,26 @@ class Tokenizer:
         """The text of some ids; skip_special leaves special tokens out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each id adds to the text, special tokens too; joined they are the text.
+
+        "" where a character is not whole yet; it then stands with its last id.
+
+        >>> tokenizer = Tokenizer.from_alphabet("12+")
+        >>> tokenizer.pieces([3, 5, 4, tokenizer.eos_id])
+        ['1', '+', '2', '<eos>']
+        """
+        found, before, start, shown = [], 0, 0, ""
+        for end in range(1, len(ids) + 1):
+            # Decoded behind the piece before it, where a word keeps its space.
+            text = self.decode(ids[before:end], skip_special=False)
+            cut = text.endswith("\ufffd") and end < len(ids)
+            found.append("" if cut else text[len(shown) :])
+            if not cut:
+                before, start = start, end
+                shown = self.decode(ids[before:end], skip_special=False)
+        return found
+
     def encode_parts(
         self, parts: Sequence[tuple[str, bool]]
     ) -> tuple[list[int], list[tuple[int, int]]]:

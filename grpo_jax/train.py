@@ -128,6 +128,7 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
                         before = lambda: models["instruct"]  # noqa: E731
                         models["rl"] = rl.train(here, before, *prepared)
                 results = evaluate.compare(here, models)
+                recorder.write_report(last=True)
             except run.Preempted as stopped:
                 print(f"{stopped}; the same command goes on from there")
                 return

@@ -96,6 +96,24 @@ def test_decode_keeps_or_leaves_out_special_tokens():
     assert TOKENIZER.decode(ids, skip_special=False) == "<bos>1+1<eos>"
 
 
+@pytest.mark.parametrize("make", [byte_level, sentence_piece])
+@given(st.data())
+def test_pieces_joined_are_the_text(make, data):
+    """Of any ids: characters of several tokens, halves of them, words with a space."""
+    inner = make()
+    tokenizer = Tokenizer(inner, special={}, eos_ids=[2])
+    chosen = st.lists(st.integers(0, inner.get_vocab_size() - 1), max_size=12)
+    ids = data.draw(st.text(max_size=6).map(tokenizer.encode) | chosen)
+    pieces = tokenizer.pieces(ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == tokenizer.decode(ids, skip_special=False)
+
+
+def test_a_character_of_several_tokens_stands_with_the_last():
+    tokenizer = Tokenizer(byte_level(), special={}, eos_ids=[0])
+    assert tokenizer.pieces(tokenizer.encode("th答 th")) == ["th", "", "", "答", " th"]
+
+
 def test_unknown_character_is_named():
     with pytest.raises(GrpoError, match="'z'"):
         TOKENIZER.encode("1+z")

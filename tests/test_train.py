@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from report_cases import Page
 from small_runs import ROOT, SMALL, dotted, small_config, write_questions
 from tensorboardX.proto import event_pb2
 
@@ -177,6 +178,20 @@ METRICS = """
 """.split()
 
 
+def zip_known(completion):
+    return zip(completion["logps"], completion["ref_logps"], strict=True)
+
+
+def test_a_run_leaves_a_report(straight):
+    page = Page((straight.dir / "report.html").read_text(encoding="utf-8"))
+    rewards = [row["reward"] for row in lines(straight.dir, stage="rl")]
+    drawn = page.data["charts"][0]["lines"][0]
+    assert drawn["label"] == "reward" and drawn["y"] == pytest.approx(rewards, rel=1e-5)
+    assert [g["step"] for g in page.data["groups"]] == [1, 2, 3, 4]
+    accuracy = re.findall(r"[\d.]+ ± [\d.]+", table(straight.out)[2])
+    assert set(accuracy) <= {" ".join(cell.split()) for cell in page.cells}
+
+
 def test_a_run_writes_down_what_it_did(straight, here):
     """Every step of both stages once, in order; what was learnt shows."""
     rows = lines(straight.dir)
@@ -197,6 +212,17 @@ def test_a_run_writes_down_what_it_did(straight, here):
     samples = lines(straight.dir, "samples.jsonl")
     assert [s["step"] for s in samples] == [1, 2, 3, 4]
     assert len(samples[0]["completions"]) == SIZES["group_size"]
+    for sample in samples:
+        for c in sample["completions"]:
+            n = len(c["tokens"])
+            assert "".join(c["tokens"]).removesuffix("<eos>") == c["completion"]
+            assert n == len(c["logps"]) == len(c["ref_logps"])
+            assert c["finished"] == (c["tokens"][-1] == "<eos>")
+    gaps = [
+        max(abs(a - b) for c in s["completions"] for a, b in zip_known(c))
+        for s in (samples[0], samples[-1])
+    ]
+    assert gaps[0] <= 0.001 < gaps[1]  # the sampler, then the policy, leaves π_ref
 
     config = json.loads((straight.dir / "config.json").read_text())
     assert config["rl_steps"] == RL_STEPS and config["mesh"]["fsdp"] == -1

@@ -1,0 +1,32 @@
+"""python -m grpo_jax.report WORKDIR …: report.html, also while a run goes on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from grpo_jax.report import write
+
+FILES = ("config.json", "metrics.jsonl", "results.json", "samples.jsonl")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo_jax.report",
+        description="Writes report.html into work directories.",
+    )
+    parser.add_argument("workdir", nargs="+")
+    for workdir in parser.parse_args(arguments).workdir:
+        if not any((Path(workdir) / name).is_file() for name in FILES):
+            sys.exit(
+                f"error: {workdir}: no work directory (none of {', '.join(FILES)})"
+            )
+        try:
+            print(write(workdir))
+        except OSError as error:
+            sys.exit(f"error: {workdir}: {error.strerror}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Curves → SVG, drawn here and not in the browser.
+
+In: lines of one chart, (label, steps, values). Out: an <svg> of fixed proportions whose
+colours are the page's, and the same points for the page's script, which reads them out.
+A curve of many steps is drawn as the means of as many stretches as fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from grpo_jax.report.text import escape, short, visible
+
+Line = tuple[str, Sequence[float], Sequence[float]]
+POINTS = 240  # of a line
+WIDTH, HEIGHT = 360, 190
+LEFT, RIGHT, TOP, BOTTOM = 46, 350, 10, 166
+
+
+def thin(
+    steps: Sequence[float], values: Sequence[float], most: int = POINTS
+) -> tuple[list[float], list[float]]:
+    """At most so many points: the last step of each stretch and its values' mean.
+
+    >>> thin([1, 2, 3, 4], [0.0, 2.0, 4.0, 6.0], most=2)
+    ([2, 4], [1.0, 5.0])
+    """
+    n = len(steps)
+    if n <= most:
+        return list(steps), list(values)
+    edges = [n * i // most for i in range(most + 1)]
+    spans = list(zip(edges, edges[1:], strict=False))
+    means = [math.fsum(values[a:b]) / (b - a) for a, b in spans]
+    return [steps[b - 1] for _, b in spans], means
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers from low to high, about `count` of them.
+
+    >>> ticks(0.0, 1.0), ticks(3.0, 61.0, 3)
+    ([0.0, 0.25, 0.5, 0.75, 1.0], [20.0, 40.0, 60.0])
+    """
+    rough = (high - low) / count
+    size = 10.0 ** math.floor(math.log10(rough))
+    by = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= rough * 0.999)
+    first, last = math.ceil(low / by - 1e-9), math.floor(high / by + 1e-9)
+    return [i * by for i in range(first, last + 1)]
+
+
+def _range(values: Sequence[float], margin: float) -> tuple[float, float]:
+    """Low and high, never the same, with room at both ends."""
+    low, high = min(values), max(values)
+    if low == high == 0:
+        return 0.0, 1.0
+    room = (high - low) * margin
+    if room <= 1e-9 * abs(high):
+        room = 0.1 * abs(high) or 1e-6
+    return low - room, high + room
+
+
+def _merge(lines: Sequence[Line]) -> list[Line]:
+    """Lines that lie on each other, as one with both names."""
+    merged: list[Line] = []
+    for label, xs, ys in lines:
+        for i, (other, *curve) in enumerate(merged):
+            if curve == [xs, ys]:
+                merged[i] = (f"{other} = {label}", xs, ys)
+                break
+        else:
+            merged.append((label, xs, ys))
+    return merged
+
+
+def draw(title: str, lines: Sequence[Line]) -> tuple[str, dict[str, Any]]:
+    """(HTML of one chart, its points for the script)."""
+    thinned = [(visible(label, 200), *thin(xs, ys)) for label, xs, ys in _merge(lines)]
+    all_x = [x for _, xs, _ in thinned for x in xs]
+    all_y = [y for _, _, ys in thinned for y in ys]
+    x0, x1 = min(all_x), max(all_x)
+    if x0 == x1:
+        x0, x1 = x0 - 1, x1 + 1
+    y0, y1 = _range(all_y, 0.06)
+
+    def px(x: float) -> float:
+        return LEFT + (x - x0) / (x1 - x0) * (RIGHT - LEFT)
+
+    def py(y: float) -> float:
+        return BOTTOM - (y - y0) / (y1 - y0) * (BOTTOM - TOP)
+
+    parts = []
+    for y in ticks(y0, y1):
+        at = f"{py(y):.1f}"
+        parts.append(f'<path class="grid" d="M{LEFT} {at}H{RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 5}" y="{at}" class="y">{short(y)}</text>')
+    for x in ticks(x0, x1, 3):
+        parts.append(f'<text x="{px(x):.1f}" y="{BOTTOM + 16}">{short(x)}</text>')
+    legend, says = [], []
+    for i, (label, xs, ys) in enumerate(thinned):
+        points = " ".join(
+            f"{px(x):.1f},{py(y):.1f}" for x, y in zip(xs, ys, strict=True)
+        )
+        color = f"line line{i % 5}"
+        parts.append(f'<polyline class="{color}" points="{points}"/>')
+        if len(xs) <= 12:
+            parts += [
+                f'<circle class="{color}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.5"/>'
+                for x, y in zip(xs, ys, strict=True)
+            ]
+        first, last = short(ys[0]), short(ys[-1])
+        legend.append(
+            f'<li><svg class="key" viewBox="0 0 18 8" aria-hidden="true">'
+            f'<path class="{color}" d="M0 4H18"/></svg>{escape(label)} '
+            f'<span class="num">{first} → {last}</span></li>'
+        )
+        says.append(f"{label} from {first} at step {short(xs[0])} to {last}")
+    name = escape(title)
+    head = (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" '
+        f'aria-label="{name}: {escape("; ".join(says), 600)}">'
+    )
+    html = (
+        f"<figure><h3>{name}</h3>{head}{''.join(parts)}"
+        f'<path class="cursor" d="M-9 {TOP}V{BOTTOM}"/></svg>'
+        f'<ul class="legend">{"".join(legend)}</ul>'
+        f'<p class="readout" aria-live="polite"></p></figure>'
+    )
+    data = {
+        "x": [x0, x1],
+        "lines": [{"label": a, "x": xs, "y": _rounded(ys)} for a, xs, ys in thinned],
+    }
+    return html, data
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [float(f"{y:.6g}") for y in values]
