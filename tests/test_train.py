@@ -277,8 +277,12 @@ def test_the_comparison_is_printed_and_written(straight, here):
 def test_a_log_is_short(straight):
     """No page of warnings; whole lines of progress where there is no screen."""
     shown = straight.err.splitlines()
-    assert len(shown) == 2 + 8  # two stages; two models on two sets in two modes
-    assert all(re.match(r"(sft|rl|instruct|rl .*|instruct .*): 100%", s) for s in shown)
+    assert all(
+        re.match(r"(sft|rl|instruct|rl .*|instruct .*): +\d+%", s) for s in shown
+    )
+    ends = [s for s in shown if ": 100%" in s]
+    assert len(ends) == 2 + 8  # two stages; two models on two sets in two modes
+    assert len(shown) < 2 * len(ends)  # one more wherever a busy machine is slow
     assert "\r" not in straight.err
     assert len(straight.out.splitlines()) <= 8
 
