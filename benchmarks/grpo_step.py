@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lines import show
+
 # What the other interpreter runs. TRL generates all outputs at once and trains on
 # micro-batches of `micro` outputs, its fastest here that its memory allows.
 _TRL = """
@@ -224,14 +226,6 @@ def measure_trl(flags: argparse.Namespace, questions: list[str]) -> list[dict]:
     if process.returncode or not found:
         sys.exit(f"error: --trl: the interpreter ended with {process.returncode}")
     return found
-
-
-def show(**figures) -> dict[str, Any]:
-    rounded = {
-        k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in figures.items()
-    }
-    print(json.dumps(rounded), flush=True)
-    return rounded
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import time
 from collections.abc import Generator
 from pathlib import Path
 
+from lines import show
+
 # What the other interpreter runs: a line of options in, a line of figures out.
 _OTHER = """
 import json, sys, time, torch, transformers
@@ -174,13 +176,6 @@ def main() -> None:
             )
         for side in sides.values():
             side.close()
-
-
-def show(**figures) -> None:
-    rounded = {
-        k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in figures.items()
-    }
-    print(json.dumps(rounded), flush=True)
 
 
 if __name__ == "__main__":

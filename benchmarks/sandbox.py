@@ -12,11 +12,12 @@ time, `--repeats` times; "outside" is one `python -c` of a sympy program, for sc
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from lines import show
 
 CASES = {
     "print": """
@@ -87,13 +88,6 @@ def main() -> None:
         stdout=subprocess.DEVNULL,
     )
     show(case="outside", seconds=time.perf_counter() - begin)
-
-
-def show(**figures) -> None:
-    rounded = {
-        k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in figures.items()
-    }
-    print(json.dumps(rounded), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lines import show
 
 CASES = ("peak", "update", "group", "vocabulary")
 
@@ -181,13 +181,6 @@ def held(model, optimizer, flags: argparse.Namespace, vocab_size: int) -> dict:
         "temporaries_gb": analysis.temp_size_in_bytes / 2**30,
         "beside_gradients_gb": (analysis.temp_size_in_bytes - 2 * weights) / 2**30,
     }
-
-
-def show(**figures) -> None:
-    rounded = {
-        k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in figures.items()
-    }
-    print(json.dumps(rounded), flush=True)
 
 
 if __name__ == "__main__":

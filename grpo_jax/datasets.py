@@ -125,10 +125,10 @@ class Questions(tfds.core.GeneratorBasedBuilder):
         self.info.metadata.update(first_empty)
 
     def _log_download_bytes(self):
-        pass  # TFDS prints where it prepares: a temporary folder, of no use to a user
+        """Nothing: TFDS prints where it prepares, a temporary folder of no use here."""
 
     def _log_download_done(self):
-        pass
+        """Nothing: see above."""
 
 
 def _prepare(source: Source, path: Path) -> Path:

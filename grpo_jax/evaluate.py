@@ -47,7 +47,7 @@ class Settings:
     questions: int = 0  # of each set; 0 is all
     samples: int = 1  # a question, at `temperature`; 0 leaves that out
     temperature: float = 1.0
-    batch: int = 64  # completions decoded at a time
+    batch: int = 64  # completions that the sampler gets at a time
     seed: int = 0
     data_dir: str | None = None
 
