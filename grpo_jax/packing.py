@@ -1,4 +1,4 @@
-"""Sequences of different lengths → rows of one length, hardly any of it padding.
+"""Sequences of different lengths → rows of one length, several to a row.
 
 In: samples (a prompt's and its completion's tokens, with what belongs to each token).
 Out: a `Batch` of arrays [A, B, T]: A micro-batches of B rows of T positions.
