@@ -3,9 +3,8 @@
 In: queries, keys and values of rows of T positions, and `Rows`. Out: what each query
 takes from the values it may see. `attend` chooses:
 
-- XLA (CPU, and wherever no kernel fits): queries in chunks, one after the other, most
-  of the later keys left out. The backward pass computes a chunk's scores again: memory
-  grows with T, not T².
+- XLA (CPU, and wherever no kernel fits): the pairs of blocks that see each other
+  (`block_attention.py`); time and memory do not grow with T².
 - TPU: splash attention, which skips blocks that nobody may look at.
 - GPU: cuDNN's flash attention, for bfloat16 and float16.
 
@@ -26,13 +25,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax import sharding
+from grpo_jax.block_attention import BLOCK, block_attention
 from grpo_jax.packing import PROMPT
 
-CHUNK = 64  # queries of a chunk on XLA
-GROUPS = 8  # of chunks: each as far as its last chunk sees, (1 + 1 / 8) / 2 of the work
 LANES = 128  # a TPU's: the least block
-BLOCK = 512  # positions of a block on TPU
-_F32: Any = dict(preferred_element_type=jnp.float32)
+TPU_BLOCK = 512  # positions of a block on TPU
 
 
 @functools.partial(
@@ -55,21 +52,26 @@ class Rows:
     window: int | None = None  # a query sees positions less than this before its own
 
     def allowed(
-        self, start: Any = 0, count: int | None = None, stop: int | None = None
+        self,
+        start: Any = 0,
+        count: int | None = None,
+        key_start: Any = 0,
+        key_count: int | None = None,
     ) -> Bool[Array, "B t s"]:
-        """Whether `count` queries from `start` on see the keys before `stop`.
+        """Whether `count` queries from `start` on see `key_count` keys, all by default.
 
         They see what is earlier, real, of the same sequence and in the window, and
         themselves: even padding sees something, so that every softmax is of a number.
         """
-        count = self.real.shape[1] if count is None else count
+        length = self.real.shape[1]
 
         def pairs(x: Array) -> tuple[Array, Array]:
-            mine = jax.lax.dynamic_slice_in_dim(x, start, count, axis=1)
-            return mine[:, :, None], x[:, None, :stop]
+            mine = _part(x, start, length if count is None else count)
+            theirs = _part(x, key_start, length if key_count is None else key_count)
+            return mine[:, :, None], theirs[:, None]
 
-        mine, theirs = pairs(jnp.arange(self.real.shape[1])[None])
-        allowed = (mine > theirs) & self.real[:, None, :stop]
+        mine, theirs = pairs(jnp.arange(length)[None])
+        allowed = (mine > theirs) & pairs(self.real)[1]
         if self.segments is not None:
             of = pairs(self.segments)
             allowed &= (of[0] == of[1]) | shares_prompt(*of)
@@ -77,6 +79,10 @@ class Rows:
             at = pairs(self.positions)
             allowed &= at[0] - at[1] < self.window
         return allowed | (mine == theirs)
+
+
+def _part(x: Array, start: Any, count: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, count, axis=1)
 
 
 def shares_prompt(mine: Int[Array, "..."], theirs: Int[Array, "..."]) -> Array:
@@ -117,7 +123,7 @@ def attend(
         return on_each_device(splash, q, k, v, rows)
     if where == "gpu" and cudnn_takes(q):
         return on_each_device(cudnn, q, k, v, rows)
-    return chunked(q, k, v, rows)
+    return on_each_device(in_blocks, q, k, v, rows)
 
 
 def platform() -> str:
@@ -135,107 +141,15 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def chunked(
-    q: Array, k: Array, v: Array, rows: Rows, size: int = CHUNK
+def in_blocks(
+    q: Array, k: Array, v: Array, rows: Rows, size: int = BLOCK
 ) -> Float[Array, "B T N H"]:
-    """At most `size` queries at a time; their scores are not kept for gradients."""
-    length, heads = q.shape[1], q.shape[2]
-    chunks = -(-length // size)
-    if chunks == 1:
+    """Blocks of `size` that see each other; at once where there is only one block."""
+    length = q.shape[1]
+    if length <= size:
         return attention(q, k, v, rows.allowed())
-    size = -(-length // chunks)
-    q, k, v, rows = lengthen((q, k, v, rows), chunks * size - length)
-    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-    q = q.transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
-    out = _chunked(q, k.swapaxes(1, 2), v.swapaxes(1, 2), rows, size)
-    out = out.transpose(0, 3, 1, 2, 4)
-    return out.reshape(*out.shape[:2], heads, -1)[:, :length]
-
-
-def _groups(rows: Rows, size: int) -> list[tuple[Array, int]]:
-    """The chunks' starts and how many keys they look at, group by group.
-
-    Chunks of one group have the same keys and follow one another in a loop: side by
-    side XLA would compute them all at once, in the memory of all.
-    """
-    chunks = rows.real.shape[1] // size
-    ends = [chunks * i // GROUPS for i in range(GROUPS + 1)]
-    spans = zip(ends, ends[1:], strict=False)
-    return [(size * jnp.arange(a, b), b * size) for a, b in spans if a < b]
-
-
-def _scores(q: Array, k: Array, rows: Rows, start: Array, size: int) -> Array:
-    """[B, K, G, t, s] of a chunk and these keys; -1e30 where they may not look."""
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", _at(q, start, size), k, **_F32)
-    allowed = rows.allowed(start, size, k.shape[2])[:, None, None]
-    return jnp.where(allowed, scores / math.sqrt(q.shape[-1]), -1e30)
-
-
-def _at(x: Array, start: Array, size: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(x, start, size, axis=3)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _chunked(q, k, v, rows, size):
-    return _forward(q, k, v, rows, size)[0]
-
-
-def _forward(q, k, v, rows, size):
-    def chunk(stop, start):
-        scores = _scores(q, k[:, :, :stop], rows, start, size)
-        top = scores.max(-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = weights.sum(-1, keepdims=True)
-        values = v[:, :, :stop]
-        out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), values, **_F32)
-        return (out / total).astype(q.dtype), top + jnp.log(total)
-
-    found = []
-    for starts, stop in _groups(rows, size):
-        found.append(jax.lax.map(functools.partial(chunk, stop), starts))
-    out, log_total = (
-        jnp.moveaxis(jnp.concatenate(x), 0, 3).reshape(*q.shape[:-1], -1)
-        for x in zip(*found, strict=True)
-    )
-    return out, (q, k, v, rows, out, log_total)
-
-
-def _backward(size, saved, d_out):
-    q, k, v, rows, out, log_total = saved
-    # Σ_s π_s ∂L/∂π_s = ∂L/∂o · o
-    inner = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True)
-
-    def chunk(keys, values, carry, start):
-        scores = _scores(q, keys, rows, start, size)
-        weights = jnp.exp(scores - _at(log_total, start, size))
-        d_here = _at(d_out, start, size)
-        d_weights = jnp.einsum("BKGTH,BKSH->BKGTS", d_here, values, **_F32)
-        d_scores = weights * (d_weights - _at(inner, start, size))
-        d_scores = (d_scores / math.sqrt(q.shape[-1])).astype(q.dtype)
-        here = _at(q, start, size)
-        d_k = jnp.einsum("BKGTS,BKGTH->BKSH", d_scores, here, **_F32)
-        weights = weights.astype(v.dtype)
-        d_v = jnp.einsum("BKGTS,BKGTH->BKSH", weights, d_here, **_F32)
-        d_q = jnp.einsum("BKGTS,BKSH->BKGTH", d_scores, keys, **_F32)
-        return (carry[0] + d_k, carry[1] + d_v), d_q.astype(q.dtype)
-
-    d_k = d_v = jnp.zeros(k.shape, jnp.float32)
-    found = []
-    for starts, stop in _groups(rows, size):
-        keys, values = k[:, :, :stop], v[:, :, :stop]
-        carry = d_k[:, :, :stop], d_v[:, :, :stop]
-        step = functools.partial(chunk, keys, values)
-        carry, d_q = jax.lax.scan(step, carry, starts)
-        d_k, d_v = (
-            jax.lax.dynamic_update_slice_in_dim(x, y, 0, 2)
-            for x, y in zip((d_k, d_v), carry, strict=True)
-        )
-        found.append(d_q)
-    d_q = jnp.moveaxis(jnp.concatenate(found), 0, 3).reshape(q.shape)
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
-
-
-_chunked.defvjp(_forward, _backward)
+    q, k, v, rows = lengthen((q, k, v, rows), -length % size)
+    return block_attention(q, k, v, rows, size)[:, :length]
 
 
 def lengthen(tree: Any, missing: int) -> Any:
@@ -259,7 +173,7 @@ def splash(
     )
 
     length = q.shape[1]
-    block = min(BLOCK, -(-length // LANES) * LANES)
+    block = min(TPU_BLOCK, -(-length // LANES) * LANES)
     # The kernel does not scale.
     q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
     q, k, v, rows = lengthen((q, k, v, rows), -length % block)

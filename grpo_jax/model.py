@@ -109,7 +109,10 @@ class Block(nn.Module):
         if x.ndim == 3 and x.shape[1] == 1:  # decoding
             y = few_rows(weight, x[:, 0])[:, None]
         else:
-            y = jnp.einsum("...D,FD->...F", x, weight)
+            # One axis of positions: over two of them XLA's CPU backward pass transposes
+            # what is still to be computed, element by element.
+            flat = x.reshape(-1, x.shape[-1])
+            y = jnp.einsum("MD,FD->MF", flat, weight).reshape(*x.shape[:-1], out)
         a = self.get_variable("params", name + A)  # not there: the base, or merged
         if a is not None:
             y += self.lora.delta(x, a, self.get_variable("params", name + B))
@@ -261,7 +264,8 @@ class Decoder:
             return self.block(weights, x, positions, attend)
 
         if self.remat:
-            layer = jax.checkpoint(layer, prevent_cse=False)
+            kept = jax.checkpoint_policies.save_only_these_names("attention")
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=kept)
         x = sharding.constrain(self.embed(params, tokens), sharding.BATCH)
         # A scan keeps compiling short; a few layers are faster side by side, as XLA's
         # CPU backward pass of a scan copies what it has stacked.

@@ -11,22 +11,22 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from grpo_jax import attention as attention_module
 from grpo_jax import sharding
 from grpo_jax.attention import (
-    CHUNK,
     Rows,
     attend,
     attention,
-    chunked,
+    in_blocks,
     cudnn,
     on_each_device,
     platform,
     splash,
 )
+from grpo_jax.block_attention import BLOCK
 from grpo_jax.model import Decoder, ModelConfig
 from grpo_jax.packing import PROMPT, Sample, pack, unpack
 
-T = 50  # no multiple of a chunk
+T = 50  # no multiple of a block
 WAYS = {
-    "chunks": functools.partial(chunked, size=16),
+    "blocks": functools.partial(in_blocks, size=16),
     "splash": functools.partial(splash, interpret=True),
     "cudnn": functools.partial(cudnn, implementation="xla"),  # what is asked of it
 }
@@ -148,13 +148,13 @@ def test_the_window_is_of_positions_not_of_places(way):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
-@pytest.mark.parametrize("way", ["chunks", "splash"])
+@pytest.mark.parametrize("way", ["blocks", "splash"])
 def test_one_key_head_for_all_and_one_each(way, kv_heads):
     check(WAYS[way], rows_of("packed"), inputs(kv_heads=kv_heads))
 
 
 def test_splash_over_several_blocks_some_of_them_skipped(monkeypatch):
-    monkeypatch.setattr(attention_module, "BLOCK", 128)
+    monkeypatch.setattr(attention_module, "TPU_BLOCK", 128)
     samples = samples_of([100, 90, 110], prompt=40, answers=2)
     batch = pack(samples, length=300, rows=2, share_prompts=True).micro(0)
     ids = jnp.array(batch.segment_ids)
@@ -167,9 +167,9 @@ def test_splash_over_several_blocks_some_of_them_skipped(monkeypatch):
 
 
 def test_short_rows_are_the_dense_function_itself():
-    q, k, v, _ = inputs(CHUNK, heads=1, kv_heads=1)
-    rows = rows_of("right", CHUNK)
-    ours = jax.make_jaxpr(chunked)(q, k, v, rows)
+    q, k, v, _ = inputs(BLOCK, heads=1, kv_heads=1)
+    rows = rows_of("right", BLOCK)
+    ours = jax.make_jaxpr(in_blocks)(q, k, v, rows)
     dense = jax.make_jaxpr(lambda q, k, v, rows: attention(q, k, v, rows.allowed()))
     assert str(ours) == str(dense(q, k, v, rows))
 
@@ -193,7 +193,7 @@ def test_memory_grows_with_the_row_and_not_with_its_square():
 
         return temporaries(1024) / temporaries(512)
 
-    assert growth(functools.partial(chunked, size=64)) < 2.3
+    assert growth(functools.partial(in_blocks, size=64)) < 2.3
     assert growth(lambda q, k, v, rows: attention(q, k, v, rows.allowed())) > 3.5
 
 
@@ -204,10 +204,10 @@ def test_a_long_row_of_shared_prompts_gives_each_output_its_own_logits():
     model = Decoder(config)
     params = jax.jit(model.init)(jax.random.key(3))
     samples = samples_of([90], prompt=60, answers=8)
-    length = 336  # several chunks
+    length = 336  # several blocks
     batch = pack(samples, length=length, share_prompts=True).micro(0)
     assert batch.segment_ids.shape == (1, length)
-    assert (batch.segment_ids > 0).sum() > 3 * CHUNK
+    assert (batch.segment_ids > 0).sum() > 2 * BLOCK
 
     @jax.jit
     def logps(tokens, targets, **where):

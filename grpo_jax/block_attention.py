@@ -1,0 +1,167 @@
+"""Attention where the platform has no kernel: only blocks that see each other.
+
+In: queries, keys and values of rows of T positions, and `Rows`. Out: what each query
+takes. The pairs (block of queries, block of keys) in which anybody may look at anything
+are listed first; one loop then takes them in turn, with a running softmax. Work and
+time grow with the pairs that there are, not with T²; memory grows with T. The backward
+pass walks over the same pairs and computes their scores again.
+
+Axes: B rows, T positions, X blocks of a row, t and s positions of a block of queries
+and of keys, K key heads, G query heads per key head, M = G·t, H head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+    from grpo_jax.attention import Rows
+
+BLOCK = 128  # t and s
+_F32: Any = dict(preferred_element_type=jnp.float32)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["queries", "keys", "row", "count"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Blocks that see each other; those of one block of queries stand together."""
+
+    row: Array  # [most]
+    queries: Array  # [most]
+    keys: Array  # [most]
+    count: Array  # [] so many of them are pairs
+
+
+def pairs_of(rows: Rows, size: int) -> Pairs:
+    """Every pair of blocks of `size` positions of which one position sees one."""
+    batch, length = rows.real.shape
+    blocks = length // size
+
+    def sees(start: Array) -> Array:  # [B, X] of one block of queries
+        allowed = rows.allowed(start, size)
+        return allowed.reshape(batch, size, blocks, size).any((1, 3))
+
+    seen = jax.lax.map(sees, size * jnp.arange(blocks)).swapaxes(0, 1)
+    most = batch * blocks * (blocks + 1) // 2  # no later keys
+    first = jnp.argsort(~seen.reshape(-1), stable=True)[:most].astype(jnp.int32)
+    row, rest = first // blocks**2, first % blocks**2
+    return Pairs(row, rest // blocks, rest % blocks, seen.sum(dtype=jnp.int32))
+
+
+def block_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    rows: Rows,
+    size: int = BLOCK,
+) -> Float[Array, "B T N H"]:
+    """softmax(q k / √H) v over what `rows` allows; T is a multiple of `size`."""
+    batch, length, heads, width = q.shape
+    blocks, kv_heads = length // size, k.shape[2]
+    q = q.reshape(batch, blocks, size, kv_heads, -1, width)
+    q = q.transpose(0, 1, 3, 4, 2, 5).reshape(batch * blocks, kv_heads, -1, width)
+    k, v = (
+        x.reshape(batch * blocks, size, kv_heads, width).swapaxes(1, 2) for x in (k, v)
+    )
+    out = _attend(q, k, v, rows, pairs_of(rows, size), size)
+    out = out.reshape(batch, blocks, kv_heads, -1, size, width)
+    return out.transpose(0, 1, 4, 2, 3, 5).reshape(batch, length, heads, width)
+
+
+def _take(x: Array, index: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+
+
+def _put(x: Array, value: Array, index: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(x, value, index, 0)
+
+
+def _add(x: Array, value: Array, index: Array) -> Array:
+    return _put(x, _take(x, index) + value, index)
+
+
+def _scores(q: Array, k: Array, rows: Rows, pairs: Pairs, n: Array, size: int):
+    """Scores [K, M, s] of pair n, -1e30 where nobody may look; the blocks' numbers."""
+    blocks = rows.real.shape[1] // size
+    row, i, j = pairs.row[n], pairs.queries[n], pairs.keys[n]
+    mine, theirs = row * blocks + i, row * blocks + j
+    here = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, row), rows)
+    allowed = here.allowed(i * size, size, j * size, size)[0]  # [t, s]
+    scores = jnp.einsum("KMH,KsH->KMs", _take(q, mine), _take(k, theirs), **_F32)
+    scores = scores.reshape(scores.shape[0], -1, size, size) / math.sqrt(q.shape[-1])
+    scores = jnp.where(allowed[None, None], scores, -1e30)
+    return scores.reshape(scores.shape[0], -1, size), mine, theirs
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q, k, v, rows, pairs, size):
+    return _forward(q, k, v, rows, pairs, size)[0]
+
+
+def _forward(q, k, v, rows, pairs, size):
+    def step(n, carry):
+        scores, mine, theirs = _scores(q, k, rows, pairs, n, size)
+        top, total, out = (_take(x, mine) for x in carry)
+        now = jnp.maximum(top, scores.max(-1, keepdims=True))
+        weights, fade = jnp.exp(scores - now), jnp.exp(top - now)
+        more = jnp.einsum(
+            "KMs,KsH->KMH", weights.astype(v.dtype), _take(v, theirs), **_F32
+        )
+        new = (
+            now,
+            total * fade + weights.sum(-1, keepdims=True),
+            out * fade + more,
+        )
+        return tuple(_put(x, y, mine) for x, y in zip(carry, new, strict=True))
+
+    zero = jnp.zeros((*q.shape[:-1], 1), jnp.float32)
+    start = (zero - 1e30, zero, jnp.zeros(q.shape, jnp.float32))
+    top, total, out = jax.lax.fori_loop(0, pairs.count, step, start)
+    # Under `remat` these are kept: the loop is not walked a second time.
+    out = checkpoint_name((out / total).astype(q.dtype), "attention")
+    log_total = checkpoint_name(top + jnp.log(total), "attention")
+    return out, (q, k, v, rows, pairs, out, log_total)
+
+
+def _backward(size, saved, d_out):
+    q, k, v, rows, pairs, out, log_total = saved
+    # Σ_s π_s ∂L/∂π_s = ∂L/∂o · o
+    inner = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True)
+
+    def step(n, carry):
+        d_q, d_k, d_v = carry
+        scores, mine, theirs = _scores(q, k, rows, pairs, n, size)
+        weights = jnp.exp(scores - _take(log_total, mine))
+        here = _take(d_out, mine)
+        d_weights = jnp.einsum("KMH,KsH->KMs", here, _take(v, theirs), **_F32)
+        d_scores = weights * (d_weights - _take(inner, mine))
+        d_scores = (d_scores / math.sqrt(q.shape[-1])).astype(q.dtype)
+        d_v_here = jnp.einsum("KMs,KMH->KsH", weights.astype(v.dtype), here, **_F32)
+        d_k_here = jnp.einsum("KMs,KMH->KsH", d_scores, _take(q, mine), **_F32)
+        d_q_here = jnp.einsum("KMs,KsH->KMH", d_scores, _take(k, theirs), **_F32)
+        return (
+            _add(d_q, d_q_here, mine),
+            _add(d_k, d_k_here, theirs),
+            _add(d_v, d_v_here, theirs),
+        )
+
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    found = jax.lax.fori_loop(0, pairs.count, step, start)
+    d_q, d_k, d_v = (x.astype(y.dtype) for x, y in zip(found, (q, k, v), strict=True))
+    return d_q, d_k, d_v, None, None
+
+
+_attend.defvjp(_forward, _backward)
