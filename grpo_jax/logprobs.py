@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float, Int
@@ -89,8 +90,10 @@ def _unchunk(x: Array, length: int) -> Array:
 
 
 def _logits(hidden: Array, unembed: Array, temperature: Array) -> Array:
-    z = jnp.einsum("BCD,DV->BCV", hidden, unembed, preferred_element_type=jnp.float32)
-    return z / temperature
+    """[B, C, V] of one chunk."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    z = jnp.einsum("MD,DV->MV", flat, unembed, preferred_element_type=jnp.float32)
+    return z.reshape(*hidden.shape[:-1], unembed.shape[1]) / temperature
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -119,36 +122,55 @@ def _forward(hidden, unembed, targets, temperature, chunk):
     return (logps, entropy), saved
 
 
-def _backward(chunk, saved, cotangents):
-    hidden, unembed, targets, temperature, entropy, top, log_total = saved
+def _forward_if(hidden, unembed, targets, temperature, chunk):
+    """`_forward`, which also notes whether anybody asks for the temperature's gradient.
+
+    That, and the entropy's, cost passes over all logits, which most losses don't need.
+    """
+    inputs = (hidden, unembed, targets, temperature)
+    out, saved = _forward(*(x.value for x in inputs), chunk)
+    return out, (saved, () if temperature.perturbed else None)
+
+
+def _backward(chunk, residuals, cotangents):
+    (hidden, unembed, targets, temperature, entropy, top, log_total), warm = residuals
+    g_logps, g_entropy = (
+        None if isinstance(g, SymbolicZero) else g for g in cotangents
+    )
+    f32: Any = dict(preferred_element_type=jnp.float32)
 
     def one(carry, inputs):
-        d_unembed, d_temperature = carry
+        d_table, d_temperature = carry
         h, y, entropy, top, log_total, g_logps, g_entropy = inputs
         z = _logits(h, unembed, temperature)
         log_p = z - top[..., None] - log_total[..., None]
         p = jnp.exp(log_p)
         # ∂log π_y/∂z_v = 1[v = y] - π_v,  ∂H/∂z_v = -π_v (log π_v + H)
-        hit = jnp.arange(log_p.shape[-1])[None, None] == y[..., None]
-        d_z = jnp.where(hit, g_logps[..., None], 0) - p * (
-            g_logps[..., None] + g_entropy[..., None] * (log_p + entropy[..., None])
-        )
-        d_temperature -= (d_z * log_p).sum() / temperature  # Σ_v d_z is 0: not z
+        d_z = jnp.zeros_like(z)
+        if g_logps is not None:
+            hit = jnp.arange(z.shape[-1])[None, None] == y[..., None]
+            d_z += jnp.where(hit, 1 - p, -p) * g_logps[..., None]
+        if g_entropy is not None:
+            d_z -= p * (g_entropy[..., None] * (log_p + entropy[..., None]))
+        if warm is not None:  # Σ_v d_z is 0: not z
+            d_temperature -= (d_z * log_p).sum() / temperature
         d_z = (d_z / temperature).astype(unembed.dtype)
-        f32 = dict(preferred_element_type=jnp.float32)
-        d_hidden = jnp.einsum("BCV,DV->BCD", d_z, unembed, **f32)
-        d_unembed += jnp.einsum("BCD,BCV->DV", h, d_z, **f32)
-        return (d_unembed, d_temperature), d_hidden.astype(hidden.dtype)
+        shape = h.shape
+        h, d_z = (x.reshape(-1, x.shape[-1]) for x in (h, d_z))
+        d_hidden = jnp.einsum("MV,DV->MD", d_z, unembed, **f32)
+        d_table += jnp.einsum("MV,MD->VD", d_z, h, **f32)  # as embeddings are stored
+        d_hidden = d_hidden.reshape(shape).astype(hidden.dtype)
+        return (d_table, d_temperature), d_hidden
 
-    inputs = (hidden, targets, entropy, top, log_total, *cotangents)
-    start = (jnp.zeros_like(unembed, jnp.float32), jnp.zeros_like(temperature))
-    inputs = tuple(_chunks(x, chunk) for x in inputs)
-    (d_unembed, d_temperature), d_hidden = jax.lax.scan(one, start, inputs)
+    inputs = (hidden, targets, entropy, top, log_total, g_logps, g_entropy)
+    start = (jnp.zeros_like(unembed.T, jnp.float32), jnp.zeros_like(temperature))
+    inputs = tuple(x if x is None else _chunks(x, chunk) for x in inputs)
+    (d_table, d_temperature), d_hidden = jax.lax.scan(one, start, inputs)
     d_hidden = _unchunk(d_hidden, targets.shape[1])
-    return d_hidden, d_unembed.astype(unembed.dtype), None, d_temperature
+    return d_hidden, d_table.T.astype(unembed.dtype), None, d_temperature
 
 
-_token_logprobs.defvjp(_forward, _backward)
+_token_logprobs.defvjp(_forward_if, _backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.jit, static_argnums=4)  # outside jit a scan compiles every time

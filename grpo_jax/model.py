@@ -20,6 +20,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax import attention, sharding
@@ -139,8 +140,10 @@ class Block(nn.Module):
         out = out.reshape(*x.shape[:2], -1)
         x = x + self.linear(out, "o_proj", c.width, c.out_bias)
         h = self.norm(x, "ffn_norm")
-        gate = nn.silu(self.linear(h, "gate_proj", c.ffn, c.mlp_bias))
-        h = gate * self.linear(h, "up_proj", c.ffn, c.mlp_bias)
+        gate = self.linear(h, "gate_proj", c.ffn, c.mlp_bias)
+        up = self.linear(h, "up_proj", c.ffn, c.mlp_bias)
+        gate, up = (checkpoint_name(x, "ffn") for x in (gate, up))
+        h = nn.silu(gate) * up
         return x + self.linear(h, "down_proj", c.width, c.mlp_bias), cache
 
 
@@ -264,7 +267,7 @@ class Decoder:
             return self.block(weights, x, positions, attend)
 
         if self.remat:
-            kept = jax.checkpoint_policies.save_only_these_names("attention")
+            kept = jax.checkpoint_policies.save_only_these_names("attention", "ffn")
             layer = jax.checkpoint(layer, prevent_cse=False, policy=kept)
         x = sharding.constrain(self.embed(params, tokens), sharding.BATCH)
         # A scan keeps compiling short; a few layers are faster side by side, as XLA's
