@@ -92,6 +92,8 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "reward_model.steps": (1, True),
     "reward_model.batch_size": (1, True),
     "reward_model.learning_rate": (0, False),
+    "mesh.decode_tensor": (0, True),
+    "mesh.slots": (0, True),
     "eval.questions": (0, True),
     "eval.samples": (0, True),
     "eval.temperature": (0, False),

@@ -114,6 +114,8 @@ class MeshSettings:
     data: int = 1
     fsdp: int = -1  # -1 is what the other two leave of the devices
     tensor: int = 1
+    decode_tensor: int = 0  # the same while outputs are sampled; 0 is tensor
+    slots: int = 0  # outputs decoded at a time; 0 is a quarter, at least 32 a group
 
 
 @dataclass(slots=True, kw_only=True)

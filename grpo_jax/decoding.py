@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from grpo_jax import sharding
 from grpo_jax.attention import attention
 from grpo_jax.cache import (
     BLOCK,
@@ -110,8 +111,11 @@ def decode(
     sampling: Sampling,
     ends: Ends,
     widths: Sequence[int],
+    first: Any = 0,
 ) -> State:
     """Turns until the queue is empty and every row has ended.
+
+    A row's draws are those of number `first` + its own.
 
     When the queue is empty and few slots have a row left, narrower loops go on with
     those: the last rows do not pay for slots that stand idle.
@@ -153,10 +157,13 @@ def decode(
             new.append(both)
         hidden = model.finish(params, x)[:, 0]
         logits = few_rows(model.unembed(params).T, hidden, **_F32)
+        # A matrix split by vocabulary gives each device some logits of every row; the
+        # draw is of all logits of some.
+        logits = sharding.constrain(logits, sharding.P(sharding.AXES))
 
         out, row = state.out, state.row
         at = out.lengths.at[row].get(mode="fill", fill_value=0)
-        row_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(row)
+        row_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(first + row)
         token, logp = sampling(logits, row_keys, at)
         token = jnp.where(live, token, cache.token)
         recent = jnp.concatenate([state.recent[:, 1:], token[:, None]], 1)
@@ -192,7 +199,8 @@ def decode(
     for width, least in zip(widths, (*widths[1:], 0), strict=True):
         state = _narrow(state, width)
         go_on = functools.partial(_more, rows=rows, least=least)
-        state = jax.lax.while_loop(go_on, step, state)
+        with jax.named_scope("turns" if width == widths[0] else "last_turns"):
+            state = jax.lax.while_loop(go_on, step, state)
     occupancy = state.used / jnp.maximum(state.offered, 1)
     out = dataclasses.replace(state.out, occupancy=occupancy.astype(jnp.float32))
     return dataclasses.replace(state, out=out)

@@ -183,6 +183,7 @@ class Decoder:
     dtype: str = "float32"  # of the computation; logits and softmax stay float32
     remat: bool = False  # recompute each layer's insides in the backward pass
     lora: Lora = Lora()  # of the adapters that the parameters may hold
+    decode_tensor: int = 0  # devices that share matrices to decode; 0: as parameters do
 
     def init(self, key: Array, dtype: str = "float32") -> Params:
         """Fresh parameters: embed, layers {name: [L, …]}, norm, unembed unless tied.

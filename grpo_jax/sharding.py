@@ -6,6 +6,7 @@ One device is the mesh (1, 1, 1), not another code path.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -55,6 +56,20 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def regroup(mesh: Mesh, tensor: int) -> Mesh:
+    """The same devices in groups of `tensor`, each with all of the parameters.
+
+    To decode: what is read at every token is then split, and never gathered.
+    """
+    if mesh.size % tensor:
+        raise GrpoError(
+            f"rollout.tensor: {tensor} does not divide the number of devices, "
+            f"{mesh.size}"
+        )
+    devices = list(mesh.devices.flat)
+    return make_mesh(mesh.size // tensor, 1, tensor, devices=devices)
+
+
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The table's answer for one leaf; an axis that does not divide stays whole.
 
@@ -98,7 +113,22 @@ def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
 
 def rows_multiple(mesh: Mesh | AbstractMesh) -> int:
     """A batch's row count must be a multiple of this."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return size_of(mesh, BATCH[0])
+
+
+def size_of(mesh: Mesh | AbstractMesh, axes: Any) -> int:
+    """Over how many devices the axes spread what this program sees.
+
+    Inside a shard_map its own axes do not: the program has one part already.
+    """
+    names = (axes,) if isinstance(axes, str) else (axes or ())
+    return math.prod(mesh.shape[name] for name in names if name in free(mesh))
+
+
+def free(mesh: Mesh | AbstractMesh) -> set[str]:
+    """The axes along which the partitioner splits: all but those of a shard_map."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in kinds if kind != AxisType.Manual}
 
 
 def one_at_a_time(mesh: Mesh, x: Any) -> Any:
@@ -112,11 +142,29 @@ def one_at_a_time(mesh: Mesh, x: Any) -> Any:
 
 
 def mesh_in_use() -> AbstractMesh | None:
-    """The mesh that `jax.set_mesh` has set; None where that is one device or none."""
+    """The mesh that `jax.set_mesh` has set; None where it spreads nothing, or none is.
+
+    Inside a shard_map it is what the shard_map leaves of it.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+    if mesh.empty or not set(AXES) <= set(mesh.axis_names):
         return None
-    return mesh
+    return None if size_of(mesh, AXES) == 1 else mesh
+
+
+def platform() -> str:
+    """Whose kernels may be used: "gpu", "tpu", or else "cpu", which has none.
+
+    The mesh in use knows, also where the machine that compiles has no such devices.
+    `jax.lax.platform_dependent` would trace every way on every platform, and cuDNN's
+    refuses to be traced without cuDNN; under `grad` it keeps what each would need.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = jax.device_count() if mesh.empty else size_of(mesh, mesh.axis_names)
+    if devices > 1 and mesh_in_use() is None:
+        return "cpu"  # who knows how arrays are spread? XLA can split what is its own
+    device = mesh.abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -125,10 +173,19 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     if mesh is None:
         return x
     for n, axes in zip(x.shape, spec, strict=False):
-        names = (axes,) if isinstance(axes, str) else (axes or ())
-        if n % int(np.prod([mesh.shape[name] for name in names])):
+        if n % size_of(mesh, axes):
             return x
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, within(spec, mesh))
+
+
+def within(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The same without the axes of a shard_map that this is inside of."""
+
+    def left(axes):
+        names = (axes,) if isinstance(axes, str) else (axes or ())
+        return tuple(name for name in names if name in free(mesh)) or None
+
+    return P(*map(left, spec))
 
 
 def mesh_of(tree: Any) -> Mesh | None:

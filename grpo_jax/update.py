@@ -130,7 +130,8 @@ def accumulate(
         {k: jnp.full(x.shape, nothing[k], x.dtype) for k, x in metrics.items()},
     )
     # The bound is a value, not a shape: micro-batches that hold nothing cost nothing.
-    return jax.lax.fori_loop(0, batch.used, add, zero)
+    with jax.named_scope("micro_batches"):
+        return jax.lax.fori_loop(0, batch.used, add, zero)
 
 
 def make_step(
@@ -233,6 +234,7 @@ def make_scorer(
             return logps.at[index].set(jnp.where(micro.mask, now, 0))
 
         zero = jnp.zeros(batch.tokens.shape, jnp.float32)
-        return jax.lax.fori_loop(0, batch.used, one, zero)
+        with jax.named_scope("micro_batches"):
+            return jax.lax.fori_loop(0, batch.used, one, zero)
 
     return jax.jit(score)
