@@ -112,10 +112,13 @@ def decode(
     ends: Ends,
     widths: Sequence[int],
     first: Any = 0,
+    any_group: Callable[[Array], Array] = lambda more: more,
 ) -> State:
     """Turns until the queue is empty and every row has ended.
 
-    A row's draws are those of number `first` + its own.
+    A row's draws are those of number `first` + its own. Where several groups of devices
+    have such a loop each, any_group(more) says whether any of them has to go on: all
+    do then, so that none waits for another in the middle of something else.
 
     When the queue is empty and few slots have a row left, narrower loops go on with
     those: the last rows do not pay for slots that stand idle.
@@ -198,7 +201,10 @@ def decode(
 
     for width, least in zip(widths, (*widths[1:], 0), strict=True):
         state = _narrow(state, width)
-        go_on = functools.partial(_more, rows=rows, least=least)
+
+        def go_on(state, least=least):
+            return any_group(_more(state, rows, least))
+
         with jax.named_scope("turns" if width == widths[0] else "last_turns"):
             state = jax.lax.while_loop(go_on, step, state)
     occupancy = state.used / jnp.maximum(state.offered, 1)

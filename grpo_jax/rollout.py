@@ -53,13 +53,13 @@ def generate_tokens(
     slots: int | None = None,
     cache_dtype: str | None = None,
     keep: bool = False,
-    first: Array | int = 0,
+    groups: tuple[str, ...] = (),
 ) -> Rollouts:
-    """The jittable core of `generate`: params, tokens, mask, key and first are arrays.
+    """The jittable core of `generate`: all but params, tokens, mask and key is static.
 
     tokens [P, S], mask [P, S] = 1 on real tokens; padding may stand on either side.
-    Prompts without a real token, which must be the last, only fill the shape. `first`
-    is the number of the first row, where these are not all.
+    Prompts without a real token, which must be the last, only fill the shape. `groups`
+    are the axes of the shard_map that this is inside of, and these prompts a part.
     """
     ends = Ends(as_ids(eos_id), stop, max_new_tokens)
     mask, total = mask != 0, tokens.shape[0] * samples
@@ -132,7 +132,8 @@ def generate_tokens(
         ),
         ends=ends,
         widths=(slots,) if keep else widths_of(slots),
-        first=first,
+        first=jax.lax.axis_index(groups) * total if groups else 0,
+        any_group=(lambda more: jax.lax.pmax(more, groups)) if groups else lambda x: x,
     )
     return dataclasses.replace(state.out, cache=state.cache if keep else None)
 
@@ -144,23 +145,17 @@ def spread_tokens(
     mask: Array,
     *,
     key: Array,
-    layout: Mesh,
     samples: int = 1,
     **options: Any,
 ) -> Rollouts:
-    """`generate_tokens` on a mesh, which must be in use: each part of the rows alone.
+    """`generate_tokens` on the mesh in use: each group of devices for itself.
 
-    `layout` may be another mesh of the devices than the parameters': here they go over
-    to it, in the dtype of the computation. Along its "data" every group of devices has
-    its own prompts, slots and loop, and none waits for another; along "tensor" they
-    share matrices and heads. `slots` are those of one group.
+    Along "data" (and "fsdp") every group has prompts, slots and a cache of its own, and
+    asks the others only whether they are done; along "tensor" devices share matrices
+    and heads. `slots` are one group's.
     """
-    params = jax.tree.map(lambda x: x.astype(model.dtype), params)
-    where = sharding.shardings(params, layout)
-    params = jax.lax.with_sharding_constraint(params, where)
 
     def of_group(params, tokens, mask, key):
-        first = jax.lax.axis_index(("data", "fsdp")) * tokens.shape[0] * samples
         out = generate_tokens(
             model,
             params,
@@ -168,17 +163,18 @@ def spread_tokens(
             mask,
             key=key,
             samples=samples,
-            first=first,
+            groups=groups,
             **options,
         )
         return dataclasses.replace(out, occupancy=out.occupancy[None])
 
+    groups = sharding.AXES[:2]
     rows, every = sharding.BATCH, sharding.P()
     out = jax.shard_map(
         of_group,
         in_specs=(every, rows, rows, every),
         out_specs=rows,
-        axis_names={"data", "fsdp"},
+        axis_names=set(groups),
         check_vma=False,  # a group's loops start from constants
     )(params, tokens, mask, key)
     return dataclasses.replace(out, occupancy=out.occupancy.mean())
@@ -187,7 +183,33 @@ def spread_tokens(
 _STATIC = ("model", "max_new_tokens", "temperature", "top_k", "top_p", "min_p")
 _STATIC += ("eos_id", "stop", "samples", "slots", "cache_dtype", "keep")
 _jitted = jax.jit(generate_tokens, static_argnames=_STATIC)
-_spread = jax.jit(spread_tokens, static_argnames=(*_STATIC, "layout"))
+_spread = jax.jit(spread_tokens, static_argnames=_STATIC)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "layout"))
+def relaid(model: Decoder, params: Params, layout: Mesh) -> Params:
+    """Parameters on the mesh that decodes, in the dtype of the computation.
+
+    In two steps, which XLA knows how to take: rows of matrices for columns within the
+    groups of devices, and then between the groups what is missing in each.
+    """
+    params = jax.tree.map(lambda x: x.astype(model.dtype), params)
+    for fsdp in (True, False):
+        mesh = sharding.regroup(layout, layout.shape["tensor"], fsdp=fsdp)
+        where = sharding.shardings(params, mesh)
+        params = jax.lax.with_sharding_constraint(params, where)
+    return params
+
+
+def is_laid_out(model: Decoder, params: Params, layout: Mesh) -> bool:
+    """Whether the parameters are there already."""
+    where = sharding.shardings(params, layout)
+
+    def here(x, sharding) -> bool:
+        same = x.sharding.is_equivalent_to(sharding, len(x.shape))
+        return same and x.dtype == model.dtype
+
+    return all(jax.tree.leaves(jax.tree.map(here, params, where)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,17 +250,10 @@ def shape_of(
     return Shape(copies, samples, each * groups, bucket(longest), slots)
 
 
-def program(
-    shape: Shape, layout: Mesh | None = None, **options: Any
-) -> functools.partial:
-    """The compiled sampler: (model, params, tokens, mask, key=…) → `Rollouts`.
-
-    layout: the mesh it runs on, which must be in use (jax.set_mesh); None: one device.
-    """
+def program(shape: Shape, *, spread: bool, **options: Any) -> functools.partial:
+    """The compiled sampler: (model, params, tokens, mask, key=…) → `Rollouts`."""
     options |= {"samples": shape.samples, "slots": shape.slots}
-    if layout is None:
-        return functools.partial(_jitted, **options)
-    return functools.partial(_spread, layout=layout, **options)
+    return functools.partial(_spread if spread else _jitted, **options)
 
 
 def as_ids(ids: int | Sequence[int]) -> tuple[int, ...]:
@@ -352,10 +367,13 @@ def generate(
     lists = [ids for ids in prompts for _ in range(shape.copies)]
     tokens, mask = ragged(lists, shape.prompts, shape.width)
     if layout is not None:
+        if not is_laid_out(model, params, layout):
+            params = relaid(model, params, layout)
         tokens, mask = jax.device_put((tokens, mask), sharding.batch_sharding(layout))
     sample = program(
         shape,
-        None if keep else layout,  # what is kept is one cache, not one of each group
+        # What is kept is one cache, not one of each group.
+        spread=layout is not None and not keep,
         max_new_tokens=max_new_tokens,
         temperature=float(temperature),
         top_k=top_k,

@@ -56,18 +56,20 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def regroup(mesh: Mesh, tensor: int) -> Mesh:
+def regroup(mesh: Mesh, tensor: int, *, fsdp: bool = False) -> Mesh:
     """The same devices in groups of `tensor`, each with all of the parameters.
 
-    To decode: what is read at every token is then split, and never gathered.
+    To decode: what is read at every token is then split, and never gathered. With
+    `fsdp` each group has only its share of the parameters.
     """
     if mesh.size % tensor:
         raise GrpoError(
-            f"rollout.tensor: {tensor} does not divide the number of devices, "
+            f"mesh.decode_tensor: {tensor} does not divide the number of devices, "
             f"{mesh.size}"
         )
-    devices = list(mesh.devices.flat)
-    return make_mesh(mesh.size // tensor, 1, tensor, devices=devices)
+    groups = mesh.size // tensor
+    sizes = (1, groups) if fsdp else (groups, 1)
+    return make_mesh(*sizes, tensor, devices=list(mesh.devices.flat))
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from small_runs import SMALL, dotted, small_config, write_questions
 
-from grpo_jax import credit, rl, setup, sharding
+from grpo_jax import credit, programs, rl, setup, sharding
 from grpo_jax.experience import Experience, read
 from grpo_jax.objectives import grpo_objective
 from grpo_jax.pipeline import Pipeline
@@ -105,7 +105,7 @@ def one_after_the_other(run: Run, *, lag: int, cap: float | None):
         samples = credit.outcome(
             outputs, scores, [1.0], config.group_size, scale="group", baseline="mean"
         )
-        state, _ = update(state, reference, rl.Layout(run)(samples))
+        state, _ = update(state, reference, rl.Layout(run.config, run.mesh)(samples))
     return state.params
 
 
@@ -179,7 +179,7 @@ def test_the_next_rollout_is_sampled_while_a_step_is_graded(folder, monkeypatch)
 def test_passes_without_rewards_run_while_a_step_is_graded(
     method, maker, changes, each, folder, monkeypatch
 ):
-    make, passes, done = getattr(rl, maker), [], []
+    make, passes, done = getattr(programs, maker), [], []
 
     def watched(*arguments, **options):
         score = make(*arguments, **options)
@@ -190,7 +190,7 @@ def test_passes_without_rewards_run_while_a_step_is_graded(
 
         return scored
 
-    monkeypatch.setattr(rl, maker, watched)
+    monkeypatch.setattr(programs, maker, watched)
     meanwhile.append(lambda call: done.append((len(passes), wait(passes[-1]))))
     name = f"{method}-{maker}-{each}"
     learn(folder, name, method=method, rl_steps=2, **changes)
