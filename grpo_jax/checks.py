@@ -28,6 +28,8 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.cache_dtype": ("", "float32", "bfloat16"),
+    "model.remat": ("none", "matmuls", "ffn", "full", "offload"),
+    "model.reference_memory": ("device", "host"),
     "data.template": ("chat", "deepseekmath", "plain"),
     "data.instruction": ("cot", "tool", "none"),
     "sft.schedule": ("constant", "linear", "cosine"),

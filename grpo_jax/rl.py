@@ -79,21 +79,22 @@ def train(
     instruct: Callable[[], Params],
     experience: Experience,
     judges: Judges,
-) -> Params:
-    """All RL steps, from wherever the work directory stands.
+) -> tuple[Params, Params]:
+    """All RL steps, from wherever the work directory stands: (π_sft, π_θ).
 
-    `instruct` gives π_sft, where RL starts. With LoRA it is called only where RL has no
-    checkpoint yet, and its parameters are donated: π_ref is the base of the state's.
+    `instruct` gives π_sft up, where RL starts. What is frozen is kept in the dtype of
+    the computation (`frozen`). With LoRA `instruct` is called only where RL has no
+    checkpoint yet: π_ref is the base of the state's.
     """
     config, own = run.config, run.config.own()
     method = METHODS[config.method]
     transformation, rate = optimizer(config)
     only_base = run.model.lora.rank and method.source == "policy" and not judges.needed
-    sft = None if only_base else instruct()
+    given = [] if only_base else [instruct()]  # until RL has its own
+    sft = frozen(run, given[0]) if given else None
 
     def start() -> Params:
-        params = jax.tree.map(jnp.copy, sft) if sft else instruct()
-        params = run.begin("rl", params)
+        params = run.begin("rl", given.pop() if given else instruct())
         if method.coefficient == "critic":
             value = run.new_reward_model(run.key("critic", 0), params)
             params = {**params, "value": value}
@@ -104,17 +105,25 @@ def train(
     for i in range(iterations):
         if i + 1 < iterations and run.has_reference(i + 1):
             continue  # done before the run was resumed
-        if i and params is not None:
-            reference = run.save_reference(i, params)
-        elif i:
-            reference = run.load_reference(i)
+        begins = given[0] if given else None
+        if i:
+            begins = params or run.load_reference(i)
+            if params is not None:
+                run.save_reference(i, params)
+            reference = frozen(run, begins)
         until = config.rl_steps * (i + 1) // iterations
-        judge = judges(i, reference)
+        judge = judges(i, begins)
+        begins = None
         stale = own.get("max_staleness", 0)
         pipeline = Pipeline(experience, staleness=stale, until=until)
-        body = functools.partial(
+        make = functools.partial(
             make_body, run, pipeline, judge, sft, reference, transformation, rate
         )
+
+        def body(shardings, make=make):
+            given.clear()
+            return make(shardings)
+
         params = run_stage(
             run,
             "rl",
@@ -127,7 +136,25 @@ def train(
             resume=pipeline.resume,
         )
     assert params is not None
-    return policy(params)
+    params = policy(params)
+    return lora.base(params) if sft is None else on_device(run, sft), params
+
+
+def frozen(run: Run, params: Params) -> Params:
+    """A copy of parameters that are only read.
+
+    In the dtype of the computation, which takes them in it anyway; in host memory where
+    the config says so.
+    """
+    kept = jax.tree.map(lambda x: jnp.array(x, run.model.dtype), params)
+    return sharding.move(kept, run.config.model.reference_memory)
+
+
+def on_device(run: Run, params: Params) -> Params:
+    """The same where programs can read them."""
+    if run.config.model.reference_memory == "device":
+        return params
+    return sharding.move(params, "device")
 
 
 def make_body(
@@ -150,14 +177,16 @@ def make_body(
     programs = make_programs(config, run.model, transformation, shardings)
     lay_out = Layout(config, run.mesh)
 
-    def frozen(state):  # π_ref
-        return lora.base(state.params) if reference is None else reference
+    def fixed(state):  # π_ref
+        if reference is None:
+            return lora.base(state.params)
+        return on_device(run, reference)
 
     def passes(state, batch) -> Passes:
         once = functools.partial(sharding.one_at_a_time, run.mesh)
         return Passes(
             old=once(programs.score(state.params, batch)) if updates > 1 else None,
-            ref=once(programs.score(frozen(state), batch)) if kl_coef else None,
+            ref=once(programs.score(fixed(state), batch)) if kl_coef else None,
             values=once(programs.value(state.params["value"], batch))
             if critic
             else None,
@@ -199,8 +228,10 @@ def make_body(
 
     def body(step, state):
         started = time.perf_counter()
-        sampler = sft if method.source == "instruct" else state.params
-        assert sampler is not None
+        sampler = state.params
+        if method.source == "instruct":
+            assert sft is not None
+            sampler = on_device(run, sft)
         outcome = judge.outcome if judge else None
         drawn, staleness = pipeline.take(step, sampler)  # 1, 2, 3
         outputs = read(drawn)

@@ -51,6 +51,7 @@ def adamw(
         b2=settings.b2,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
+        master=settings.master,
     )
 
 

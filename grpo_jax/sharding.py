@@ -75,6 +75,9 @@ def regroup(mesh: Mesh, tensor: int, *, fsdp: bool = False) -> Mesh:
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The table's answer for one leaf; an axis that does not divide stays whole.
 
+    What only the optimiser reads is spread over "data" too: each of those that hold the
+    same parameters moves a share of them.
+
     >>> mesh = make_mesh(devices=jax.devices()[:1])
     >>> spec_of("layers/q_proj", (2, 8, 4), mesh)
     P(None, 'tensor', 'fsdp')
@@ -86,6 +89,10 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
         axis if axis is None or size % mesh.shape[axis] == 0 else None
         for size, axis in zip(shape, rule, strict=False)
     ]
+    if path.startswith("opt_state/") and "fsdp" in axes and mesh.shape["data"] > 1:
+        both, where = ("fsdp", "data"), axes.index("fsdp")
+        if shape[where] % size_of(mesh, both) == 0:
+            axes[where] = both
     return P(*axes)
 
 
@@ -199,6 +206,26 @@ def mesh_of(tree: Any) -> Mesh | None:
                 if isinstance(mesh, Mesh) and set(AXES) <= set(mesh.axis_names):
                     return mesh
     return None
+
+
+def move(tree: Any, memory: str) -> Any:
+    """A tree's arrays in the memory of their devices, or in the host's ("host").
+
+    Raises:
+      GrpoError: the devices cannot reach the host's memory.
+    """
+    kind = {"device": "device", "host": "pinned_host"}[memory]
+
+    def there(x):
+        return jax.device_put(x, x.sharding.with_memory_kind(kind))
+
+    try:
+        return jax.tree.map(there, tree)
+    except ValueError as error:
+        raise GrpoError(
+            f"config.model.reference_memory: {memory}: these devices refuse it "
+            f"({str(error).splitlines()[0]}); set device"
+        ) from None
 
 
 def batch_placer(mesh: Mesh):

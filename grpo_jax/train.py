@@ -95,7 +95,7 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     start_cache()
     import jax
 
-    from grpo_jax import evaluate, lora, rl, run, setup, sft, sharding
+    from grpo_jax import evaluate, rl, run, setup, sft, sharding
     from grpo_jax.checkpoint import lock
     from grpo_jax.recorder import Recorder
 
@@ -119,14 +119,11 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
                 with_sft = config.sft_steps > 0
                 start = lambda: setup.initial_params(config, model, mesh)  # noqa: E731
                 instruct = (lambda: sft.train(here, start)) if with_sft else start
-                if prepared and model.lora.rank:  # Instruct is what RL left alone
-                    after = rl.train(here, instruct, *prepared)
-                    models = {"instruct": lora.base(after), "rl": after}
+                if prepared:
+                    before, after = rl.train(here, instruct, *prepared)
+                    models = {"instruct": before, "rl": after}
                 else:
                     models = {"instruct": instruct()}
-                    if prepared:
-                        before = lambda: models["instruct"]  # noqa: E731
-                        models["rl"] = rl.train(here, before, *prepared)
                 results = evaluate.compare(here, models)
                 recorder.write_report(last=True)
             except run.Preempted as stopped:

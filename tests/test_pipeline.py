@@ -79,7 +79,7 @@ def learn(folder: Path, name: str, **changes):
     """The RL stage from random weights: its parameters."""
     with opened(folder, name, **changes) as run:
         start = initial(run)
-        return rl.train(run, lambda: start, *rl.prepare(run))
+        return rl.train(run, lambda: start, *rl.prepare(run))[1]
 
 
 def metrics(workdir: Path) -> list[dict]:

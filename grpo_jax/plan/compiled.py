@@ -163,21 +163,17 @@ def rl_programs(
     sampler = reference if method.source == "instruct" else state.params
     asked = sampler_of(config, model, mesh, policy(sampler), lengths)
 
-    def a_pass(name, program, params):
+    def a_pass(name, program, params, fetched=False):
+        trace = functools.partial(program.trace, params, scored)
+        traffic = 2 * batches * whole
         asked.append(
-            Asked(
-                name,
-                lambda: program.trace(params, scored),
-                mesh,
-                params,
-                passes,
-                traffic=2 * batches * whole,
-            )
+            Asked(name, trace, mesh, params, passes, traffic=traffic, own=fetched)
         )
 
+    on_host = config.model.reference_memory == "host"
     if own.get("kl_coef"):
         frozen = lora.base(state.params) if reference is None else reference
-        a_pass("reference", programs.score, frozen)
+        a_pass("reference", programs.score, frozen, fetched=on_host)
     if updates > 1:
         a_pass("old policy", programs.score, state.params)
     if critic:
@@ -193,7 +189,7 @@ def rl_programs(
             runs=updates,
         )
     )
-    return asked, (state, reference)
+    return asked, (state, None if on_host else reference)
 
 
 def sampler_of(
@@ -244,12 +240,13 @@ def sampler_of(
         trace = functools.partial(rollout.relaid.trace, model, params, layout)
         asked.append(Asked("weights to sample", trace, mesh, params))
         params = compute_params(model, params, layout)
+    jitted: Any = sample.func
     turns = often["turns"] + often["last_turns"]
     asked.append(
         Asked(
             "rollout",
-            lambda: sample.func.trace(
-                model, params, tokens, mask, key=key, **sample.keywords
+            functools.partial(
+                jitted.trace, model, params, tokens, mask, key=key, **sample.keywords
             ),
             layout or mesh,
             params,
@@ -354,7 +351,7 @@ def reference_of(config: Config, model: Decoder, state: Any, mesh) -> Any:
     """π_ref as the run holds it; None: the base of the state's own parameters."""
     if model.lora.rank:
         return None
-    return policy(state.params)
+    return compute_params(model, policy(state.params), mesh)
 
 
 def compute_params(model: Decoder, params: Any, mesh) -> Any:
