@@ -111,7 +111,8 @@ def test_what_is_recomputed_changes_memory_and_no_gradient():
         ):
             np.testing.assert_allclose(a, b, atol=1e-6, err_msg=remat)
     temporaries = {
-        k: x.memory_analysis().temp_size_in_bytes for k, x in compiled.items()
+        remat: program.memory_analysis().temp_size_in_bytes
+        for remat, program in compiled.items()
     }
     assert temporaries["full"] < 0.7 * temporaries["matmuls"]
     assert temporaries["matmuls"] < 0.8 * temporaries["none"]

@@ -69,12 +69,8 @@ def test_loops_branches_and_shards_count_as_often_as_they_run():
         return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    rows = jax.shard_map(
-        lambda x: x @ jnp.ones((8, 8)),
-        mesh=mesh,
-        in_specs=P("data"),
-        out_specs=P("data"),
-    )
+    square = lambda x: x @ jnp.ones((8, 8))  # noqa: E731
+    rows = jax.shard_map(square, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     count = lambda f, **trips: flops(jax.make_jaxpr(f)(x), trips)  # noqa: E731
     assert count(looped) == 3 * product
     assert count(endless, turns=7) == 7 * product
@@ -100,6 +96,7 @@ def test_collectives_of_a_compiled_program_in_its_loops():
     that only its scope's name tells the length of."""
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     whole = 64 * 64 * 4
+    ring = [(i, (i + 1) % 4) for i in range(4)]
 
     def f(x):  # [16, 64]
         def body(x, _):
@@ -107,13 +104,8 @@ def test_collectives_of_a_compiled_program_in_its_loops():
 
         x, _ = jax.lax.scan(body, x, length=5)
         with jax.named_scope("turns"):
-            x = jax.lax.while_loop(
-                lambda x: x[0, 0] < 1,
-                lambda x: jax.lax.ppermute(
-                    x, "a", [(i, (i + 1) % 4) for i in range(4)]
-                ),
-                x,
-            )
+            on = lambda x: jax.lax.ppermute(x, "a", ring)  # noqa: E731
+            x = jax.lax.while_loop(lambda x: x[0, 0] < 1, on, x)
         gathered = jax.lax.all_gather(x, "a", tiled=True)
         return jax.lax.psum_scatter(gathered * 2, "a", tiled=True)
 

@@ -116,10 +116,9 @@ def prepare(config: Config, topology: Topology, lengths: Lengths) -> Asks:
     stage = "sft" if config.method == "sft" else "rl"
     model = decoder(config)
     optimizer, _ = {"sft": sft, "rl": rl}[stage].optimizer(config)
-    with jax.set_mesh(mesh):
-        state = setup.abstract_state(config, model, mesh, stage, optimizer)
-        ask = sft_programs if stage == "sft" else rl_programs
-        return ask(config, model, mesh, state, optimizer, lengths)
+    state = setup.abstract_state(config, model, mesh, stage, optimizer)
+    ask = sft_programs if stage == "sft" else rl_programs
+    return ask(config, model, mesh, state, optimizer, lengths)
 
 
 def decoder(config: Config) -> Decoder:
