@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     except GrpoError as error:
         sys.exit(f"error: {error}")
     try:
-        workdir = Path(_WORKDIR.value or f"runs/{config.name}")
+        workdir = folder(_WORKDIR.value or f"runs/{config.name}")
         train(config, workdir, accept_changes=_ACCEPT.value)
     except GrpoError as error:
         sys.exit(f"error: {error}")
@@ -43,6 +43,16 @@ def main(argv: list[str] | None = None) -> None:
             raise
         what = str(error).splitlines()[0]
         sys.exit(f"error: out of memory ({what}); {smaller(config)}")
+
+
+def folder(name: str) -> Path:
+    """The work directory; a bucket, without locks and renames, cannot be one."""
+    if "://" in name:
+        raise GrpoError(
+            f"--workdir: {name}: name a folder, with several hosts one of a disk that "
+            "all of them see; copy from there to a bucket"
+        )
+    return Path(name)
 
 
 def smaller(config: Config) -> str:

@@ -84,7 +84,17 @@ def make_optimizer(
     rate = optax.join_schedules([warmup, after], [warmup_steps])
     adamw = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
     chain = optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
-    return (keep_master(chain) if master else chain), rate
+    return (keep_master if master else keep_dtype)(chain), rate
+
+
+def keep_dtype(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimiser with its moments in the dtype of the weights."""
+
+    def update(gradients, state, params=None):
+        gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, params)
+        return inner.update(gradients, state, params)
+
+    return optax.GradientTransformation(inner.init, update)  # type: ignore[bad-argument-type]
 
 
 class Master(NamedTuple):

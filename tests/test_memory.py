@@ -100,7 +100,7 @@ def test_what_is_recomputed_changes_memory_and_no_gradient():
         return jnp.square(hidden).mean()
 
     params = jax.jit(Decoder(config).init)(KEY)
-    compiled = {
+    compiled: Any = {
         remat: jax.jit(jax.grad(loss), static_argnums=1).lower(params, remat).compile()
         for remat in REMAT
     }

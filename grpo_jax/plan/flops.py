@@ -67,7 +67,7 @@ def runs(name: str, parameters: Mapping[str, Any]) -> float:
     if name == "pallas_call":
         return math.prod(parameters["grid_mapping"].grid)
     if name == "shard_map":
-        mesh, manual = parameters["mesh"], parameters["manual_axes"]
+        mesh, manual = parameters["mesh"], parameters["newly_manual_axes"]
         return math.prod(mesh.shape[axis] for axis in manual)
     return 1.0
 
