@@ -25,6 +25,7 @@ from grpo_jax.config import (
     Config,
     DataSettings,
     EvalSettings,
+    MeshSettings,
     ModelSettings,
     OptimizerSettings,
 )
@@ -60,5 +61,6 @@ def get_config() -> Config:
             max_prompt_tokens=1024,
         ),
         optimizer=OptimizerSettings(micro_rows=1),
+        mesh=MeshSettings(decode_tensor=8, slots=1024),
         eval=EvalSettings(samples=1, batch=256),
     )

@@ -110,6 +110,8 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     from grpo_jax.recorder import Recorder
 
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if mesh.size > 1:  # refused here, not at the first rollout
+        sharding.regroup(mesh, config.mesh.decode_tensor or config.mesh.tensor)
     if config.model.path and config.model.vocab_size:  # a large model: say what it is
         print(setup.describe_state(config), flush=True)
     model, tokenizer = setup.make_model(config)

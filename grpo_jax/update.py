@@ -83,8 +83,10 @@ def make_optimizer(
     warmup = optax.linear_schedule(first, learning_rate, max(warmup_steps, 1))
     rate = optax.join_schedules([warmup, after], [warmup_steps])
     adamw = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
+    if not master:
+        adamw = keep_dtype(adamw)
     chain = optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
-    return (keep_master if master else keep_dtype)(chain), rate
+    return (keep_master(chain) if master else chain), rate
 
 
 def keep_dtype(inner: optax.GradientTransformation) -> optax.GradientTransformation:
