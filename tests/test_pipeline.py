@@ -114,6 +114,14 @@ def distance(a, b) -> float:
     return max(float(jnp.abs(x - y).max()) for x, y in leaves)
 
 
+def test_a_reference_in_host_memory_changes_nothing(folder):
+    short = {"rl_steps": 3}
+    params = learn(folder, "device", **short)
+    away = learn(folder, "host", model__reference_memory="host", **short)
+    assert distance(params, away) == 0
+    assert [r["kl"] for r in metrics(folder / "host")][1] > 0
+
+
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_run_is_what_it_would_be_one_thing_after_the_other(lag, folder):
     """Step k's outputs are of the policy before `lag` updates, and weighted if it is 1;
