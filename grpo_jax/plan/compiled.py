@@ -275,7 +275,10 @@ def sft_programs(
         lambda: update.trace(state, None, batch),
         mesh,
         state,
-        {"micro_batches": capacity},
+        {
+            "micro_batches": capacity,
+            "pairs": trips.pairs(config.sft.micro_rows, config.sft.row_length),
+        },
         traffic=6 * capacity * whole + 2 * local_bytes(state),
     )
     return [asked], state

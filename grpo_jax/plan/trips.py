@@ -3,7 +3,8 @@
 In: a config's shapes and what is assumed of its prompts' and outputs' lengths. Out: a
 number for the scope (`jax.named_scope`) of each loop whose length is a value and no
 shape: `turns` and `last_turns` of the sampler, the `rounds` of prompts and `blocks` of
-columns that a turn reads, the `micro_batches` of a pass.
+columns that a turn reads, the `micro_batches` of a pass, the `pairs` of blocks that
+attention without a kernel takes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from grpo_jax import attention, sharding
 from grpo_jax.cache import BLOCK
 from grpo_jax.config import Config
 from grpo_jax.programs import Layout
@@ -49,6 +51,7 @@ def of_sampler(
         "last_turns": alone / narrower if narrower else 0,
         "blocks": math.ceil(written / BLOCK),
         "rounds": 1,
+        "pairs": pairs(shape.prompts // groups, shape.width),
     }
 
 
@@ -57,7 +60,15 @@ def of_pass(layout: Layout, config: Config, lengths: Lengths) -> dict[str, float
     outputs = config.questions_per_step * config.group_size
     room = 0.95 * layout.length - lengths.prompt
     rows = outputs * lengths.output / max(room, lengths.output)
-    return {"micro_batches": min(layout.capacity, math.ceil(rows / layout.rows))}
+    batches = min(layout.capacity, math.ceil(rows / layout.rows))
+    each = layout.rows // sharding.rows_multiple(layout.mesh)
+    return {"micro_batches": batches, "pairs": pairs(each, layout.length)}
+
+
+def pairs(rows: int, length: int) -> float:
+    """Pairs of blocks in a device's rows, as if each were one sequence."""
+    blocks = -(-length // attention.BLOCK)
+    return rows * blocks * (blocks + 1) / 2
 
 
 def named(scope: str, trips: Mapping[str, float] | None) -> float:
