@@ -291,11 +291,12 @@ def test_the_command_compiles_the_programs_of_a_run():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     programs = {p["name"]: p for p in found["programs"]}
-    assert list(programs) == ["rollout", "reference", "update"]
+    names = ["weights to sample", "rollout", "reference", "update"]
+    assert list(programs) == names
     assert found["devices"] == 8 and "fits" not in found
     for p in programs.values():
-        assert p["peak_memory_bytes"] > 0 and p["flops"] > 0
-        assert p["collective_bytes"] > 0
+        assert p["peak_memory_bytes"] > 0 and p["collective_bytes"] > 0
+        assert (p["flops"] > 0) == (p["name"] != "weights to sample")
     # Forward alone; forward and backward.
     ratio = programs["update"]["flops"] / programs["reference"]["flops"]
     assert 2.9 < ratio < 4.1

@@ -25,7 +25,7 @@ from grpo_jax.methods import METHODS
 from grpo_jax.model import Decoder
 from grpo_jax.packing import Batch, Sample
 from grpo_jax.plan import hlo, trips
-from grpo_jax.plan.chips import Chip, Topology, quiet
+from grpo_jax.plan.chips import Chip, Topology
 from grpo_jax.plan.flops import flops
 from grpo_jax.plan.trips import Lengths
 from grpo_jax.programs import Layout, make_programs
@@ -293,8 +293,7 @@ def compile_one(asked: Asked, resident: Any, devices: int) -> Program:
         operations = flops(traced.jaxpr, asked.trips)
         peak, message, sent = math.nan, "", {}
         try:
-            with quiet():
-                compiled = lowered.compile()
+            compiled = lowered.compile()
         except Exception as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
