@@ -31,7 +31,7 @@ Params = dict[str, Any]
 _INPUT = "layer_input"
 _policies = jax.checkpoint_policies
 # What the backward pass recomputes of a layer, by what is kept beside its input.
-# "attention" is what XLA's way of computing it gives; kernels keep nothing of that name.
+# "attention" is what XLA's way of computing it gives; kernels keep none of that name.
 REMAT = {
     "none": _policies.everything_saveable,
     "matmuls": _policies.save_from_both_policies(
