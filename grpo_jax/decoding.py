@@ -161,8 +161,10 @@ def decode(
         hidden = model.finish(params, x)[:, 0]
         logits = few_rows(model.unembed(params).T, hidden, **_F32)
         # A matrix split by vocabulary gives each device some logits of every row; the
-        # draw is of all logits of some.
-        logits = sharding.constrain(logits, sharding.P(sharding.AXES))
+        # draw takes all logits of some rows. Said in two steps: logits travel then, and
+        # not the matrix.
+        for spec in (sharding.P(*sharding.BATCH, "tensor"), sharding.P(sharding.AXES)):
+            logits = sharding.constrain(logits, spec)
 
         out, row = state.out, state.row
         at = out.lengths.at[row].get(mode="fill", fill_value=0)
