@@ -293,7 +293,7 @@ class Decoder:
         x = sharding.constrain(self.embed(params, tokens), sharding.BATCH)
         # A scan keeps compiling short; a few layers are faster side by side, as XLA's
         # CPU backward pass of a scan copies what it has stacked.
-        few = self.config.layers <= 4
+        few = self.config.layers <= 4 and sharding.platform() == "cpu"
         x, cache = jax.lax.scan(layer, x, params["layers"], unroll=few)
         hidden = self.finish(params, x)
         return (hidden, cache) if keep_cache else hidden
