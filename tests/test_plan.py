@@ -331,12 +331,12 @@ def test_the_seven_billion_parameters_by_hand():
     """83 GB of float32 weights and moments; 7b.py spreads them evenly over 64 chips."""
     import runpy
 
-    from grpo_jax.plan.compiled import kept_bytes
+    from grpo_jax.plan.compiled import local_bytes, prepare
 
     config = runpy.run_path(str(ROOT / "configs/7b.py"))["get_config"]()
     devices = jax.devices() * 8  # shapes alone: each may stand for eight
     topology = chips.Topology("64", None, np.array(devices, object).tolist())
-    kept = kept_bytes(config, topology, Lengths(128, 512))
+    _, resident = prepare(config, topology, Lengths(128, 512))
     weights = 30 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 102400 * 4096
     # float32 weights and two moments, and the reference in bfloat16
-    assert kept == pytest.approx((3 * 4 + 2) * weights / 64, rel=0.01)
+    assert local_bytes(resident) == pytest.approx((3 * 4 + 2) * weights / 64, rel=0.01)

@@ -369,8 +369,3 @@ def local_bytes(tree: Any) -> float:
         return math.prod(shape) * np.dtype(x.dtype).itemsize
 
     return float(sum(map(of, jax.tree.leaves(tree))))
-
-
-def kept_bytes(config: Config, topology: Topology, lengths: Lengths) -> float:
-    """What a step keeps on a device, whatever runs."""
-    return local_bytes(prepare(config, topology, lengths)[1])
