@@ -94,7 +94,7 @@ SAMPLED: Any = dict(key=jax.random.key(2), samples=4, max_new_tokens=10, eos_id=
     "shape, tensor", [((8, 1, 1), 0), ((1, 8, 1), 4), ((2, 2, 2), 0), ((1, 2, 4), 2)]
 )
 def test_groups_of_devices_draw_what_one_device_draws(shape, tensor, drawn):
-    """3 prompts with 4 samples each, over 8, 2, 4 and 4 groups with loops of their own."""
+    """3 prompts with 4 samples each, over 8, 2, 4 and 4 groups with their own loops."""
     mesh = sharding.make_mesh(*shape)
     model = dataclasses.replace(MODEL, decode_tensor=tensor)
     with jax.set_mesh(mesh):
