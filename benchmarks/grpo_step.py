@@ -144,7 +144,7 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, A
     from grpo_jax.tokenizer import Tokenizer
 
     model, params = load_pretrained(flags.model, dtype=flags.dtype)
-    model = dataclasses.replace(model, remat=flags.remat)
+    model = dataclasses.replace(model, remat="ffn" if flags.remat else "none")
     tokenizer = Tokenizer.from_folder(flags.model)
     optimizer = optax.adamw(flags.rate, b2=0.95)
     update = make_grpo_step(model, optimizer, kl_coef=0.04)

@@ -63,13 +63,14 @@ def main() -> None:
     from grpo_jax import TrainState, load_pretrained, make_grpo_step
     from grpo_jax.model import Decoder, ModelConfig
 
+    remat = "ffn" if flags.remat else "none"
     if flags.model:
         model, params = load_pretrained(flags.model, dtype=flags.dtype)
-        model = dataclasses.replace(model, remat=flags.remat)
+        model = dataclasses.replace(model, remat=remat)
     else:
         sizes = dict(width=576, layers=30, heads=9, kv_heads=3, head_dim=64, ffn=1536)
         config = ModelConfig(vocab_size=49152, tied=True, **sizes)
-        model = Decoder(config, dtype=flags.dtype, remat=flags.remat)
+        model = Decoder(config, dtype=flags.dtype, remat=remat)
         params = jax.jit(model.init)(jax.random.key(0))
     optimizer = optax.adamw(1e-6)
 

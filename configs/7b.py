@@ -25,6 +25,7 @@ from grpo_jax.config import (
     Config,
     DataSettings,
     EvalSettings,
+    MeshSettings,
     ModelSettings,
     OptimizerSettings,
 )
@@ -45,7 +46,7 @@ def get_config() -> Config:
             revision="refs/pr/2",
             dtype="bfloat16",
             param_dtype="float32",
-            remat=True,
+            remat="full",
             vocab_size=102400,
             layers=30,
             width=4096,
@@ -60,5 +61,6 @@ def get_config() -> Config:
             max_prompt_tokens=1024,
         ),
         optimizer=OptimizerSettings(micro_rows=1),
+        mesh=MeshSettings(decode_tensor=8, slots=1024),
         eval=EvalSettings(samples=1, batch=256),
     )

@@ -36,7 +36,7 @@ def get_config() -> Config:
             revision="refs/pr/1",
             dtype="bfloat16",
             param_dtype="float32",
-            remat=True,
+            remat="full",
             vocab_size=102400,
             layers=30,
             width=4096,

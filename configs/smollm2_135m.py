@@ -38,7 +38,7 @@ def get_config() -> Config:
         model=ModelSettings(
             path="models/smollm2-135m-instruct",
             hint="run `make smollm2` first",
-            remat=True,  # on a CPU computing again is faster than keeping
+            remat="ffn",  # on a CPU computing again is faster than keeping
         ),
         data=DataSettings(train="gsm8k", eval="gsm8k", max_prompt_tokens=256),
         optimizer=OptimizerSettings(micro_rows=2, row_length=512),

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax import sharding
 from grpo_jax.block_attention import BLOCK, block_attention
 from grpo_jax.packing import PROMPT
+from grpo_jax.sharding import platform
 
 LANES = 128  # a TPU's: the least block
 TPU_BLOCK = 512  # positions of a block on TPU
@@ -126,21 +127,6 @@ def attend(
     return on_each_device(in_blocks, q, k, v, rows)
 
 
-def platform() -> str:
-    """Whose kernels may be used: "gpu", "tpu", or else "cpu", which has none.
-
-    The mesh in use knows, also where the machine that compiles has no such devices.
-    `jax.lax.platform_dependent` would trace every way on every platform, and cuDNN's
-    refuses to be traced without cuDNN; under `grad` it keeps what each would need.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = jax.device_count() if mesh.empty else mesh.size
-    if devices > 1 and sharding.mesh_in_use() is None:
-        return "cpu"  # who knows how arrays are spread? XLA can split what is its own
-    device = mesh.abstract_device
-    return device.platform if device else jax.default_backend()
-
-
 def in_blocks(
     q: Array, k: Array, v: Array, rows: Rows, size: int = BLOCK
 ) -> Float[Array, "B T N H"]:
@@ -223,11 +209,12 @@ def on_each_device(
     if mesh is None:
         return kernel(q, k, v, rows)
     batch = None if q.shape[0] % sharding.rows_multiple(mesh) else sharding.BATCH[0]
-    heads = None if k.shape[2] % mesh.shape["tensor"] else "tensor"
-    whole = sharding.P(batch, None, heads)
+    heads = None if k.shape[2] % sharding.size_of(mesh, "tensor") else "tensor"
+    whole = sharding.within(sharding.P(batch, None, heads), mesh)
     return jax.shard_map(
         kernel,
-        in_specs=(whole, whole, whole, sharding.P(batch)),
+        in_specs=(whole, whole, whole, sharding.P(*whole[:1])),
         out_specs=whole,
+        axis_names=sharding.free(mesh),
         check_vma=False,  # kernels do not say how their outputs vary over the mesh
     )(q, k, v, rows)

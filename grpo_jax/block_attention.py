@@ -129,7 +129,8 @@ def _forward(q, k, v, rows, pairs, size):
 
     zero = jnp.zeros((*q.shape[:-1], 1), jnp.float32)
     start = (zero - 1e30, zero, jnp.zeros(q.shape, jnp.float32))
-    top, total, out = jax.lax.fori_loop(0, pairs.count, step, start)
+    with jax.named_scope("pairs"):
+        top, total, out = jax.lax.fori_loop(0, pairs.count, step, start)
     # Under `remat` these are kept: the loop is not walked a second time.
     out = checkpoint_name((out / total).astype(q.dtype), "attention")
     log_total = checkpoint_name(top + jnp.log(total), "attention")
@@ -159,7 +160,8 @@ def _backward(size, saved, d_out):
         )
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    found = jax.lax.fori_loop(0, pairs.count, step, start)
+    with jax.named_scope("pairs"):
+        found = jax.lax.fori_loop(0, pairs.count, step, start)
     d_q, d_k, d_v = (x.astype(y.dtype) for x, y in zip(found, (q, k, v), strict=True))
     return d_q, d_k, d_v, None, None
 

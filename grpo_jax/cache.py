@@ -153,7 +153,8 @@ def of_prefix(
     shape = (entries, together, kv_heads, groups)
     zero = jnp.zeros((*shape, 1), jnp.float32)
     empty = (zero - 1e30, zero, jnp.zeros((*shape, head_dim), jnp.float32))
-    parts = jax.lax.fori_loop(0, plan.rounds, some, empty)
+    with jax.named_scope("rounds"):
+        parts = jax.lax.fori_loop(0, plan.rounds, some, empty)
     top, total, out = (
         x.reshape(entries * together, *shape[2:], -1)[plan.where] for x in parts
     )
@@ -193,7 +194,8 @@ def attend(
         taken = jnp.einsum("WKGB,WKBH->WKGH", weights.astype(v.dtype), v, **_F32)
         return now, total, out * fade + taken
 
-    _, total, out = jax.lax.fori_loop(*blocks, add, parts)
+    with jax.named_scope("blocks"):
+        _, total, out = jax.lax.fori_loop(*blocks, add, parts)
     return (out / total).astype(q.dtype).reshape(slots, 1, -1, head_dim)
 
 

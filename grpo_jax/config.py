@@ -26,9 +26,13 @@ class ModelSettings:
     revision: str = ""  # of the hub name
     hint: str = ""  # what to do where the folder is missing
     dtype: str = "float32"  # of the computation: float32 | bfloat16
-    param_dtype: str = "float32"  # of the weights and the optimiser state
+    param_dtype: str = "float32"  # of the weights
+    reference_memory: str = "device"  # where π_ref and π_sft wait: device | host
     cache_dtype: str = ""  # of the sampler's keys and values; "" is dtype
-    remat: bool = False  # recompute layers in the backward pass: less memory
+    # What the backward pass recomputes of a layer, to save memory: none | matmuls (all
+    # but the matrix products) | ffn (all but the feed-forward's two widest) | full |
+    # offload (full, with the layer's input in host memory)
+    remat: str = "none"
     lora_rank: int = 0  # r of LoRA's adapters (float32), which alone train; 0 is none
     lora_alpha: float = 16.0  # α: they are scaled by α/r
     lora_targets: str = "q,k,v,o,gate,up,down"  # the projections that have them
@@ -94,6 +98,7 @@ class OptimizerSettings:
     b2: float = 0.95
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    master: bool = True  # float32 copies of bfloat16 weights, which the updates move
     micro_rows: int = 1  # packed rows in memory at a time
     row_length: int = 0  # tokens of a packed row; 0 fits the longest sample
     max_skipped: int = 5  # non-finite updates in a row before the run stops
@@ -114,6 +119,8 @@ class MeshSettings:
     data: int = 1
     fsdp: int = -1  # -1 is what the other two leave of the devices
     tensor: int = 1
+    decode_tensor: int = 0  # the same while outputs are sampled; 0 is tensor
+    slots: int = 0  # outputs decoded at a time; 0 is a quarter, at least 32 a group
 
 
 @dataclass(slots=True, kw_only=True)

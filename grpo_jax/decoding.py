@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from grpo_jax import sharding
 from grpo_jax.attention import attention
 from grpo_jax.cache import (
     BLOCK,
@@ -110,8 +111,14 @@ def decode(
     sampling: Sampling,
     ends: Ends,
     widths: Sequence[int],
+    first: Any = 0,
+    any_group: Callable[[Array], Array] = lambda more: more,
 ) -> State:
     """Turns until the queue is empty and every row has ended.
+
+    A row's draws are those of number `first` + its own. Where several groups of devices
+    have such a loop each, any_group(more) says whether any of them has to go on: all
+    do then, so that none waits for another in the middle of something else.
 
     When the queue is empty and few slots have a row left, narrower loops go on with
     those: the last rows do not pay for slots that stand idle.
@@ -153,10 +160,15 @@ def decode(
             new.append(both)
         hidden = model.finish(params, x)[:, 0]
         logits = few_rows(model.unembed(params).T, hidden, **_F32)
+        # A matrix split by vocabulary gives each device some logits of every row; the
+        # draw takes all logits of some rows. Said in two steps: logits travel then, and
+        # not the matrix.
+        for spec in (sharding.P(*sharding.BATCH, "tensor"), sharding.P(sharding.AXES)):
+            logits = sharding.constrain(logits, spec)
 
         out, row = state.out, state.row
         at = out.lengths.at[row].get(mode="fill", fill_value=0)
-        row_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(row)
+        row_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(first + row)
         token, logp = sampling(logits, row_keys, at)
         token = jnp.where(live, token, cache.token)
         recent = jnp.concatenate([state.recent[:, 1:], token[:, None]], 1)
@@ -191,8 +203,12 @@ def decode(
 
     for width, least in zip(widths, (*widths[1:], 0), strict=True):
         state = _narrow(state, width)
-        go_on = functools.partial(_more, rows=rows, least=least)
-        state = jax.lax.while_loop(go_on, step, state)
+
+        def go_on(state, least=least):
+            return any_group(_more(state, rows, least))
+
+        with jax.named_scope("turns" if width == widths[0] else "last_turns"):
+            state = jax.lax.while_loop(go_on, step, state)
     occupancy = state.used / jnp.maximum(state.offered, 1)
     out = dataclasses.replace(state.out, occupancy=occupancy.astype(jnp.float32))
     return dataclasses.replace(state, out=out)

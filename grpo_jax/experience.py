@@ -79,6 +79,7 @@ def draw(run: Run, params: Params, step: int, prompts: Prompts, key: jax.Array):
         max_new_tokens=run.config.max_new_tokens,
         temperature=run.config.temperature,
         eos_id=run.tokenizer.eos_ids,
+        slots=run.config.mesh.slots or None,
         cache_dtype=run.config.model.cache_dtype or None,
     )
     names = ("tokens", "logps", "lengths", "finished", "occupancy")

@@ -19,11 +19,14 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from grpo_jax import sharding
+
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float, Int
 
-# Logits held at a time, in elements over all rows: 64 MiB of float32.
-_CHUNK_ELEMENTS = 2**24
+# Logits that a device holds at a time: 64 MiB of float32, for a matrix unit four times
+# that, since each chunk reads and writes the gradient of the whole output matrix.
+_CHUNK_ELEMENTS = {"cpu": 2**24, "gpu": 2**26, "tpu": 2**26}
 
 
 def token_logprobs(
@@ -44,7 +47,7 @@ def token_logprobs(
       targets: [...] the tokens that follow (already shifted).
       temperature: the sampling temperature; one for all three passes.
       chunk: positions along the last leading axis whose logits exist at a time; None
-        lets about 2^24 logits exist.
+        lets about 2^24 logits exist on a device, on GPUs and TPUs 2^26.
 
     Returns:
       (logps, entropy), both [...], in nats, differentiable in hidden, unembed and
@@ -66,14 +69,46 @@ def token_logprobs(
     rows = math.prod(lead[:-1])
     hidden = hidden.reshape(rows, length, hidden.shape[-1])
     targets = targets.reshape(rows, length)
+    mesh = sharding.mesh_in_use()
+    devices = sharding.rows_multiple(mesh) if mesh else 1
+    if devices == 1 or rows % devices:
+        mesh, devices = None, 1
     if chunk is None:
-        most = max(1, _CHUNK_ELEMENTS // max(rows * unembed.shape[1], 1))
+        elements = rows // devices * unembed.shape[1]
+        most = max(1, _CHUNK_ELEMENTS[sharding.platform()] // max(elements, 1))
         count = -(-max(length, 1) // most)
         chunk = -(-max(length, 1) // count)  # even ones: the last is hardly padded
     chunk = min(chunk, max(length, 1))
     temperature = jnp.asarray(temperature, jnp.float32)
-    logps, entropy = _compiled(hidden, unembed, targets, temperature, chunk)
+    compute = functools.partial(_compiled, chunk=chunk)
+    if mesh is not None:
+        compute = _on_each_device(compute, unembed, mesh)
+    logps, entropy = compute(hidden, unembed, targets, temperature)
     return logps.reshape(lead), entropy.reshape(lead)
+
+
+def _on_each_device(compute, unembed: Array, mesh: Any):
+    """Each device on its own rows, so that all agree on the output matrix once.
+
+    Left to itself the partitioner gathers the matrix, and sums its gradient over the
+    devices, in every chunk.
+    """
+    axes = sharding.free(mesh) - {"tensor"}  # along which the partitioner does well
+    whole = unembed.shape[0] % sharding.size_of(mesh, "fsdp")
+    split = None if whole or "fsdp" not in axes else "fsdp"
+    rows, P = sharding.within(sharding.BATCH, mesh), sharding.P
+
+    def on_one(hidden, unembed, targets, temperature):
+        if split:
+            unembed = jax.lax.all_gather(unembed, split, axis=0, tiled=True)
+        return compute(hidden, unembed, targets, temperature)
+
+    return jax.shard_map(
+        on_one,
+        in_specs=(rows, P(split), rows, P()),
+        out_specs=rows,
+        axis_names=axes,
+    )
 
 
 def _chunks(x: Array, chunk: int) -> Array:

@@ -28,6 +28,25 @@ from grpo_jax.attention import Rows
 from grpo_jax.lora import A, B, Lora
 
 Params = dict[str, Any]
+_INPUT = "layer_input"
+_policies = jax.checkpoint_policies
+# What the backward pass recomputes of a layer, by what is kept beside its input.
+# "attention" is what XLA's way of computing it gives; kernels keep none of that name.
+REMAT = {
+    "none": _policies.everything_saveable,
+    "matmuls": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable,  # their results
+        _policies.save_only_these_names("attention"),
+    ),
+    "ffn": _policies.save_only_these_names("attention", "ffn"),  # the two widest
+    "full": _policies.save_only_these_names("attention"),
+    "offload": _policies.save_and_offload_only_these_names(  # its input in host memory
+        names_which_can_be_saved=["attention"],
+        names_which_can_be_offloaded=[_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 # keys, values -> what the queries take from them, and the layer's cache
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
@@ -181,8 +200,9 @@ class Decoder:
 
     config: ModelConfig
     dtype: str = "float32"  # of the computation; logits and softmax stay float32
-    remat: bool = False  # recompute each layer's insides in the backward pass
+    remat: str = "none"  # a row of REMAT: what the backward pass recomputes
     lora: Lora = Lora()  # of the adapters that the parameters may hold
+    decode_tensor: int = 0  # devices that share matrices to decode; 0: as parameters do
 
     def init(self, key: Array, dtype: str = "float32") -> Params:
         """Fresh parameters: embed, layers {name: [L, …]}, norm, unembed unless tied.
@@ -264,15 +284,16 @@ class Decoder:
             return attention.attend(q, k, v, rows), (k, v) if keep_cache else None
 
         def layer(x, weights):
+            x = checkpoint_name(x, _INPUT)
             return self.block(weights, x, positions, attend)
 
-        if self.remat:
-            kept = jax.checkpoint_policies.save_only_these_names("attention", "ffn")
-            layer = jax.checkpoint(layer, prevent_cse=False, policy=kept)
+        if self.remat != "none":
+            policy = REMAT[self.remat]
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
         x = sharding.constrain(self.embed(params, tokens), sharding.BATCH)
         # A scan keeps compiling short; a few layers are faster side by side, as XLA's
         # CPU backward pass of a scan copies what it has stacked.
-        few = self.config.layers <= 4
+        few = self.config.layers <= 4 and sharding.platform() == "cpu"
         x, cache = jax.lax.scan(layer, x, params["layers"], unroll=few)
         hidden = self.finish(params, x)
         return (hidden, cache) if keep_cache else hidden

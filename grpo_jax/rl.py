@@ -35,21 +35,13 @@ from grpo_jax.errors import GrpoError
 from grpo_jax.experience import Experience, outcome_metrics, read, show
 from grpo_jax.methods import METHODS
 from grpo_jax.model import Params
-from grpo_jax.objectives import (
-    Objective,
-    dpo_objective,
-    grpo_objective,
-    ppo_objective,
-    sft_objective,
-)
-from grpo_jax.packing import Batch, Sample, pack, unpack
+from grpo_jax.packing import Sample, unpack
 from grpo_jax.pipeline import Pipeline
-from grpo_jax.reward_model.judge import Judge, Judges, critic_of
-from grpo_jax.reward_model.model import make_reward_scorer
+from grpo_jax.programs import Layout, make_programs, teaches_all
+from grpo_jax.reward_model.judge import Judge, Judges
 from grpo_jax.rewards import Scores
 from grpo_jax.run import Body, Run, policy, run_stage
 from grpo_jax.setup import adamw
-from grpo_jax.update import make_scorer, make_step
 
 
 def optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
@@ -87,21 +79,22 @@ def train(
     instruct: Callable[[], Params],
     experience: Experience,
     judges: Judges,
-) -> Params:
-    """All RL steps, from wherever the work directory stands.
+) -> tuple[Params, Params]:
+    """All RL steps, from wherever the work directory stands: (π_sft, π_θ).
 
-    `instruct` gives π_sft, where RL starts. With LoRA it is called only where RL has no
-    checkpoint yet, and its parameters are donated: π_ref is the base of the state's.
+    `instruct` gives π_sft up, where RL starts. What is frozen is kept in the dtype of
+    the computation (`frozen`). With LoRA `instruct` is called only where RL has no
+    checkpoint yet: π_ref is the base of the state's.
     """
     config, own = run.config, run.config.own()
     method = METHODS[config.method]
     transformation, rate = optimizer(config)
     only_base = run.model.lora.rank and method.source == "policy" and not judges.needed
-    sft = None if only_base else instruct()
+    given = [] if only_base else [instruct()]  # until RL has its own
+    sft = frozen(run, given[0]) if given else None
 
     def start() -> Params:
-        params = jax.tree.map(jnp.copy, sft) if sft else instruct()
-        params = run.begin("rl", params)
+        params = run.begin("rl", given.pop() if given else instruct())
         if method.coefficient == "critic":
             value = run.new_reward_model(run.key("critic", 0), params)
             params = {**params, "value": value}
@@ -112,17 +105,25 @@ def train(
     for i in range(iterations):
         if i + 1 < iterations and run.has_reference(i + 1):
             continue  # done before the run was resumed
-        if i and params is not None:
-            reference = run.save_reference(i, params)
-        elif i:
-            reference = run.load_reference(i)
+        begins = given[0] if given else None
+        if i:
+            begins = params or run.load_reference(i)
+            if params is not None:
+                run.save_reference(i, params)
+            reference = frozen(run, begins)
         until = config.rl_steps * (i + 1) // iterations
-        judge = judges(i, reference)
+        judge = judges(i, begins)
+        begins = None
         stale = own.get("max_staleness", 0)
         pipeline = Pipeline(experience, staleness=stale, until=until)
-        body = functools.partial(
+        make = functools.partial(
             make_body, run, pipeline, judge, sft, reference, transformation, rate
         )
+
+        def body(shardings, make=make):
+            given.clear()
+            return make(shardings)
+
         params = run_stage(
             run,
             "rl",
@@ -135,7 +136,25 @@ def train(
             resume=pipeline.resume,
         )
     assert params is not None
-    return policy(params)
+    params = policy(params)
+    return lora.base(params) if sft is None else on_device(run, sft), params
+
+
+def frozen(run: Run, params: Params) -> Params:
+    """A copy of parameters that are only read.
+
+    In the dtype of the computation, which takes them in it anyway; in host memory where
+    the config says so.
+    """
+    kept = jax.tree.map(lambda x: jnp.array(x, run.model.dtype), params)
+    return sharding.move(kept, run.config.model.reference_memory)
+
+
+def on_device(run: Run, params: Params) -> Params:
+    """The same where programs can read them."""
+    if run.config.model.reference_memory == "device":
+        return params
+    return sharding.move(params, "device")
 
 
 def make_body(
@@ -154,26 +173,23 @@ def make_body(
     critic = method.coefficient == "critic"
     updates, kl_coef = own.get("updates_per_rollout", 1), own.get("kl_coef", 0.0)
     in_loss = kl_coef if method.loss == "grpo" else 0.0
-    every = in_loss or own.get("entropy_coef") or method.loss in ("ppo", "dpo")
-    update = make_step(
-        make_objective(run),
-        transformation,
-        has_signal=has_tokens if every else has_advantages,
-        state_shardings=shardings,
-    )
-    log_probabilities = make_scorer(run.model, temperature=config.temperature)
-    all_values = make_reward_scorer(critic_of(run))
-    lay_out = Layout(run, together=2 if method.coefficient == "pairs" else 1)
+    every = teaches_all(config)
+    programs = make_programs(config, run.model, transformation, shardings)
+    lay_out = Layout(config, run.mesh)
 
-    def frozen(state):  # π_ref
-        return lora.base(state.params) if reference is None else reference
+    def fixed(state):  # π_ref
+        if reference is None:
+            return lora.base(state.params)
+        return on_device(run, reference)
 
     def passes(state, batch) -> Passes:
         once = functools.partial(sharding.one_at_a_time, run.mesh)
         return Passes(
-            old=once(log_probabilities(state.params, batch)) if updates > 1 else None,
-            ref=once(log_probabilities(frozen(state), batch)) if kl_coef else None,
-            values=once(all_values(state.params["value"], batch)) if critic else None,
+            old=once(programs.score(state.params, batch)) if updates > 1 else None,
+            ref=once(programs.score(fixed(state), batch)) if kl_coef else None,
+            values=once(programs.value(state.params["value"], batch))
+            if critic
+            else None,
         )
 
     # A batch of all outputs has the same rows whatever they will be worth.
@@ -212,8 +228,10 @@ def make_body(
 
     def body(step, state):
         started = time.perf_counter()
-        sampler = sft if method.source == "instruct" else state.params
-        assert sampler is not None
+        sampler = state.params
+        if method.source == "instruct":
+            assert sft is not None
+            sampler = on_device(run, sft)
         outcome = judge.outcome if judge else None
         drawn, staleness = pipeline.take(step, sampler)  # 1, 2, 3
         outputs = read(drawn)
@@ -240,7 +258,7 @@ def make_body(
         credited_at = time.perf_counter()
         metrics = {}
         for _ in range(updates):  # 8
-            state, metrics = update(state, None, batch)
+            state, metrics = programs.update(state, None, batch)
         metrics = jax.device_get(metrics)
         done = time.perf_counter()
         # A later policy is meant to have moved away from the sampler.
@@ -265,47 +283,6 @@ def make_body(
         return state, metrics
 
     return body
-
-
-def make_objective(run: Run) -> Objective:
-    """The loss of the method's row, on the run's model."""
-    config, own = run.config, run.config.own()
-    model, temperature = run.model, config.temperature
-    loss = METHODS[config.method].loss
-    if loss == "sft":
-        return sft_objective(model, temperature=temperature, aggregate=own["aggregate"])
-    if loss == "dpo":
-        return dpo_objective(
-            model,
-            temperature=temperature,
-            beta=own["dpo_beta"],
-            length_normalized=own["length_normalized"],
-        )
-    names = ("clip_low", "clip_high", "aggregate", "entropy_coef", "importance_cap")
-    names += ("delta", "kl_estimator", "importance", "surrogate", "kl_coef")
-    options = {name: own[name] for name in names if name in own}
-    if own["max_staleness"] and own["importance_cap"] is None:
-        options["importance_cap"] = 2.0
-    if own["aggregate"] == "constant":
-        options["max_length"] = config.max_new_tokens
-    if loss == "ppo":
-        del options["kl_coef"]  # it is in the reward
-        return ppo_objective(
-            model,
-            critic_of(run),
-            value_clip=own["value_clip"],
-            temperature=temperature,
-            **options,
-        )
-    return grpo_objective(model, temperature=temperature, **options)
-
-
-def has_tokens(batch: Batch) -> jax.Array:
-    return batch.mask.any()
-
-
-def has_advantages(batch: Batch) -> jax.Array:
-    return (batch.mask & (batch.advantages != 0)).any()
 
 
 def check_gap(metrics: dict[str, Any], limit: float) -> None:
@@ -333,36 +310,6 @@ def by_output(values: Any, outputs: Sequence[Output]) -> list[np.ndarray]:
     samples = [o.sample for o in outputs]
     found = unpack(values, samples, share_prompts=True)
     return [x[-len(o.tokens) :] for o, x in zip(outputs, found, strict=True)]
-
-
-class Layout:
-    """Samples → one packed batch of the run's one shape, on the mesh.
-
-    together: 2 for pairs, which then have a row of twice the length.
-    """
-
-    def __init__(self, run: Run, together: int = 1):
-        config, self.together = run.config, together
-        longest = config.data.max_prompt_tokens + config.max_new_tokens
-        self.length = together * (config.optimizer.row_length or longest)
-        rows = max(1, config.optimizer.micro_rows // together)
-        self.rows = rows * sharding.rows_multiple(run.mesh)
-        outputs = config.questions_per_step * config.group_size
-        self.capacity = -(-outputs // (together * self.rows))
-        self.place = sharding.batch_placer(run.mesh)
-
-    def __call__(
-        self, samples: Sequence[Sample], of: Sequence[Sample] | None = None
-    ) -> Batch:
-        batch = pack(
-            samples,
-            length=self.length,
-            rows=self.rows,
-            share_prompts=True,
-            together=self.together,
-            of=of,
-        )
-        return self.place(batch.with_capacity(self.capacity))
 
 
 def evaluate_now(run: Run, params: Params) -> dict[str, float]:

@@ -14,12 +14,16 @@ positions, K key heads, H head width.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from grpo_jax import sharding
@@ -49,11 +53,13 @@ def generate_tokens(
     slots: int | None = None,
     cache_dtype: str | None = None,
     keep: bool = False,
+    groups: tuple[str, ...] = (),
 ) -> Rollouts:
     """The jittable core of `generate`: all but params, tokens, mask and key is static.
 
     tokens [P, S], mask [P, S] = 1 on real tokens; padding may stand on either side.
-    Prompts without a real token, which must be the last, only fill the shape.
+    Prompts without a real token, which must be the last, only fill the shape. `groups`
+    are the axes of the shard_map that this is inside of, and these prompts a part.
     """
     ends = Ends(as_ids(eos_id), stop, max_new_tokens)
     mask, total = mask != 0, tokens.shape[0] * samples
@@ -66,7 +72,8 @@ def generate_tokens(
     last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[:, None], 1)[:, 0]
 
     def table(x: Array) -> Array:  # [P, S, K, H] -> [P, K, S, H]
-        return x.swapaxes(1, 2).astype(cache_dtype or x.dtype)
+        x = x.swapaxes(1, 2).astype(cache_dtype or x.dtype)
+        return sharding.constrain(x, sharding.P(*sharding.BATCH, "tensor"))
 
     depth = model.config.layers
     prefixes = Prefixes(
@@ -101,7 +108,7 @@ def generate_tokens(
     own = jnp.zeros(
         (blocks, slots, kv_heads, BLOCK, head_dim), prefixes.layers[0][0].dtype
     )
-    own = sharding.constrain(own, sharding.P(None, *sharding.BATCH))
+    own = sharding.constrain(own, sharding.P(None, *sharding.BATCH, "tensor"))
     zeros = jnp.zeros(slots, jnp.int32)
     cache = Cache(
         turn=jnp.int32(0),
@@ -125,13 +132,128 @@ def generate_tokens(
         ),
         ends=ends,
         widths=(slots,) if keep else widths_of(slots),
+        first=jax.lax.axis_index(groups) * total if groups else 0,
+        any_group=(lambda more: jax.lax.pmax(more, groups)) if groups else lambda x: x,
     )
     return dataclasses.replace(state.out, cache=state.cache if keep else None)
+
+
+def spread_tokens(
+    model: Decoder,
+    params: Params,
+    tokens: Int[Array, "P S"],
+    mask: Array,
+    *,
+    key: Array,
+    samples: int = 1,
+    **options: Any,
+) -> Rollouts:
+    """`generate_tokens` on the mesh in use: each group of devices for itself.
+
+    Along "data" (and "fsdp") every group has prompts, slots and a cache of its own, and
+    asks the others only whether they are done; along "tensor" devices share matrices
+    and heads. `slots` are one group's.
+    """
+
+    def of_group(params, tokens, mask, key):
+        out = generate_tokens(
+            model,
+            params,
+            tokens,
+            mask,
+            key=key,
+            samples=samples,
+            groups=groups,
+            **options,
+        )
+        return dataclasses.replace(out, occupancy=out.occupancy[None])
+
+    groups = sharding.AXES[:2]
+    rows, every = sharding.BATCH, sharding.P()
+    out = jax.shard_map(
+        of_group,
+        in_specs=(every, rows, rows, every),
+        out_specs=rows,
+        axis_names=set(groups),
+        check_vma=False,  # a group's loops start from constants
+    )(params, tokens, mask, key)
+    return dataclasses.replace(out, occupancy=out.occupancy.mean())
 
 
 _STATIC = ("model", "max_new_tokens", "temperature", "top_k", "top_p", "min_p")
 _STATIC += ("eos_id", "stop", "samples", "slots", "cache_dtype", "keep")
 _jitted = jax.jit(generate_tokens, static_argnames=_STATIC)
+_spread = jax.jit(spread_tokens, static_argnames=_STATIC)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "layout"))
+def relaid(model: Decoder, params: Params, layout: Mesh) -> Params:
+    """Parameters on the mesh that decodes, in the dtype of the computation.
+
+    In two steps, which XLA knows how to take: rows of matrices for columns within the
+    groups of devices, and then between the groups what is missing in each.
+    """
+    params = jax.tree.map(lambda x: x.astype(model.dtype), params)
+    for fsdp in (True, False):
+        mesh = sharding.regroup(layout, layout.shape["tensor"], fsdp=fsdp)
+        where = sharding.shardings(params, mesh)
+        params = jax.lax.with_sharding_constraint(params, where)
+    return params
+
+
+def is_laid_out(model: Decoder, params: Params, layout: Mesh) -> bool:
+    """Whether the parameters are there already."""
+    where = sharding.shardings(params, layout)
+
+    def here(x, sharding) -> bool:
+        same = x.sharding.is_equivalent_to(sharding, len(x.shape))
+        return same and x.dtype == model.dtype
+
+    return all(jax.tree.leaves(jax.tree.map(here, params, where)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What of a request is compiled: one program for many numbers of prompts."""
+
+    copies: int  # of each prompt, in turn, with `samples` samples each
+    samples: int
+    prompts: int  # P, with copies and padding
+    width: int  # S
+    slots: int  # W of each group of devices
+
+
+def shape_of(
+    prompts: int,
+    longest: int,
+    samples: int,
+    *,
+    groups: int = 1,
+    slots: int | None = None,
+) -> Shape:
+    """How a request is laid out over `groups` of devices.
+
+    Where prompts are fewer than groups, several groups draw a prompt's samples.
+
+    >>> shape_of(16, 100, 64, groups=64)
+    Shape(copies=4, samples=16, prompts=64, width=128, slots=16)
+    """
+    fit = [n for n in range(1, samples + 1) if not samples % n]
+    copies = max([n for n in fit if n * prompts <= groups], default=1)
+    each = -(-prompts * copies // groups)
+    each = bucket(each, smallest=2) if each > 1 else 1
+    samples //= copies
+    if slots is None:
+        slots = default_slots(each * samples)
+    else:
+        slots = -(-slots // groups)
+    return Shape(copies, samples, each * groups, bucket(longest), slots)
+
+
+def program(shape: Shape, *, spread: bool, **options: Any) -> functools.partial:
+    """The compiled sampler: (model, params, tokens, mask, key=…) → `Rollouts`."""
+    options |= {"samples": shape.samples, "slots": shape.slots}
+    return functools.partial(_spread if spread else _jitted, **options)
 
 
 def as_ids(ids: int | Sequence[int]) -> tuple[int, ...]:
@@ -234,20 +356,24 @@ def generate(
     if empty:
         raise GrpoError(f"generate: prompt {empty[0]} is empty")
     mesh = sharding.mesh_of(params)
-    multiple = sharding.rows_multiple(mesh) if mesh else 1
-    padded = bucket(len(prompts), smallest=2) if len(prompts) > 1 else 1
-    padded = -(-padded // multiple) * multiple
-    slots = slots or default_slots(padded * samples)
-    tokens, mask = ragged(prompts, padded, bucket(max(map(len, prompts))))
-    if mesh is not None:
-        tokens, mask = jax.device_put((tokens, mask), sharding.batch_sharding(mesh))
-    out = _jitted(
-        model,
-        params,
-        tokens,
-        mask,
-        key=key,
-        samples=samples,
+    if mesh is None or mesh.size == 1:
+        layout = None
+    else:
+        layout = sharding.regroup(mesh, model.decode_tensor or mesh.shape["tensor"])
+    groups = sharding.rows_multiple(layout) if layout else 1
+    shape = shape_of(
+        len(prompts), max(map(len, prompts)), samples, groups=groups, slots=slots
+    )
+    lists = [ids for ids in prompts for _ in range(shape.copies)]
+    tokens, mask = ragged(lists, shape.prompts, shape.width)
+    if layout is not None:
+        if not is_laid_out(model, params, layout):
+            params = relaid(model, params, layout)
+        tokens, mask = jax.device_put((tokens, mask), sharding.batch_sharding(layout))
+    sample = program(
+        shape,
+        # What is kept is one cache, not one of each group.
+        spread=layout is not None and not keep,
         max_new_tokens=max_new_tokens,
         temperature=float(temperature),
         top_k=top_k,
@@ -255,10 +381,11 @@ def generate(
         min_p=float(min_p),
         eos_id=as_ids(eos_id),
         stop=as_stops(stop),
-        slots=-(-slots // multiple) * multiple,
         cache_dtype=cache_dtype,
         keep=keep,
     )
+    with jax.set_mesh(layout) if layout else contextlib.nullcontext():
+        out = sample(model, params, tokens, mask, key=key)
     return first_rows(out, len(prompts) * samples)
 
 

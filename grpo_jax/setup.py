@@ -51,6 +51,7 @@ def adamw(
         b2=settings.b2,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
+        master=settings.master,
     )
 
 
@@ -79,8 +80,17 @@ def make_model(config: Config) -> tuple[Decoder, Tokenizer]:
         tokenizer = Tokenizer.from_alphabet(sums.ALPHABET)
         model_config = declared_config(config, tokenizer.vocab_size)
     tokenizer.check_fits(model_config.vocab_size)
-    decoder = Decoder(model_config, settings.dtype, settings.remat, adapters_of(config))
-    return decoder, tokenizer
+    return make_decoder(config, model_config), tokenizer
+
+
+def make_decoder(config: Config, model_config: ModelConfig) -> Decoder:
+    return Decoder(
+        model_config,
+        config.model.dtype,
+        config.model.remat,
+        adapters_of(config),
+        config.mesh.decode_tensor,
+    )
 
 
 def adapters_of(config: Config) -> lora.Lora:

@@ -19,9 +19,9 @@ import optax
 from grpo_jax import data, sharding
 from grpo_jax.config import Config
 from grpo_jax.errors import GrpoError
-from grpo_jax.model import Params
+from grpo_jax.model import Decoder, Params
 from grpo_jax.objectives import sft_objective
-from grpo_jax.packing import Sample, pack
+from grpo_jax.packing import Batch, Sample, pack
 from grpo_jax.prompts import encode_sft
 from grpo_jax.run import Body, Run, run_stage
 from grpo_jax.setup import adamw
@@ -43,7 +43,7 @@ def train(run: Run, start_params: Callable[[], Params]) -> Params:
 
     `start_params` makes the weights to start from, which are donated.
     """
-    config, settings = run.config, run.config.sft
+    config = run.config
     examples = data.load(
         config.data.sft,
         "train",
@@ -51,18 +51,15 @@ def train(run: Run, start_params: Callable[[], Params]) -> Params:
         require=("solution",),
     )
     batches = Samples(run, examples)
-    rows = settings.micro_rows * sharding.rows_multiple(run.mesh)
-    capacity = -(-(settings.batch_rows or settings.batch_size) // rows)
     transformation, rate = optimizer(config)
 
     def make_body(shardings) -> Body:
-        objective = sft_objective(run.model, aggregate=settings.aggregate)
-        update = make_step(objective, transformation, state_shardings=shardings)
+        update = make_update(config, run.model, transformation, shardings)
         place = sharding.batch_placer(run.mesh)
 
         def body(step, state):
-            batch = pack(batches[step], length=settings.row_length, rows=rows)
-            state, metrics = update(state, None, place(batch.with_capacity(capacity)))
+            batch = lay_out(config, run.mesh, batches[step])
+            state, metrics = update(state, None, place(batch))
             metrics = jax.device_get(metrics)
             return state, metrics | {"learning_rate": float(rate(step))}
 
@@ -71,6 +68,26 @@ def train(run: Run, start_params: Callable[[], Params]) -> Params:
     start = lambda: run.begin("sft", start_params())  # noqa: E731
     steps = config.sft_steps
     return run_stage(run, "sft", transformation, start, make_body, steps=steps)
+
+
+def make_update(
+    config: Config,
+    model: Decoder,
+    transformation: optax.GradientTransformation,
+    shardings: Any,
+) -> Any:
+    """The compiled step: (state, None, batch) → (state, metrics)."""
+    objective = sft_objective(model, aggregate=config.sft.aggregate)
+    return make_step(objective, transformation, state_shardings=shardings)
+
+
+def lay_out(config: Config, mesh: jax.sharding.Mesh, samples: list[Sample]) -> Batch:
+    """Samples as a batch of the run's one shape, on the host."""
+    settings = config.sft
+    rows = settings.micro_rows * sharding.rows_multiple(mesh)
+    capacity = -(-(settings.batch_rows or settings.batch_size) // rows)
+    batch = pack(samples, length=settings.row_length, rows=rows)
+    return batch.with_capacity(capacity)
 
 
 class Samples:

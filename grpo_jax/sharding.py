@@ -6,6 +6,7 @@ One device is the mesh (1, 1, 1), not another code path.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -55,8 +56,27 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def regroup(mesh: Mesh, tensor: int, *, fsdp: bool = False) -> Mesh:
+    """The same devices in groups of `tensor`, each with all of the parameters.
+
+    To decode: what is read at every token is then split, and never gathered. With
+    `fsdp` each group has only its share of the parameters.
+    """
+    if mesh.size % tensor:
+        raise GrpoError(
+            f"mesh.decode_tensor: {tensor} does not divide the number of devices, "
+            f"{mesh.size}"
+        )
+    groups = mesh.size // tensor
+    sizes = (1, groups) if fsdp else (groups, 1)
+    return make_mesh(*sizes, tensor, devices=list(mesh.devices.flat))
+
+
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The table's answer for one leaf; an axis that does not divide stays whole.
+
+    What only the optimiser reads is spread over "data" too: each of those that hold the
+    same parameters moves a share of them.
 
     >>> mesh = make_mesh(devices=jax.devices()[:1])
     >>> spec_of("layers/q_proj", (2, 8, 4), mesh)
@@ -69,6 +89,10 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
         axis if axis is None or size % mesh.shape[axis] == 0 else None
         for size, axis in zip(shape, rule, strict=False)
     ]
+    if path.startswith("opt_state/") and "fsdp" in axes and mesh.shape["data"] > 1:
+        both, where = ("fsdp", "data"), axes.index("fsdp")
+        if shape[where] % size_of(mesh, both) == 0:
+            axes[where] = both
     return P(*axes)
 
 
@@ -98,7 +122,22 @@ def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
 
 def rows_multiple(mesh: Mesh | AbstractMesh) -> int:
     """A batch's row count must be a multiple of this."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return size_of(mesh, BATCH[0])
+
+
+def size_of(mesh: Mesh | AbstractMesh, axes: Any) -> int:
+    """Over how many devices the axes spread what this program sees.
+
+    Inside a shard_map its own axes do not: the program has one part already.
+    """
+    names = (axes,) if isinstance(axes, str) else (axes or ())
+    return math.prod(mesh.shape[name] for name in names if name in free(mesh))
+
+
+def free(mesh: Mesh | AbstractMesh) -> set[str]:
+    """The axes along which the partitioner splits: all but those of a shard_map."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in kinds if kind != AxisType.Manual}
 
 
 def one_at_a_time(mesh: Mesh, x: Any) -> Any:
@@ -112,11 +151,29 @@ def one_at_a_time(mesh: Mesh, x: Any) -> Any:
 
 
 def mesh_in_use() -> AbstractMesh | None:
-    """The mesh that `jax.set_mesh` has set; None where that is one device or none."""
+    """The mesh that `jax.set_mesh` has set; None where it spreads nothing, or none is.
+
+    Inside a shard_map it is what the shard_map leaves of it.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+    if mesh.empty or not set(AXES) <= set(mesh.axis_names):
         return None
-    return mesh
+    return None if size_of(mesh, AXES) == 1 else mesh
+
+
+def platform() -> str:
+    """Whose kernels may be used: "gpu", "tpu", or else "cpu", which has none.
+
+    The mesh in use knows, also where the machine that compiles has no such devices.
+    `jax.lax.platform_dependent` would trace every way on every platform, and cuDNN's
+    refuses to be traced without cuDNN; under `grad` it keeps what each would need.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = jax.device_count() if mesh.empty else size_of(mesh, mesh.axis_names)
+    if devices > 1 and mesh_in_use() is None:
+        return "cpu"  # who knows how arrays are spread? XLA can split what is its own
+    device = mesh.abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -125,10 +182,19 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     if mesh is None:
         return x
     for n, axes in zip(x.shape, spec, strict=False):
-        names = (axes,) if isinstance(axes, str) else (axes or ())
-        if n % int(np.prod([mesh.shape[name] for name in names])):
+        if n % size_of(mesh, axes):
             return x
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, within(spec, mesh))
+
+
+def within(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The same without the axes of a shard_map that this is inside of."""
+
+    def left(axes):
+        names = (axes,) if isinstance(axes, str) else (axes or ())
+        return tuple(name for name in names if name in free(mesh)) or None
+
+    return P(*map(left, spec))
 
 
 def mesh_of(tree: Any) -> Mesh | None:
@@ -140,6 +206,26 @@ def mesh_of(tree: Any) -> Mesh | None:
                 if isinstance(mesh, Mesh) and set(AXES) <= set(mesh.axis_names):
                     return mesh
     return None
+
+
+def move(tree: Any, memory: str) -> Any:
+    """A tree's arrays in the memory of their devices, or in the host's ("host").
+
+    Raises:
+      GrpoError: the devices cannot reach the host's memory.
+    """
+    kind = {"device": "device", "host": "pinned_host"}[memory]
+
+    def there(x):
+        return jax.device_put(x, x.sharding.with_memory_kind(kind))
+
+    try:
+        return jax.tree.map(there, tree)
+    except ValueError as error:
+        raise GrpoError(
+            f"config.model.reference_memory: {memory}: these devices refuse it "
+            f"({str(error).splitlines()[0]}); set device"
+        ) from None
 
 
 def batch_placer(mesh: Mesh):

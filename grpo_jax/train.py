@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     except GrpoError as error:
         sys.exit(f"error: {error}")
     try:
-        workdir = Path(_WORKDIR.value or f"runs/{config.name}")
+        workdir = folder(_WORKDIR.value or f"runs/{config.name}")
         train(config, workdir, accept_changes=_ACCEPT.value)
     except GrpoError as error:
         sys.exit(f"error: {error}")
@@ -43,6 +43,16 @@ def main(argv: list[str] | None = None) -> None:
             raise
         what = str(error).splitlines()[0]
         sys.exit(f"error: out of memory ({what}); {smaller(config)}")
+
+
+def folder(name: str) -> Path:
+    """The work directory; a bucket, without locks and renames, cannot be one."""
+    if "://" in name:
+        raise GrpoError(
+            f"--workdir: {name}: name a folder, with several hosts one of a disk that "
+            "all of them see; copy from there to a bucket"
+        )
+    return Path(name)
 
 
 def smaller(config: Config) -> str:
@@ -95,11 +105,13 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     start_cache()
     import jax
 
-    from grpo_jax import evaluate, lora, rl, run, setup, sft, sharding
+    from grpo_jax import evaluate, rl, run, setup, sft, sharding
     from grpo_jax.checkpoint import lock
     from grpo_jax.recorder import Recorder
 
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if mesh.size > 1:  # refused here, not at the first rollout
+        sharding.regroup(mesh, config.mesh.decode_tensor or config.mesh.tensor)
     if config.model.path and config.model.vocab_size:  # a large model: say what it is
         print(setup.describe_state(config), flush=True)
     model, tokenizer = setup.make_model(config)
@@ -119,14 +131,11 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
                 with_sft = config.sft_steps > 0
                 start = lambda: setup.initial_params(config, model, mesh)  # noqa: E731
                 instruct = (lambda: sft.train(here, start)) if with_sft else start
-                if prepared and model.lora.rank:  # Instruct is what RL left alone
-                    after = rl.train(here, instruct, *prepared)
-                    models = {"instruct": lora.base(after), "rl": after}
+                if prepared:
+                    before, after = rl.train(here, instruct, *prepared)
+                    models = {"instruct": before, "rl": after}
                 else:
                     models = {"instruct": instruct()}
-                    if prepared:
-                        before = lambda: models["instruct"]  # noqa: E731
-                        models["rl"] = rl.train(here, before, *prepared)
                 results = evaluate.compare(here, models)
                 recorder.write_report(last=True)
             except run.Preempted as stopped:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +66,12 @@ def make_optimizer(
     b2: float = 0.95,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
+    master: bool = True,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW behind a clip by global norm, and its schedule (step → learning rate)."""
+    """AdamW behind a clip by global norm, and its schedule (step → learning rate).
+
+    master: weights below float32 have float32 copies, as their moments are.
+    """
     decay = max(steps - warmup_steps, 1)
     after = {
         "constant": optax.constant_schedule(learning_rate),
@@ -79,7 +83,63 @@ def make_optimizer(
     warmup = optax.linear_schedule(first, learning_rate, max(warmup_steps, 1))
     rate = optax.join_schedules([warmup, after], [warmup_steps])
     adamw = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw), rate
+    if not master:
+        adamw = keep_dtype(adamw)
+    chain = optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
+    return (keep_master(chain) if master else chain), rate
+
+
+def keep_dtype(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimiser with its moments in the dtype of the weights."""
+
+    def update(gradients, state, params=None):
+        gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, params)
+        return inner.update(gradients, state, params)
+
+    return optax.GradientTransformation(inner.init, update)  # type: ignore[bad-argument-type]
+
+
+class Master(NamedTuple):
+    """What the optimiser moves where the weights are too coarse for its steps."""
+
+    weights: Any  # float32
+    inner: Any  # the optimiser's state of them
+
+
+def keep_master(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimiser on float32 copies of weights below float32, which follow rounded.
+
+    bfloat16 has 8 bits: a step below 2^-9 of a weight would round to nothing, and a
+    hundred of them too. Weights that are float32 already have no copies.
+
+    >>> optimizer = keep_master(optax.sgd(1.0))
+    >>> weight = jnp.ones(1, jnp.bfloat16)
+    >>> state = optimizer.init(weight)
+    >>> for _ in range(8):
+    ...     move, state = optimizer.update(jnp.array([-0.001]), state, weight)
+    ...     weight = optax.apply_updates(weight, move)
+    >>> weight.tolist(), (jnp.ones(1, jnp.bfloat16) + jnp.bfloat16(0.001)).tolist()
+    ([1.0078125], [1.0])
+    """
+
+    def widen(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def init(params):
+        if all(x.dtype == jnp.float32 for x in jax.tree.leaves(params)):
+            return inner.init(params)
+        weights = widen(params)
+        return Master(weights, inner.init(weights))
+
+    def update(gradients, state, params=None):
+        if not isinstance(state, Master):
+            return inner.update(gradients, state, params)
+        moves, after = inner.update(gradients, state.inner, state.weights)
+        weights = optax.apply_updates(state.weights, moves)
+        moves = jax.tree.map(jnp.subtract, weights, widen(params))
+        return moves, Master(weights, after)
+
+    return optax.GradientTransformation(init, update)  # type: ignore[bad-argument-type]
 
 
 def _sum_metrics(total: Metrics, part: Metrics, share: Array) -> Metrics:
@@ -130,7 +190,8 @@ def accumulate(
         {k: jnp.full(x.shape, nothing[k], x.dtype) for k, x in metrics.items()},
     )
     # The bound is a value, not a shape: micro-batches that hold nothing cost nothing.
-    return jax.lax.fori_loop(0, batch.used, add, zero)
+    with jax.named_scope("micro_batches"):
+        return jax.lax.fori_loop(0, batch.used, add, zero)
 
 
 def make_step(
@@ -233,6 +294,7 @@ def make_scorer(
             return logps.at[index].set(jnp.where(micro.mask, now, 0))
 
         zero = jnp.zeros(batch.tokens.shape, jnp.float32)
-        return jax.lax.fori_loop(0, batch.used, one, zero)
+        with jax.named_scope("micro_batches"):
+            return jax.lax.fori_loop(0, batch.used, one, zero)
 
     return jax.jit(score)

@@ -100,7 +100,8 @@ def test_the_chunk_chosen_for_you(monkeypatch):
     """A vocabulary that exceeds the limit alone still gives one position at a time."""
     x = (*arrays((3, 5)), 0.9)
     for limit in (1, 3 * V * 2):
-        monkeypatch.setattr("grpo_jax.logprobs._CHUNK_ELEMENTS", limit)
+        limits = {"cpu": limit}
+        monkeypatch.setattr("grpo_jax.logprobs._CHUNK_ELEMENTS", limits)
         fresh = functools.partial(token_logprobs)  # not in jit's cache yet
         assert_close(ours(*x, f=fresh), plain(*x))
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from small_runs import SMALL, dotted, small_config, write_questions
 
-from grpo_jax import credit, rl, setup, sharding
+from grpo_jax import credit, programs, rl, setup, sharding
 from grpo_jax.experience import Experience, read
 from grpo_jax.objectives import grpo_objective
 from grpo_jax.pipeline import Pipeline
@@ -79,7 +79,7 @@ def learn(folder: Path, name: str, **changes):
     """The RL stage from random weights: its parameters."""
     with opened(folder, name, **changes) as run:
         start = initial(run)
-        return rl.train(run, lambda: start, *rl.prepare(run))
+        return rl.train(run, lambda: start, *rl.prepare(run))[1]
 
 
 def metrics(workdir: Path) -> list[dict]:
@@ -105,13 +105,21 @@ def one_after_the_other(run: Run, *, lag: int, cap: float | None):
         samples = credit.outcome(
             outputs, scores, [1.0], config.group_size, scale="group", baseline="mean"
         )
-        state, _ = update(state, reference, rl.Layout(run)(samples))
+        state, _ = update(state, reference, rl.Layout(run.config, run.mesh)(samples))
     return state.params
 
 
 def distance(a, b) -> float:
     leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return max(float(jnp.abs(x - y).max()) for x, y in leaves)
+
+
+def test_a_reference_in_host_memory_changes_nothing(folder):
+    short = {"rl_steps": 3}
+    params = learn(folder, "device", **short)
+    away = learn(folder, "host", model__reference_memory="host", **short)
+    assert distance(params, away) == 0
+    assert [r["kl"] for r in metrics(folder / "host")][1] > 0
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -179,7 +187,7 @@ def test_the_next_rollout_is_sampled_while_a_step_is_graded(folder, monkeypatch)
 def test_passes_without_rewards_run_while_a_step_is_graded(
     method, maker, changes, each, folder, monkeypatch
 ):
-    make, passes, done = getattr(rl, maker), [], []
+    make, passes, done = getattr(programs, maker), [], []
 
     def watched(*arguments, **options):
         score = make(*arguments, **options)
@@ -190,7 +198,7 @@ def test_passes_without_rewards_run_while_a_step_is_graded(
 
         return scored
 
-    monkeypatch.setattr(rl, maker, watched)
+    monkeypatch.setattr(programs, maker, watched)
     meanwhile.append(lambda call: done.append((len(passes), wait(passes[-1]))))
     name = f"{method}-{maker}-{each}"
     learn(folder, name, method=method, rl_steps=2, **changes)

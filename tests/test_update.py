@@ -113,7 +113,7 @@ def test_order_of_the_samples_does_not_matter():
 def test_remat_changes_nothing():
     batch = pack(make_samples(4), length=20, rows=2)
     step = jax.jit(accumulate, static_argnums=0)
-    models = (MODEL, dataclasses.replace(MODEL, remat=True))
+    models = (MODEL, dataclasses.replace(MODEL, remat="full"))
     a, b = (step(sft_objective(m), PARAMS, None, batch)[0] for m in models)
     close(a, b, atol=1e-6)
 

@@ -162,8 +162,3 @@ class Judges:
     def _of_file(self) -> list[Labelled]:
         file = self.run.config.reward_model.labels
         return labelled.read(file, vocab_size=self.run.tokenizer.vocab_size)
-
-
-def critic_of(run: Run) -> RewardModel:
-    """PPO's value function: V(s_t), a number at every token."""
-    return RewardModel(run.model)

@@ -120,7 +120,8 @@ def make_reward_scorer(model: Callable[..., Array]) -> Scorer:
             return scores.at[index].set(_score(model, params, batch.micro(index)))
 
         zero = jnp.zeros(batch.tokens.shape, jnp.float32)
-        return jax.lax.fori_loop(0, batch.used, one, zero)
+        with jax.named_scope("micro_batches"):
+            return jax.lax.fori_loop(0, batch.used, one, zero)
 
     return jax.jit(score)
 

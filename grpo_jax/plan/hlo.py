@@ -1,0 +1,268 @@
+"""What a compiled program says of itself: its loops and its collectives.
+
+In: the text of a compiled program (`compiled.as_text()`), one device's part of it.
+Out: bytes that a device sends to others, each collective counted as often as the loops
+around it run. Loops whose length is a value and no shape are named where they are
+written (`jax.named_scope`), and the caller says how often those run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+
+from grpo_jax.plan.trips import named
+
+_BYTES = {"pred": 1, "c64": 8, "c128": 16}
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_CALLS = re.compile(
+    r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    shape: str  # as it is written, layout and all
+    op: str
+    operands: tuple[str, ...]
+    text: str  # what follows the operands
+    root: bool
+    literal: str = ""  # of a constant or a parameter
+
+    def attribute(self, name: str) -> str:
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.text)
+        return found.group(1) if found else ""
+
+    @property
+    def scope(self) -> str:
+        found = re.search(r'op_name="([^"]*)"', self.text)
+        return found.group(1) if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    computations: dict[str, list[Instruction]]
+    entry: str
+
+    def find(self, computation: str, name: str) -> Instruction | None:
+        lines = self.computations.get(computation, ())
+        return next((i for i in lines if i.name == name), None)
+
+    def root(self, computation: str) -> Instruction | None:
+        lines = self.computations.get(computation, ())
+        return next((i for i in lines if i.root), None)
+
+
+def parse(text: str) -> Module:
+    """The computations of a module, each a list of its instructions.
+
+    >>> module = parse('''
+    ... ENTRY main (x: f32[8]) -> f32[8] {
+    ...   %x = f32[8]{0} parameter(0)
+    ...   ROOT %y = f32[8]{0} add(%x, %x)
+    ... }''')
+    >>> module.entry, [i.op for i in module.computations["main"]]
+    ('main', ['parameter', 'add'])
+    """
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        head = _HEAD.match(line)
+        if head:
+            current = computations.setdefault(head.group(2), [])
+            entry = head.group(2) if head.group(1) else entry
+        elif current is not None and (found := _LINE.match(line)):
+            current.append(_instruction(*found.groups()))
+    return Module(computations, entry)
+
+
+def _instruction(root: str | None, name: str, rest: str) -> Instruction:
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    op, _, _ = rest.partition("(")
+    close = _closing(rest, len(op))
+    inside = rest[len(op) + 1 : close]
+    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    return Instruction(name, shape, op, operands, rest[close:], bool(root), inside)
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the bracket that opens at `start` closes."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if not depth:
+            return i
+    return len(text)
+
+
+def sizes(shape: str) -> list[int]:
+    """Bytes of each array of a written shape.
+
+    >>> sizes("(bf16[4,128]{1,0:T(8,128)(2,1)}, u32[])")
+    [1024, 4]
+    """
+    found = []
+    for kind, numbers in _SHAPE.findall(shape):
+        digits = re.search(r"\d+", kind)
+        bits = (
+            8 * _BYTES[kind] if kind in _BYTES else int(digits.group()) if digits else 0
+        )
+        count = 1
+        for n in filter(None, numbers.split(",")):
+            count *= int(n)
+        found.append(-(-count * bits // 8))
+    return found
+
+
+def repeats(module: Module, trips: Mapping[str, float]) -> dict[str, float]:
+    """How often each computation runs in one run of the program.
+
+    trips: how often a loop's body runs, by the name of its scope. A branch of a
+    conditional counts as taken.
+
+    Raises:
+      KeyError: a loop whose length is neither in the program nor in `trips`.
+    """
+    total: dict[str, float] = dict.fromkeys(module.computations, 0.0)
+    for name, times in _calls(module, module.entry, 1.0, trips):
+        total[name] += times
+    return total
+
+
+def _calls(
+    module: Module, name: str, times: float, trips: Mapping[str, float]
+) -> Iterator[tuple[str, float]]:
+    yield name, times
+    for i in module.computations.get(name, ()):
+        if i.op == "while":
+            inner = times * loop_length(module, name, i, trips)
+        else:
+            inner = times
+        branches = _BRANCHES.findall(i.text)
+        named = [b.strip().lstrip("%") for x in branches for b in x.split(",")]
+        for called in [*_CALLS.findall(i.text), *named]:
+            if called in module.computations:
+                yield from _calls(module, called, inner, trips)
+
+
+def loop_length(
+    module: Module, computation: str, loop: Instruction, trips: Mapping[str, float]
+) -> float:
+    known = re.search(r'known_trip_count[":{\s]+n[":\s]+(\d+)', loop.text)
+    if known:
+        return float(known.group(1))
+    counted = _counted(module, computation, loop)
+    if counted is not None:
+        return counted
+    return named(loop.scope or loop.name, trips)
+
+
+def _counted(module: Module, computation: str, loop: Instruction) -> float | None:
+    """The length of `for i in range(start, stop, step)`, if these are constants."""
+    condition, body = loop.attribute("condition"), loop.attribute("body")
+    test = module.root(condition)
+    if test is None or test.op != "compare" or "direction=LT" not in test.text:
+        return None
+    index = stop = None
+    for operand in test.operands:
+        where = module.find(condition, operand)
+        if where is not None and where.op == "constant":
+            stop = int(where.literal)
+        elif where is not None and where.op == "get-tuple-element":
+            index = int(where.attribute("index"))
+    if index is None or stop is None:
+        return None
+    start = _constant(module, computation, loop.operands[0], index)
+    step = _step(module, body, index)
+    return float(max(0, -(-(stop - (start or 0)) // (step or 1))))
+
+
+def _constant(module: Module, computation: str, tuple_name: str, index: int):
+    made = module.find(computation, tuple_name)
+    if made is None or made.op != "tuple":
+        return None
+    value = module.find(computation, made.operands[index])
+    while value is not None and value.op in ("copy", "bitcast"):
+        value = module.find(computation, value.operands[0])
+    return int(value.literal) if value is not None and value.op == "constant" else None
+
+
+def _step(module: Module, body: str, index: int) -> int | None:
+    root = module.root(body)
+    if root is None or root.op != "tuple":
+        return None
+    value = module.find(body, root.operands[index])
+    if value is None or value.op != "add":
+        return None
+    for operand in value.operands:
+        added = module.find(body, operand)
+        if added is not None and added.op == "constant":
+            return int(added.literal)
+    return None
+
+
+def group_size(instruction: Instruction, devices: int) -> int:
+    """How many devices take part together."""
+    text = instruction.text
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
+        return int(found.group(2))
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return len(found.group(1).split(","))
+    return devices
+
+
+def collectives(
+    text: str, devices: int, trips: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Bytes that a device sends in one run of a program, by kind of collective.
+
+    Over n devices in a ring: an all-gather sends (n-1)/n of what comes out, a
+    reduce-scatter and an all-to-all (n-1)/n of what goes in, an all-reduce twice that.
+
+    Raises:
+      KeyError: as `repeats`.
+    """
+    module = parse(text)
+    times = repeats(module, trips or {})
+    sent: dict[str, float] = {}
+    for name, instructions in module.computations.items():
+        for i in instructions:
+            kind = i.op.removesuffix("-start")
+            if kind in COLLECTIVES and times[name]:
+                moved = bytes_sent(i, kind, group_size(i, devices))
+                sent[kind] = sent.get(kind, 0.0) + times[name] * moved
+    return sent
+
+
+def bytes_sent(instruction: Instruction, kind: str, n: int) -> float:
+    arrays = sizes(instruction.shape)
+    if instruction.op.endswith("-start") and kind in (
+        "all-gather",
+        "collective-permute",
+    ):
+        out = max(arrays)  # beside what went in
+    else:
+        out = sum(arrays)
+    if kind in ("collective-permute", "collective-broadcast"):
+        return out
+    share = (n - 1) / n
+    if kind == "all-reduce":
+        return 2 * share * out
+    if kind == "reduce-scatter":
+        return share * out * n
+    return share * out

@@ -1,0 +1,79 @@
+"""How long the outputs are assumed to be, and how often loops then run.
+
+In: a config's shapes and what is assumed of its prompts' and outputs' lengths. Out: a
+number for the scope (`jax.named_scope`) of each loop whose length is a value and no
+shape: `turns` and `last_turns` of the sampler, the `rounds` of prompts and `blocks` of
+columns that a turn reads, the `micro_batches` of a pass, the `pairs` of blocks that
+attention without a kernel takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from grpo_jax import attention, sharding
+from grpo_jax.cache import BLOCK
+from grpo_jax.config import Config
+from grpo_jax.programs import Layout
+from grpo_jax.rollout import Shape, widths_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    prompt: float  # tokens of a question, on average
+    output: float  # tokens of an output, on average
+
+    @classmethod
+    def assumed(
+        cls, config: Config, prompt: float | None, output: float | None
+    ) -> Lengths:
+        """What is not given: an eighth of the longest question, half an output."""
+        return cls(
+            prompt or config.data.max_prompt_tokens / 8,
+            output or config.max_new_tokens / 2,
+        )
+
+
+def of_sampler(
+    config: Config, shape: Shape, groups: int, lengths: Lengths
+) -> dict[str, float]:
+    """Turns as if slots were full until the end, and then the longest output alone."""
+    rows = shape.prompts // groups * shape.samples
+    slots, longest = min(rows, shape.slots), config.max_new_tokens
+    alone = longest - lengths.output
+    narrower = len(widths_of(slots)) - 1
+    turns = rows / slots * lengths.output
+    written = longest / 2 if slots == rows else longest  # back to the oldest row
+    return {
+        "turns": turns if narrower else turns + alone,
+        "last_turns": alone / narrower if narrower else 0,
+        "blocks": math.ceil(written / BLOCK),
+        "rounds": 1,
+        "pairs": pairs(shape.prompts // groups, shape.width),
+    }
+
+
+def of_pass(layout: Layout, config: Config, lengths: Lengths) -> dict[str, float]:
+    """Micro-batches that hold anything: rows are full but for 5 %."""
+    outputs = config.questions_per_step * config.group_size
+    room = 0.95 * layout.length - lengths.prompt
+    rows = outputs * lengths.output / max(room, lengths.output)
+    batches = min(layout.capacity, math.ceil(rows / layout.rows))
+    each = layout.rows // sharding.rows_multiple(layout.mesh)
+    return {"micro_batches": batches, "pairs": pairs(each, layout.length)}
+
+
+def pairs(rows: int, length: int) -> float:
+    """Pairs of blocks in a device's rows, as if each were one sequence."""
+    blocks = -(-length // attention.BLOCK)
+    return rows * blocks * (blocks + 1) / 2
+
+
+def named(scope: str, trips: Mapping[str, float] | None) -> float:
+    """The number of a loop, by the last name of the scope that it stands in."""
+    name = scope.removesuffix("/while").rpartition("/")[2]
+    if not trips or name not in trips:
+        raise KeyError(scope or "a loop without a name")
+    return trips[name]
