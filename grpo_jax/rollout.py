@@ -240,7 +240,8 @@ def generate(
     slots = slots or default_slots(padded * samples)
     tokens, mask = ragged(prompts, padded, bucket(max(map(len, prompts))))
     if mesh is not None:
-        tokens, mask = jax.device_put((tokens, mask), sharding.batch_sharding(mesh))
+        rows = sharding.batch_sharding(mesh)
+        tokens, mask = (sharding.to_devices(x, rows) for x in (tokens, mask))
     out = _jitted(
         model,
         params,

@@ -289,13 +289,6 @@ def _sources(model: Decoder, params: Params) -> Iterator[tuple[str, Source]]:
 def _read_merged(adapters: lora.Lora, leaves: list[jax.Array], at: Any) -> np.ndarray:
     """One matrix, with its A and B (if it has them) added to it."""
     matrix, *pair = (leaf[at] for leaf in leaves)
-    return fetch(lora.merge_matrix(adapters, matrix, *pair) if pair else matrix)
-
-
-def fetch(array: jax.Array) -> np.ndarray:
-    """The whole of an array, on the host of every process."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(array, tiled=True)
+    return sharding.to_hosts(
+        lora.merge_matrix(adapters, matrix, *pair) if pair else matrix
+    )
