@@ -36,6 +36,7 @@ R = TypeVar("R")
 _FAILED = "grpo_jax/failed"
 _turns, _polls = itertools.count(), itertools.count()
 _stop = False
+_leaving = threading.Lock()
 
 
 def _state() -> Any:
@@ -267,6 +268,8 @@ def _end(line: str) -> None:
 
 
 def _leave(line: str) -> None:
+    if not _leaving.acquire(blocking=False):
+        time.sleep(60)  # another thread is about to end this process
     print(line, file=sys.stderr, flush=True)
     sys.stdout.flush()
     if first():
