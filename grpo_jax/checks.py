@@ -28,6 +28,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.cache_dtype": ("", "float32", "bfloat16"),
+    "mesh.decode": ("train", "gathered", "tensor"),  # sharding.LAYOUTS
     "data.template": ("chat", "deepseekmath", "plain"),
     "data.instruction": ("cot", "tool", "none"),
     "sft.schedule": ("constant", "linear", "cosine"),

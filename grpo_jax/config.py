@@ -114,6 +114,7 @@ class MeshSettings:
     data: int = 1
     fsdp: int = -1  # -1 is what the other two leave of the devices
     tensor: int = 1
+    decode: str = "train"  # the weights while they sample: train | gathered | tensor
 
 
 @dataclass(slots=True, kw_only=True)

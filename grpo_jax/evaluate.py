@@ -79,6 +79,7 @@ def answer_all(
     temperature: float,
     samples: int,
     label: str,
+    layout: str = "train",
 ) -> list[list[str]]:
     """Completions of every question, [n][samples]."""
     by_length = sorted(range(len(kept)), key=lambda i: -len(kept[i][1]))
@@ -99,6 +100,7 @@ def answer_all(
                 max_new_tokens=settings.max_new_tokens,
                 temperature=temperature,
                 eos_id=tokenizer.eos_ids,
+                layout=layout,
             )
             tokens, lengths = sharding.to_hosts((out.tokens, out.lengths))
             for place, i in enumerate(chunk):
@@ -126,6 +128,7 @@ def measure(
     *,
     sampled: bool = True,
     label: str = "",
+    layout: str = "train",
 ) -> Result:
     """Greedy accuracy; with samples also accuracy, pass@k, maj@k at a temperature."""
     kept, dropped = load_prompts(tokenizer, name, settings)
@@ -144,6 +147,7 @@ def measure(
             temperature=temperature,
             samples=samples,
             label=f"{label} {name} {mode}".strip(),
+            layout=layout,
         )
         asked = zip(kept, texts, strict=True)
         pairs = [(text, e.answer) for (e, _), row in asked for text in row]
@@ -203,7 +207,14 @@ def evaluate_set(
     """One set of a run's comparison."""
     settings = settings_of(run.config)
     return measure(
-        run.model, params, run.tokenizer, name, settings, sampled=sampled, label=label
+        run.model,
+        params,
+        run.tokenizer,
+        name,
+        settings,
+        sampled=sampled,
+        label=label,
+        layout=run.config.mesh.decode,
     )
 
 

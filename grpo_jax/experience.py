@@ -81,6 +81,7 @@ def draw(run: Run, params: Params, step: int, prompts: Prompts, key: jax.Array):
         temperature=run.config.temperature,
         eos_id=run.tokenizer.eos_ids,
         cache_dtype=run.config.model.cache_dtype or None,
+        layout=run.config.mesh.decode,
     )
     names = ("tokens", "logps", "lengths", "finished", "occupancy")
     arrays = {name: getattr(rollouts, name) for name in names}

@@ -49,6 +49,7 @@ def generate_tokens(
     slots: int | None = None,
     cache_dtype: str | None = None,
     keep: bool = False,
+    layout: str = "train",
 ) -> Rollouts:
     """The jittable core of `generate`: all but params, tokens, mask and key is static.
 
@@ -56,6 +57,7 @@ def generate_tokens(
     Prompts without a real token, which must be the last, only fill the shape.
     """
     ends = Ends(as_ids(eos_id), stop, max_new_tokens)
+    params = sharding.relayout(params, layout)
     mask, total = mask != 0, tokens.shape[0] * samples
     slots = total if keep else min(total, slots or default_slots(total))
     order = jnp.argsort(~mask, axis=1, stable=True)  # padding goes to the right
@@ -101,7 +103,7 @@ def generate_tokens(
     own = jnp.zeros(
         (blocks, slots, kv_heads, BLOCK, head_dim), prefixes.layers[0][0].dtype
     )
-    own = sharding.constrain(own, sharding.P(None, *sharding.BATCH))
+    own = sharding.constrain(own, sharding.P(None, *sharding.rows_in(layout)))
     zeros = jnp.zeros(slots, jnp.int32)
     cache = Cache(
         turn=jnp.int32(0),
@@ -130,7 +132,7 @@ def generate_tokens(
 
 
 _STATIC = ("model", "max_new_tokens", "temperature", "top_k", "top_p", "min_p")
-_STATIC += ("eos_id", "stop", "samples", "slots", "cache_dtype", "keep")
+_STATIC += ("eos_id", "stop", "samples", "slots", "cache_dtype", "keep", "layout")
 _jitted = jax.jit(generate_tokens, static_argnames=_STATIC)
 
 
@@ -200,6 +202,7 @@ def generate(
     slots: int | None = None,
     cache_dtype: str | None = None,
     keep: bool = False,
+    layout: str = "train",
 ) -> Rollouts:
     """Sample completions: [N, max_new_tokens] with N = prompts × samples.
 
@@ -215,6 +218,7 @@ def generate(
       slots: rows decoded at a time (`default_slots`); results do not depend on it.
       cache_dtype: of keys and values; the model's if None.
       keep: keep the cache for `continue_rollouts`; every row then has its own slot.
+      layout: of the weights on the mesh while they decode (`sharding.LAYOUTS`).
 
     Raises:
       GrpoError: no prompts, an empty one, or a choice that makes no sense.
@@ -259,6 +263,7 @@ def generate(
         slots=-(-slots // multiple) * multiple,
         cache_dtype=cache_dtype,
         keep=keep,
+        layout=layout,
     )
     return first_rows(out, len(prompts) * samples)
 

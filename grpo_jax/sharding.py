@@ -35,6 +35,15 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 BATCH = P(("data", "fsdp"))  # rows are spread over both
 
+# How the same devices hold the weights while they decode: which axes stand in for those
+# of the table. A turn of decoding reads every weight, so that what training splits over
+# fsdp would be gathered again for every token.
+LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "train": {"fsdp": ("fsdp",), "tensor": ("tensor",)},
+    "gathered": {"fsdp": (), "tensor": ("tensor",)},  # whole, or split over tensor
+    "tensor": {"fsdp": (), "tensor": ("fsdp", "tensor")},  # never gathered
+}
+
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """The mesh over `devices` (all there are by default); fsdp=-1 takes the rest."""
@@ -130,6 +139,26 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
         if n % int(np.prod([mesh.shape[name] for name in names])):
             return x
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def relayout(params: Any, layout: str) -> Any:
+    """Parameters as one of `LAYOUTS` has them; under jit, with a mesh in use."""
+    stand_ins, mesh = LAYOUTS[layout], mesh_in_use()
+    if mesh is None or layout == "train":
+        return params
+
+    def put(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        rule = next(spec for pattern, spec in RULES if re.search(pattern, name))
+        axes = [None if axis is None else stand_ins[axis] for axis in rule]
+        return constrain(x, P(*axes) if len(axes) <= x.ndim else P())
+
+    return jax.tree_util.tree_map_with_path(put, params)
+
+
+def rows_in(layout: str) -> PartitionSpec:
+    """Over what the rows are spread in one of `LAYOUTS`."""
+    return P("data") if layout == "tensor" else BATCH
 
 
 def mesh_of(tree: Any) -> Mesh | None:

@@ -36,6 +36,9 @@ def make_batch():
     return pack(samples, length=12, rows=8)
 
 
+OPTIONS = dict(key=jax.random.key(0), samples=2, max_new_tokens=10, eos_id=0)
+
+
 def run_on(mesh, prompts):
     """(loss, gradients, greedy tokens) on a mesh."""
     with jax.set_mesh(mesh):
@@ -46,16 +49,7 @@ def run_on(mesh, prompts):
         gradients, metrics = step(
             grpo_objective(MODEL, kl_coef=0.1), params, reference, batch
         )
-        out = generate(
-            MODEL,
-            params,
-            prompts,
-            key=jax.random.key(0),
-            samples=2,
-            max_new_tokens=10,
-            temperature=0,
-            eos_id=0,
-        )
+        out = generate(MODEL, params, prompts, temperature=0, **OPTIONS)
     return jax.device_get((metrics["loss"], gradients, out.tokens, out.logps))
 
 
@@ -75,6 +69,43 @@ def test_every_layout_gives_one_devices_numbers(layout, alone):
         np.testing.assert_allclose(a, b, atol=1e-5)
     np.testing.assert_array_equal(tokens, alone[2])
     np.testing.assert_allclose(logps, alone[3], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """What one device samples."""
+    params = MODEL.init(jax.random.key(0))
+    out = generate(MODEL, params, PROMPTS, **OPTIONS)
+    return jax.device_get((out.tokens, out.logps, out.lengths))
+
+
+@pytest.mark.parametrize("layout", ["gathered", "tensor"])
+@pytest.mark.parametrize("shape", [(1, 2, 4), (2, 4, 1)], ids=str)
+def test_decoding_in_another_layout_draws_the_same(shape, layout, drawn):
+    mesh = sharding.make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        params = place(MODEL.init(jax.random.key(0)), mesh)
+        out = generate(MODEL, params, PROMPTS, layout=layout, **OPTIONS)
+    np.testing.assert_array_equal(out.tokens, drawn[0])
+    np.testing.assert_allclose(out.logps, drawn[1], atol=1e-5)
+    np.testing.assert_array_equal(out.lengths, drawn[2])
+
+
+@pytest.mark.parametrize(
+    "layout, q_proj, down_proj",
+    [("gathered", (2, 16, 32), (2, 32, 32)), ("tensor", (2, 4, 32), (2, 32, 8))],
+)
+def test_a_layout_holds_the_weights_as_it_says(layout, q_proj, down_proj):
+    """[L, out, in] on each device: whole over fsdp, or a part for each."""
+    mesh = sharding.make_mesh(1, 4, 2)
+    with jax.set_mesh(mesh):
+        params = place(MODEL.init(jax.random.key(0)), mesh)
+        moved = jax.jit(sharding.relayout, static_argnums=1)(params, layout)
+    found = [
+        moved["layers"][name].addressable_shards[0].data.shape
+        for name in ("q_proj", "down_proj")
+    ]
+    assert found == [q_proj, down_proj]
 
 
 def test_the_weights_are_really_split():

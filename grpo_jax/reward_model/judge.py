@@ -145,6 +145,7 @@ class Judges:
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             batch=config.questions_per_step * config.group_size,
+            layout=config.mesh.decode,
         )
         size = min(r.questions, len(self.questions))
         asked = Batches(self.questions, size, seed=config.seed)[iteration]

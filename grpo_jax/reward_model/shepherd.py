@@ -59,6 +59,7 @@ class Sampler:
     max_new_tokens: int  # of a whole output: its prefix counts
     temperature: float = 1.0
     batch: int = 512  # outputs decoded at a time
+    layout: str = "train"  # of the weights meanwhile (`sharding.LAYOUTS`)
 
     def __call__(
         self, prompts: Sequence[Tokens], samples: int, key: jax.Array
@@ -80,6 +81,7 @@ class Sampler:
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,
                 eos_id=self.tokenizer.eos_ids,
+                layout=self.layout,
             )
             tokens, ends = sharding.to_hosts((rollouts.tokens, rollouts.lengths))
             for place, i in enumerate(chunk):
