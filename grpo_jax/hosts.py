@@ -71,9 +71,18 @@ def share(items: int, group: int = 1) -> slice:
     >>> share(10)
     slice(0, 10, None)
     """
-    if items % group or items // group < count():
+    return part(items, group, index(), count())
+
+
+def part(items: int, group: int, number: int, of: int) -> slice:
+    """Share `number` of `of`; they differ by an item (or a group) at most.
+
+    >>> [part(12, 4, i, 2) for i in (0, 1)], [part(4, 4, i, 2) for i in (0, 1)]
+    ([slice(0, 4, None), slice(4, 12, None)], [slice(0, 2, None), slice(2, 4, None)])
+    """
+    if items % group or items // group < of:
         group = 1
-    start, stop = (items // group * (index() + i) // count() * group for i in (0, 1))
+    start, stop = (items // group * (number + i) // of * group for i in (0, 1))
     return slice(start, stop)
 
 
