@@ -166,8 +166,9 @@ def measure(
             result[mode]["pass@k"] = {
                 str(k): share * pass_at_k(counts, samples, k) for k in powers
             }
-            predictions = np.array([p for p, _ in judged], object)
-            voted = list(zip(predictions.reshape(right.shape), right, strict=True))
+            flat, said = [p for p, _ in judged], right.tolist()
+            rows = range(0, len(flat), samples)
+            voted = [(flat[i : i + samples], said[i // samples]) for i in rows]
             result[mode]["maj@k"] = {
                 str(k): share * float(np.mean([maj_at_k(p, r, k) for p, r in voted]))
                 for k in [*powers, samples]
@@ -342,17 +343,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     flags = parse(arguments)
-    try:
-        results = run_command(flags)
-    except GrpoError as error:
-        sys.exit(f"error: {error}")
-    print(results)
+    with hosts.together():
+        try:
+            hosts.say(run_command(flags))
+        except GrpoError as error:
+            sys.exit(f"error: {error}")
+        except Preempted as stopped:
+            sys.exit(f"{stopped}")
 
 
 def run_command(flags: argparse.Namespace) -> str:
     """Measures every model on every set; returns the report that is also written."""
     out = Path(flags.out)
-    out.mkdir(parents=True, exist_ok=True)
+    hosts.agree("flags", vars(flags))
+    if hosts.first():
+        out.mkdir(parents=True, exist_ok=True)
     labels = [Path(m).name or m for m in flags.models]
     if len(set(labels)) < len(labels):
         labels = list(flags.models)
@@ -380,7 +385,8 @@ def run_command(flags: argparse.Namespace) -> str:
     report = table(results)
     if figures := published.table(flags.sets):
         report += f"\n\n{figures}"
-    (out / "results.md").write_text(report + "\n", encoding="utf-8")
+    if hosts.first():
+        (out / "results.md").write_text(report + "\n", encoding="utf-8")
     return report
 
 

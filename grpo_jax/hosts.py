@@ -117,7 +117,8 @@ def _get(key: str) -> str:
 
 def from_first(make: Callable[[], T]) -> T:
     """What process 0 makes of files that all can see, for all: JSON."""
-    return exchange(make() if first() else None)[0]
+    told: list[Any] = exchange(make() if first() else None)
+    return told[0]
 
 
 def divide(work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R]:
@@ -228,10 +229,12 @@ def _start(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
             coordinator_bind_address=coordinator if local else None,
         )
     except ValueError as error:
-        if coordinator is None and "coordinator_address" in str(error):
+        if given == [None] * 3 and "coordinator_address" in str(error):
             return False  # jax knows of no cluster here
         raise GrpoError(f"processes: {error}") from None
     except RuntimeError as error:
+        if given == [None] * 3 and "before any JAX" in str(error):
+            return False  # part of a program that computes already
         line = (str(error).splitlines() or [""])[0]
         raise GrpoError(f"processes: they could not be started ({line})") from error
     finally:

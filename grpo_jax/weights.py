@@ -98,7 +98,7 @@ def load_pretrained(
         names = _hf_names(_path(keys), config)
         parts: dict[Any, np.ndarray] = {}  # devices may hold the same part
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: Any) -> np.ndarray:
             pairs = zip(index, leaf.shape, strict=True)
             ends = tuple(s.indices(size)[:2] for s, size in pairs)
             if ends not in parts:
