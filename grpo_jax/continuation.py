@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from grpo_jax import sharding
 from grpo_jax.cache import Cache, grow
 from grpo_jax.decoding import Ends, Rollouts, append, decode, start
 from grpo_jax.errors import GrpoError
@@ -33,12 +34,14 @@ def continue_tokens(
     key: Array,
     sampling: Sampling,
     ends: Ends,
+    layout: str = "train",
 ) -> Rollouts:
     """The jittable core of `continue_rollouts`; lengths -1: the row is left alone.
 
     [W, T + C]: what was appended, outside the mask, then what was sampled.
     """
     max_new_tokens = ends.limit
+    params = sharding.relayout(params, layout)
     rows, width = tokens.shape
     live, lengths = lengths >= 0, jnp.maximum(lengths, 0)
     cache = grow(cache, width + max_new_tokens)
@@ -76,7 +79,9 @@ def continue_tokens(
     )
 
 
-_jitted = jax.jit(continue_tokens, static_argnames=("model", "sampling", "ends"))
+_jitted = jax.jit(
+    continue_tokens, static_argnames=("model", "sampling", "ends", "layout")
+)
 
 
 def continue_rollouts(
@@ -93,6 +98,7 @@ def continue_rollouts(
     min_p: float = 0.0,
     eos_id: int | Sequence[int],
     stop: Sequence[Sequence[int]] = (),
+    layout: str = "train",
 ) -> Rollouts:
     """Go on with kept rows after tokens that others wrote, such as a tool's output.
 
@@ -145,5 +151,6 @@ def continue_rollouts(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
         ),
         ends=Ends(as_ids(eos_id), as_stops(stop), max_new_tokens),
+        layout=layout,
     )
     return first_rows(out, rows)

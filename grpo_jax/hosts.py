@@ -134,6 +134,8 @@ def divide(work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> li
 
 def agree(what: str, values: Mapping[str, Any]) -> None:
     """Refuse where a process has other values than process 0 (fault 42)."""
+    if _state().client is None:
+        return
     sums = {name: zlib.crc32(repr(value).encode()) for name, value in values.items()}
     told = exchange(sums)
     for number, other in enumerate(told):
@@ -192,7 +194,7 @@ def together(
         yield
     except SystemExit as error:
         if error.code:
-            _end(str(error.code))
+            _end(str(error.code).strip())
     except BaseException as error:
         traceback.print_exc()
         _end(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
