@@ -60,11 +60,20 @@ def main() -> None:
         command += ["--processes", str(flags.processes)]
         command += ["--coordinator", f"127.0.0.1:{port}"]
         running = [
-            subprocess.Popen([*command, "--number", str(i)], env=environment)
+            subprocess.Popen(
+                [*command, "--number", str(i)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             for i in range(flags.processes)
         ]
-        if any([process.wait() for process in running]):
+        told = [process.communicate()[0] for process in running]
+        if any(process.returncode for process in running):
             sys.exit("a process failed")
+        for line in "".join(told).splitlines():
+            if line.startswith("{"):  # Gloo says something there too
+                print(line)
         same = digests(Path(folder) / "in") == digests(Path(folder) / "out")
         show(case="bits", same=same)
 

@@ -312,7 +312,18 @@ def _sources(model: Decoder, params: Params) -> Iterator[tuple[str, Source]]:
 
 def _read_merged(adapters: lora.Lora, leaves: list[jax.Array], at: Any) -> np.ndarray:
     """One matrix, with its A and B (if it has them) added to it."""
-    matrix, *pair = (leaf[at] for leaf in leaves)
-    return sharding.to_hosts(
-        lora.merge_matrix(adapters, matrix, *pair) if pair else matrix
-    )
+    matrix, *pair = (leaf if at is ... else leaf[at] for leaf in leaves)
+    return _whole(lora.merge_matrix(adapters, matrix, *pair) if pair else matrix)
+
+
+def _whole(matrix: jax.Array) -> np.ndarray:
+    """A matrix on the host; gathered some rows at a time where it is on several."""
+    rows = max(1, BLOCK // max(1, matrix[:1].size))
+    if matrix.is_fully_addressable or len(matrix) <= rows:
+        return sharding.to_hosts(matrix)
+    out = np.empty(matrix.shape, matrix.dtype)
+    for start in range(0, len(matrix), rows):
+        start = min(start, len(matrix) - rows)  # one program for all parts
+        part = jax.lax.dynamic_slice_in_dim(matrix, start, rows)
+        out[start : start + rows] = sharding.to_hosts(part)
+    return out
