@@ -34,14 +34,12 @@ def continue_tokens(
     key: Array,
     sampling: Sampling,
     ends: Ends,
-    layout: str = "train",
 ) -> Rollouts:
     """The jittable core of `continue_rollouts`; lengths -1: the row is left alone.
 
     [W, T + C]: what was appended, outside the mask, then what was sampled.
     """
     max_new_tokens = ends.limit
-    params = sharding.relayout(params, layout)
     rows, width = tokens.shape
     live, lengths = lengths >= 0, jnp.maximum(lengths, 0)
     cache = grow(cache, width + max_new_tokens)
@@ -80,7 +78,8 @@ def continue_tokens(
 
 
 _jitted = jax.jit(
-    continue_tokens, static_argnames=("model", "sampling", "ends", "layout")
+    sharding.in_layout(continue_tokens),
+    static_argnames=("model", "sampling", "ends", "layout"),
 )
 
 

@@ -49,7 +49,6 @@ def generate_tokens(
     slots: int | None = None,
     cache_dtype: str | None = None,
     keep: bool = False,
-    layout: str = "train",
 ) -> Rollouts:
     """The jittable core of `generate`: all but params, tokens, mask and key is static.
 
@@ -57,7 +56,6 @@ def generate_tokens(
     Prompts without a real token, which must be the last, only fill the shape.
     """
     ends = Ends(as_ids(eos_id), stop, max_new_tokens)
-    params = sharding.relayout(params, layout)
     mask, total = mask != 0, tokens.shape[0] * samples
     slots = total if keep else min(total, slots or default_slots(total))
     order = jnp.argsort(~mask, axis=1, stable=True)  # padding goes to the right
@@ -103,7 +101,7 @@ def generate_tokens(
     own = jnp.zeros(
         (blocks, slots, kv_heads, BLOCK, head_dim), prefixes.layers[0][0].dtype
     )
-    own = sharding.constrain(own, sharding.P(None, *sharding.rows_in(layout)))
+    own = sharding.constrain(own, sharding.P(None, *sharding.BATCH))
     zeros = jnp.zeros(slots, jnp.int32)
     cache = Cache(
         turn=jnp.int32(0),
@@ -133,7 +131,7 @@ def generate_tokens(
 
 _STATIC = ("model", "max_new_tokens", "temperature", "top_k", "top_p", "min_p")
 _STATIC += ("eos_id", "stop", "samples", "slots", "cache_dtype", "keep", "layout")
-_jitted = jax.jit(generate_tokens, static_argnames=_STATIC)
+_jitted = jax.jit(sharding.in_layout(generate_tokens), static_argnames=_STATIC)
 
 
 def as_ids(ids: int | Sequence[int]) -> tuple[int, ...]:

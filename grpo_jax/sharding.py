@@ -7,6 +7,8 @@ One device is the mesh (1, 1, 1), not another code path.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -43,6 +45,7 @@ LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "gathered": {"fsdp": (), "tensor": ("tensor",)},  # whole, or split over tensor
     "tensor": {"fsdp": (), "tensor": ("fsdp", "tensor")},  # never gathered
 }
+_layout: ContextVar[str] = ContextVar("layout", default="train")
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -65,7 +68,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec_of(
+    path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     """The table's answer for one leaf; an axis that does not divide stays whole.
 
     >>> mesh = make_mesh(devices=jax.devices()[:1])
@@ -130,35 +135,62 @@ def mesh_in_use() -> AbstractMesh | None:
 
 
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Pin an intermediate to the mesh in use; nothing where none is or it can't be."""
+    """Pin an intermediate to the mesh in use; nothing where none is or it can't be.
+
+    Where weights are not gathered, fsdp is an axis of theirs and not of the rows.
+    """
     mesh = mesh_in_use()
     if mesh is None:
         return x
+    if _layout.get() == "tensor":
+        stand_ins = {"data": ("data",), **LAYOUTS["tensor"]}
+        spec = P(
+            *(
+                None if axes is None else sum((stand_ins[a] for a in _names(axes)), ())
+                for axes in spec
+            )
+        )
+    return _pin(x, spec, mesh)
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def _pin(x: jax.Array, spec: PartitionSpec, mesh: AbstractMesh) -> jax.Array:
     for n, axes in zip(x.shape, spec, strict=False):
-        names = (axes,) if isinstance(axes, str) else (axes or ())
-        if n % int(np.prod([mesh.shape[name] for name in names])):
+        if n % int(np.prod([mesh.shape[name] for name in _names(axes)])):
             return x
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def relayout(params: Any, layout: str) -> Any:
-    """Parameters as one of `LAYOUTS` has them; under jit, with a mesh in use."""
-    stand_ins, mesh = LAYOUTS[layout], mesh_in_use()
-    if mesh is None or layout == "train":
+def in_layout(function: Callable[..., Any]) -> Callable[..., Any]:
+    """function(model, params, …) for jit, with a static `layout` of `LAYOUTS`."""
+
+    def moved(model, params, *arguments, layout: str = "train", **options):
+        token = _layout.set(layout)
+        try:
+            return function(model, relayout(params), *arguments, **options)
+        finally:
+            _layout.reset(token)
+
+    moved.__name__ = function.__name__
+    return moved
+
+
+def relayout(params: Any) -> Any:
+    """Parameters as the present layout has them; under jit, with a mesh in use."""
+    stand_ins, mesh = LAYOUTS[_layout.get()], mesh_in_use()
+    if mesh is None or _layout.get() == "train":
         return params
 
     def put(path, x):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        rule = next(spec for pattern, spec in RULES if re.search(pattern, name))
-        axes = [None if axis is None else stand_ins[axis] for axis in rule]
-        return constrain(x, P(*axes) if len(axes) <= x.ndim else P())
+        spec = spec_of(name, x.shape, mesh)
+        axes = [None if axis is None else stand_ins[axis] for axis in spec]
+        return _pin(x, P(*axes), mesh)
 
     return jax.tree_util.tree_map_with_path(put, params)
-
-
-def rows_in(layout: str) -> PartitionSpec:
-    """Over what the rows are spread in one of `LAYOUTS`."""
-    return P("data") if layout == "tensor" else BATCH
 
 
 def mesh_of(tree: Any) -> Mesh | None:

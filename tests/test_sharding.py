@@ -102,9 +102,12 @@ def test_decoding_in_another_layout_draws_the_same(shape, layout, drawn):
 def test_a_layout_holds_the_weights_as_it_says(layout, q_proj, down_proj):
     """[L, out, in] on each device: whole over fsdp, or a part for each."""
     mesh = sharding.make_mesh(1, 4, 2)
+    keep = sharding.in_layout(lambda model, params: params)
     with jax.set_mesh(mesh):
         params = place(MODEL.init(jax.random.key(0)), mesh)
-        moved = jax.jit(sharding.relayout, static_argnums=1)(params, layout)
+        moved = jax.jit(keep, static_argnames=("model", "layout"))(
+            MODEL, params, layout=layout
+        )
     found = [
         moved["layers"][name].addressable_shards[0].data.shape
         for name in ("q_proj", "down_proj")
