@@ -38,12 +38,12 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 BATCH = P(("data", "fsdp"))  # rows are spread over both
 
 # How the same devices hold the weights while they decode: which axes stand in for those
-# of the table. A turn of decoding reads every weight, so that what training splits over
-# fsdp would be gathered again for every token.
+# of the table. A turn of decoding reads every weight: what training splits over fsdp is
+# gathered before the first and held whole, unless fsdp is used as tensor is.
 LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {"fsdp": ("fsdp",), "tensor": ("tensor",)},
-    "gathered": {"fsdp": (), "tensor": ("tensor",)},  # whole, or split over tensor
-    "tensor": {"fsdp": (), "tensor": ("fsdp", "tensor")},  # never gathered
+    "gathered": {"fsdp": (), "tensor": ("tensor",)},  # once, layers together
+    "tensor": {"fsdp": (), "tensor": ("fsdp", "tensor")},  # never
 }
 _layout: ContextVar[str] = ContextVar("layout", default="train")
 

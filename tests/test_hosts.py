@@ -199,7 +199,7 @@ SIZES = SMALL | {
     "max_new_tokens": 8,
     "eval.questions": 8,
     "eval.batch": 8,
-    "eval.every": 2,
+    "eval.every": 4,
     "optimizer.micro_rows": 2,
     "sft.micro_rows": 2,
     "mesh.data": 2,

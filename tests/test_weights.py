@@ -275,10 +275,9 @@ def test_a_mesh_of_eight_devices_holds_the_same_numbers(name, tmp_path):
 
 
 def test_weights_are_not_held_beside_their_shards(tmp_path, monkeypatch):
-    """What Python holds while it loads: 0.3 of the model and one tensor at most.
+    """1.3 × what the host's devices hold and one tensor at most, whatever the dtype.
 
-    NumPy's memory is counted, the devices' own is not. A part that several devices
-    have (data 2) is read once, and another dtype on the way needs no second copy.
+    A CPU device keeps NumPy's own memory where it can, so that what NumPy has is all.
     """
     config = ModelConfig(
         vocab_size=64, width=128, layers=12, heads=4, kv_heads=4, head_dim=32, ffn=352
@@ -286,20 +285,21 @@ def test_weights_are_not_held_beside_their_shards(tmp_path, monkeypatch):
     model = Decoder(config)
     whole = model.init(jax.random.key(0), "bfloat16")
     save_pretrained(model, whole, tmp_path / "hf")
-    mesh = sharding.make_mesh(2, 2, 2)
+    mesh = sharding.make_mesh(1, 2, 4)
     monkeypatch.setattr(weights, "BLOCK", 1024)
     load_pretrained(tmp_path / "hf", mesh=mesh)  # what is traced once is there
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
         _, params = load_pretrained(tmp_path / "hf", mesh=mesh)
-        held = tracemalloc.get_traced_memory()[1] - before
+        now, peak = (x - before for x in tracemalloc.get_traced_memory())
     finally:
         tracemalloc.stop()
     assert equal(params, jax.tree.map(lambda x: x.astype(jnp.float32), whole))
     share = sum(x.nbytes for x in jax.tree.leaves(params))
     tensor = max(x[0].nbytes for x in jax.tree.leaves(params["layers"]))
-    assert held < 0.3 * share + tensor, (held / share, tensor / share)
+    assert 0.9 * share < now  # or this would say nothing
+    assert peak < 1.3 * share + tensor, (peak / share, tensor / share)
 
 
 def test_the_plan_of_the_parameters_takes_no_memory():
