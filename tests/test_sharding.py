@@ -1,5 +1,7 @@
 """One mesh, whatever its shape: the numbers of one device."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from grpo_jax import sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, ModelConfig
 from grpo_jax.packing import Sample, pack
-from grpo_jax.rollout import generate
+from grpo_jax.rollout import generate, generate_tokens
 from grpo_jax.update import accumulate, grpo_objective, make_scorer
 
 CONFIG = ModelConfig(
@@ -113,6 +115,33 @@ def test_a_layout_holds_the_weights_as_it_says(layout, q_proj, down_proj):
         for name in ("q_proj", "down_proj")
     ]
     assert found == [q_proj, down_proj]
+
+
+def test_only_one_layout_gathers_no_weights():
+    """Of the compiled sampler: matrices of the feed-forward network that become whole."""
+    names = ("model", "layout", "samples", "max_new_tokens", "eos_id")
+    sampler = jax.jit(sharding.in_layout(generate_tokens), static_argnames=names)
+    mesh = sharding.make_mesh(1, 8, 1)
+    found = {}
+    with jax.set_mesh(mesh):
+        params = place(MODEL.init(jax.random.key(0)), mesh)
+        tokens = sharding.to_devices(np.ones((8, 16)), sharding.batch_sharding(mesh))
+        for layout in ("train", "tensor"):
+            text = (
+                sampler.lower(
+                    MODEL,
+                    params,
+                    tokens.astype(int),
+                    tokens,
+                    layout=layout,
+                    **OPTIONS,
+                )
+                .compile()
+                .as_text()
+            )
+            whole = re.findall(r"= (\w+\[[\d,]+\])\S* all-gather\(", text)
+            found[layout] = {"f32[64,32]", "f32[32,64]"} & set(whole)
+    assert found == {"train": {"f32[64,32]", "f32[32,64]"}, "tensor": set()}
 
 
 def test_the_weights_are_really_split():
