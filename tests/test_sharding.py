@@ -118,7 +118,7 @@ def test_a_layout_holds_the_weights_as_it_says(layout, q_proj, down_proj):
 
 
 def test_only_one_layout_gathers_no_weights():
-    """Of the compiled sampler: matrices of the feed-forward network that become whole."""
+    """Of the compiled sampler: which feed-forward matrices become whole."""
     names = ("model", "layout", "samples", "max_new_tokens", "eos_id")
     sampler = jax.jit(sharding.in_layout(generate_tokens), static_argnames=names)
     mesh = sharding.make_mesh(1, 8, 1)
