@@ -1,16 +1,19 @@
 """One mesh, whatever its shape: the numbers of one device."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import sharding
+from grpo_jax import rollout, sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, ModelConfig
 from grpo_jax.packing import Sample, pack
 from grpo_jax.rollout import generate
-from grpo_jax.update import accumulate, grpo_objective
+from grpo_jax.update import accumulate, grpo_objective, make_scorer
 
 CONFIG = ModelConfig(
     vocab_size=64, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, ffn=64
@@ -36,8 +39,11 @@ def make_batch():
     return pack(samples, length=12, rows=8)
 
 
+OPTIONS = dict(key=jax.random.key(0), samples=2, max_new_tokens=10, eos_id=0)
+
+
 def run_on(mesh, prompts):
-    """(loss, gradients, greedy tokens) on a mesh."""
+    """On a mesh: loss, gradients, greedy tokens, and log π_ref as a pass of its own."""
     with jax.set_mesh(mesh):
         params = place(MODEL.init(jax.random.key(0)), mesh)
         reference = place(MODEL.init(jax.random.key(1)), mesh)
@@ -46,17 +52,10 @@ def run_on(mesh, prompts):
         gradients, metrics = step(
             grpo_objective(MODEL, kl_coef=0.1), params, reference, batch
         )
-        out = generate(
-            MODEL,
-            params,
-            prompts,
-            key=jax.random.key(0),
-            samples=2,
-            max_new_tokens=10,
-            temperature=0,
-            eos_id=0,
-        )
-    return jax.device_get((metrics["loss"], gradients, out.tokens, out.logps))
+        ref_logps = make_scorer(MODEL)(reference, batch)
+        out = generate(MODEL, params, prompts, temperature=0, **OPTIONS)
+    found = metrics["loss"], gradients, out.tokens, out.logps, ref_logps
+    return sharding.to_hosts(found)
 
 
 PROMPTS = [[1, 2, 3], [9] * 14, [5]]
@@ -69,12 +68,61 @@ def alone():
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_gives_one_devices_numbers(layout, alone):
-    loss, gradients, tokens, logps = run_on(sharding.make_mesh(*layout), PROMPTS)
+    mesh = sharding.make_mesh(*layout)
+    loss, gradients, tokens, logps, ref_logps = run_on(mesh, PROMPTS)
     np.testing.assert_allclose(loss, alone[0], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(alone[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     np.testing.assert_array_equal(tokens, alone[2])
     np.testing.assert_allclose(logps, alone[3], atol=1e-5)
+    np.testing.assert_allclose(ref_logps, alone[4], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """What one device samples."""
+    out = generate(MODEL, MODEL.init(jax.random.key(0)), PROMPTS, **SAMPLED)
+    return jax.device_get((out.tokens, out.logps, out.lengths))
+
+
+SAMPLED: Any = dict(key=jax.random.key(2), samples=4, max_new_tokens=10, eos_id=0)
+
+
+@pytest.mark.parametrize(
+    "shape, tensor", [((8, 1, 1), 0), ((1, 8, 1), 4), ((2, 2, 2), 0), ((1, 2, 4), 2)]
+)
+def test_groups_of_devices_draw_what_one_device_draws(shape, tensor, drawn):
+    """3 prompts with 4 samples each, over 8, 2, 4 and 4 groups with their own loops."""
+    mesh = sharding.make_mesh(*shape)
+    model = dataclasses.replace(MODEL, decode_tensor=tensor)
+    with jax.set_mesh(mesh):
+        params = place(MODEL.init(jax.random.key(0)), mesh)
+        out = generate(model, params, PROMPTS, **SAMPLED)
+    np.testing.assert_array_equal(out.tokens, drawn[0])
+    np.testing.assert_allclose(out.logps, drawn[1], atol=1e-5)
+    np.testing.assert_array_equal(out.lengths, drawn[2])
+
+
+def test_the_samplers_parameters_are_split_within_groups_alone():
+    """[L, out, in] on each device, in the dtype of the computation."""
+    mesh = sharding.make_mesh(1, 4, 2)
+    model = dataclasses.replace(MODEL, dtype="bfloat16")
+    with jax.set_mesh(mesh):
+        params = place(MODEL.init(jax.random.key(0)), mesh)
+        layout = sharding.regroup(mesh, 4)
+        moved = rollout.relaid(model, params, layout)
+    assert rollout.is_laid_out(model, moved, layout)
+    assert not rollout.is_laid_out(model, params, layout)
+    for name, shape in (("q_proj", (2, 8, 32)), ("down_proj", (2, 32, 16))):
+        leaf = moved["layers"][name]
+        assert leaf.addressable_shards[0].data.shape == shape
+        whole = params["layers"][name].astype(jnp.bfloat16)
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(whole))
+
+
+def test_groups_that_do_not_divide_the_devices_are_refused():
+    with pytest.raises(GrpoError, match="decode_tensor: 3 does not divide .* 8"):
+        sharding.regroup(sharding.make_mesh(1, 8, 1), 3)
 
 
 def test_the_weights_are_really_split():

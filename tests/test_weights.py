@@ -7,6 +7,7 @@ import pickle
 import shutil
 import struct
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from grpo_jax import sharding
+from grpo_jax import sharding, weights
 from grpo_jax.errors import GrpoError
 from grpo_jax.hf import config as hf_config
 from grpo_jax.model import Decoder, ModelConfig, Params, RopeScaling
@@ -271,6 +272,34 @@ def test_a_mesh_of_eight_devices_holds_the_same_numbers(name, tmp_path):
     assert spread["layers"]["gate_proj"].addressable_shards[0].data.shape == (2, 12, 8)
     save_pretrained(model, spread, tmp_path / "out")
     assert equal(whole, load_pretrained(tmp_path / "out")[1])
+
+
+def test_weights_are_not_held_beside_their_shards(tmp_path, monkeypatch):
+    """1.3 × what the host's devices hold and one tensor at most, whatever the dtype.
+
+    A CPU device keeps NumPy's own memory where it can, so that what NumPy has is all.
+    """
+    config = ModelConfig(
+        vocab_size=64, width=128, layers=12, heads=4, kv_heads=4, head_dim=32, ffn=352
+    )
+    model = Decoder(config)
+    whole = model.init(jax.random.key(0), "bfloat16")
+    save_pretrained(model, whole, tmp_path / "hf")
+    mesh = sharding.make_mesh(1, 2, 4)
+    monkeypatch.setattr(weights, "BLOCK", 1024)
+    load_pretrained(tmp_path / "hf", mesh=mesh)  # what is traced once is there
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        _, params = load_pretrained(tmp_path / "hf", mesh=mesh)
+        now, peak = (x - before for x in tracemalloc.get_traced_memory())
+    finally:
+        tracemalloc.stop()
+    assert equal(params, jax.tree.map(lambda x: x.astype(jnp.float32), whole))
+    share = sum(x.nbytes for x in jax.tree.leaves(params))
+    tensor = max(x[0].nbytes for x in jax.tree.leaves(params["layers"]))
+    assert 0.9 * share < now  # or this would say nothing
+    assert peak < 1.3 * share + tensor, (peak / share, tensor / share)
 
 
 def test_the_plan_of_the_parameters_takes_no_memory():
