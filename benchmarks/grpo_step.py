@@ -83,8 +83,8 @@ def parse() -> argparse.Namespace:
     add("--max-new", dest="new", type=int, default=128, help="tokens of an output")
     add("--steps", type=int, default=3)
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
-    add("--row-length", dest="length", type=int, default=512, help="of a packed row")
-    add("--rows", type=int, default=2, help="packed rows in memory at a time")
+    add("--row-length", dest="length", type=int, default=2048, help="of a row at most")
+    add("--rows", type=int, default=1, help="packed rows in memory at a time")
     add(
         "--no-remat",
         dest="remat",
@@ -139,6 +139,7 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, A
         pack,
     )
     from grpo_jax.data import Example
+    from grpo_jax.packing import fitting_length
     from grpo_jax.prompts import encode_prompt
     from grpo_jax.tokenizer import Tokenizer
 
@@ -180,7 +181,9 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, A
             )
             for i, t in enumerate(tokens)
         ]
-        batch = pack(samples, length=flags.length, rows=flags.rows, share_prompts=True)
+        layout: dict = dict(rows=flags.rows, share_prompts=True)
+        length = fitting_length(samples, longest=flags.length, **layout)
+        batch = pack(samples, length=length, **layout)
         batch = batch.with_capacity(capacity)
         state, metrics = update(state, reference, batch)
         metrics = jax.device_get(metrics)

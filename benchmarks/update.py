@@ -40,8 +40,8 @@ def parse() -> argparse.Namespace:
     add("--vocabularies", type=int, nargs="+", default=[8192, 32768, 131072])
     add("--prompt", type=int, default=100, help="tokens of a question")
     add("--new", type=int, default=128, help="tokens of an output at most")
-    add("--row-length", dest="length", type=int, default=512, help="of a packed row")
-    add("--rows", type=int, default=2, help="packed rows in memory at a time")
+    add("--row-length", dest="length", type=int, default=2048, help="of a row at most")
+    add("--rows", type=int, default=1, help="packed rows in memory at a time")
     add(
         "--no-remat",
         dest="remat",
@@ -122,6 +122,7 @@ def main() -> None:
 def make_batch(flags: argparse.Namespace, group: int, most: int):
     """Packed outputs of log-normal lengths, as trained models write them."""
     from grpo_jax import Sample, pack
+    from grpo_jax.packing import fitting_length
 
     rng = np.random.default_rng(0)
     samples, tokens = [], 0
@@ -142,7 +143,9 @@ def make_batch(flags: argparse.Namespace, group: int, most: int):
                     advantages=float(rng.normal()),
                 )
             )
-    batch = pack(samples, length=flags.length, rows=flags.rows, share_prompts=True)
+    layout: dict = dict(rows=flags.rows, share_prompts=True)
+    length = fitting_length(samples, longest=flags.length, **layout)
+    batch = pack(samples, length=length, **layout)
     return batch.with_capacity(flags.questions * most // flags.rows + 1), tokens
 
 

@@ -159,6 +159,45 @@ def pack(
     )
 
 
+def fitting_length(
+    samples: Sequence[Sample],
+    *,
+    longest: int,
+    rows: int = 1,
+    share_prompts: bool = False,
+    together: int = 1,
+    padding: float = 0.05,
+) -> int:
+    """A row length up to `longest` that leaves little padding.
+
+    `longest` itself where that leaves less than `padding` of all positions empty, as it
+    does for many samples: a run's batches then have one shape. For few samples the best
+    of eight shorter ones, since the last rows are what stays empty.
+
+    >>> samples = [Sample(tokens=[0] * 33, mask=[1] * 33)] * 3
+    >>> fitting_length(samples, longest=64), fitting_length(samples, longest=32)
+    (36, 32)
+    """
+    together_longest = max(
+        sum(len(s.tokens) - 1 for s in samples[i : i + together])
+        for i in range(0, len(samples), together)
+    )
+    best, least = longest, 0
+    for eighth in range(8):
+        length = longest - eighth * longest // 16
+        if length < together_longest:
+            break
+        placed = place(samples, length, True, share_prompts, together)
+        size = -(-len(placed) // rows) * rows * length
+        spans = _spans(samples, placed, share_prompts)
+        filled = sum(span.stop - span.first for span in spans)
+        if not least or size < least:
+            best, least = length, size
+        if not eighth and filled > (1 - padding) * size:
+            break
+    return best
+
+
 def place(
     samples: Sequence[Sample],
     length: int,

@@ -85,6 +85,8 @@ def topology(name: str) -> Topology:
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or it looks for a cloud's server
+    # It takes no TPU, so that nobody has to wait for another to be done with one.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         with quiet():
             found = topologies.get_topology_desc(platform="tpu", topology_name=name)
