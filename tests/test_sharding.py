@@ -125,53 +125,6 @@ def test_groups_that_do_not_divide_the_devices_are_refused():
         sharding.regroup(sharding.make_mesh(1, 8, 1), 3)
 
 
-@pytest.fixture(scope="module")
-def drawn():
-    """What one device samples."""
-    out = generate(MODEL, MODEL.init(jax.random.key(0)), PROMPTS, **SAMPLED)
-    return jax.device_get((out.tokens, out.logps, out.lengths))
-
-
-SAMPLED: Any = dict(key=jax.random.key(2), samples=4, max_new_tokens=10, eos_id=0)
-
-
-@pytest.mark.parametrize(
-    "shape, tensor", [((8, 1, 1), 0), ((1, 8, 1), 4), ((2, 2, 2), 0), ((1, 2, 4), 2)]
-)
-def test_groups_of_devices_draw_what_one_device_draws(shape, tensor, drawn):
-    """3 prompts with 4 samples each, over 8, 2, 4 and 4 groups with their own loops."""
-    mesh = sharding.make_mesh(*shape)
-    model = dataclasses.replace(MODEL, decode_tensor=tensor)
-    with jax.set_mesh(mesh):
-        params = place(MODEL.init(jax.random.key(0)), mesh)
-        out = generate(model, params, PROMPTS, **SAMPLED)
-    np.testing.assert_array_equal(out.tokens, drawn[0])
-    np.testing.assert_allclose(out.logps, drawn[1], atol=1e-5)
-    np.testing.assert_array_equal(out.lengths, drawn[2])
-
-
-def test_the_samplers_parameters_are_split_within_groups_alone():
-    """[L, out, in] on each device, in the dtype of the computation."""
-    mesh = sharding.make_mesh(1, 4, 2)
-    model = dataclasses.replace(MODEL, dtype="bfloat16")
-    with jax.set_mesh(mesh):
-        params = place(MODEL.init(jax.random.key(0)), mesh)
-        layout = sharding.regroup(mesh, 4)
-        moved = rollout.relaid(model, params, layout)
-    assert rollout.is_laid_out(model, moved, layout)
-    assert not rollout.is_laid_out(model, params, layout)
-    for name, shape in (("q_proj", (2, 8, 32)), ("down_proj", (2, 32, 16))):
-        leaf = moved["layers"][name]
-        assert leaf.addressable_shards[0].data.shape == shape
-        whole = params["layers"][name].astype(jnp.bfloat16)
-        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(whole))
-
-
-def test_groups_that_do_not_divide_the_devices_are_refused():
-    with pytest.raises(GrpoError, match="decode_tensor: 3 does not divide .* 8"):
-        sharding.regroup(sharding.make_mesh(1, 8, 1), 3)
-
-
 def test_the_weights_are_really_split():
     mesh = sharding.make_mesh(2, 2, 2)
     params = place(MODEL.init(jax.random.key(0)), mesh)
