@@ -6,7 +6,8 @@ Out: log π(target) and the entropy of π at each position, [...], float32.
 Logits are made a chunk of positions at a time, forward and backward: memory holds one
 chunk of them, never all. Pure, jax alone.
 
-Axes: B rows, T positions, C positions of one chunk, D width, V vocabulary.
+Axes: B rows, T positions, C positions of a row in one chunk, M = B·C, D width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -112,23 +113,24 @@ def _on_each_device(compute, unembed: Array, mesh: Any):
 
 
 def _chunks(x: Array, chunk: int) -> Array:
-    """[B, T, ...] -> [T / C, B, C, ...], the last chunk padded with zeros."""
+    """[B, T, ...] -> [T / C, B · C, ...], the last chunk padded with zeros."""
     padding = -x.shape[1] % chunk
     x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-    x = x.reshape(x.shape[0], x.shape[1] // chunk, chunk, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
+    count = x.shape[1] // chunk
+    x = x.reshape(x.shape[0], count, chunk, *x.shape[2:])
+    # One axis of positions: XLA's CPU backend reduces and multiplies those fastest.
+    return jnp.moveaxis(x, 1, 0).reshape(count, x.shape[0] * chunk, *x.shape[3:])
 
 
-def _unchunk(x: Array, length: int) -> Array:
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])[:, :length]
+def _unchunk(x: Array, chunk: int, rows: int, length: int) -> Array:
+    x = jnp.moveaxis(x.reshape(x.shape[0], rows, chunk, *x.shape[2:]), 0, 1)
+    return x.reshape(rows, x.shape[1] * chunk, *x.shape[3:])[:, :length]
 
 
 def _logits(hidden: Array, unembed: Array, temperature: Array) -> Array:
-    """[B, C, V] of one chunk."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    z = jnp.einsum("MD,DV->MV", flat, unembed, preferred_element_type=jnp.float32)
-    return z.reshape(*hidden.shape[:-1], unembed.shape[1]) / temperature
+    """[M, V] of one chunk."""
+    z = jnp.einsum("MD,DV->MV", hidden, unembed, preferred_element_type=jnp.float32)
+    return z / temperature
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -141,18 +143,18 @@ def _forward(hidden, unembed, targets, temperature, chunk):
         h, y = inputs
         z = _logits(h, unembed, temperature)
         top = z.max(-1)
-        exp = jnp.exp(z - top[..., None])
+        exp = jnp.exp(z - top[:, None])
         total = exp.sum(-1)
         log_total = jnp.log(total)
         entropy = log_total - ((exp * z).sum(-1) / total - top)
-        at_target = jnp.take_along_axis(z, y[..., None], -1)[..., 0]
+        at_target = jnp.take_along_axis(z, y[:, None], -1)[:, 0]
         # In this order: top + log_total would lose the digits of large logits.
         logps = (at_target - top) - log_total
         return None, (logps, entropy, top, log_total)
 
     inputs = (_chunks(hidden, chunk), _chunks(targets, chunk))
     _, outputs = jax.lax.scan(one, None, inputs)
-    logps, entropy, *sums = (_unchunk(x, targets.shape[1]) for x in outputs)
+    logps, entropy, *sums = (_unchunk(x, chunk, *targets.shape) for x in outputs)
     saved = (hidden, unembed, targets, temperature, entropy, *sums)
     return (logps, entropy), saved
 
@@ -178,30 +180,27 @@ def _backward(chunk, residuals, cotangents):
         d_table, d_temperature = carry
         h, y, entropy, top, log_total, g_logps, g_entropy = inputs
         z = _logits(h, unembed, temperature)
-        log_p = z - top[..., None] - log_total[..., None]
+        log_p = z - top[:, None] - log_total[:, None]
         p = jnp.exp(log_p)
         # ∂log π_y/∂z_v = 1[v = y] - π_v,  ∂H/∂z_v = -π_v (log π_v + H)
         d_z = jnp.zeros_like(z)
         if g_logps is not None:
-            hit = jnp.arange(z.shape[-1])[None, None] == y[..., None]
-            d_z += jnp.where(hit, 1 - p, -p) * g_logps[..., None]
+            hit = jnp.arange(z.shape[1])[None] == y[:, None]
+            d_z += jnp.where(hit, 1 - p, -p) * g_logps[:, None]
         if g_entropy is not None:
-            d_z -= p * (g_entropy[..., None] * (log_p + entropy[..., None]))
+            d_z -= p * (g_entropy[:, None] * (log_p + entropy[:, None]))
         if warm is not None:  # Σ_v d_z is 0: not z
             d_temperature -= (d_z * log_p).sum() / temperature
         d_z = (d_z / temperature).astype(unembed.dtype)
-        shape = h.shape
-        h, d_z = (x.reshape(-1, x.shape[-1]) for x in (h, d_z))
         d_hidden = jnp.einsum("MV,DV->MD", d_z, unembed, **f32)
         d_table += jnp.einsum("MV,MD->VD", d_z, h, **f32)  # as embeddings are stored
-        d_hidden = d_hidden.reshape(shape).astype(hidden.dtype)
-        return (d_table, d_temperature), d_hidden
+        return (d_table, d_temperature), d_hidden.astype(hidden.dtype)
 
     inputs = (hidden, targets, entropy, top, log_total, g_logps, g_entropy)
     start = (jnp.zeros_like(unembed.T, jnp.float32), jnp.zeros_like(temperature))
     inputs = tuple(x if x is None else _chunks(x, chunk) for x in inputs)
     (d_table, d_temperature), d_hidden = jax.lax.scan(one, start, inputs)
-    d_hidden = _unchunk(d_hidden, targets.shape[1])
+    d_hidden = _unchunk(d_hidden, chunk, *targets.shape)
     return d_hidden, d_table.T.astype(unembed.dtype), None, d_temperature
 
 
