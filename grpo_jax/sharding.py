@@ -180,10 +180,7 @@ def platform() -> str:
 
 
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Pin an intermediate to the mesh in use; nothing where none is or it can't be.
-
-    Where weights are not gathered, fsdp is an axis of theirs and not of the rows.
-    """
+    """Pin an intermediate to the mesh in use; nothing where none is or it can't be."""
     mesh = mesh_in_use()
     if mesh is None:
         return x
