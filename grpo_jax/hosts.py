@@ -229,6 +229,8 @@ def _start(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
             initialization_timeout=wait + 60,  # jax's own end is an abort
             heartbeat_timeout_seconds=heartbeat,
             coordinator_bind_address=coordinator if local else None,
+            # Told everything, jax has nothing to look up, and takes all local devices.
+            cluster_detection_method="deactivate" if coordinator else None,
         )
     except ValueError as error:
         if given == [None] * 3 and "coordinator_address" in str(error):
