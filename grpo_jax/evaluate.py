@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo_jax import answers, data, published, sharding
+from grpo_jax import answers, data, hosts, published, sharding
 from grpo_jax.config import Config
 from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError
@@ -30,7 +30,7 @@ from grpo_jax.model import Decoder, Params
 from grpo_jax.prompts import encode_prompts
 from grpo_jax.recorder import progress
 from grpo_jax.rollout import generate
-from grpo_jax.run import Run, load_run
+from grpo_jax.run import Preempted, Run, load_run
 from grpo_jax.tokenizer import Tokenizer
 
 Result = dict[str, Any]
@@ -100,12 +100,21 @@ def answer_all(
                 temperature=temperature,
                 eos_id=tokenizer.eos_ids,
             )
-            tokens, lengths = jax.device_get((out.tokens, out.lengths))
+            tokens, lengths = sharding.to_hosts((out.tokens, out.lengths))
             for place, i in enumerate(chunk):
                 rows = range(place * samples, (place + 1) * samples)
                 texts[i] = [tokenizer.decode(tokens[r, : lengths[r]]) for r in rows]
             bar.update(len(chunk))
+            if hosts.stopping():
+                raise Preempted(f"{label}: stopped")
     return texts
+
+
+def judge(pairs: Sequence[tuple[str, str]]) -> list[tuple[str | None, bool]]:
+    """(text, reference) → (the text's answer, whether it is right)."""
+    found = [answers.extract(text) for text, _ in pairs]
+    right = workers.grade(found, [reference for _, reference in pairs])
+    return list(zip(found, right, strict=True))
 
 
 def measure(
@@ -136,10 +145,10 @@ def measure(
             samples=samples,
             label=f"{label} {name} {mode}".strip(),
         )
-        predictions = [[answers.extract(text) for text in row] for row in texts]
-        flat = [p for row in predictions for p in row]
-        references = [e.answer for e, _ in kept for _ in range(samples)]
-        right = np.array(workers.grade(flat, references)).reshape(len(kept), samples)
+        asked = zip(kept, texts, strict=True)
+        pairs = [(text, e.answer) for (e, _), row in asked for text in row]
+        judged = hosts.divide(judge, pairs)
+        right = np.array([x for _, x in judged]).reshape(len(kept), samples)
         accuracy, share = float(right.sum() / (samples * n)), len(kept) / n
         result[mode] = {
             "accuracy": accuracy,
@@ -153,7 +162,9 @@ def measure(
             result[mode]["pass@k"] = {
                 str(k): share * pass_at_k(counts, samples, k) for k in powers
             }
-            voted = list(zip(predictions, right.tolist(), strict=True))
+            flat, said = [p for p, _ in judged], right.tolist()
+            rows = range(0, len(flat), samples)
+            voted = [(flat[i : i + samples], said[i // samples]) for i in rows]
             result[mode]["maj@k"] = {
                 str(k): share * float(np.mean([maj_at_k(p, r, k) for p, r in voted]))
                 for k in [*powers, samples]
@@ -193,7 +204,13 @@ def evaluate_set(
     """One set of a run's comparison."""
     settings = settings_of(run.config)
     return measure(
-        run.model, params, run.tokenizer, name, settings, sampled=sampled, label=label
+        run.model,
+        params,
+        run.tokenizer,
+        name,
+        settings,
+        sampled=sampled,
+        label=label,
     )
 
 
@@ -214,8 +231,8 @@ def compare(run: Run, models: Mapping[str, Params]) -> Result:
         "settings": settings_of(config).__dict__,
     }
     results: Result = {**header, "models": list(models), "sets": {}}
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
+    before = hosts.from_first(lambda: read_json(file))
+    if before is not None:
         if all(before.get(name) == value for name, value in header.items()):
             results = before
     trained_on = (config.data.in_domain or config.data.train).split("+")
@@ -229,7 +246,13 @@ def compare(run: Run, models: Mapping[str, Params]) -> Result:
     return results
 
 
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
 def write_json(file: Path, value: Any) -> None:
+    if not hosts.first():
+        return
     fresh = file.with_suffix(".tmp")
     text = json.dumps(value, indent=2, ensure_ascii=False)
     fresh.write_text(text + "\n", encoding="utf-8")
@@ -315,17 +338,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     flags = parse(arguments)
-    try:
-        results = run_command(flags)
-    except GrpoError as error:
-        sys.exit(f"error: {error}")
-    print(results)
+    with hosts.together():
+        try:
+            hosts.say(run_command(flags))
+        except GrpoError as error:
+            sys.exit(f"error: {error}")
+        except Preempted as stopped:
+            sys.exit(f"{stopped}")
 
 
 def run_command(flags: argparse.Namespace) -> str:
     """Measures every model on every set; returns the report that is also written."""
     out = Path(flags.out)
-    out.mkdir(parents=True, exist_ok=True)
+    hosts.agree("flags", vars(flags))
+    if hosts.first():
+        out.mkdir(parents=True, exist_ok=True)
     labels = [Path(m).name or m for m in flags.models]
     if len(set(labels)) < len(labels):
         labels = list(flags.models)
@@ -353,7 +380,8 @@ def run_command(flags: argparse.Namespace) -> str:
     report = table(results)
     if figures := published.table(flags.sets):
         report += f"\n\n{figures}"
-    (out / "results.md").write_text(report + "\n", encoding="utf-8")
+    if hosts.first():
+        (out / "results.md").write_text(report + "\n", encoding="utf-8")
     return report
 
 
