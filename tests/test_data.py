@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax import data, datasets, sources
+from grpo_jax import data, datasets, rows, sources
 from grpo_jax.data import Batches, Dataset, Example
 from grpo_jax.errors import GrpoError
 
@@ -310,13 +310,13 @@ def test_gsm8k_answers_and_annotations(tmp_path):
 @given(st.recursive(st.just("x"), lambda s: st.lists(s, max_size=3).map("".join)))
 def test_last_boxed_takes_balanced_braces(inner):
     inner = "{" + inner + "}" + inner
-    assert sources.last_boxed("\\boxed{a\n b}") == "a b"
-    assert sources.last_boxed(f"\\boxed{{0}} so \\boxed{{{inner}}} }}") == inner
+    assert rows.last_boxed("\\boxed{a\n b}") == "a b"
+    assert rows.last_boxed(f"\\boxed{{0}} so \\boxed{{{inner}}} }}") == inner
 
 
 def test_last_boxed_without_a_whole_box():
-    assert sources.last_boxed("none") == ""
-    assert sources.last_boxed("\\boxed{1} and \\boxed{2") == ""
+    assert rows.last_boxed("none") == ""
+    assert rows.last_boxed("\\boxed{1} and \\boxed{2") == ""
 
 
 # -- preparing ---------------------------------------------------------------------
