@@ -86,8 +86,10 @@ def grade(
         elif "tolerance" in columns and (x := number(prediction)) is not None:
             y = number(example.answer)
             absolute, relative = columns["tolerance"]
-            right[i] = y is not None and abs(x - y) <= relative * abs(y)
-            right[i] &= absolute is None or abs(x - y) <= absolute
+            if y is not None:
+                within = relative * abs(y)
+                within = within if absolute is None else min(within, absolute)
+                right[i] = abs(x - y) <= within
             if not right[i] and rule != "strict":
                 pairs.append((i, prediction, example.answer))
         else:
