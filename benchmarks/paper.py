@@ -223,7 +223,8 @@ def pass_and_majority(workdir: Path, flags: argparse.Namespace) -> Json:
         samples=flags.samples,
         batch=512,
     )
-    sampled = measure(model, params, tokenizer, SET, settings)["sampled"]
+    measured = measure(model, params, tokenizer, SET, settings)
+    sampled = measured.result["sampled"]
     result = {"pass@k": sampled["pass@k"], "maj@k": sampled["maj@k"]}
     file.write_text(json.dumps(result))
     return result

@@ -88,7 +88,7 @@ def find(name: str) -> Format:
 def prompt(name: str, example: Example, *, data_dir: str | None = None) -> Example:
     """The example with its few-shot prompt as the question.
 
-    >>> print(prompt("cmath", Example("2加3等于几？")).question[-21:])
+    >>> print(prompt("cmath", Example("2加3等于几？")).question[-23:])
     答案是 8。
     <BLANKLINE>
     问题： 2加3等于几？
