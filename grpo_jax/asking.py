@@ -31,13 +31,13 @@ from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, Params
 from grpo_jax.prompts import encode_prompts
 from grpo_jax.recorder import progress
-from grpo_jax.rollout import generate
+from grpo_jax.rollout import default_slots, generate
 from grpo_jax.tokenizer import Tokenizer
 
 Answers = list[list[Completion]]  # [questions][samples]
 Mode = Callable[..., Answers]  # see `chain_of_thought`
 QUEUE = 4  # batches that the sampler gets at a time, at most
-PARTS = 8  # of a set, at least, so that progress shows and little is lost in a stop
+PARTS = 4  # of a set, at least, so that progress shows and little is lost in a stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Settings:
     questions: int = 0  # of each set; 0 is all
     samples: int = 1  # a question, at `temperature`; 0 leaves that out
     temperature: float = 1.0
-    batch: int = 64  # completions decoded at a time
+    batch: int = 64  # completions decoded at a time, at most
     seed: int = 0
     data_dir: str | None = None
     grader: str = "strict"  # strict | paper: that rule's figures beside the strict ones
@@ -204,7 +204,7 @@ def answer_all(
                 samples=samples,
                 temperature=temperature,
                 max_new_tokens=settings.max_new_tokens,
-                slots=settings.batch,
+                slots=min(settings.batch, default_slots(len(batch) * samples)),
                 stop=stop,
             )
             if form:
@@ -226,10 +226,10 @@ def _cut(completion: Completion, form: shots.Format) -> Completion:
 
 
 def questions_at_once(questions: int, samples: int, batch: int) -> int:
-    """Of a set: an eighth, though at least a batch and at most four, in completions.
+    """Of a set: a quarter, though at least a batch and at most four, in completions.
 
-    >>> [questions_at_once(n, 1, 64) for n in (10, 250, 1319, 5000)]
-    [64, 64, 165, 256]
+    >>> [questions_at_once(n, 1, 64) for n in (10, 400, 1319, 5000)]
+    [64, 100, 256, 256]
     >>> questions_at_once(1000, 64, 64)
     4
     """

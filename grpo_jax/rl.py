@@ -314,11 +314,11 @@ def by_output(values: Any, outputs: Sequence[Output]) -> list[np.ndarray]:
 
 def evaluate_now(run: Run, params: Params) -> dict[str, float]:
     """Greedy accuracy on the first set of the comparison, and what it took."""
-    from grpo_jax import evaluate
+    from grpo_jax import comparison
 
     started = time.perf_counter()
-    name = evaluate.set_names(run.config)[0]
-    result = evaluate.evaluate_set(run, params, name, sampled=False)
+    name = comparison.set_names(run.config)[0]
+    result = comparison.evaluate_set(run, params, name, sampled=False)
     return {
         f"eval/{name}/greedy_accuracy": result["greedy"]["accuracy"],
         "time/eval": time.perf_counter() - started,

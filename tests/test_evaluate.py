@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from grpo_jax import published
-from grpo_jax.evaluate import table
 from grpo_jax.measures import majority, pass_at_k, wilson
+from grpo_jax.tables import table
 
 
 def test_pass_at_k_is_the_mean_over_all_choices_of_k():
