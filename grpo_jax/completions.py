@@ -38,6 +38,7 @@ class Completion(NamedTuple):
 
 
 Rows = dict[int, list[Completion]]  # by the question's place in its set
+_Lines = dict[tuple[int, ...], list[list[Completion]]]
 
 
 def file_name(name: str, mode: str, kind: str) -> str:
@@ -153,7 +154,8 @@ def read(
     set for one that is not answered as a whole.
     """
     places = {name: _places(examples) for name, examples in sets.items()}
-    found: dict[str, dict[tuple[str, float | None], Rows]] = {n: {} for n in sets}
+    # set → (mode, temperature) → the places that a line answers → its completions
+    found: dict[str, dict[tuple[str, float | None], _Lines]] = {n: {} for n in sets}
     others: set[str] = set()
     for number, row in json_lines(file):
         if number == 1 and isinstance(row, dict) and set(row) == {"settings"}:
@@ -165,9 +167,8 @@ def read(
                 continue
             group = (_mode(row), _temperature(row))
             completions = _completions(row)
-            rows = found[name].setdefault(group, {})
-            for index in _questions(row, places[name], name):
-                rows.setdefault(index, []).extend(completions)
+            where = tuple(_questions(row, places[name], name))
+            found[name].setdefault(group, {}).setdefault(where, []).append(completions)
         except ValueError as error:
             raise GrpoError(f"{file}:{number}: {error}") from None
     result: dict[str, dict[Key, list[list[Completion]]]] = {}
@@ -176,7 +177,8 @@ def read(
             has = f"; it has {', '.join(sorted(others)[:8])}" if others else ""
             raise GrpoError(f"{file}: no completions of the set {name}{has}")
         result[name] = {}
-        for (mode, temperature), rows in found[name].items():
+        for (mode, temperature), lines in found[name].items():
+            rows = _share(lines)
             asked = examples[:questions] if questions else examples
             every, samples = _whole(file, name, rows, asked)
             greedy = temperature == 0 or (temperature is None and samples == 1)
@@ -188,6 +190,16 @@ def read(
                 )
             result[name][key] = every
     return result
+
+
+def _share(lines: _Lines) -> Rows:
+    """Each place's completions: lines of a question that a set has twice are dealt."""
+    rows: Rows = {}
+    for places, answers in lines.items():
+        for n, index in enumerate(places):
+            for completions in answers[n :: len(places)] or answers[:1]:
+                rows.setdefault(index, []).extend(completions)
+    return rows
 
 
 def _places(examples: Sequence[Example]) -> dict[tuple[str, Any], list[int]]:
