@@ -12,7 +12,8 @@ A file of completions, ours and anyone's, has one JSON object a line:
 (its text). `completions`, a list, or `completion`; a question's further lines add
 samples. `mode`: "cot" (default) or "tool". `temperature`: 0 is greedy; left out, one
 completion is greedy and several are samples. Other fields are not looked at. Our own
-files begin with a line {"settings": …}, and say the question and its answer too.
+files begin with a line {"settings": …}, which is passed over, and say the question and
+its answer too; several of them may be put one after the other.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def read(
     found: dict[str, dict[tuple[str, float | None], _Lines]] = {n: {} for n in sets}
     others: set[str] = set()
     for number, row in json_lines(file):
-        if number == 1 and isinstance(row, dict) and set(row) == {"settings"}:
+        if isinstance(row, dict) and set(row) == {"settings"}:
             continue
         try:
             name = _set(row, sets)
