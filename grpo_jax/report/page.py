@@ -139,7 +139,8 @@ def _comparison(results: Mapping[str, Any]) -> str:
         for m in MEASURES
         if any(cell(r, model, m) for r in sets.values() for model in models)
     ]
-    heat = f"temperature {short(number(_dict(results.get('settings')).get('temperature')))}"
+    heat = short(number(_dict(results.get("settings")).get("temperature")))
+    heat = f"temperature {heat}"
     titles = {"greedy": "greedy", "sampled": f"at {heat}"}
     titles |= {"tool_greedy": "programs, greedy", "tool_sampled": f"programs, {heat}"}
     difference = len(models) == 2
