@@ -68,7 +68,7 @@ FORMATS = {
     **{f"mgsm_{language}": _GSM for language in ("de", "en", "es", "fr", "ja")},
 }
 SEED = 0
-LONGEST = 700  # characters of a drawn worked answer: eight of them leave room
+LONGEST = 400  # characters of a drawn worked answer: eight of them leave room
 
 
 def find(name: str) -> Format:
@@ -113,15 +113,15 @@ def cut(text: str, form: Format) -> str:
 
 
 def stop_ids(tokenizer: Tokenizer, form: Format) -> list[list[int]]:
-    """The mark as token ids, as it stands after a line break; or [].
+    """The mark as the token ids that it has after a line break; or [].
 
     Only to end a row early: what counts is `cut`.
     """
-    before = tokenizer.encode("1.\n\n")
-    both = tokenizer.encode(f"1.\n\n{form.question}")
-    if both[: len(before)] != before or len(both) < len(before) + 2:
-        return []
-    return [both[len(before) :]]
+    ids = tokenizer.encode(f"1.\n\n{form.question}")
+    for n in range(1, len(ids)):
+        if tokenizer.decode(ids[-n:]) == form.question:
+            return [ids[-n:]]
+    return []
 
 
 @functools.lru_cache(32)

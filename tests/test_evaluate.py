@@ -243,7 +243,7 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = Tokenizer.from_alphabet("0123456789+=?# \n")
     config = ModelConfig(
-        vocab_size=tokenizer.size, width=32, layers=1, heads=2, kv_heads=2,
+        vocab_size=tokenizer.vocab_size, width=32, layers=1, heads=2, kv_heads=2,
         head_dim=16, ffn=32,
     )  # fmt: skip
     decoder = Decoder(config)
