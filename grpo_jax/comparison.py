@@ -74,7 +74,13 @@ def measure(
             restart=restart,
         )
         key = measure_name(settings.mode, kind)
-        found[key] = grade(asked.examples, answered, settings.mode, settings.grader)
+        found[key] = grade(
+            asked.examples,
+            answered,
+            settings.mode,
+            settings.grader,
+            0.0 if kind == "greedy" else settings.temperature,
+        )
     return Measured(len(asked.examples), found)
 
 
@@ -87,9 +93,16 @@ def grade(
     answered: Sequence[Sequence[Completion] | None],
     mode: str,
     grader: str,
+    temperature: float | None,
 ) -> Score:
     rules = ("strict",) if grader == "strict" else ("strict", grader)
-    return scores.score(examples, answered, rules=rules, programs=mode == "tool")
+    return scores.score(
+        examples,
+        answered,
+        temperature=temperature,
+        rules=rules,
+        programs=mode == "tool",
+    )
 
 
 # -- a run's own comparison ------------------------------------------------------------

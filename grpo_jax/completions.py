@@ -38,6 +38,13 @@ class Completion(NamedTuple):
     cut_off: bool | None = None  # it was longer than it could be; None: not known
 
 
+class Group(NamedTuple):
+    """Completions of every question of a set, asked in one way."""
+
+    completions: list[list[Completion]]
+    temperature: float | None  # None: not known
+
+
 Rows = dict[int, list[Completion]]  # by the question's place in its set
 _Lines = dict[tuple[int, ...], list[list[Completion]]]
 
@@ -147,7 +154,7 @@ def _difference(before: Any, now: Mapping[str, Any]) -> str:
 
 def read(
     file: Path, sets: Mapping[str, Sequence[Example]], *, questions: int = 0
-) -> dict[str, dict[Key, list[list[Completion]]]]:
+) -> dict[str, dict[Key, Group]]:
     """set → (mode, greedy | sampled) → completions of every question, in its order.
 
     questions: only the first ones of each set (0: all), which must all be answered.
@@ -172,7 +179,7 @@ def read(
             found[name].setdefault(group, {}).setdefault(where, []).append(completions)
         except ValueError as error:
             raise GrpoError(f"{file}:{number}: {error}") from None
-    result: dict[str, dict[Key, list[list[Completion]]]] = {}
+    result: dict[str, dict[Key, Group]] = {}
     for name, examples in sets.items():
         if not found[name]:
             has = f"; it has {', '.join(sorted(others)[:8])}" if others else ""
@@ -189,7 +196,7 @@ def read(
                     f"{file}: set {name}: {mode} completions at several temperatures; "
                     "give a file for each"
                 )
-            result[name][key] = every
+            result[name][key] = Group(every, 0.0 if greedy else temperature)
     return result
 
 

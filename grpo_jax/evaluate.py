@@ -132,7 +132,9 @@ def run_command(flags: argparse.Namespace) -> str:
     """Measures every model on every set; returns the report that is also written."""
     out = Path(flags.out)
     check(flags)
-    results: Result = {"models": labels(flags.models), "sets": {}, "settings": {}}
+    results: Result = {"models": labels(flags.models), "sets": {}}
+    others = ("models", "sets", "out", "data_dir")
+    results["settings"] = {k: v for k, v in vars(flags).items() if k not in others}
     trained = trained_sets(flags.models)
     for name in flags.sets:
         row = results["sets"].setdefault(name, {})
@@ -142,7 +144,7 @@ def run_command(flags: argparse.Namespace) -> str:
     found: Scores = {}
     for path, label in zip(flags.models, results["models"], strict=True):
         measured = from_file if is_given(path) else by_asking
-        for name, one in measured(path, label, flags, results["settings"]):
+        for name, one in measured(path, label, flags):
             row = results["sets"][name]
             row[label] = row.get(label, {}) | one.result
             add(found, name, label, one)
@@ -217,15 +219,17 @@ def read_given(path: str, flags: argparse.Namespace):
 
 
 def from_file(
-    path: str, label: str, flags: argparse.Namespace, settings: Result
+    path: str, label: str, flags: argparse.Namespace
 ) -> Iterator[tuple[str, Measured]]:
     """Completions made elsewhere, in the modes that were asked for."""
     every, read = read_given(path, flags)
     for name, groups in read.items():
         examples = every[name][: flags.questions or None]
         found = {
-            measure_name(mode, kind): grade(examples, answered, mode, flags.grader)
-            for (mode, kind), answered in groups.items()
+            measure_name(mode, kind): grade(
+                examples, group.completions, mode, flags.grader, group.temperature
+            )
+            for (mode, kind), group in groups.items()
             if mode in flags.mode
         }
         if not found:
@@ -235,7 +239,7 @@ def from_file(
 
 
 def by_asking(
-    path: str, label: str, flags: argparse.Namespace, settings: Result
+    path: str, label: str, flags: argparse.Namespace
 ) -> Iterator[tuple[str, Measured]]:
     """A model answers every set in every mode."""
     model, params, tokenizer, template, instruction = load(path)
@@ -257,7 +261,6 @@ def by_asking(
     for place, (name, mode) in enumerate(asked, 1):
         usual = mode if instruction != "none" else "none"
         now = replace(base, mode=mode, instruction=flags.instruction or usual)
-        settings.update(now.__dict__)
         yield (
             name,
             measure(

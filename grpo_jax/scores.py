@@ -38,12 +38,14 @@ def score(
     examples: Sequence[Example],
     completions: Sequence[Sequence[Completion] | None],
     *,
+    temperature: float | None = None,
     rules: Sequence[str] = ("strict",),
     programs: bool = False,
 ) -> Score:
     """Grades every completion; None: the question was too long and counts as wrong.
 
-    rules: strict, and paper for DeepSeekMath's lenient rule beside it. programs: also
+    temperature: what they were sampled at, to be told with the result. rules: strict,
+    and paper for DeepSeekMath's lenient rule beside it. programs: also
     the accuracy of the last ```output block, as tool-integrated reasoning is reported.
 
     >>> two = [Example("1+1", "2"), Example("1+2", "3")]
@@ -71,7 +73,7 @@ def score(
         return given, np.array(right, float).reshape(shape)
 
     given, right = graded("strict")
-    result: Result = _accuracy(right)
+    result: Result = _accuracy(right) | {"temperature": temperature}
     result["too_long"] = sum(row is None for row in completions)
     cut = [c.cut_off for row in completions for c in row or ()]
     if cut and None not in cut:

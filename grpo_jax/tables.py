@@ -31,6 +31,17 @@ def title(measure: str, temperature: float | None) -> str:
     return f"with programs, {kind}" if tool else kind
 
 
+def _title(results: Mapping[str, Any], measure: str) -> str:
+    """With the temperature, where all of it was sampled at the same one."""
+    heats = {
+        row[model][measure].get("temperature")
+        for row in results["sets"].values()
+        for model in results["models"]
+        if measure in row.get(model, {})
+    }
+    return title(measure, heats.pop() if len(heats) == 1 else None)
+
+
 def table(results: Mapping[str, Any]) -> str:
     """The comparison in Markdown: accuracy in %, ± half of the 95 % interval."""
     models, rows = results["models"], list(results["sets"].values())
@@ -40,8 +51,7 @@ def table(results: Mapping[str, Any]) -> str:
         for side in SIDES
         if any(_figure(row, m, measure, side) for row in rows for m in models)
     ]
-    heat = results["settings"].get("temperature")
-    titles = [title(measure, heat) + SIDES[side] for measure, side in columns]
+    titles = [_title(results, measure) + SIDES[side] for measure, side in columns]
     arrow = " → ".join(models)
     lines = [
         "| set | n | " + " | ".join(f"{t}: {arrow}" for t in titles) + " |",
@@ -85,7 +95,6 @@ def at_k(results: Mapping[str, Any]) -> str:
     ks = sorted({int(k) for *_, kind, result in found for k in result[kind]})
     if not ks:
         return ""
-    heat = results["settings"].get("temperature")
     lines = [
         "| set | model | | " + " | ".join(f"k = {k}" for k in ks) + " |",
         "|---|---|---|" + "---|" * len(ks),
@@ -96,7 +105,7 @@ def at_k(results: Mapping[str, Any]) -> str:
             value, ci = result[kind].get(k), result.get(f"{kind}_ci95", {}).get(k)
             known = None if value is None else {"accuracy": value, "ci95": ci}
             cells.append(accuracy(known))
-        way = f"{kind}, {title(measure, heat)}"
+        way = f"{kind}, {_title(results, measure)}"
         lines.append(f"| {name} | {model} | {way} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -106,7 +115,6 @@ def paired(results: Mapping[str, Any]) -> str:
     tests: Sequence[Result] = results.get("paired", ())
     if not tests:
         return ""
-    heat = results["settings"].get("temperature")
     lines = [
         "| set | measure | models | difference, 95 % interval | p | test |",
         "|---|---|---|---|---|---|",
@@ -118,7 +126,7 @@ def paired(results: Mapping[str, Any]) -> str:
         )
         cells = [
             test["set"],
-            title(test["measure"], heat),
+            _title(results, test["measure"]),
             " → ".join(test["models"]),
             change.replace("-", "−"),
             p_value(test["p"]),

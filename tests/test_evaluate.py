@@ -116,7 +116,7 @@ def test_paired_tests_say_which_they_are():
     assert (tests[0]["test"], tests[0]["p"]) == ("exact McNemar", 1.0)
     assert tests[1]["test"] == "paired bootstrap"
     assert tests[1]["difference"] == 0.125
-    shown = tables.paired({"paired": tests, "settings": {}})
+    shown = tables.paired({"paired": tests, "sets": {}, "models": []})
     assert "| s | greedy | a → c | +12.5 [+0.0, +37.5] |" in shown
 
 
@@ -124,20 +124,20 @@ def test_paired_tests_say_which_they_are():
 
 
 def test_the_table_says_what_was_measured_where():
-    def cell(accuracy):
-        return {"accuracy": accuracy, "ci95": wilson(accuracy, 100)}
+    def cell(accuracy, heat=0.0):
+        found = {"accuracy": accuracy, "ci95": wilson(accuracy, 100)}
+        return found | {"temperature": heat}
 
     results = {
         "models": ["instruct", "rl"],
-        "settings": {"temperature": 0.7},
         "sets": {
             "a": {
                 "in_domain": True,
-                "instruct": {"n": 100, "greedy": cell(0.25), "sampled": cell(0.5)},
+                "instruct": {"n": 100, "greedy": cell(0.25), "sampled": cell(0.5, 0.7)},
                 "rl": {
                     "n": 100,
                     "greedy": cell(0.75),
-                    "sampled": cell(0.5),
+                    "sampled": cell(0.5, 0.7),
                     "tool_greedy": cell(0.8) | {"program": cell(0.7), "cut_off": 0.25},
                 },
             }
@@ -198,10 +198,10 @@ def test_completions_of_others_are_read_by_id_index_or_question(tmp_path):
     )
     found = completions.read(file, SETS)
     assert found["a"] == {
-        ("cot", "greedy"): [said("2"), said("3")],
-        ("cot", "sampled"): [said("v", "w"), said("x", "y")],
+        ("cot", "greedy"): ([said("2"), said("3")], 0.0),
+        ("cot", "sampled"): ([said("v", "w"), said("x", "y")], 0.5),
     }
-    assert found["b"] == {("tool", "greedy"): [said("p"), said("q")]}
+    assert found["b"] == {("tool", "greedy"): ([said("p"), said("q")], 0.0)}
 
 
 GOOD = {"set": "a", "index": 0, "completion": "2"}
