@@ -163,9 +163,9 @@ def mgsm(language: str) -> Callable[[Row], Example]:
 def svamp(row: Row) -> Example:
     body = _text(row, "Body")
     question = f"{body.rstrip('.')}. {_text(row, 'Question')}"
+    columns = {"type": row["Type"], "equation": row["Equation"]}
     answer = _text(row, "Answer")
-    columns = {"type": row["Type"], "equation": row["Equation"]} | rounded(answer)
-    return Example(question, answer, columns=columns)
+    return Example(question, answer, columns=columns | rounded(answer))
 
 
 def mawps(row: Row) -> Example:

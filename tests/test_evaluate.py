@@ -150,7 +150,7 @@ def test_the_table_says_what_was_measured_where():
         "with programs, greedy: instruct → rl | with programs, greedy, its programs"
         in (text)
     )
-    assert "– → 80.0 ± 7.8 | – → 70.0 ± 8.9 |" in text
+    assert "– → 80.0 ± 7.8 | – → 70.0 ± 8.8 |" in text
     assert tables.remarks(results) == [
         "a, rl, tool, greedy: 25 % of the completions were cut off"
     ]
@@ -262,7 +262,7 @@ def questions(tmp_path_factory) -> str:
 @pytest.fixture
 def command(model, questions, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", CACHE)
-    settings = "--samples 4 --batch 8 --max-new-tokens 200 --template plain"
+    settings = "--samples 4 --batch 8 --max-new-tokens 64 --template plain"
     words = ["--models", str(model), "--sets", questions, *settings.split()]
     return [*words, "--instruction", "none"]
 
@@ -286,7 +286,7 @@ def whole(model, questions, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", CACHE)
-        settings = "--samples 4 --batch 8 --max-new-tokens 200 --template plain"
+        settings = "--samples 4 --batch 8 --max-new-tokens 64 --template plain"
         words = ["--models", str(model), "--sets", questions, *settings.split()]
         evaluate.main([*words, "--instruction", "none", "--out", str(out)])
     return out
@@ -353,9 +353,11 @@ def test_other_settings_and_other_weights_are_refused(command, whole, capsys, mo
     before = folder_of(whole)
     said = refusal([*words, "--max-new-tokens", "9", "--template", "chat"], capsys)
     assert "error: tokenizer: it has no chat template" in said
-    said = refusal([*words, "--max-new-tokens", "9", "--instruction", "cot"], capsys)
+    said = refusal(
+        [*words, "--max-new-tokens", "9", "--max-prompt-tokens", "99"], capsys
+    )
     assert "sums.jsonl.cot.greedy.jsonl: made with other settings" in said
-    assert "(instruction 'none' → 'cot', max_new_tokens 200 → 9, prompts" in said
+    assert "(max_prompt_tokens 2048 → 99, max_new_tokens 64 → 9); take" in said
     said = refusal([*words, "--seed", "1"], capsys)  # greedy has no seed
     assert "sums.jsonl.cot.sampled.jsonl: made with other settings (seed 0 → 1)" in said
     assert folder_of(whole) == before
@@ -392,7 +394,7 @@ def test_two_files_are_compared_on_the_same_questions(questions, tmp_path):
     words = ["--sets", questions, "--out", str(tmp_path / "out")]
     evaluate.main(["--models", str(best), str(good), *words])
     report = (tmp_path / "out/results.md").read_text()
-    assert "| 60 | 100.0 ± 3.0 → 98.3 ± 4.2 |" in report
+    assert "| 60 | 100.0 ± 3.0 → 98.3 ± 4.3 |" in report
     assert "| greedy | best → good | −1.7 [−5.0, +0.0] | 1 | exact McNemar |" in report
 
 

@@ -49,7 +49,8 @@ def test_rows_that_name_no_option_are_refused(tmp_path):
     with pytest.raises(GrpoError, match=r"sat.jsonl:1: row 0 .* no option C"):
         list(sources.examples(source, file))
     with pytest.raises(ValueError, match="'E' is none of the options ABCD"):
-        rows.mmlu({"question": "?", "options": list("wxyz"), "answer": "E"})
+        row = {"question": "?", "options": list("wxyz"), "topic": "t", "id": 1}
+        rows.mmlu({**row, "answer": "E"})
 
 
 @pytest.mark.parametrize(
