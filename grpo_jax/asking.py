@@ -31,7 +31,7 @@ from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, Params
 from grpo_jax.prompts import encode_prompts
 from grpo_jax.recorder import progress
-from grpo_jax.rollout import default_slots, generate
+from grpo_jax.rollout import generate
 from grpo_jax.tokenizer import Tokenizer
 
 Answers = list[list[Completion]]  # [questions][samples]
@@ -115,10 +115,10 @@ def chain_of_thought(
     samples: int,
     temperature: float,
     max_new_tokens: int,
-    slots: int,
+    slots: int | None = None,
     stop: Sequence[Sequence[int]] = (),
 ) -> Answers:
-    """`samples` completions of every prompt, decoded `slots` at a time."""
+    """`samples` completions of every prompt, so many decoded at a time (`generate`)."""
     out = generate(
         model,
         params,
@@ -195,6 +195,7 @@ def answer_all(
             left = [i for i in batch if i not in found]
             if not left:
                 continue
+            queued = len(batch) * samples
             rows = ask(
                 model,
                 params,
@@ -204,7 +205,7 @@ def answer_all(
                 samples=samples,
                 temperature=temperature,
                 max_new_tokens=settings.max_new_tokens,
-                slots=min(settings.batch, default_slots(len(batch) * samples)),
+                slots=settings.batch if queued > settings.batch else None,
                 stop=stop,
             )
             if form:
