@@ -122,6 +122,20 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        what = str(error).splitlines()[0]
+        sys.exit(f"error: out of memory ({what}); {smaller(flags)}")
+
+
+def smaller(flags: argparse.Namespace) -> str:
+    """What to turn down, with its value, where memory runs out."""
+    return (
+        "what was answered is kept, and belongs to these settings. Lower --batch "
+        f"({flags.batch}) or --max-new-tokens ({flags.max_new_tokens}), with another "
+        "--out, or use more devices"
+    )
 
 
 def is_given(model: str) -> bool:

@@ -64,6 +64,25 @@ def test_the_comparison_is_evaluates(tmp_path):
     assert "DeepSeekMath-RL 7B" in cells  # published figures, for a set that has any
 
 
+def test_the_paired_test_stands_by_the_change(tmp_path):
+    row = {
+        m: {"n": 9, "tool_greedy": measured(a, 9)} for m, a in [("x", 0.4), ("y", 0.7)]
+    }
+    test = {"set": "s", "measure": "tool_greedy", "models": ["x", "y"], "p": 0.03125}
+    results = {
+        "models": ["x", "y"],
+        "settings": {"temperature": 1.0},
+        "sets": {"s": row},
+    }
+    others = [{**test, "set": "other", "p": 0.5}, 3, {**test, "models": ["y", "x"]}]
+    results["paired"] = [*others, test]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    page = read(tmp_path)
+    assert "programs, greedy" in page.texts
+    cells = [" ".join(cell.split()) for cell in page.cells]
+    assert "+30.0 p = 0.03125" in cells
+
+
 def test_samples_are_shown_failures_first(friendly):
     group = friendly.data["groups"][1]
     assert group["step"] == 2 and group["of"] == 3 and group["failed"] == 2
