@@ -61,6 +61,8 @@ def test_rows_that_name_no_option_are_refused(tmp_path):
         (r"Thus $\boxed{\mathbf{C)}\ 12}$.", "C"),
         ("The answer is C.", "C"),
         ("The final answer is (C).", "C"),
+        ("The answer is therefore (C), not less.", "C"),
+        (r"\boxed{P(C)}", "P(C)"),
         ("(A) is too small. The answer is **C: 0.5**", "C"),
         ("A dog runs. 故选：C。", "C"),
         ("所以答案是 C。", "C"),
@@ -87,6 +89,14 @@ def test_options_are_right_by_letter_or_by_value():
     assert kinds.grade([twice], ["50\\%"]) == [False]  # which of the two?
     several = Example("?", "ACD", columns={"options": list("wxyz")})
     assert kinds.grade([several] * 3, ["ACD", "AC", "ABCD"]) == [True, False, False]
+
+
+def test_a_users_columns_may_be_called_so_too():
+    """Names that mean something else there change nothing."""
+    columns = {"options": ["3", "4"], "blanks": "two", "tolerance": "low"}
+    example = Example("2+2?", "4", columns=columns)
+    assert kinds.predict("It is 4.", example) == "4"
+    assert kinds.grade([example] * 2, ["4", "B"]) == [True, False]
 
 
 def test_blanks_are_answered_in_their_order():

@@ -39,10 +39,10 @@ def predict(text: str, example: Example, rule: str = "strict") -> str | None:
     >>> predict("答案是 $5$, $10$", Example("?", "5; 10", columns={"blanks": 2}))
     '5; 10'
     """
-    if options := example.columns.get("options"):
+    if options := options_of(example):
         return choice(text, len(options))
-    if example.columns.get("blanks", 1) > 1:
-        return blanks(text, example.columns["blanks"])
+    if (count := blanks_of(example)) > 1:
+        return blanks(text, count)
     boxes = answers.boxed(text) if rule == "paper" else []
     if len(boxes) > 1 and "final answer is $" not in text:
         return AND.join(boxes)  # that rule looks at all of them
@@ -64,28 +64,28 @@ def grade(
     right = [False] * len(examples)
     pairs: list[tuple[int, str, str]] = []  # (example, prediction, reference)
     for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
-        columns = example.columns
+        options, tolerance = options_of(example), tolerance_of(example)
         if prediction is None:
             continue
-        if "options" in columns:
-            if is_letters(prediction, len(columns["options"])):
+        if options:
+            if is_letters(prediction, len(options)):
                 right[i] = prediction == example.answer
             elif len(example.answer) == 1:
-                spelled = [clean(option) for option in columns["options"]]
+                spelled = [clean(option) for option in options]
                 if spelled.count(clean(prediction)) == 1:
                     right[i] = "ABCDEFGH"[spelled.index(clean(prediction))] == (
                         example.answer
                     )
                 else:
-                    pairs += [(i, prediction, option) for option in columns["options"]]
-        elif columns.get("blanks", 1) > 1:
+                    pairs += [(i, prediction, option) for option in options]
+        elif blanks_of(example) > 1:
             wanted = split_blanks(example.answer)
             given = split_blanks(prediction)
             if len(given) == len(wanted):
                 pairs += [(i, *pair) for pair in zip(given, wanted, strict=True)]
-        elif "tolerance" in columns and (x := number(prediction)) is not None:
+        elif tolerance and (x := number(prediction)) is not None:
             y = number(example.answer)
-            absolute, relative = columns["tolerance"]
+            absolute, relative = tolerance
             if y is not None:
                 within = relative * abs(y)
                 within = within if absolute is None else min(within, absolute)
@@ -99,12 +99,36 @@ def grade(
     for (i, _, _), is_same in zip(pairs, same, strict=True):
         equal.setdefault(i, []).append(is_same)
     for i, found in equal.items():
-        if "options" in examples[i].columns:  # exactly one option has that value
+        if options_of(examples[i]):  # exactly one option has that value
             at = "ABCDEFGH".index(examples[i].answer)
             right[i] = found[at] and sum(found) == 1
         else:
             right[i] = all(found)
     return right
+
+
+# What a row's columns say; a user's own columns may hold anything under these names.
+
+
+def options_of(example: Example) -> list[str]:
+    """The options, where the answer is letters of them."""
+    options = example.columns.get("options")
+    if not isinstance(options, list) or not 2 <= len(options) <= 8:
+        return []
+    return [str(o) for o in options] if is_letters(example.answer, len(options)) else []
+
+
+def blanks_of(example: Example) -> int:
+    """How many answers the answer is."""
+    count = example.columns.get("blanks")
+    return count if isinstance(count, int) else 1
+
+
+def tolerance_of(example: Example) -> tuple[float | None, float] | None:
+    match example.columns.get("tolerance"):
+        case [(None | int() | float()) as absolute, (int() | float()) as relative]:
+            return absolute, relative
+    return None
 
 
 def is_letters(text: str, options: int) -> bool:
@@ -122,7 +146,8 @@ def choice(text: str, options: int) -> str | None:
     known = "ABCDEFGH"[:options]
     said = answers.stated(text)
     if said is not None:
-        return _letters(said, known) or said
+        marked = set(re.findall(rf"(?<![A-Za-z])\(([{known}])\)", said))
+        return _letters(said, known) or (marked.pop() if len(marked) == 1 else said)
     hints = [m[1].upper() for m in _HINT.finditer(text) if set(m[1]) <= set(known)]
     marks = re.findall(rf"\(([{known}])\)", text)
     found = hints or marks
