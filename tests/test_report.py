@@ -69,7 +69,7 @@ def test_the_paired_test_stands_by_the_change(tmp_path):
         m: {"n": 9, "tool_greedy": measured(a, 9)} for m, a in [("x", 0.4), ("y", 0.7)]
     }
     test = {"set": "s", "measure": "tool_greedy", "models": ["x", "y"], "p": 0.03125}
-    results = {
+    results: dict[str, Any] = {
         "models": ["x", "y"],
         "settings": {"temperature": 1.0},
         "sets": {"s": row},
