@@ -115,10 +115,10 @@ def chain_of_thought(
     samples: int,
     temperature: float,
     max_new_tokens: int,
-    slots: int | None = None,
+    slots: int = 0,
     stop: Sequence[Sequence[int]] = (),
 ) -> Answers:
-    """`samples` completions of every prompt, so many decoded at a time (`generate`)."""
+    """`samples` completions of every prompt; slots: decoded at a time, 0: as it likes."""
     out = generate(
         model,
         params,
@@ -129,7 +129,7 @@ def chain_of_thought(
         temperature=temperature,
         eos_id=tokenizer.eos_ids,
         stop=stop,
-        slots=slots,
+        slots=slots or None,
     )
     while not out.tokens.is_ready():  # asleep here, so that Ctrl-C is heard
         time.sleep(0.005)
@@ -205,7 +205,7 @@ def answer_all(
                 samples=samples,
                 temperature=temperature,
                 max_new_tokens=settings.max_new_tokens,
-                slots=settings.batch if queued > settings.batch else None,
+                slots=settings.batch if queued > settings.batch else 0,
                 stop=stop,
             )
             if form:
