@@ -118,7 +118,7 @@ def chain_of_thought(
     slots: int = 0,
     stop: Sequence[Sequence[int]] = (),
 ) -> Answers:
-    """`samples` completions of every prompt; slots: decoded at a time, 0: as it likes."""
+    """`samples` completions of every prompt, `slots` at a time (0: as it likes)."""
     out = generate(
         model,
         params,
