@@ -207,7 +207,8 @@ def collect(runs: dict[str, list[Path]], flags: argparse.Namespace) -> Json:
 
 def pass_and_majority(workdir: Path, flags: argparse.Namespace) -> Json:
     """pass@K and maj@K of a run's newest model at temperature 1."""
-    from grpo_jax.evaluate import Settings, measure
+    from grpo_jax.asking import Settings
+    from grpo_jax.comparison import measure
     from grpo_jax.run import load_run, read_config
 
     file = workdir / "pass.json"
@@ -221,9 +222,10 @@ def pass_and_majority(workdir: Path, flags: argparse.Namespace) -> Json:
         max_new_tokens=config.max_new_tokens,
         questions=flags.passes,
         samples=flags.samples,
-        batch=512,
+        batch=128,
     )
-    sampled = measure(model, params, tokenizer, SET, settings)["sampled"]
+    measured = measure(model, params, tokenizer, SET, settings)
+    sampled = measured.result["sampled"]
     result = {"pass@k": sampled["pass@k"], "maj@k": sampled["maj@k"]}
     file.write_text(json.dumps(result))
     return result

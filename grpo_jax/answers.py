@@ -26,6 +26,7 @@ _IS = re.compile(
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\w+))|\\.|[{}]", re.S)
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")
+_NOTES = re.compile(r"<<[^<>\n]{0,99}>>")  # GSM8K's calculator
 _OUTPUT = re.compile(r"```output[ \t]*\n(.*?)(?:\n?```|\Z)", re.S)
 _NUMBER = re.compile(
     r"(?:(?<![\d\w)}])[-−])?(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)?(?:\.\d+|(?<=\d))"
@@ -46,7 +47,23 @@ def extract(text: str) -> str | None:
     >>> extract("He pays 3 + 4 = 7. The answer is $7.00."), extract("so 1,234 in all")
     ('7.00', '1,234')
     """
-    text = re.sub(r"<<[^<>\n]{0,99}>>", "", text)  # GSM8K's calculator notes
+    said = stated(text)
+    if said is not None:
+        return said
+    if _OUTPUT.search(text):
+        return printed(text)
+    text = re.sub(_NOTES, "", text)
+    numbers = [m.group() for m in _NUMBER.finditer(text.translate(_WIDE)) if m.group()]
+    return _trim(numbers[-1]) if numbers else None
+
+
+def stated(text: str) -> str | None:
+    """The answer that a completion names as its answer; see `extract` for the order.
+
+    >>> stated("He answers 3. The answer is 4."), stated("so 3 in all")
+    ('4', None)
+    """
+    text = re.sub(_NOTES, "", text)
     if found := _HOPE.findall(text):
         return _trim(found[-1]) or None
     if boxes := [box for box in boxed(text) if box.strip()]:
@@ -55,12 +72,21 @@ def extract(text: str) -> str | None:
         return said
     if found := _HASHES.findall(text):
         return _trim(found[-1]) or None
-    if found := _OUTPUT.findall(text):
-        lines = [line.strip() for line in found[-1].splitlines() if line.strip()]
-        failed = not lines or re.match(r"Runtime errors?:|Traceback|Timeout", lines[0])
-        return None if failed else lines[-1]
-    numbers = [m.group() for m in _NUMBER.finditer(text.translate(_WIDE)) if m.group()]
-    return _trim(numbers[-1]) if numbers else None
+    return None
+
+
+def printed(text: str) -> str | None:
+    """The last line of the last ```output block; None where the program failed.
+
+    >>> printed("```output\\n1\\n2\\n```"), printed("```output\\nRuntime errors: x")
+    ('2', None)
+    """
+    found = _OUTPUT.findall(text)
+    lines = [line.strip() for line in found[-1].splitlines()] if found else []
+    lines = [line for line in lines if line]
+    if not lines or re.match(r"Runtime errors?:|Traceback|Timeout", lines[0]):
+        return None
+    return lines[-1]
 
 
 def boxed(text: str) -> list[str]:
@@ -124,6 +150,14 @@ class Exact:
 
     def proportional(self, a: str, b: str, positive: bool) -> bool:
         raise Undecided
+
+    def close(self, a: str, b: str, within: float) -> bool:
+        try:
+            return abs(rational(a) - rational(b)) <= within
+        except TooLarge:
+            return False
+        except Unreadable:
+            raise Undecided from None
 
 
 def _same_float(a: str, b: str, x: Fraction, y: Fraction) -> bool:

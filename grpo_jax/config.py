@@ -110,7 +110,7 @@ class EvalSettings:
     questions: int = 0  # of each set; 0 is all
     samples: int = 1  # completions a question at `temperature`; 0 leaves that out
     temperature: float = 1.0
-    batch: int = 64  # completions that the sampler gets at a time
+    batch: int = 64  # completions decoded at a time, at most
     every: int = 0  # RL steps between evaluations of the first set; 0 is never
 
 

@@ -101,7 +101,8 @@ def load(
     """The examples of a set, decoded one by one when they are asked for.
 
     name: gsm8k, math, math500, cmath, mgsm_zh (en, de, es, fr, ja), svamp, mawps,
-    sums/…, or the path of a `.jsonl` file; "a+b" puts sets one after the other.
+    gsm_hard, gaokao_mathcloze, gaokao_mathqa, ocw, sat, mmlu_stem, sums/…, or the
+    path of a `.jsonl` file; "a+b" puts sets one after the other.
     A file's rows hold `question` with `answer` and/or `solution`, or chat
     `messages`; a file has no splits, so `split` is not looked at.
     data_dir: where the original files lie; by default $GRPO_JAX_DATA. A file that

@@ -28,7 +28,7 @@ from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError
 from grpo_jax.sources import GITHUB, Source, examples, find, is_file, local
 
-VERSION = "1.0.0"  # of the prepared rows: raise it when sources.py reads otherwise
+VERSION = "1.1.0"  # of the prepared rows: raise it when rows.py reads otherwise
 FIELDS = ("question", "answer", "solution", "language", "id", "columns")
 
 

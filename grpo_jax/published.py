@@ -1,17 +1,20 @@
 """Figures that others have published, to stand beside measured ones.
 
-In: the names of sets. Out: a Markdown table, marked as published; nothing here was
-measured by this project. From the DeepSeekMath report (2024), zero-shot chain of
-thought, accuracy in %.
+In: the names of sets and modes. Out: Markdown tables, or values for JSON, marked as
+published; nothing here was measured by this project. From the DeepSeekMath report
+(2024), accuracy in %: zero-shot chain of thought, tool-integrated reasoning, and the
+base model's few-shot chain of thought.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 SETS = ("gsm8k", "math", "mgsm_zh", "cmath")
+NOTE = "published, not measured here (DeepSeekMath, 2024)"
 
-_TEXT = """\
+_COT = """\
 Gemini Ultra 94.4/53.2/–/–
 GPT-4 92.0/52.9/–/86.0
 Inflection-2 81.4/34.8/–/–
@@ -31,30 +34,80 @@ ChatGLM3 6B 72.3/25.7/–/–
 WizardMath-v1.0 70B 81.6/22.7/64.8/65.4
 DeepSeekMath-Instruct 7B 82.9/46.8/73.2/84.6
 DeepSeekMath-RL 7B 88.2/51.7/79.6/88.8"""
+_TOOL = """\
+GPT-4 Code Interpreter 97.0/69.7/–/–
+InternLM2-Math 20B 80.7/54.3/–/–
+DeepSeek-LLM-Chat 67B 86.7/51.1/76.4/85.4
+ToRA 34B 80.7/50.8/41.2/53.4
+MAmmoTH 70B 76.9/41.8/–/–
+DeepSeekMath-Instruct 7B 83.7/57.4/72.0/84.3
+DeepSeekMath-RL 7B 86.7/58.8/78.4/87.6"""
+_BASE_SETS = ("gsm8k", "math", "ocw", "sat", "mmlu_stem", "cmath")
+_BASE_SETS += ("gaokao_mathcloze", "gaokao_mathqa")
+_BASE = "DeepSeekMath-Base 7B 64.2/36.2/15.4/84.4/56.5/71.7/20.3/35.3"
 
-CHAIN_OF_THOUGHT: dict[str, dict[str, str]] = {
-    name: dict(zip(SETS, figures.split("/"), strict=True))
-    for line in _TEXT.splitlines()
-    for name, figures in [line.rsplit(" ", 1)]
+Figures = dict[str, dict[str, str]]  # model → set → accuracy in %, or –
+
+
+def _read(text: str, sets: Sequence[str]) -> Figures:
+    return {
+        name: dict(zip(sets, figures.split("/"), strict=True))
+        for line in text.splitlines()
+        for name, figures in [line.rsplit(" ", 1)]
+    }
+
+
+CHAIN_OF_THOUGHT = _read(_COT, SETS)
+TOOLS = _read(_TOOL, SETS)
+FEW_SHOT = _read(_BASE, _BASE_SETS)
+TITLES = {
+    "cot": "chain of thought",
+    "tool": "tool-integrated reasoning",
+    "few_shot": "few-shot chain of thought",
 }
 
 
-def table(sets: Sequence[str]) -> str:
+def figures(sets: Sequence[str], modes: Sequence[str] = ("cot",)) -> dict[str, Figures]:
+    """mode → model → set → accuracy, of the sets that have any.
+
+    >>> figures(["ocw", "svamp"], ["cot", "few_shot"])
+    {'few_shot': {'DeepSeekMath-Base 7B': {'ocw': '15.4'}}}
+    """
+    found: dict[str, Figures] = {}
+    known = {"cot": CHAIN_OF_THOUGHT, "tool": TOOLS, "few_shot": FEW_SHOT}
+    for mode in modes:
+        rows = {
+            model: {name: row[name] for name in sets if row.get(name, "–") != "–"}
+            for model, row in known[mode].items()
+        }
+        if rows := {model: row for model, row in rows.items() if row}:
+            found[mode] = rows
+    return found
+
+
+def table(sets: Sequence[str], modes: Sequence[str] = ("cot",)) -> str:
     """The published figures on those of `sets` that have any; "" where none has.
 
-    >>> print(table(["math"]).splitlines()[-1])
-    | DeepSeekMath-RL 7B | 51.7 |
+    >>> print(table(["math"], ["tool"]).splitlines()[-1])
+    | DeepSeekMath-RL 7B | 58.8 |
     """
-    known = [name for name in sets if name in SETS]
-    if not known:
-        return ""
-    lines = [
-        "Published, not measured here (DeepSeekMath, 2024; chain of thought, %):",
-        "",
-        "| model | " + " | ".join(known) + " |",
-        "|---|" + "---|" * len(known),
-    ]
-    for model, figures in CHAIN_OF_THOUGHT.items():
-        cells = " | ".join(figures[name] for name in known)
-        lines.append(f"| {model} | {cells} |")
-    return "\n".join(lines)
+    tables = []
+    for mode, rows in figures(sets, modes).items():
+        names = [name for name in sets if any(name in row for row in rows.values())]
+        lines = [
+            f"{NOTE[0].upper()}{NOTE[1:-1]}; {TITLES[mode]}, %):",
+            "",
+            "| model | " + " | ".join(names) + " |",
+            "|---|" + "---|" * len(names),
+        ]
+        for model, row in rows.items():
+            cells = " | ".join(row.get(name, "–") for name in names)
+            lines.append(f"| {model} | {cells} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def for_json(sets: Sequence[str], modes: Sequence[str]) -> dict[str, Any]:
+    """What results.json says of others; {} where nothing is known."""
+    found = figures(sets, modes)
+    return {"note": NOTE, "unit": "%", **found} if found else {}

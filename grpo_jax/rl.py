@@ -314,12 +314,12 @@ def by_output(values: Any, outputs: Sequence[Output]) -> list[np.ndarray]:
 
 def evaluate_now(run: Run, params: Params) -> dict[str, float]:
     """Greedy accuracy on the first set of the comparison, and what it took."""
-    from grpo_jax import evaluate
+    from grpo_jax import comparison
 
     started = time.perf_counter()
-    name = evaluate.set_names(run.config)[0]
+    name = comparison.set_names(run.config)[0]
     try:
-        result = evaluate.evaluate_set(run, params, name, sampled=False)
+        result = comparison.evaluate_set(run, params, name, sampled=False)
     except Preempted:  # the step is done: its loop saves it and stops
         return {}
     return {

@@ -129,7 +129,7 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     start_cache()
     import jax
 
-    from grpo_jax import evaluate, hosts, rl, run, setup, sft, sharding
+    from grpo_jax import comparison, hosts, rl, run, setup, sft, sharding, tables
     from grpo_jax.checkpoint import lock
     from grpo_jax.recorder import Recorder
 
@@ -151,7 +151,7 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
         with Recorder(workdir, config) as recorder:
             here = run.Run(config, workdir, mesh, model, tokenizer, recorder)
             try:
-                evaluate.check_sets(here)
+                comparison.check_sets(here)
                 with_rl = config.method != "sft" and config.rl_steps
                 prepared = rl.prepare(here) if with_rl else None
                 with_sft = config.sft_steps > 0
@@ -162,12 +162,12 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
                     models = {"instruct": before, "rl": after}
                 else:
                     models = {"instruct": instruct()}
-                results = evaluate.compare(here, models)
+                results = comparison.compare(here, models)
                 recorder.write_report(last=True)
             except run.Preempted as stopped:
                 hosts.say(f"{stopped}; the same command goes on from there")
                 return
-    hosts.say(f"\n{evaluate.table(results)}\n\nwritten to {workdir}")
+    hosts.say(f"\n{tables.table(results)}\n\nwritten to {workdir}")
 
 
 def start_cache() -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax import data, datasets, sources
+from grpo_jax import data, datasets, rows, sources
 from grpo_jax.data import Batches, Dataset, Example
 from grpo_jax.errors import GrpoError
 
@@ -49,6 +49,12 @@ ROWS = {
     ("cmath", "test"): 1098,
     ("svamp", "test"): 1000,
     ("mawps", "test"): 2065,
+    ("gsm_hard", "test"): 1319,
+    ("gaokao_mathcloze", "test"): 118,
+    ("gaokao_mathqa", "test"): 351,
+    ("ocw", "test"): 272,
+    ("sat", "test"): 32,
+    ("mmlu_stem", "test"): 3018,
     **{(f"mgsm_{language}", "test"): 250 for language in "de en es fr ja zh".split()},
 }
 
@@ -63,10 +69,14 @@ def test_real_set_is_whole(name, split):
         assert example.question.strip() and example.answer.strip()
         assert "####" not in example.answer and "<<" not in example.solution
         assert example.language == (
-            "zh" if name == "cmath" else name[5:] if name.startswith("mgsm") else "en"
+            name[5:]
+            if name.startswith("mgsm")
+            else "zh"
+            if name in ("cmath", "gaokao_mathcloze", "gaokao_mathqa")
+            else "en"
         )
         # A gold answer is something short, on one line.
-        assert len(example.answer) < 200 and "\n" not in example.answer
+        assert len(example.answer) < 220 and "\n" not in example.answer
     assert len({example.id for example in rows}) == len(rows)
 
 
@@ -91,6 +101,12 @@ def test_real_set_is_whole(name, split):
         ("mgsm_de", "test", 1, "", "3"),
         ("svamp", "test", 0, "Each pack of dvds costs 76 dollars. If there is", "51"),
         ("mawps", "test", 0, "Joan found 70 seashells", "43"),
+        ("gsm_hard", "test", 0, "Janet’s ducks lay 16 eggs", "-9867630"),
+        ("gaokao_mathcloze", "test", 2, "袋中有 4 个红球", "1; \\frac{8}{9}"),
+        ("gaokao_mathqa", "test", 1, "已知 $a \\in R", "C"),
+        ("ocw", "test", 5, "Preamble: A collimated", "\\arcsin(10/13)"),
+        ("sat", "test", 3, "$$q=s(r-1)^2$$", "A"),
+        ("mmlu_stem", "test", 1, "Let p = (1, 2, 5, 4)(2, 3)", "C"),
     ],
 )
 def test_real_rows(name, split, index, question, answer):
@@ -310,13 +326,13 @@ def test_gsm8k_answers_and_annotations(tmp_path):
 @given(st.recursive(st.just("x"), lambda s: st.lists(s, max_size=3).map("".join)))
 def test_last_boxed_takes_balanced_braces(inner):
     inner = "{" + inner + "}" + inner
-    assert sources.last_boxed("\\boxed{a\n b}") == "a b"
-    assert sources.last_boxed(f"\\boxed{{0}} so \\boxed{{{inner}}} }}") == inner
+    assert rows.last_boxed("\\boxed{a\n b}") == "a b"
+    assert rows.last_boxed(f"\\boxed{{0}} so \\boxed{{{inner}}} }}") == inner
 
 
 def test_last_boxed_without_a_whole_box():
-    assert sources.last_boxed("none") == ""
-    assert sources.last_boxed("\\boxed{1} and \\boxed{2") == ""
+    assert rows.last_boxed("none") == ""
+    assert rows.last_boxed("\\boxed{1} and \\boxed{2") == ""
 
 
 # -- preparing ---------------------------------------------------------------------

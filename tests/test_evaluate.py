@@ -1,12 +1,31 @@
-"""The measures, by hand, and the published figures' place beside them."""
+"""The measures, by hand; an evaluation stopped and continued; files made elsewhere."""
 
 import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-from grpo_jax import published
-from grpo_jax.evaluate import table
-from grpo_jax.measures import majority, pass_at_k, wilson
+from grpo_jax import asking, completions, evaluate, measures, published, scores, tables
+from grpo_jax.completions import Completion
+from grpo_jax.data import Example
+from grpo_jax.errors import GrpoError
+from grpo_jax.measures import majority, mcnemar, pass_at_k, wilson
+from grpo_jax.model import Decoder, ModelConfig
+from grpo_jax.tokenizer import Tokenizer
+from grpo_jax.weights import save_pretrained
+
+CACHE = str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
+
+
+# -- measures --------------------------------------------------------------------------
 
 
 def test_pass_at_k_is_the_mean_over_all_choices_of_k():
@@ -30,29 +49,366 @@ def test_the_interval_is_wilsons():
     assert wilson(0.9, 1000) == pytest.approx((0.87984, 0.91711), abs=1e-4)
 
 
+@pytest.mark.parametrize("one, other", [(0, 0), (3, 3), (7, 1), (2, 9), (12, 0)])
+def test_mcnemar_counts_all_ways_the_coins_can_fall(one, other):
+    first = [True] * one + [False] * other + [True] * 5
+    second = [False] * one + [True] * other + [True] * 5
+    m, fewer = one + other, min(one, other)
+    falls = [sum(coins) for coins in itertools.product((0, 1), repeat=m)]
+    extreme = sum(heads <= fewer or heads >= m - fewer for heads in falls)
+    expected = 1.0 if one == other else extreme / len(falls)
+    assert mcnemar(first, second) == pytest.approx(expected)
+
+
+def test_the_bootstrap_is_drawing_questions_again():
+    """Against a plain loop over resampled questions."""
+    values = np.random.default_rng(1).choice([0, 0.25, 0.5, 1], 60)
+    rng = np.random.default_rng(2)
+    means = [rng.choice(values, len(values)).mean() for _ in range(20_000)]
+    by_hand = np.quantile(means, (0.025, 0.975))
+    assert measures.interval(values) == pytest.approx(by_hand, abs=0.01)
+    low, high, p = measures.paired_bootstrap(values, values[::-1] + 0.1)
+    difference = values[::-1] + 0.1 - values
+    draws = np.array([rng.choice(difference, 60).mean() for _ in range(20_000)])
+    assert (low, high) == pytest.approx(np.quantile(draws, (0.025, 0.975)), abs=0.015)
+    assert p == pytest.approx(2 * (draws <= 0).mean(), abs=0.02)
+
+
+def said(*texts):
+    return [Completion(text) for text in texts]
+
+
+TWO = [Example("1+1", "2"), Example("1+2", "3")]
+
+
+def test_scores_of_samples_by_hand():
+    """Votes are for values: 2, 2.0 and $2 are one; a missing answer is wrong."""
+    answered = [said("2", "2.0", "7", "so $2"), said("4", "4", "It is 3.", "?")]
+    result = scores.score(TWO, answered).result
+    assert result["accuracy"] == (3 + 1) / 8
+    assert result["pass@k"] == {"1": 0.5, "2": (1 + 1 / 2) / 2, "4": 1.0}
+    assert result["maj@k"] == {"1": 0.5, "2": ((1 + 0) + (0 + 1)) / 4, "4": 0.5}
+    low, high = result["pass@k_ci95"]["2"]
+    assert low == 0.5 and high == 1.0  # of two questions: the worse or the better one
+
+
+def test_a_question_that_is_too_long_counts_as_wrong():
+    result = scores.score(TWO, [None, said("It is 3.")]).result
+    assert (result["accuracy"], result["too_long"]) == (0.5, 1)
+
+
+def test_programs_and_the_papers_rule_stand_beside():
+    texts = ["```output\n2\n```\nSo \\boxed{200}", "```output\nRuntime errors: x\n```3"]
+    answered = [said(text) for text in texts]
+    result = scores.score(
+        TWO, answered, rules=("strict", "paper"), programs=True
+    ).result
+    assert result["accuracy"] == 0 and result["paper"]["accuracy"] == 0.5
+    assert result["program"]["accuracy"] == 0.5
+
+
+def test_paired_tests_say_which_they_are():
+    a = scores.Score({}, np.array([[1.0], [0.0], [0.0], [1.0]]))
+    b = scores.Score({}, np.array([[1.0], [1.0], [0.0], [0.0]]))
+    c = scores.Score({}, np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0]]))
+    tests = scores.pairs({("s", "greedy"): {"a": a, "b": b, "c": c}})
+    assert [t["models"] for t in tests] == [["a", "b"], ["a", "c"], ["b", "c"]]
+    assert (tests[0]["test"], tests[0]["p"]) == ("exact McNemar", 1.0)
+    assert tests[1]["test"] == "paired bootstrap"
+    assert tests[1]["difference"] == 0.125
+    shown = tables.paired({"paired": tests, "sets": {}, "models": []})
+    assert "| s | greedy | a → c | +12.5 [+0.0, +37.5] |" in shown
+
+
+# -- tables ----------------------------------------------------------------------------
+
+
 def test_the_table_says_what_was_measured_where():
-    def cell(accuracy):
-        return {"accuracy": accuracy, "ci95": wilson(accuracy, 100)}
+    def cell(accuracy, heat=0.0):
+        found = {"accuracy": accuracy, "ci95": wilson(accuracy, 100)}
+        return found | {"temperature": heat}
 
     results = {
         "models": ["instruct", "rl"],
-        "settings": {"temperature": 0.7},
         "sets": {
             "a": {
                 "in_domain": True,
-                "instruct": {"n": 100, "greedy": cell(0.25), "sampled": cell(0.5)},
-                "rl": {"n": 100, "greedy": cell(0.75), "sampled": cell(0.5)},
+                "instruct": {"n": 100, "greedy": cell(0.25), "sampled": cell(0.5, 0.7)},
+                "rl": {
+                    "n": 100,
+                    "greedy": cell(0.75),
+                    "sampled": cell(0.5, 0.7),
+                    "tool_greedy": cell(0.8) | {"program": cell(0.7), "cut_off": 0.25},
+                },
             }
         },
     }
-    text = table(results)
+    text = tables.table(results)
     assert "temperature 0.7: instruct → rl" in text
     assert "| a (in-domain) | 100 | 25.0 ± 8.4 → 75.0 ± 8.4 | 50.0 ± 9.6 →" in text
+    assert (
+        "with programs, greedy: instruct → rl | with programs, greedy, its programs"
+        in (text)
+    )
+    assert "– → 80.0 ± 7.8 | – → 70.0 ± 8.8 |" in text
+    assert tables.remarks(results) == [
+        "a, rl, tool, greedy: 25 % of the completions were cut off"
+    ]
 
 
 def test_published_figures_are_marked_and_complete():
-    assert len(published.CHAIN_OF_THOUGHT) == 19
+    assert len(published.CHAIN_OF_THOUGHT) == 19 and len(published.TOOLS) == 7
     assert published.CHAIN_OF_THOUGHT["GPT-4"]["cmath"] == "86.0"
     assert published.CHAIN_OF_THOUGHT["DeepSeekMath-RL 7B"]["mgsm_zh"] == "79.6"
+    assert published.TOOLS["ToRA 34B"]["mgsm_zh"] == "41.2"
     assert published.table(["gsm8k"]).startswith("Published, not measured here")
     assert published.table(["svamp"]) == ""
+    known = published.for_json(["math", "ocw"], ["cot", "tool"])
+    assert known["note"].startswith("published, not measured")
+    assert known["tool"]["MAmmoTH 70B"] == {"math": "41.8"}
+
+
+# -- completions made elsewhere --------------------------------------------------------
+
+
+def write(file: Path, *rows) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    file.write_text("".join(f"{line}\n" for line in lines))
+    return file
+
+
+SETS = {
+    "a": [Example("one  plus\none", "2", id="a/0"), Example("1+2", "3", id="a/1")],
+    "b": [Example("same", "1", id="b/0"), Example("same", "1", id="b/1")],
+}
+
+
+def test_completions_of_others_are_read_by_id_index_or_question(tmp_path):
+    file = write(
+        tmp_path / "x.jsonl",
+        {"settings": {"anything": 1}},
+        {"set": "a", "question": "one plus one", "completion": "2", "extra": []},
+        {"set": "a", "index": 1, "completions": ["3"]},
+        {"set": "a", "id": "a/1", "completions": ["x", "y"], "temperature": 0.5},
+        {"set": "a", "id": "a/0", "completion": "v", "temperature": 0.5},
+        {"set": "a", "id": "a/0", "completion": "w", "temperature": 0.5},
+        {"set": "b", "question": "same", "completion": "p", "mode": "tool"},
+        {"set": "b", "question": "same", "completion": "q", "mode": "tool"},
+        {"set": "c", "index": 0, "completion": "of a set that is not asked for"},
+    )
+    found = completions.read(file, SETS)
+    assert found["a"] == {
+        ("cot", "greedy"): ([said("2"), said("3")], 0.0),
+        ("cot", "sampled"): ([said("v", "w"), said("x", "y")], 0.5),
+    }
+    assert found["b"] == {("tool", "greedy"): ([said("p"), said("q")], 0.0)}
+
+
+GOOD = {"set": "a", "index": 0, "completion": "2"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["{"], r"x.jsonl:1: not valid JSON"),
+        ([GOOD, 7], r"x.jsonl:2: expected a JSON object"),
+        ([{**GOOD, "set": 1}], "x.jsonl:1: set 1 is not a name"),
+        ([{"index": 0, "completion": ""}], "x.jsonl:1: no 'set', and --sets names"),
+        ([{**GOOD, "index": 2}], "x.jsonl:1: the set a has no question with index 2"),
+        ([{"set": "a", "completion": ""}], "x.jsonl:1: none of 'id', 'index'"),
+        ([{**GOOD, "completions": []}], "x.jsonl:1: give either 'completion' or"),
+        ([{**GOOD, "completion": 2}], "x.jsonl:1: a completion is not a text"),
+        ([{**GOOD, "mode": "pal"}], "x.jsonl:1: mode 'pal' is neither"),
+        ([{**GOOD, "temperature": -1}], "x.jsonl:1: temperature -1 is not a number"),
+        ([GOOD], "x.jsonl: set a: 1 of 2 questions have no completion .* id a/1"),
+        (
+            [GOOD, GOOD, {**GOOD, "index": 1}],
+            "x.jsonl: set a: index 1 has 1 completions and index 0 has 2",
+        ),
+        ([{**GOOD, "set": "A"}], "x.jsonl: no completions of the set a; it has A"),
+    ],
+)
+def test_bad_completions_are_refused_with_file_and_line(rows, message, tmp_path):
+    file = write(tmp_path / "x.jsonl", *rows)
+    with pytest.raises(GrpoError, match=message):
+        completions.read(file, SETS)
+
+
+# -- the command, stopped and continued ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A Hugging Face folder: random weights, one token a character."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = Tokenizer.from_alphabet("0123456789+=?# \n")
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, width=32, layers=1, heads=2, kv_heads=2,
+        head_dim=16, ffn=32,
+    )  # fmt: skip
+    decoder = Decoder(config)
+    save_pretrained(
+        decoder, decoder.init(jax.random.key(3)), folder, tokenizer=tokenizer
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> str:
+    rows = [{"question": f"{a}+{a % 7}=?", "answer": f"{a % 10}"} for a in range(60)]
+    return str(write(tmp_path_factory.mktemp("sets") / "sums.jsonl", *rows))
+
+
+@pytest.fixture
+def command(model, questions, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", CACHE)
+    settings = "--samples 4 --batch 8 --max-new-tokens 64 --template plain"
+    words = ["--models", str(model), "--sets", questions, *settings.split()]
+    return [*words, "--instruction", "none"]
+
+
+def folder_of(out: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(out)): file.read_bytes()
+        for file in sorted(out.rglob("*"))
+        if file.is_file() and file.name != ".lock"
+    }
+
+
+def sampled_of(out: Path) -> Path:
+    (file,) = out.glob("completions/tiny/*sums.jsonl.cot.sampled.jsonl")
+    return file
+
+
+@pytest.fixture(scope="module")
+def whole(model, questions, tmp_path_factory):
+    """The evaluation that nothing disturbs."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", CACHE)
+        settings = "--samples 4 --batch 8 --max-new-tokens 64 --template plain"
+        words = ["--models", str(model), "--sets", questions, *settings.split()]
+        evaluate.main([*words, "--instruction", "none", "--out", str(out)])
+    return out
+
+
+def test_killed_and_continued_to_the_same_bits(command, whole, tmp_path, monkeypatch):
+    """kill -9 among the samples, and a torn line: no whole batch is asked again."""
+    out = tmp_path / "out"
+    run = [sys.executable, "-m", "grpo_jax.evaluate", *command, "--out", str(out)]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(run, env=env, **quiet)
+    while process.poll() is None:
+        files = list(out.glob("completions/*/*sampled.jsonl"))
+        if files and files[0].read_bytes().count(b"\n") > 16:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    assert process.wait() == -signal.SIGKILL
+    there, wanted = sampled_of(out).read_bytes(), sampled_of(whole).read_bytes()
+    assert wanted.startswith(there) and len(there) < len(wanted)
+    # as if it had come a little earlier: within a line, one row into the second batch
+    lines = there.splitlines(keepends=True)
+    sampled_of(out).write_bytes(b"".join(lines[:10]) + lines[10][:30])
+    asked: list[int] = []
+    ask = asking.MODES["cot"]
+
+    def spy(model, params, tokenizer, prompts, **options):
+        asked.append(len(prompts))
+        return ask(model, params, tokenizer, prompts, **options)
+
+    monkeypatch.setitem(asking.MODES, "cot", spy)
+    evaluate.main([*command, "--out", str(out)])
+    assert folder_of(out) == folder_of(whole)
+    assert asked == [8] * 6 + [4]  # 60 questions in batches of 8, without the first
+    asked.clear()
+    evaluate.main([*command, "--out", str(out)])
+    assert folder_of(out) == folder_of(whole) and asked == []
+
+
+def test_ctrl_c_ends_with_one_line(command, tmp_path):
+    out = tmp_path / "out"
+    run = [sys.executable, "-m", "grpo_jax.evaluate", *command, "--out", str(out)]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(run, env=env, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(out.glob("completions/*/*greedy.jsonl")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert "Traceback" not in said
+
+
+def refusal(words: list[str], capsys) -> str:
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(words)
+    said = capsys.readouterr().err if stop.value.code == 2 else str(stop.value.code)
+    return said.strip().splitlines()[-1]
+
+
+def test_other_settings_and_other_weights_are_refused(command, whole, capsys, model):
+    words = [*command, "--out", str(whole)]
+    before = folder_of(whole)
+    said = refusal([*words, "--max-new-tokens", "9", "--template", "chat"], capsys)
+    assert "error: tokenizer: it has no chat template" in said
+    said = refusal(
+        [*words, "--max-new-tokens", "9", "--max-prompt-tokens", "99"], capsys
+    )
+    assert "sums.jsonl.cot.greedy.jsonl: made with other settings" in said
+    assert "(max_prompt_tokens 2048 → 99, max_new_tokens 64 → 9); take" in said
+    said = refusal([*words, "--seed", "1"], capsys)  # greedy has no seed
+    assert "sums.jsonl.cot.sampled.jsonl: made with other settings (seed 0 → 1)" in said
+    assert folder_of(whole) == before
+    weights = model / "model.safetensors"
+    kept = weights.read_bytes()
+    try:
+        weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        assert "made with other settings (weights '" in refusal(words, capsys)
+    finally:
+        weights.write_bytes(kept)
+
+
+def test_a_file_is_scored_as_the_model_that_wrote_it(command, whole, tmp_path, capsys):
+    """Our own completions, given back as somebody else's, have the same scores."""
+    given = tmp_path / "theirs.jsonl"
+    files = sorted(whole.glob("completions/tiny/*.jsonl"))
+    given.write_text("".join(f.read_text() for f in files))
+    words = [*command[2:4], "--out", str(tmp_path / "out")]
+    evaluate.main(["--models", str(given), *words])
+    theirs = json.loads((tmp_path / "out/results.json").read_text())
+    ours = json.loads((whole / "results.json").read_text())
+    (name,) = ours["sets"]
+    assert theirs["sets"][name]["theirs"] == ours["sets"][name]["tiny"]
+
+
+def test_two_files_are_compared_on_the_same_questions(questions, tmp_path):
+    rows = [
+        {"set": questions, "index": i, "completion": f"#### {i % 10}"}
+        for i in range(60)
+    ]
+    best = write(tmp_path / "best.jsonl", *rows)
+    rows[7]["completion"] = "?"
+    good = write(tmp_path / "good.jsonl", *rows)
+    words = ["--sets", questions, "--out", str(tmp_path / "out")]
+    evaluate.main(["--models", str(best), str(good), *words])
+    report = (tmp_path / "out/results.md").read_text()
+    assert "| 60 | 100.0 ± 3.0 → 98.3 ± 4.3 |" in report
+    assert "| greedy | best → good | −1.7 [−5.0, +0.0] | 1 | exact McNemar |" in report
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--mode tool", "error: mode tool: programs are not run here yet"),
+        ("--few-shot", "has no --template and no --instruction"),
+        ("--questions -1", "--questions must be 0 or more"),
+        ("--sets gsm9k", "error: data 'gsm9k': no such set; did you mean 'gsm8k'?"),
+        ("--models a/x b/x a/x", "error: --models: the same model twice"),
+        ("--models none.jsonl", "error: --models: none.jsonl: no such file of comp"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, command, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    assert message in refusal([*command, *out, *words.split()], capsys)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from report_cases import HOSTILE, Page, completion, measured, write_case, write_lines
 
-from grpo_jax import evaluate, report
+from grpo_jax import report, tables
 from grpo_jax.report.__main__ import main
 from grpo_jax.report.charts import BOTTOM, LEFT, RIGHT, TOP, thin
 from grpo_jax.report.text import visible
@@ -58,10 +58,29 @@ def test_the_comparison_is_evaluates(tmp_path):
     results["sets"] = {"gsm8k": {"in_domain": True, **row}}
     (tmp_path / "results.json").write_text(json.dumps(results))
     cells = [" ".join(cell.split()) for cell in read(tmp_path).cells]
-    before, after = re.findall(r"[\d.]+ ± [\d.]+", evaluate.table(results))
+    before, after = re.findall(r"[\d.]+ ± [\d.]+", tables.table(results))
     at = cells.index(before)
     assert cells[at - 2 : at + 3] == ["gsm8k in-domain", "200", before, after, "+30.0"]
     assert "DeepSeekMath-RL 7B" in cells  # published figures, for a set that has any
+
+
+def test_the_paired_test_stands_by_the_change(tmp_path):
+    row = {
+        m: {"n": 9, "tool_greedy": measured(a, 9)} for m, a in [("x", 0.4), ("y", 0.7)]
+    }
+    test = {"set": "s", "measure": "tool_greedy", "models": ["x", "y"], "p": 0.03125}
+    results: dict[str, Any] = {
+        "models": ["x", "y"],
+        "settings": {"temperature": 1.0},
+        "sets": {"s": row},
+    }
+    others = [{**test, "set": "other", "p": 0.5}, 3, {**test, "models": ["y", "x"]}]
+    results["paired"] = [*others, test]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    page = read(tmp_path)
+    assert "programs, greedy" in page.texts
+    cells = [" ".join(cell.split()) for cell in page.cells]
+    assert "+30.0 p = 0.03125" in cells
 
 
 def test_samples_are_shown_failures_first(friendly):

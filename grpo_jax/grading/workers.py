@@ -26,6 +26,7 @@ from pathlib import Path
 
 from grpo_jax import answers
 from grpo_jax.errors import GrpoError
+from grpo_jax.grading.paper import RULES
 
 SECONDS = 3.0  # for one pair; with a fresh worker's start a pair stays under 5
 START_SECONDS = 120.0
@@ -53,7 +54,9 @@ class _Worker:
         )
         self.ready = False
 
-    def ask(self, prediction: str, reference: str, seconds: float) -> bool | None:
+    def ask(
+        self, prediction: str, reference: str, rule: str, seconds: float
+    ) -> bool | None:
         """The answer; None if the worker died or ran out of time (it is then dead)."""
         try:
             if not self.ready:
@@ -65,7 +68,7 @@ class _Worker:
                         " `python -c 'import math_verify'`"
                     )
                 self.ready = True
-            task = json.dumps([prediction, reference, seconds])
+            task = json.dumps([prediction, reference, rule, seconds])
             assert self.process.stdin
             self.process.stdin.write(task.encode() + b"\n")
             reply = self._line(seconds)
@@ -121,14 +124,14 @@ class Pool:
         for _ in range(workers):
             self._idle.put(None)  # a place where a worker may be started
 
-    def same(self, prediction: str, reference: str) -> bool:
+    def same(self, prediction: str, reference: str, rule: str = "strict") -> bool:
         """One pair, decided by a worker; False if it takes too long."""
         worker = self._idle.get()
         try:
             if worker is None or worker.process.poll() is not None:
                 self._forget(worker)
                 worker = self._start()
-            answer = worker.ask(prediction, reference, self.seconds)
+            answer = worker.ask(prediction, reference, rule, self.seconds)
             if answer is None:
                 with self._lock:
                     self.timeouts += 1
@@ -180,15 +183,19 @@ def pool() -> Pool:
 
 
 @functools.lru_cache(maxsize=65536)
-def _same(prediction: str, reference: str) -> bool:
+def _same(prediction: str, reference: str, rule: str) -> bool:
     try:
-        return answers.compare(prediction, reference, answers.Exact())
+        return RULES[rule](prediction, reference, answers.Exact())
     except answers.Undecided:
-        return pool().same(prediction, reference)
+        return pool().same(prediction, reference, rule)
 
 
-def grade(predictions: Sequence[str | None], references: Sequence[str]) -> list[bool]:
+def grade(
+    predictions: Sequence[str | None], references: Sequence[str], rule: str = "strict"
+) -> list[bool]:
     r"""Whether each prediction is its reference answer; None is wrong.
+
+    rule: strict, or paper: DeepSeekMath's own, for comparing with its figures only.
 
     >>> grade(["0.5", None, "3"], [r"\frac{1}{2}", "1", "4"])
     [True, False, False]
@@ -206,14 +213,14 @@ def grade(predictions: Sequence[str | None], references: Sequence[str]) -> list[
         if prediction is None:
             continue
         try:
-            results[n] = answers.compare(prediction, reference, exact)
+            results[n] = RULES[rule](prediction, reference, exact)
         except answers.Undecided:
             hard.setdefault((prediction, reference), []).append(n)
     if len(hard) == 1:
-        decided = [_same(*next(iter(hard)))]
+        decided = [_same(*next(iter(hard)), rule)]
     elif hard:
         with ThreadPoolExecutor(min(len(hard), pool().workers)) as threads:
-            decided = list(threads.map(lambda pair: _same(*pair), hard))
+            decided = list(threads.map(lambda pair: _same(*pair, rule), hard))
     else:
         decided = []
     for places, answer in zip(hard.values(), decided, strict=True):
@@ -254,11 +261,11 @@ def work(parent: int) -> None:
                 return
             buffer += part
         line, _, buffer = buffer.partition(b"\n")
-        prediction, reference, seconds = json.loads(line)
+        prediction, reference, rule, seconds = json.loads(line)
         # The kernel ends this process if its parent can no longer do so.
         signal.setitimer(signal.ITIMER_REAL, 2 * seconds + 1)
         try:
-            answer = decide(prediction, reference)
+            answer = decide(prediction, reference, rule)
         except (Exception, RecursionError, MemoryError):
             answer = False
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -38,7 +38,7 @@ CHARTS = {
     "Learning rate": ("learning_rate",),
     "Seconds": ("step_time", "time/*"),
 }
-MODES = ("greedy", "sampled")
+MEASURES = ("greedy", "sampled", "tool_greedy", "tool_sampled")
 
 
 def page(
@@ -134,9 +134,15 @@ def _comparison(results: Mapping[str, Any]) -> str:
     def cell(row: Any, model: str, mode: str) -> dict[str, Any]:
         return _dict(_dict(row.get(model)).get(mode))
 
-    modes = [m for m in MODES if any(cell(r, models[0], m) for r in sets.values())]
-    heat = number(_dict(results.get("settings")).get("temperature"))
-    titles = {"greedy": "greedy", "sampled": f"at temperature {short(heat)}"}
+    modes = [
+        m
+        for m in MEASURES
+        if any(cell(r, model, m) for r in sets.values() for model in models)
+    ]
+    heat = short(number(_dict(results.get("settings")).get("temperature")))
+    heat = f"temperature {heat}"
+    titles = {"greedy": "greedy", "sampled": f"at {heat}"}
+    titles |= {"tool_greedy": "programs, greedy", "tool_sampled": f"programs, {heat}"}
     difference = len(models) == 2
     span = len(models) + difference
     head = '<tr><th scope="col" rowspan="2">set</th><th scope="col" rowspan="2">n</th>'
@@ -158,7 +164,8 @@ def _comparison(results: Mapping[str, Any]) -> str:
             found = [cell(row, model, mode) for model in models]
             cells += [f"<td>{_accuracy(x)}</td>" for x in found]
             if difference:
-                cells.append(f"<td>{_change(*found)}</td>")
+                p = _p_value(results, name, mode, models)
+                cells.append(f"<td>{_change(*found)}{p}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     main = _table(head, lines, "Accuracy in %, ± half of the 95 % interval")
     return main + _at_k(sets, models) + _published(list(sets))
@@ -180,6 +187,19 @@ def _accuracy(result: Mapping[str, Any]) -> str:
 def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     a, b = number(before.get("accuracy")), number(after.get("accuracy"))
     return "–" if a is None or b is None else f"{100 * (b - a):+.1f}".replace("-", "−")
+
+
+def _p_value(results, name: str, measure: str, models: Sequence[str]) -> str:
+    """Of the paired test between the two models; "" where there was none."""
+    tests = results.get("paired")
+    for test in tests if isinstance(tests, list) else ():
+        test = _dict(test)
+        about = test.get("set"), test.get("measure"), test.get("models")
+        p = number(test.get("p"))
+        if about == (name, measure, list(models)) and p is not None:
+            shown = "&lt; 0.001" if p < 0.001 else f"= {short(p)}"
+            return f' <span class="quiet">p {shown}</span>'
+    return ""
 
 
 def _at_k(sets: Mapping[str, Any], models: Sequence[str]) -> str:

@@ -1,0 +1,164 @@
+"""What completions are worth: accuracy, pass@k, maj@k, and two models compared.
+
+In: the examples of a set and the completions of every question. Out: `Score`, whose
+`result` is what results.json holds and whose `right` the paired tests need.
+
+Intervals are 95 %. Of one completion a question: Wilson's. Of several, and of pass@k
+and maj@k: the bootstrap's, over questions.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from grpo_jax import answers, hosts, measures
+from grpo_jax.completions import Completion
+from grpo_jax.data import Example
+from grpo_jax.grading import kinds
+from grpo_jax.grading.expressions import Unreadable, rational
+from grpo_jax.grading.notation import clean
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on one set, asked in one way."""
+
+    result: Result
+    right: np.ndarray  # [questions, samples], 0 or 1
+
+
+def score(
+    examples: Sequence[Example],
+    completions: Sequence[Sequence[Completion] | None],
+    *,
+    temperature: float | None = None,
+    rules: Sequence[str] = ("strict",),
+    programs: bool = False,
+) -> Score:
+    """Grades every completion; None: the question was too long and counts as wrong.
+
+    temperature: what they were sampled at, to be told with the result. rules: strict,
+    and paper for DeepSeekMath's lenient rule beside it. programs: also
+    the accuracy of the last ```output block, as tool-integrated reasoning is reported.
+
+    >>> two = [Example("1+1", "2"), Example("1+2", "3")]
+    >>> found = score(two, [[Completion("It is 2.")], [Completion("It is 2.")]])
+    >>> found.result["accuracy"], found.right.tolist()
+    (0.5, [[1.0], [0.0]])
+    """
+    samples = max((len(row) for row in completions if row is not None), default=1)
+    flat = [example for example in examples for _ in range(samples)]
+    texts = [
+        c.text if c else None for row in completions for c in row or [None] * samples
+    ]
+    shape = len(examples), samples
+
+    def graded(rule: str, output: bool = False) -> tuple[list[str | None], np.ndarray]:
+        one = functools.partial(_judge, rule=rule, output=output)
+        judged = hosts.divide(one, list(zip(texts, flat, strict=True)))
+        right = np.array([x for _, x in judged], float).reshape(shape)
+        return [answer for answer, _ in judged], right
+
+    given, right = graded("strict")
+    result: Result = _accuracy(right) | {"temperature": temperature}
+    result["too_long"] = sum(row is None for row in completions)
+    cut = [c.cut_off for row in completions for c in row or ()]
+    if cut and None not in cut:
+        result["cut_off"] = sum(map(bool, cut)) / len(cut)
+    if "paper" in rules:
+        result["paper"] = _accuracy(graded("paper")[1])
+    if programs:
+        result["program"] = _accuracy(graded("strict", True)[1])
+    if samples > 1:
+        result["samples"] = samples
+        result |= _at_k([_vote(p) for p in given], right)
+    return Score(result, right)
+
+
+def _judge(
+    asked: Sequence[tuple[str | None, Example]], *, rule: str, output: bool
+) -> list[tuple[str | None, bool]]:
+    """Of each text: its answer (or what its program printed), and if it is right."""
+    given = []
+    for text, example in asked:
+        if text is None:
+            given.append(None)
+        elif output:
+            given.append(answers.printed(text))
+        else:
+            given.append(kinds.predict(text, example, rule))
+    right = kinds.grade([example for _, example in asked], given, rule)
+    return list(zip(given, right, strict=True))
+
+
+def _accuracy(right: np.ndarray) -> Result:
+    n, samples = right.shape
+    accuracy = float(right.mean())
+    if samples == 1:
+        return {"accuracy": accuracy, "ci95": measures.wilson(accuracy, n)}
+    return {"accuracy": accuracy, "ci95": measures.interval(right.mean(1))}
+
+
+def _at_k(votes: Sequence[str | None], right: np.ndarray) -> Result:
+    n, samples = right.shape
+    counts = right.sum(1).astype(int).tolist()
+    powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
+    result: Result = {"pass@k": {}, "pass@k_ci95": {}, "maj@k": {}, "maj@k_ci95": {}}
+
+    def put(name: str, k: int, each: Sequence[float]) -> None:
+        result[name][str(k)] = float(np.mean(each))
+        result[f"{name}_ci95"][str(k)] = measures.interval(np.array(each))
+
+    for k in powers:
+        put("pass@k", k, measures.each_pass_at_k(counts, samples, k))
+    rows = [votes[i * samples : (i + 1) * samples] for i in range(n)]
+    good = (right > 0).tolist()
+    for k in dict.fromkeys([*powers, samples]):
+        each = [measures.maj_at_k(v, r, k) for v, r in zip(rows, good, strict=True)]
+        put("maj@k", k, each)
+    return result
+
+
+def _vote(prediction: str | None) -> str | None:
+    """One spelling for 1/2, 0.5 and $0.50, so that they are one vote."""
+    if prediction is None or len(prediction) > answers.MAX_CHARS:
+        return prediction
+    text = clean(prediction)
+    try:
+        return str(rational(text))
+    except (Unreadable, RecursionError):
+        return text
+
+
+def paired(first: Score, second: Score) -> Result:
+    """Whether the second model is better than the first, on the same questions.
+
+    One completion a question: the exact McNemar test. Several: a paired bootstrap of
+    the difference between the questions' mean accuracies. The interval is the
+    bootstrap's in both.
+    """
+    a, b = first.right.mean(1), second.right.mean(1)
+    low, high, p = measures.paired_bootstrap(a, b)
+    test = "paired bootstrap"
+    if first.right.shape[1] == second.right.shape[1] == 1:
+        test, p = "exact McNemar", measures.mcnemar(a > 0, b > 0)
+    difference = float((b - a).mean())
+    return {"difference": difference, "ci95": (low, high), "p": p, "test": test}
+
+
+def pairs(scores: Mapping[tuple[str, str], Mapping[str, Score]]) -> list[Result]:
+    """The tests between every two models: scores[set, measure][model]."""
+    return [
+        {"set": name, "measure": measure, "models": [a, b], **paired(x, y)}
+        for (name, measure), models in scores.items()
+        for (a, x), (b, y) in itertools.combinations(models.items(), 2)
+        if len(x.right) == len(y.right)
+    ]
