@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, ArrayLike, Int
 
 from grpo_jax import sharding
 from grpo_jax.cache import BLOCK, Cache, Prefixes, blocks_for
@@ -54,8 +54,9 @@ def generate_tokens(
     cache_dtype: str | None = None,
     keep: bool = False,
     groups: tuple[str, ...] = (),
+    stop_table: Array | None = None,
 ) -> Rollouts:
-    """The jittable core of `generate`: all but params, tokens, mask and key is static.
+    """The jittable core of `generate`: all but the arrays is static.
 
     tokens [P, S], mask [P, S] = 1 on real tokens; padding may stand on either side.
     Prompts without a real token, which must be the last, only fill the shape. `groups`
@@ -93,6 +94,7 @@ def generate_tokens(
             queue=state.queue + taken.sum(),
             row=jnp.where(taken, row, state.row),
             recent=jnp.where(taken[:, None], -1, state.recent),
+            matched=jnp.where(taken, 0, state.matched),
             cache=dataclasses.replace(
                 cache,
                 token=jnp.where(taken, last[prompt], cache.token),
@@ -134,6 +136,7 @@ def generate_tokens(
         widths=(slots,) if keep else widths_of(slots),
         first=jax.lax.axis_index(groups) * total if groups else 0,
         any_group=(lambda more: jax.lax.pmax(more, groups)) if groups else lambda x: x,
+        stop_table=stop_table,
     )
     return dataclasses.replace(state.out, cache=state.cache if keep else None)
 
@@ -146,6 +149,7 @@ def spread_tokens(
     *,
     key: Array,
     samples: int = 1,
+    stop_table: Array | None = None,
     **options: Any,
 ) -> Rollouts:
     """`generate_tokens` on the mesh in use: each group of devices for itself.
@@ -155,7 +159,7 @@ def spread_tokens(
     and heads. `slots` are one group's.
     """
 
-    def of_group(params, tokens, mask, key):
+    def of_group(params, tokens, mask, key, stop_table):
         out = generate_tokens(
             model,
             params,
@@ -164,6 +168,7 @@ def spread_tokens(
             key=key,
             samples=samples,
             groups=groups,
+            stop_table=stop_table,
             **options,
         )
         return dataclasses.replace(out, occupancy=out.occupancy[None])
@@ -172,11 +177,11 @@ def spread_tokens(
     rows, every = sharding.BATCH, sharding.P()
     out = jax.shard_map(
         of_group,
-        in_specs=(every, rows, rows, every),
+        in_specs=(every, rows, rows, every, every),
         out_specs=rows,
         axis_names=set(groups),
         check_vma=False,  # a group's loops start from constants
-    )(params, tokens, mask, key)
+    )(params, tokens, mask, key, stop_table)
     return dataclasses.replace(out, occupancy=out.occupancy.mean())
 
 
@@ -322,6 +327,7 @@ def generate(
     slots: int | None = None,
     cache_dtype: str | None = None,
     keep: bool = False,
+    stop_table: ArrayLike | None = None,
 ) -> Rollouts:
     """Sample completions: [N, max_new_tokens] with N = prompts × samples.
 
@@ -337,6 +343,7 @@ def generate(
       slots: rows decoded at a time (`default_slots`); results do not depend on it.
       cache_dtype: of keys and values; the model's if None.
       keep: keep the cache for `continue_rollouts`; every row then has its own slot.
+      stop_table: [V, S] of `stopping.stop_table`: texts that end a completion.
 
     Raises:
       GrpoError: no prompts, an empty one, or a choice that makes no sense.
@@ -385,7 +392,7 @@ def generate(
         keep=keep,
     )
     with jax.set_mesh(layout) if layout else contextlib.nullcontext():
-        out = sample(model, params, tokens, mask, key=key)
+        out = sample(model, params, tokens, mask, key=key, stop_table=stop_table)
     return first_rows(out, len(prompts) * samples)
 
 
