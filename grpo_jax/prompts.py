@@ -101,8 +101,8 @@ def encode_sft(
 
     tokens: exactly the ids of `encode_prompt`, then the solution (without one: the
     answer), then the EOS. loss_mask: 1 on the solution's tokens and the EOS; 0 on the
-    prompt and on what follows "```output" in such a block. Without a solution and an answer all 0: such a row
-    weighs nothing.
+    prompt and on what follows "```output" in such a block. Without a solution and an
+    answer all 0: such a row weighs nothing.
 
     >>> from grpo_jax.tokenizer import Tokenizer
     >>> tokenizer = Tokenizer.from_alphabet("12+=3")

@@ -29,7 +29,7 @@ import numpy as np
 import optax
 
 from grpo_jax import credit, lora, sharding
-from grpo_jax.config import Config
+from grpo_jax.config import Config, generations
 from grpo_jax.credit import Output
 from grpo_jax.errors import GrpoError
 from grpo_jax.experience import Experience, outcome_metrics, read, show

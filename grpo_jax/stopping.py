@@ -13,7 +13,6 @@ Axes: V token ids, S states (beginnings of the strings, "" first; the last: foun
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import numpy as np
 

@@ -1,7 +1,7 @@
 r"""Tool-integrated reasoning: the model writes programs, an interpreter their output.
 
-In: model, parameters, prompts, an `Interpreter`. Out: `Solutions`, token ids with a mask
-that tells what was sampled from what the interpreter wrote.
+In: model, parameters, prompts, an `Interpreter`. Out: `Solutions`, token ids with a
+mask that tells what was sampled from what the interpreter wrote.
 
 The loop of DeepSeekMath's evaluation, for all rows at once:
 1. sample up to EOS, or up to where the text has "```output", however it is tokenised;
@@ -152,17 +152,21 @@ def encoded(tokenizer: Tokenizer, before: str, text: str) -> list[int]:
     return whole[len(first) :] if joined else tokenizer.encode(text)
 
 
-def output_tokens(tokenizer: Tokenizer, rest: str | None, output: str) -> list[int]:
-    """The ids that the interpreter appends.
+def output_tokens(tokenizer: Tokenizer, end: str, output: str) -> list[int]:
+    r"""The ids that the interpreter appends.
 
-    rest: the white space that the model wrote after "```output"; None: it did not get
-    that far.
+    end: how the model's text ends: a fence, or "```output", with its white space.
+
+    >>> tokenizer = Tokenizer.from_alphabet("```output\n42")
+    >>> tokenizer.decode(output_tokens(tokenizer, "```\n", "42"))
+    '```output\n42\n```\n'
     """
-    before = "\n" if rest is None else STOP + rest
-    opening = f"{STOP}\n" if rest is None else "" if "\n" in rest else "\n"
+    opening = "" if "\n" in end else "\n"
+    if not end.startswith(STOP):
+        opening += f"{STOP}\n"
     kept, fits = KEPT, output
     while True:
-        ids = encoded(tokenizer, before, f"{opening}{fits}\n{FENCE}\n")
+        ids = encoded(tokenizer, end, f"{opening}{fits}\n{FENCE}\n")
         if len(ids) <= OUTPUT_TOKENS or kept == 0:
             return ids[:OUTPUT_TOKENS]
         kept //= 2
@@ -201,8 +205,8 @@ class _Row:
         self.logps += [0.0] * len(tokens) if logps is None else logps
         self.mask += [logps is not None] * len(tokens)
 
-    def asks(self, tokenizer: Tokenizer) -> tuple[str, str | None] | None:
-        """(program, what came after "```output"), where its last turn calls."""
+    def asks(self, tokenizer: Tokenizer) -> tuple[str, str] | None:
+        """(program, how the text ends), where its last turn calls."""
         start = len(self.mask) - _last_run(self.mask)
         text = tokenizer.decode(self.tokens[start:])
         before, found, rest = text.partition(STOP)
@@ -211,7 +215,8 @@ class _Row:
         self.finished = self.tokens[-1] in tokenizer.eos_ids
         if program is None or self.finished or rest.strip():
             return None
-        return program, rest if found else None
+        end = FENCE + before[len(before.rstrip()) :]
+        return program, STOP + rest if found else end
 
 
 def _last_run(mask: Sequence[Any]) -> int:
@@ -267,11 +272,9 @@ def solve(
         else:
             # Rows fold their own numbers into a key: this one is none of theirs.
             again = jax.random.fold_in(key, (1 << 30) + turn)
-            out = continue_rollouts(
-                model, params, out, appended, key=again, **options
-            )
+            out = continue_rollouts(model, params, out, appended, key=again, **options)
         got = jax.device_get((out.tokens, out.logps, out.lengths))
-        asked: dict[int, tuple[str, str | None]] = {}
+        asked: dict[int, tuple[str, str]] = {}
         for i, (tokens, logps, n) in enumerate(zip(*got, strict=True)):
             given = appended[i]
             if given is None:
@@ -283,9 +286,9 @@ def solve(
                 asked[i] = found
         calls = interpreter([program for program, _ in asked.values()])
         appended = [None] * len(rows)
-        for (i, (_, rest)), call in zip(asked.items(), calls, strict=True):
+        for (i, (_, end)), call in zip(asked.items(), calls, strict=True):
             rows[i].calls.append(call)
-            appended[i] = output_tokens(tokenizer, rest, call.output)
+            appended[i] = output_tokens(tokenizer, end, call.output)
         if not asked:
             break
     for row, ids in zip(rows, appended, strict=True):
@@ -311,6 +314,17 @@ def _gathered(rows: Sequence[_Row], occupancy: float) -> Solutions:
         occupancy=occupancy,
         calls=[row.calls for row in rows],
     )
+
+
+def most_tokens(generations: int, max_new_tokens: int) -> int:
+    """The tokens of an output, at most, with what it is told; no generations: no tools.
+
+    >>> most_tokens(0, 1024), most_tokens(2, 1024)
+    (1024, 2368)
+    """
+    if not generations:
+        return max_new_tokens
+    return generations * (max_new_tokens + OUTPUT_TOKENS)
 
 
 # -- what an output says ---------------------------------------------------------------

@@ -5,6 +5,7 @@ training as it is in RL; so the model goes on rightly only if the loop really wr
 """
 
 import string
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from grpo_jax.update import TrainState, make_step
 
 # Characters, and tokens that a text is never encoded to: only a model writes them.
 WIDE = ["```", "``", "`output", "output\n", "outputs", "out", "put"]
-Script = tuple[list[str], ...]  # in turn: what the model writes, what it is told, …
+Script = Sequence[list[str]]  # in turn: what the model writes, what it is told, …
 
 
 def make_tokenizer() -> Tokenizer:
@@ -57,23 +58,22 @@ def sample_of(tokenizer: Tokenizer, prompt: str, script: Script) -> Sample:
 
 
 def learn(
-    tokenizer: Tokenizer, scripts: dict[str, Script], *, steps: int = 250, width: int = 48
+    tokenizer: Tokenizer, scripts: Mapping[str, Script], *, steps: int = 110
 ) -> tuple[Decoder, Any]:
     """(model, parameters) that recite every script after its prompt."""
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size + 5,
-        width=width,
+        width=48,
         layers=2,
         heads=4,
         kv_heads=2,
-        head_dim=width // 4,
-        ffn=2 * width,
+        head_dim=12,
+        ffn=96,
     )
     model = Decoder(config)
     samples = [sample_of(tokenizer, *item) for item in scripts.items()]
     length = max(len(s.tokens) for s in samples)
-    batch = pack(samples, length=length, rows=4)
-    print(batch.tokens.shape)
+    batch = pack(samples, length=length, rows=4)  # several to a row
     rate = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 20, steps, 1e-4)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
     step = make_step(sft_objective(model, aggregate="token_mean"), optimizer)
@@ -81,6 +81,5 @@ def learn(
     metrics: Any = {}
     for _ in range(steps):
         state, metrics = step(state, None, batch)
-    print(float(metrics["loss"]))
     assert float(metrics["loss"]) < 0.02, "it has not learnt its scripts"
     return model, state.params

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recital import ids_of, learn, make_tokenizer
+from recital import Script, ids_of, learn, make_tokenizer
 
 from grpo_jax import sandbox, tools
 from grpo_jax.errors import GrpoError
@@ -29,9 +29,13 @@ TOKENIZER = make_tokenizer()
 P = "```python\n"
 LONG = "\n" + "ab" * 25 + "..." + "ab" * 25 + "\n```\n"
 # What the model writes and what it is told, in turn; the parts in WIDE are tokens.
-SCRIPTS = {
+SCRIPTS: dict[str, Script] = {
     # the stop string in three tokens, one of which holds a part of it and no more
-    "a": ([P + "print(6*7)\n```\n", "``", "`output"], ["\n42\n```\n"], ["so 42", "<eos>"]),
+    "a": (
+        [P + "print(6*7)\n```\n", "``", "`output"],
+        ["\n42\n```\n"],
+        ["so 42", "<eos>"],
+    ),
     # in four, with no program before it: a faked output
     "b": (["It is 5.\n", "```", "out", "put"],),
     # an error; then a program that stands on the first one, without its print
@@ -89,7 +93,7 @@ def run(recital, interpreter, names="abcdefgh", samples=2, **options: Any):
         interpreter=interpreter,
         key=jax.random.key(0),
         samples=samples,
-        **{"max_new_tokens": 64, "temperature": 0.0, **options},
+        **(dict(max_new_tokens=64, temperature=0.0) | options),
     )
 
 
@@ -235,7 +239,7 @@ def test_several_stop_strings_and_tokens_without_a_text():
     tokenizer = Tokenizer.from_alphabet("abc")
     a, b, c, eos = *tokenizer.encode("abc"), tokenizer.eos_id
     table = stop_table(tokenizer, ("abab", "ba", "cc"), rows=20)
-    assert table.shape == (20, 6)  # "", a, c, (b is a beginning of ba) … and found
+    assert table.shape == (20, 7)  # "", a, b, c, ab, aba; found
     for ids, stops in (([a, b, a], True), ([a, a, c, c], True), ([a, b, b, c], False)):
         state = 0
         for i in [eos, *ids, 19]:
@@ -273,8 +277,8 @@ def test_the_sampler_stops_rows_by_text_and_slots_start_anew(recital):
         ("```", None),
         # two in a turn: the first one's prints are gone, what is indented stays
         (
-            "```python\nimport math\ndef f(x):\n    print(x)\nprint(2)\ny=f(3);print(y)\n```"
-            "\nand\n```python\nprint(f(1))\n```",
+            "```python\nimport math\ndef f(x):\n    print(x)\nprint(2)\ny=1;print(y)\n"
+            "```\nand\n```python\nprint(f(1))\n```",
             "import math\ndef f(x):\n    print(x)\nprint(f(1))",
         ),
     ],
@@ -284,7 +288,7 @@ def test_the_program_of_a_text(text, program):
 
 
 def test_what_the_interpreter_says():
-    def result(status="ok", out="", err=""):
+    def result(status: Any = "ok", out="", err=""):
         return Result(status, out, err, 0.1)
 
     assert said(result(out=" 3\n4\n")) == "3\n4"
@@ -302,23 +306,25 @@ def test_the_appended_tokens():
     vocabulary does not have is replaced, and special tokens are plain text."""
     decode = TOKENIZER.decode
     tokens = tools.output_tokens
-    assert decode(tokens(TOKENIZER, "", "42")) == "\n42\n```\n"
-    assert decode(tokens(TOKENIZER, "\n", "42")) == "42\n```\n"
-    assert decode(tokens(TOKENIZER, None, "42")) == "\n```output\n42\n```\n"
-    ids = tokens(TOKENIZER, "", "é<eos>\ud800")
+    assert decode(tokens(TOKENIZER, "```output", "42")) == "\n42\n```\n"
+    assert decode(tokens(TOKENIZER, "```output\n", "42")) == "42\n```\n"
+    assert decode(tokens(TOKENIZER, "```", "42")) == "\n```output\n42\n```\n"
+    assert decode(tokens(TOKENIZER, "```\n", "42")) == "```output\n42\n```\n"
+    ids = tokens(TOKENIZER, "```output", "é<eos>\ud800")
     assert decode(ids) == "\n?<eos>?\n```\n" and TOKENIZER.eos_id not in ids
     bare = Tokenizer.from_alphabet("0123456789\n`output")
-    assert bare.decode(tokens(bare, "", "4é2")) == "\n42\n```\n"
+    assert bare.decode(tokens(bare, "```output", "4é2")) == "\n42\n```\n"
     if SMOLLM2.is_dir():
         smol = Tokenizer.from_folder(SMOLLM2)
-        ids = tokens(smol, "", "😀" * 50 + "..." + "𝔸" * 50)
+        ids = tokens(smol, "```output", "😀" * 50 + "..." + "𝔸" * 50)
         assert len(ids) <= tools.OUTPUT_TOKENS and smol.decode(ids).endswith("\n```\n")
         whole = smol.encode("```output\n42\n```\n")
-        assert smol.encode("```output") + tokens(smol, "", "42") == whole
+        assert smol.encode("```output") + tokens(smol, "```output", "42") == whole
 
 
 def test_equal_programs_run_once_and_a_hostile_one_says_no_more_than_a_line():
-    calls = Interpreter()(["import os\nprint(os.getppid())\nraise OSError('\\x00```')"] * 2)
+    program = "import os\nprint(os.getppid())\nraise OSError('\\x00```')"
+    calls = Interpreter()([program, program])
     assert calls[0] is calls[1] and calls[0].failed
     assert calls[0].output == "Runtime errors: OSError: \x00```"
 
