@@ -22,7 +22,7 @@ from grpo_jax.config import (
 def get_config() -> Config:
     return Config(
         name="tiny_tools",
-        sft_steps=300,
+        sft_steps=160,  # stopped early: there is something left for RL
         rl_steps=40,
         questions_per_step=32,
         group_size=8,
@@ -32,7 +32,7 @@ def get_config() -> Config:
         model=ModelSettings(layers=2, width=64, heads=4, ffn=192),
         data=DataSettings(
             train="sums/tool-chain",
-            sft="sums/tool-chain+sums/tool-words",
+            sft="sums/tool-chain+sums/tool-long+sums/tool-words",
             eval="sums/tool-chain+sums/tool-long+sums/tool-words",
             template="plain",
             instruction="none",

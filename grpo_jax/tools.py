@@ -341,6 +341,22 @@ def text_of(tokenizer: Tokenizer, tokens: Sequence[int], mask: Sequence[Any]) ->
     return text
 
 
+def answer(
+    model: Decoder,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    **options: Any,
+) -> list[tuple[str, str | None]]:
+    """Of each output of `solve`, its text and the answer of its last program."""
+    found = solve(model, params, tokenizer, prompts, **options)
+    texts = []
+    for tokens, mask, n in zip(found.tokens, found.mask, found.lengths, strict=True):
+        texts.append(text_of(tokenizer, tokens[:n].tolist(), mask[:n].tolist()))
+    programs = [program_answer(calls) for calls in found.calls]
+    return list(zip(texts, programs, strict=True))
+
+
 def program_answer(calls: Sequence[Call]) -> str | None:
     """The answer of the last output, for program accuracy; None if it has none."""
     if not calls:

@@ -85,6 +85,7 @@ def solved(recital, interpreter):
 
 def run(recital, interpreter, names="abcdefgh", samples=2, **options: Any):
     model, params = recital
+    given: Any = dict(max_new_tokens=64, temperature=0.0) | options
     return solve(
         model,
         params,
@@ -93,7 +94,7 @@ def run(recital, interpreter, names="abcdefgh", samples=2, **options: Any):
         interpreter=interpreter,
         key=jax.random.key(0),
         samples=samples,
-        **(dict(max_new_tokens=64, temperature=0.0) | options),
+        **given,
     )
 
 
