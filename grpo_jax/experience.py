@@ -21,13 +21,14 @@ from grpo_jax.config import Config, generations, reward_names, reward_weights
 from grpo_jax.credit import Output, overlong_punishment
 from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError
+from grpo_jax.interpreter import Interpreter
 from grpo_jax.model import Params
 from grpo_jax.packing import Sample
 from grpo_jax.prompts import encode_prompts
 from grpo_jax.rewards import Calls, Scores, resolve, score
 from grpo_jax.rollout import generate
 from grpo_jax.run import Run
-from grpo_jax.tools import Interpreter, most_tokens, solve, text_of
+from grpo_jax.tools import most_tokens, solve, text_of
 
 Prompts = list[tuple[Example, list[int]]]
 # outputs → what the reward model says of each, [N]

@@ -14,14 +14,23 @@ import numpy as np
 import pytest
 from recital import Script, ids_of, learn, make_tokenizer
 
-from grpo_jax import sandbox, tools
+from grpo_jax import interpreter as interpreting
+from grpo_jax import sandbox, sharding
 from grpo_jax.errors import GrpoError
+from grpo_jax.interpreter import (
+    Call,
+    Interpreter,
+    output_tokens,
+    program_answer,
+    program_of,
+    said,
+)
 from grpo_jax.logprobs import token_logprobs
 from grpo_jax.rollout import generate
 from grpo_jax.sandbox import Result, Sandbox, SandboxFailed
 from grpo_jax.stopping import stop_table
 from grpo_jax.tokenizer import Tokenizer
-from grpo_jax.tools import Interpreter, program_of, said, solve, text_of
+from grpo_jax.tools import solve, text_of
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2 = ROOT / "models" / "smollm2-135m-instruct"
@@ -182,17 +191,32 @@ def test_a_row_that_is_cut_off_at_its_program_still_calls(recital, interpreter):
     assert not cut.calls[0] and cut.lengths[0] == limit - 1  # it does not go on
 
 
+def test_rows_kept_a_few_at_a_time_or_on_many_devices_are_the_same(recital, solved):
+    """Greedy: 16 rows at once on a device; 4 at a time; on a mesh of 2 × 2 × 2."""
+    interpreter = Interpreter()
+    few = run(recital, interpreter, generations=3, rows=4)
+    model, params = recital
+    mesh = sharding.make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, sharding.shardings(params, mesh))
+        spread = run((model, placed), interpreter, generations=3)
+    for other in (few, spread):
+        for i in range(16):
+            assert row_of(other, i) == row_of(solved, i)
+        assert other.calls == solved.calls
+
+
 def test_what_is_told_of_an_output(solved):
     texts = [text_of(TOKENIZER, *row_of(solved, i)) for i in range(0, 16, 2)]
     assert texts[0] == f"{P}print(6*7)\n```\n```output\n42\n```\nso 42"
     assert texts[1] == "It is 5.\n"  # a faked output is no part of it
     assert texts[6] == f"{P}print(1)\n```\n"
     assert texts[7].endswith("```output\n5\n```\n")
-    answers = [tools.program_answer(calls) for calls in solved.calls[::2]]
+    answers = [program_answer(calls) for calls in solved.calls[::2]]
     assert answers[0] == "42" and answers[1] is None and answers[2] == "7"
     assert answers[7] == "5"
-    failed = tools.Call("", "Runtime errors: Timeout Error", True)
-    assert tools.program_answer([tools.Call("", "3", False), failed]) is None
+    failed = Call("", "Runtime errors: Timeout Error", True)
+    assert program_answer([Call("", "3", False), failed]) is None
 
 
 # -- the text that stops, however it is tokenised --------------------------------------
@@ -306,7 +330,7 @@ def test_the_appended_tokens():
     """Only the interpreter's text is encoded, behind what stands there; what the
     vocabulary does not have is replaced, and special tokens are plain text."""
     decode = TOKENIZER.decode
-    tokens = tools.output_tokens
+    tokens = output_tokens
     assert decode(tokens(TOKENIZER, "```output", "42")) == "\n42\n```\n"
     assert decode(tokens(TOKENIZER, "```output\n", "42")) == "42\n```\n"
     assert decode(tokens(TOKENIZER, "```", "42")) == "\n```output\n42\n```\n"
@@ -318,7 +342,9 @@ def test_the_appended_tokens():
     if SMOLLM2.is_dir():
         smol = Tokenizer.from_folder(SMOLLM2)
         ids = tokens(smol, "```output", "😀" * 50 + "..." + "𝔸" * 50)
-        assert len(ids) <= tools.OUTPUT_TOKENS and smol.decode(ids).endswith("\n```\n")
+        assert len(ids) <= interpreting.OUTPUT_TOKENS and smol.decode(ids).endswith(
+            "\n```\n"
+        )
         whole = smol.encode("```output\n42\n```\n")
         assert smol.encode("```output") + tokens(smol, "```output", "42") == whole
 
