@@ -91,6 +91,7 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "rewards.timeout": (0, False),
     "tools.generations": (0, True),
     "tools.timeout": (0, False),
+    "tools.rows": (0, True),
     "reward_model.questions": (1, True),
     "reward_model.samples": (1, True),
     "reward_model.completions": (1, True),

@@ -84,6 +84,7 @@ class ToolSettings:
     # the paper's 2 where data.instruction is tool, else 0: nothing is run.
     generations: int | None = None
     timeout: float = 10.0  # seconds of a program
+    rows: int = 0  # outputs whose keys and values are kept at a time; 0 is all
 
 
 @dataclass(slots=True, kw_only=True)

@@ -122,6 +122,7 @@ def draw_with_tools(
         max_new_tokens=run.config.max_new_tokens,
         temperature=run.config.temperature,
         cache_dtype=run.config.model.cache_dtype or None,
+        rows=run.config.tools.rows,
     )
     names = ("tokens", "logps", "mask", "lengths", "finished", "occupancy")
     arrays = {name: np.asarray(getattr(found, name)) for name in names}
@@ -346,6 +347,9 @@ def show(run: Run, step: int, outputs, rewards: np.ndarray, samples, **logps) ->
         }
         for o, r, a in zip(outputs[:g], rewards[:g], taught, strict=True)
     ]
+    for o, completion in zip(outputs, completions, strict=False):
+        if o.calls is not None:
+            completion |= {"calls": o.calls, "failures": o.failures}
     known = {"logps": [o.logps for o in outputs[:SHOWN]], **logps}
     for i, completion in enumerate(completions[:SHOWN]):
         completion["tokens"] = run.tokenizer.pieces(outputs[i].tokens)

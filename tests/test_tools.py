@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from recital import Script, ids_of, learn, make_tokenizer
 
-from grpo_jax import interpreter as interpreting
 from grpo_jax import sandbox, sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.interpreter import (
+    OUTPUT_TOKENS,
     Call,
     Interpreter,
     output_tokens,
@@ -342,9 +342,7 @@ def test_the_appended_tokens():
     if SMOLLM2.is_dir():
         smol = Tokenizer.from_folder(SMOLLM2)
         ids = tokens(smol, "```output", "😀" * 50 + "..." + "𝔸" * 50)
-        assert len(ids) <= interpreting.OUTPUT_TOKENS and smol.decode(ids).endswith(
-            "\n```\n"
-        )
+        assert len(ids) <= OUTPUT_TOKENS and smol.decode(ids).endswith("\n```\n")
         whole = smol.encode("```output\n42\n```\n")
         assert smol.encode("```output") + tokens(smol, "```output", "42") == whole
 

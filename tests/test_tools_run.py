@@ -204,7 +204,7 @@ def test_the_report_tells_programs_from_their_outputs(folder, straight):
             if not sampled:
                 told += 1
                 assert text.startswith("\n") and text.endswith("\n```\n")
-                assert "```output" + text in completion["completion"]
+                assert text in completion["completion"]
     assert told
     page = report.write(folder / "straight").read_text()
     assert '"mask":[1,' in page and "tools/call_frequency" in page

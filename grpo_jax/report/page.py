@@ -29,6 +29,8 @@ CHARTS = {
     "Tokens of a completion": ("completions/*_length",),
     "Share of clipped ratios": ("clip_ratio/*",),
     "Accuracy": ("eval/*", "accuracy", "rewards/accuracies"),
+    "Programs of a completion": ("tools/call_frequency",),
+    "Share of programs that fail": ("tools/failure_frequency",),
     "Share of completions cut off": ("completions/clipped_ratio",),
     "Spread of rewards in a group": ("reward_std",),
     "Share of groups without a signal": ("frac_reward_zero_std", "dynamic/tied"),
