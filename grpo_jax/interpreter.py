@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from grpo_jax import answers
 from grpo_jax.errors import GrpoError
 from grpo_jax.sandbox import Result, Sandbox, SandboxFailed, shared
 from grpo_jax.tokenizer import Tokenizer
@@ -153,10 +152,3 @@ def output_tokens(tokenizer: Tokenizer, end: str, output: str) -> list[int]:
             return ids[:OUTPUT_TOKENS]
         kept //= 2
         fits = shortened(output, kept)
-
-
-def program_answer(calls: Sequence[Call]) -> str | None:
-    """The answer of the last output, for program accuracy; None if it has none."""
-    if not calls:
-        return None
-    return answers.extract(f"{STOP}\n{calls[-1].output}\n{FENCE}")

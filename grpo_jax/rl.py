@@ -319,7 +319,9 @@ def evaluate_now(run: Run, params: Params) -> dict[str, float]:
     started = time.perf_counter()
     name = comparison.set_names(run.config)[0]
     result = comparison.evaluate_set(run, params, name, sampled=False)
-    return {
-        f"eval/{name}/greedy_accuracy": result["greedy"]["accuracy"],
-        "time/eval": time.perf_counter() - started,
-    }
+    mode = "tool" if generations(run.config) else "cot"
+    greedy = result[comparison.measure_name(mode, "greedy")]
+    found = {f"eval/{name}/greedy_accuracy": greedy["accuracy"]}
+    if mode == "tool":
+        found[f"eval/{name}/program_accuracy"] = greedy["program"]["accuracy"]
+    return found | {"time/eval": time.perf_counter() - started}

@@ -20,6 +20,7 @@ Axes: N rows, C positions of the longest.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,6 @@ from grpo_jax.interpreter import (
     Call,
     Interpreter,
     output_tokens,
-    program_answer,
     program_of,
 )
 from grpo_jax.model import Decoder, Params
@@ -151,10 +151,12 @@ def solve(
             keep=generations > 1,
             **options,
         )
-        occupancy.append(float(out.occupancy))
+        occupancy.append(out.occupancy)
         seats = [_Row() for _ in range(out.tokens.shape[0])]
         every += seats
         for turn in range(1, generations + 1):
+            while not out.tokens.is_ready():  # asleep here, so that Ctrl-C is heard
+                time.sleep(0.002)
             got = jax.device_get((out.tokens, out.logps, out.lengths))
             for row, tokens, logps, n in zip(seats, *got, strict=True):
                 new = slice(len(row.told), n)
@@ -175,7 +177,7 @@ def solve(
                 key=jax.random.fold_in(own, (1 << 29) + turn),
                 **options,
             )
-    return _gathered(every, float(np.mean(occupancy)))
+    return _gathered(every, float(np.mean(jax.device_get(occupancy))))
 
 
 def _only(out: Rollouts, rows: Sequence[int], multiple: int) -> Rollouts:
@@ -239,19 +241,3 @@ def text_of(tokenizer: Tokenizer, tokens: Sequence[int], mask: Sequence[Any]) ->
         if STOP in own:
             text = text[: text.rindex(STOP)]
     return text
-
-
-def answer(
-    model: Decoder,
-    params: Params,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    **options: Any,
-) -> list[tuple[str, str | None]]:
-    """Of each output of `solve`, its text and the answer of its last program."""
-    found = solve(model, params, tokenizer, prompts, **options)
-    texts = []
-    for tokens, mask, n in zip(found.tokens, found.mask, found.lengths, strict=True):
-        texts.append(text_of(tokenizer, tokens[:n].tolist(), mask[:n].tolist()))
-    programs = [program_answer(calls) for calls in found.calls]
-    return list(zip(texts, programs, strict=True))

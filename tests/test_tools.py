@@ -14,14 +14,12 @@ import numpy as np
 import pytest
 from recital import Script, ids_of, learn, make_tokenizer
 
-from grpo_jax import sandbox, sharding
+from grpo_jax import answers, sandbox, sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.interpreter import (
     OUTPUT_TOKENS,
-    Call,
     Interpreter,
     output_tokens,
-    program_answer,
     program_of,
     said,
 )
@@ -212,11 +210,8 @@ def test_what_is_told_of_an_output(solved):
     assert texts[1] == "It is 5.\n"  # a faked output is no part of it
     assert texts[6] == f"{P}print(1)\n```\n"
     assert texts[7].endswith("```output\n5\n```\n")
-    answers = [program_answer(calls) for calls in solved.calls[::2]]
-    assert answers[0] == "42" and answers[1] is None and answers[2] == "7"
-    assert answers[7] == "5"
-    failed = Call("", "Runtime errors: Timeout Error", True)
-    assert program_answer([Call("", "3", False), failed]) is None
+    assert [answers.printed(text) for text in texts[:3]] == ["42", None, "7"]
+    assert [answers.printed(text) for text in texts[6:]] == [None, "5"]
 
 
 # -- the text that stops, however it is tokenised --------------------------------------

@@ -16,7 +16,16 @@ from recital import learn, make_tokenizer
 from small_runs import SMALL, dotted, small_config
 from test_tools import SCRIPTS
 
-from grpo_jax import credit, packing, report, rl, sandbox, sharding
+from grpo_jax import (
+    comparison,
+    credit,
+    packing,
+    report,
+    rl,
+    sandbox,
+    sharding,
+    tables,
+)
 from grpo_jax.errors import GrpoError
 from grpo_jax.experience import Experience, read
 from grpo_jax.recorder import Recorder
@@ -25,8 +34,8 @@ from grpo_jax.run import Preempted, Run
 from grpo_jax.update import TrainState, make_scorer, make_step
 
 TOKENIZER = make_tokenizer()
-STEPS = 4
-ANSWERS = {"a": "42", "c": "7", "e": "7", "b": "5"}
+STEPS, HALF = 4, 0.92
+ANSWERS = {"a": "42", "c": "7", "e": "7", "b": "6"}
 SIZES = SMALL | {
     "data.template": "plain",
     "data.max_prompt_tokens": 8,
@@ -47,7 +56,7 @@ MODEL = {"model.layers": 2, "model.width": 48, "model.heads": 4, "model.ffn": 96
 def recital():
     """It knows its scripts but half by heart, so that the outputs of a group differ."""
     model, params = learn(TOKENIZER, SCRIPTS)
-    return model, jax.tree.map(lambda x: 0.92 * x, params)
+    return model, jax.tree.map(lambda x: HALF * x, params)
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +203,27 @@ def test_a_stopped_run_goes_on_to_the_same_bits(staleness, folder, recital, stra
         assert lines(folder / name / file) == lines(folder / kind / file)
 
 
+def test_the_comparison_of_a_run_runs_programs_too(folder, recital):
+    """Of a, b, c and e all but b's 5 are right; a and c by a program. What is greedy
+    needs no other rows beside it: two at a time give the same."""
+    params = jax.tree.map(lambda x: x / HALF, recital[1])
+    found = []
+    for batch in (4, 2):
+        with opened(folder, recital, f"by-{batch}", eval__batch=batch) as run:
+            found.append(comparison.compare(run, {"rl": params}))
+            now = rl.evaluate_now(run, params)
+            name = f"eval/{run.config.data.eval}"
+            assert now[f"{name}/greedy_accuracy"] == 0.75
+            assert now[f"{name}/program_accuracy"] == 0.5
+    (row,), (again,) = (results["sets"].values() for results in found)
+    result = row["rl"]["tool_greedy"]
+    assert result["accuracy"] == 0.75 and result["program"]["accuracy"] == 0.5
+    assert result["cut_off"] == 0.5 and row["rl"] == again["rl"]  # b; c's third turn
+    page = report.write(folder / "by-4").read_text()
+    assert "(programs 50.0)" in page and "programs, greedy" in page
+    assert "with programs, greedy, its programs: rl |" in tables.table(found[0])
+
+
 def test_the_report_tells_programs_from_their_outputs(folder, straight):
     (group, *_) = lines(folder / "straight" / "samples.jsonl")
     told = 0
@@ -207,7 +237,7 @@ def test_the_report_tells_programs_from_their_outputs(folder, straight):
                 assert text in completion["completion"]
     assert told
     page = report.write(folder / "straight").read_text()
-    assert '"mask":[1,' in page and "tools/call_frequency" in page
+    assert '"mask":[1.0,' in page and "tools/call_frequency" in page
 
 
 # -- what is refused before a run ------------------------------------------------------

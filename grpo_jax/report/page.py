@@ -182,6 +182,8 @@ def _accuracy(result: Mapping[str, Any]) -> str:
     if len(bounds) == 2 and bounds[0] is not None and bounds[1] is not None:
         half = 50 * (bounds[1] - bounds[0])
         text += f' <span class="quiet">± {half:.1f}</span>'
+    if (programs := number(_dict(result.get("program")).get("accuracy"))) is not None:
+        text += f' <span class="quiet">(programs {100 * programs:.1f})</span>'
     left_out = number(result.get("too_long"))
     return text + (f" ({short(left_out)} too long)" if left_out else "")
 
