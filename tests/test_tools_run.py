@@ -20,6 +20,7 @@ from grpo_jax import (
     comparison,
     credit,
     packing,
+    programs,
     report,
     rl,
     sandbox,
@@ -126,7 +127,7 @@ def test_only_sampled_tokens_are_taught_and_counted(folder, recital):
             outputs, scores, [1.0], group, scale="group", baseline="mean"
         )
         other = jax.tree.map(lambda x: 0.97 * x, params)
-        lay_out, score = rl.Layout(run), make_scorer(model)
+        lay_out, score = rl.Layout(run.config, run.mesh), make_scorer(model)
         batch = lay_out(samples)
         logps = rl.by_output(score(params, batch), outputs)
         ref = rl.by_output(score(other, batch), outputs)
@@ -140,7 +141,7 @@ def test_only_sampled_tokens_are_taught_and_counted(folder, recital):
         told = [len(o.tokens) - sum(o.sampled) for o in outputs]
         assert max(told) > 10 and min(told) == 0
         optimizer, _ = rl.optimizer(run.config)
-        step = make_step(rl.make_objective(run), optimizer)
+        step = make_step(programs.make_objective(run.config, model), optimizer)
         metrics = []
         for noise in (0.0, 5.0):
             noisy = []
