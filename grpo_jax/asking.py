@@ -150,7 +150,7 @@ def with_programs(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     *,
-    slots: int,
+    slots: int = 0,
     stop: Sequence[Sequence[int]] = (),
     **options: Any,
 ) -> Answers:
