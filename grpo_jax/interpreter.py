@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import jax
+
 from grpo_jax.errors import GrpoError
 from grpo_jax.sandbox import Result, Sandbox, SandboxFailed, shared
 from grpo_jax.tokenizer import Tokenizer
@@ -72,13 +74,16 @@ class Interpreter:
     """Runs programs in a sandbox, side by side; equal ones once.
 
     timeout: seconds of wall and of CPU time for each. Raises GrpoError where no sandbox
-    works, and where one that worked fails twice: that says nothing of the program.
+    works or a run has several processes, and where a sandbox that worked fails twice:
+    that says nothing of the program.
 
     >>> [call.output for call in Interpreter()(["print(6 * 7)", "1 / 0"])]
     ['42', 'Runtime errors: ZeroDivisionError: division by zero']
     """
 
     def __init__(self, timeout: float = 10.0, sandbox: Sandbox | None = None):
+        if jax.process_count() > 1:
+            raise GrpoError("tools: programs need a run of one process, so far")
         self.timeout, self.sandbox = timeout, sandbox or shared()
 
     def __call__(self, programs: Sequence[str]) -> list[Call]:
