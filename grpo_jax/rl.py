@@ -4,7 +4,8 @@ Where the method iterates, for each iteration: π_ref ← π_θ, and the reward 
 trained on. One step:
 1. the questions q of this step, by its number;
 2. their prompts as token ids;
-3. G outputs o_i of each, sampled from π_θ (which is π_old from here on) or from π_sft;
+3. G outputs o_i of each, sampled from π_θ (which is π_old from here on) or from π_sft,
+   with tools by the loop of `tools.py`, whose programs run in between;
 4. dispatched: log π_ref, for μ > 1 log π_old, PPO's values, and with max_staleness 1
    the next step's outputs (`pipeline.py`);
 5. meanwhile on the host: rewards r_i, by the reward functions on the outputs' texts or

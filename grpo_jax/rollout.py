@@ -217,6 +217,17 @@ def is_laid_out(model: Decoder, params: Params, layout: Mesh) -> bool:
     return all(jax.tree.leaves(jax.tree.map(here, params, where)))
 
 
+def laid_out(model: Decoder, params: Params) -> tuple[Mesh | None, Params]:
+    """The mesh that decodes, and the parameters there; None and they on one device."""
+    mesh = sharding.mesh_of(params)
+    if mesh is None or mesh.size == 1:
+        return None, params
+    layout = sharding.regroup(mesh, model.decode_tensor or mesh.shape["tensor"])
+    if is_laid_out(model, params, layout):
+        return layout, params
+    return layout, relaid(model, params, layout)
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """What of a request is compiled: one program for many numbers of prompts."""
@@ -362,11 +373,7 @@ def generate(
     empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
     if empty:
         raise GrpoError(f"generate: prompt {empty[0]} is empty")
-    mesh = sharding.mesh_of(params)
-    if mesh is None or mesh.size == 1:
-        layout = None
-    else:
-        layout = sharding.regroup(mesh, model.decode_tensor or mesh.shape["tensor"])
+    layout, params = laid_out(model, params)
     groups = sharding.rows_multiple(layout) if layout else 1
     shape = shape_of(
         len(prompts), max(map(len, prompts)), samples, groups=groups, slots=slots
@@ -374,8 +381,6 @@ def generate(
     lists = [ids for ids in prompts for _ in range(shape.copies)]
     tokens, mask = ragged(lists, shape.prompts, shape.width)
     if layout is not None:
-        if not is_laid_out(model, params, layout):
-            params = relaid(model, params, layout)
         tokens, mask = jax.device_put((tokens, mask), sharding.batch_sharding(layout))
     sample = program(
         shape,

@@ -19,6 +19,7 @@ Axes: N rows, C positions of the longest.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ from grpo_jax.interpreter import (
     program_of,
 )
 from grpo_jax.model import Decoder, Params
-from grpo_jax.rollout import Rollouts, bucket, generate
+from grpo_jax.rollout import Rollouts, bucket, generate, laid_out
 from grpo_jax.stopping import stop_table
 from grpo_jax.tokenizer import Tokenizer
 
@@ -69,6 +70,7 @@ class _Row:
         self.calls: list[Call] = []
         self.told: list[int] = []  # the tokens of the last output
         self.program: str | None = None  # what its last turn asks to run
+        self.end = ""  # how the text ends where it asks
         self.finished = False
 
     def add(self, tokens: Sequence[int], logps: Sequence[float] | None = None) -> None:
@@ -135,48 +137,52 @@ def solve(
         stop_table=stop_table(tokenizer, (STOP,), model.config.vocab_size),
     )
     size = max(1, rows // samples) if rows else len(prompts)
-    mesh = sharding.mesh_of(params)
-    multiple = sharding.rows_multiple(mesh) if mesh else 1
+    layout, params = laid_out(model, params)
+    multiple = 1
+    if layout is not None:
+        multiple = sharding.rows_multiple(layout)
+        key = jax.device_put(key, jax.NamedSharding(layout, sharding.P()))
     every, occupancy = [], []
-    for start in range(0, len(prompts), size):
-        # Rows fold their own numbers into a key: those above are none of theirs.
-        own = jax.random.fold_in(key, (1 << 30) + start) if start else key
-        out = generate(
-            model,
-            params,
-            prompts[start : start + size],
-            key=own,
-            samples=samples,
-            cache_dtype=cache_dtype,
-            keep=generations > 1,
-            **options,
-        )
-        occupancy.append(out.occupancy)
-        seats = [_Row() for _ in range(out.tokens.shape[0])]
-        every += seats
-        for turn in range(1, generations + 1):
-            while not out.tokens.is_ready():  # asleep here, so that Ctrl-C is heard
-                time.sleep(0.002)
-            got = jax.device_get((out.tokens, out.logps, out.lengths))
-            for row, tokens, logps, n in zip(seats, *got, strict=True):
-                new = slice(len(row.told), n)
-                row.write(tokenizer, tokens[new].tolist(), logps[new].tolist())
-            calling = [row for row in seats if row.program is not None]
-            calls = interpreter([row.program or "" for row in calling])
-            for row, call in zip(calling, calls, strict=True):
-                row.tell(tokenizer, call)
-            if not calling or turn == generations:
-                break
-            going = [i for i, row in enumerate(seats) if row.program is not None]
-            out, seats = _only(out, going, multiple), calling
-            out = continue_rollouts(
+    with jax.set_mesh(layout) if layout else contextlib.nullcontext():
+        for start in range(0, len(prompts), size):
+            # Rows fold their own numbers into a key: those above are none of theirs.
+            own = jax.random.fold_in(key, (1 << 30) + start) if start else key
+            out = generate(
                 model,
                 params,
-                out,
-                [row.told for row in seats],
-                key=jax.random.fold_in(own, (1 << 29) + turn),
+                prompts[start : start + size],
+                key=own,
+                samples=samples,
+                cache_dtype=cache_dtype,
+                keep=generations > 1,
                 **options,
             )
+            occupancy.append(out.occupancy)
+            seats = [_Row() for _ in range(out.tokens.shape[0])]
+            every += seats
+            for turn in range(1, generations + 1):
+                while not out.tokens.is_ready():  # asleep here, so that Ctrl-C is heard
+                    time.sleep(0.002)
+                got = jax.device_get((out.tokens, out.logps, out.lengths))
+                for row, tokens, logps, n in zip(seats, *got, strict=True):
+                    new = slice(len(row.told), n)
+                    row.write(tokenizer, tokens[new].tolist(), logps[new].tolist())
+                calling = [row for row in seats if row.program is not None]
+                calls = interpreter([row.program or "" for row in calling])
+                for row, call in zip(calling, calls, strict=True):
+                    row.tell(tokenizer, call)
+                if not calling or turn == generations:
+                    break
+                going = [i for i, row in enumerate(seats) if row.program is not None]
+                out, seats = _only(out, going, multiple), calling
+                out = continue_rollouts(
+                    model,
+                    params,
+                    out,
+                    [row.told for row in seats],
+                    key=jax.random.fold_in(own, (1 << 29) + turn),
+                    **options,
+                )
     return _gathered(every, float(np.mean(jax.device_get(occupancy))))
 
 

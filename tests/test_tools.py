@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from recital import Script, ids_of, learn, make_tokenizer
 
-from grpo_jax import answers, sandbox, sharding
+from grpo_jax import answers, sandbox, sharding, sums
 from grpo_jax.errors import GrpoError
 from grpo_jax.interpreter import (
     OUTPUT_TOKENS,
@@ -347,6 +347,26 @@ def test_equal_programs_run_once_and_a_hostile_one_says_no_more_than_a_line():
     calls = Interpreter()([program, program])
     assert calls[0] is calls[1] and calls[0].failed
     assert calls[0].output == "Runtime errors: OSError: \x00```"
+
+
+def test_the_embedded_task_is_solved_by_its_programs():
+    """What its solutions say of the output is what the sandbox says."""
+    interpreter = Interpreter()
+    for name in ("chain", "long", "words", "zh"):
+        plain, tool = (
+            sums.load(f"sums/{kind}{name}", "train") for kind in ("", "tool-")
+        )
+        for i in range(3):
+            example = tool[i]
+            assert example.question == plain[i].question
+            asked, _, told = example.solution.partition("```output")
+            (call,) = interpreter([program_of([], asked) or ""])
+            assert told.startswith(f"\n{call.output}\n```\n")
+            assert call.output == example.answer == plain[i].answer
+            tokenizer = Tokenizer.from_alphabet(sums.TOOL_ALPHABET)
+            assert tokenizer.decode(tokenizer.encode(example.solution)) == (
+                example.solution
+            )
 
 
 class Broken(Sandbox):
