@@ -352,21 +352,17 @@ def test_equal_programs_run_once_and_a_hostile_one_says_no_more_than_a_line():
 def test_the_embedded_task_is_solved_by_its_programs():
     """What its solutions say of the output is what the sandbox says."""
     interpreter = Interpreter()
+    tokenizer = Tokenizer.from_alphabet(sums.TOOL_ALPHABET)
     for name in ("chain", "long", "words", "zh"):
-        plain, tool = (
-            sums.load(f"sums/{kind}{name}", "train") for kind in ("", "tool-")
-        )
+        plain, tool = (sums.load(f"sums/{k}{name}", "train") for k in ("", "tool-"))
         for i in range(3):
-            example = tool[i]
-            assert example.question == plain[i].question
-            asked, _, told = example.solution.partition("```output")
+            text = tool[i].solution
+            assert tool[i].question == plain[i].question
+            asked, _, told = text.partition("```output")
             (call,) = interpreter([program_of([], asked) or ""])
             assert told.startswith(f"\n{call.output}\n```\n")
-            assert call.output == example.answer == plain[i].answer
-            tokenizer = Tokenizer.from_alphabet(sums.TOOL_ALPHABET)
-            assert tokenizer.decode(tokenizer.encode(example.solution)) == (
-                example.solution
-            )
+            assert call.output == tool[i].answer == plain[i].answer
+            assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 class Broken(Sandbox):
