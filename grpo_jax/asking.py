@@ -2,11 +2,11 @@
 
 In: a model, a set's name and `Settings`. Out: the completions of every question.
 
-A mode ("cot", chain of thought) is one function: prompts in, completions out. The
-sampler gets a queue of up to four batches at a time, the longest prompts first, and
-what it answered is written before it gets the next. Draws depend on the seed, the
-temperature and the place in that order alone, so that an evaluation which was stopped
-goes on to the completions that it would have come to.
+A mode ("cot", chain of thought; "tool", with programs) is one function: prompts in,
+completions out. The sampler gets a queue of up to four batches at a time, the longest
+prompts first, and what it answered is written before it gets the next. Draws depend on
+the seed, the temperature and the place in that order alone, so that an evaluation which
+was stopped goes on to the completions that it would have come to.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from grpo_jax import data, hosts, sharding, shots
 from grpo_jax.completions import Completion, Log
 from grpo_jax.data import Example
-from grpo_jax.errors import GrpoError
+from grpo_jax.interpreter import Interpreter
 from grpo_jax.model import Decoder, Params
 from grpo_jax.prompts import encode_prompts
 from grpo_jax.recorder import progress
 from grpo_jax.rollout import generate
 from grpo_jax.run import Preempted
 from grpo_jax.tokenizer import Tokenizer
+from grpo_jax.tools import solve, text_of
 
 Answers = list[list[Completion]]  # [questions][samples]
 Mode = Callable[..., Answers]  # see `chain_of_thought`
@@ -48,6 +49,8 @@ class Settings:
     template: str = "chat"
     instruction: str = "cot"
     mode: str = "cot"  # cot | tool
+    generations: int = 2  # of a completion with tools (`tools.py`)
+    tool_timeout: float = 10.0  # seconds of a program
     few_shot: bool = False  # worked examples instead of template and instruction
     max_prompt_tokens: int = 2048
     max_new_tokens: int = 1024
@@ -143,16 +146,40 @@ def chain_of_thought(
     return [rows[i : i + samples] for i in range(0, len(rows), samples)]
 
 
-MODES: dict[str, Mode] = {"cot": chain_of_thought}
+def with_programs(
+    model: Decoder,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    slots: int = 0,
+    stop: Sequence[Sequence[int]] = (),
+    **options: Any,
+) -> Answers:
+    """The same by tool-integrated reasoning, whose programs a sandbox runs; `slots`
+    completions at a time. options: as `tools.solve` has them; few-shot has no tools."""
+    assert not stop
+    found = solve(model, params, tokenizer, prompts, rows=slots, **options)
+    rows = []
+    for i, n in enumerate(found.lengths.tolist()):
+        ids, mask = found.tokens[i, :n].tolist(), found.mask[i, :n].tolist()
+        text = text_of(tokenizer, ids, mask)
+        rows.append(Completion(text, not found.finished[i]))
+    samples = options["samples"]
+    return [rows[i : i + samples] for i in range(0, len(rows), samples)]
 
 
-def find_mode(name: str) -> Mode:
-    if name not in MODES:
-        raise GrpoError(
-            f"mode {name}: programs are not run here yet; use {' or '.join(MODES)}, or "
-            "give completions made elsewhere as a .jsonl file"
-        )
-    return MODES[name]
+MODES: dict[str, Mode] = {"cot": chain_of_thought, "tool": with_programs}
+
+
+def find_mode(settings: Settings) -> Mode:
+    """The settings' mode; refused where it needs a sandbox and none works here."""
+    mode = MODES[settings.mode]
+    if settings.mode != "tool":
+        return mode
+    interpreter = Interpreter(settings.tool_timeout)
+    generations = settings.generations
+    return functools.partial(mode, interpreter=interpreter, generations=generations)
 
 
 # -- a whole set -----------------------------------------------------------------------
@@ -179,7 +206,7 @@ def answer_all(
     temperature, samples = 0.0, 1
     if kind == "sampled":
         temperature, samples = settings.temperature, settings.samples
-    ask = find_mode(settings.mode)
+    ask = find_mode(settings)
     form = shots.find(asked.name) if settings.few_shot else None
     stop = shots.stop_ids(tokenizer, form) if form else []
     size = questions_at_once(len(asked.order), samples, settings.batch)
@@ -258,6 +285,9 @@ def describe(asked: Asked, settings: Settings, kind: str, size: int) -> dict[str
         "batch": settings.batch,
         "prompts": asked.digest(),
     }
+    if settings.mode == "tool":
+        how |= {"generations": settings.generations}
+        how |= {"tool_timeout": settings.tool_timeout}
     if kind == "sampled":
         how |= {"temperature": settings.temperature, "samples": settings.samples}
         how["seed"] = settings.seed

@@ -8,6 +8,7 @@ import difflib
 from grpo_jax.config import (
     Config,
     flatten,
+    generations,
     lora_targets,
     reward_names,
     reward_weights,
@@ -88,6 +89,9 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "optimizer.max_skipped": (1, True),
     "optimizer.max_sampling_gap": (0, False),
     "rewards.timeout": (0, False),
+    "tools.generations": (0, True),
+    "tools.timeout": (0, False),
+    "tools.rows": (0, True),
     "reward_model.questions": (1, True),
     "reward_model.samples": (1, True),
     "reward_model.completions": (1, True),
@@ -189,10 +193,17 @@ def _validate_method(config: Config) -> None:
             )
     if method.loss == "sft" and config.aggregate == "constant":
         raise GrpoError("config.aggregate: 'constant' is for GRPO's and PPO's losses")
+    judged = method.coefficient == "process" or "model" in reward_names(config)
+    if generations(config) and judged:
+        raise GrpoError(
+            "config.tools.generations: a reward model is trained on outputs without "
+            "programs; set it to 0, or take a method and rewards without the model"
+        )
     has_buffer = "overlong_buffer" in method.fields
     buffer = config.of_method("overlong_buffer") if has_buffer else 0
-    if buffer > config.max_new_tokens:
+    longest = config.max_new_tokens * max(1, generations(config))
+    if buffer > longest:
         raise GrpoError(
-            f"config.overlong_buffer: {buffer} is more than max_new_tokens, "
-            f"{config.max_new_tokens}"
+            f"config.overlong_buffer: {buffer} is more than max_new_tokens allows, "
+            f"{longest}"
         )

@@ -18,7 +18,7 @@ from typing import Any
 from grpo_jax import asking, completions, hosts, scores, sources
 from grpo_jax.asking import Settings
 from grpo_jax.completions import KINDS, Completion
-from grpo_jax.config import Config
+from grpo_jax.config import Config, generations
 from grpo_jax.data import Example
 from grpo_jax.model import Decoder, Params
 from grpo_jax.run import Run
@@ -125,11 +125,15 @@ def settings_of(config: Config) -> Settings:
         batch=config.eval.batch,
         seed=config.seed,
         data_dir=config.data.dir or None,
+        mode="tool" if generations(config) else "cot",
+        generations=generations(config),
+        tool_timeout=config.tools.timeout,
     )
 
 
 def check_sets(run: Run) -> None:
     """Refuses before the training what the comparison would refuse after it."""
+    asking.find_mode(settings_of(run.config))
     for name in set_names(run.config):
         asking.load_prompts(run.tokenizer, name, settings_of(run.config))
 

@@ -79,6 +79,15 @@ class RewardSettings:
 
 
 @dataclass(slots=True, kw_only=True)
+class ToolSettings:
+    # Generations of an output, each of max_new_tokens, whose programs are run; None is
+    # the paper's 2 where data.instruction is tool, else 0: nothing is run.
+    generations: int | None = None
+    timeout: float = 10.0  # seconds of a program
+    rows: int = 0  # outputs whose keys and values are kept at a time; 0 is all
+
+
+@dataclass(slots=True, kw_only=True)
 class RewardModelSettings:
     labels: str = ""  # a JSON-lines file of labelled steps; "" makes Math-Shepherd's
     questions: int = 2048  # whose outputs are labelled
@@ -169,6 +178,7 @@ class Config:
     sft: SftSettings = field(default_factory=SftSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     rewards: RewardSettings = field(default_factory=RewardSettings)
+    tools: ToolSettings = field(default_factory=ToolSettings)
     reward_model: RewardModelSettings = field(default_factory=RewardModelSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
@@ -193,6 +203,18 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + f.name] = value
     return flat
+
+
+def generations(config: Config) -> int:
+    """How many generations an output has, with its programs run; 0: no tools.
+
+    >>> asked = DataSettings(instruction="tool")
+    >>> generations(Config()), generations(Config(data=asked))
+    (0, 2)
+    """
+    if config.tools.generations is None:
+        return 2 if config.data.instruction == "tool" else 0
+    return config.tools.generations
 
 
 def reward_names(config: Config) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, ArrayLike, Int
 
 from grpo_jax.cache import Cache, grow
 from grpo_jax.decoding import Ends, Rollouts, append, decode, start
@@ -33,6 +33,7 @@ def continue_tokens(
     key: Array,
     sampling: Sampling,
     ends: Ends,
+    stop_table: Array | None = None,
 ) -> Rollouts:
     """The jittable core of `continue_rollouts`; lengths -1: the row is left alone.
 
@@ -54,6 +55,7 @@ def continue_tokens(
         sampling=sampling,
         ends=ends,
         widths=(rows,),
+        stop_table=stop_table,
     )
     at = jnp.arange(width + max_new_tokens)[None] - lengths[:, None]
     given = at < 0
@@ -96,6 +98,7 @@ def continue_rollouts(
     min_p: float = 0.0,
     eos_id: int | Sequence[int],
     stop: Sequence[Sequence[int]] = (),
+    stop_table: ArrayLike | None = None,
 ) -> Rollouts:
     """Go on with kept rows after tokens that others wrote, such as a tool's output.
 
@@ -148,5 +151,6 @@ def continue_rollouts(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
         ),
         ends=Ends(as_ids(eos_id), as_stops(stop), max_new_tokens),
+        stop_table=stop_table,
     )
     return first_rows(out, rows)

@@ -40,16 +40,24 @@ class Output:
     prompt: list[int]
     tokens: list[int]  # the EOS token included
     logps: list[float]  # under the policy that sampled it
+    mask: list[int] | None = None  # 0 where a tool wrote the token; None: nowhere
     text: str = ""  # its tokens decoded, where that was done
     finished: bool  # with EOS, not cut off
+    calls: int | None = None  # programs that were run; None: a run without tools
+    failures: int = 0  # of them
+
+    @property
+    def sampled(self) -> list[int]:
+        """1 where the policy chose the token."""
+        return [1] * len(self.tokens) if self.mask is None else self.mask
 
     @property
     def sample(self) -> Sample:
-        """Prompt and output, with the output's tokens in the loss."""
+        """Prompt and output, with the output's sampled tokens in the loss."""
         before = len(self.prompt)
         return Sample(
             tokens=[*self.prompt, *self.tokens],
-            mask=[0] * before + [1] * len(self.tokens),
+            mask=[0] * before + self.sampled,
             logps=[0.0] * before + self.logps,
             prompt=before,
         )
@@ -126,6 +134,7 @@ def critic(
 ) -> list[Sample]:
     """A_t = GAE of r_t = -β log(π_old/π_ref) + r at the last token; whitened.
 
+    r stands at the last token that was sampled; a tool's tokens are passed over.
     values, ref_logps: of each output, V(s_t) and log π_ref at its tokens. An output
     without a reward (NaN) teaches nothing. log π_old is the sampler's, also where that
     is a step older (max_staleness). Advantages are brought to mean 0 and
@@ -135,10 +144,10 @@ def critic(
     for i, output in enumerate(outputs):
         n = len(output.tokens)
         v[i, :n] = values[i]
-        mask[i, :n] = np.isfinite(rewards[i])
+        mask[i, :n] = np.isfinite(rewards[i]) * np.array(output.sampled)
         if ref_logps is not None:
             r[i, :n] = -kl_coef * (np.asarray(output.logps) - ref_logps[i])
-        r[i, n - 1] += rewards[i]
+        r[i, np.flatnonzero(output.sampled)[-1]] += rewards[i]
     advantages, returns = gae(
         jnp.asarray(r), jnp.asarray(v), jnp.asarray(mask), gamma=gamma, lam=lam
     )

@@ -63,7 +63,16 @@ class Rollouts:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["offered", "used", "queue", "row", "recent", "cache", "out"],
+    data_fields=[
+        "offered",
+        "used",
+        "queue",
+        "row",
+        "recent",
+        "matched",
+        "cache",
+        "out",
+    ],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +82,12 @@ class State:
     queue: Array  # [] the next row to be given a slot
     row: Array  # [W] the row that a slot decodes; N: none
     recent: Array  # [W, longest stop sequence] its last tokens, -1 before them
+    matched: Array  # [W] the state of its text in a `stop_table`
     cache: Cache
     out: Rollouts
+
+
+_OF_ROW = ("row", "recent", "matched")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +126,7 @@ def decode(
     widths: Sequence[int],
     first: Any = 0,
     any_group: Callable[[Array], Array] = lambda more: more,
+    stop_table: Array | None = None,
 ) -> State:
     """Turns until the queue is empty and every row has ended.
 
@@ -172,7 +186,10 @@ def decode(
         token, logp = sampling(logits, row_keys, at)
         token = jnp.where(live, token, cache.token)
         recent = jnp.concatenate([state.recent[:, 1:], token[:, None]], 1)
-        ended = ends.reached(recent)
+        ended, matched = ends.reached(recent), state.matched
+        if stop_table is not None:
+            matched = stop_table[token, matched]
+            ended |= matched == stop_table.shape[1] - 1
 
         def put(table, value):
             return table.at[row, at].set(value, mode="drop")
@@ -191,6 +208,7 @@ def decode(
             queue=state.queue,
             row=jnp.where(ended | (at + 1 >= ends.limit), none, row),
             recent=recent,
+            matched=matched,
             cache=dataclasses.replace(
                 cache,
                 turn=cache.turn + 1,
@@ -235,8 +253,8 @@ def _narrow(state: State, width: int) -> State:
         places=cache.places[order],
         layers=jax.tree.map(lambda x: x[:, order], cache.layers),
     )
-    row, recent = state.row[order], state.recent[order]
-    return dataclasses.replace(state, row=row, recent=recent, cache=cache)
+    of_row = {name: getattr(state, name)[order] for name in _OF_ROW}
+    return dataclasses.replace(state, cache=cache, **of_row)
 
 
 def start(cache: Cache, row: Array, rows: int, ends: Ends) -> State:
@@ -248,6 +266,7 @@ def start(cache: Cache, row: Array, rows: int, ends: Ends) -> State:
         queue=jnp.int32(0),
         row=row,
         recent=jnp.full((len(row), longest), -1, jnp.int32),
+        matched=jnp.zeros(len(row), jnp.int32),
         cache=cache,
         out=Rollouts(
             tokens=jnp.zeros(shape, jnp.int32),

@@ -76,6 +76,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=["cot"],
         help="chain of thought, or reasoning with programs (cot)",
     )
+    add("--generations", type=int, default=2, help="with tool, programs between (2)")
     add(
         "--grader",
         choices=["strict", "paper"],
@@ -92,6 +93,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the samples (0)")
     flags = parser.parse_args(arguments)
     least = {"questions": 0, "samples": 0, "max_new_tokens": 1, "max_prompt_tokens": 1}
+    least |= {"generations": 1}
     for name, smallest in least.items():
         if getattr(flags, name) < smallest:
             parser.error(f"--{name.replace('_', '-')} must be {smallest} or more")
@@ -226,7 +228,7 @@ def check(flags: argparse.Namespace) -> None:
             read_given(path, flags)
         else:
             for mode in flags.mode:
-                asking.find_mode(mode)
+                asking.find_mode(Settings(mode=mode))
 
 
 def trained_sets(models: list[str]) -> list[str]:
@@ -289,6 +291,7 @@ def by_asking(
         seed=flags.seed,
         data_dir=flags.data_dir,
         grader=flags.grader,
+        generations=flags.generations,
     )
     asked = list(itertools.product(flags.sets, flags.mode))
     for place, (name, mode) in enumerate(asked, 1):

@@ -17,15 +17,18 @@ import jax
 import numpy as np
 
 from grpo_jax import data, hosts, sharding
-from grpo_jax.config import Config, reward_names, reward_weights
+from grpo_jax.config import Config, generations, reward_names, reward_weights
 from grpo_jax.credit import Output, overlong_punishment
 from grpo_jax.data import Example
+from grpo_jax.errors import GrpoError
+from grpo_jax.interpreter import Interpreter
 from grpo_jax.model import Params
 from grpo_jax.packing import Sample
 from grpo_jax.prompts import encode_prompts
 from grpo_jax.rewards import Calls, Scores, resolve, score
 from grpo_jax.rollout import generate
 from grpo_jax.run import Run
+from grpo_jax.tools import most_tokens, solve, text_of
 
 Prompts = list[tuple[Example, list[int]]]
 # outputs → what the reward model says of each, [N]
@@ -56,12 +59,23 @@ def load_questions(run: Run) -> Prompts:
     return kept
 
 
+def check_rows(config: Config, prompt: int) -> None:
+    """Refuses rows that the longest output would not fit with what it may be told."""
+    row, most = config.optimizer.row_length, config.max_new_tokens
+    longest = prompt + most_tokens(generations(config), most) - 1
+    if row and row < longest:
+        raise GrpoError(
+            f"config.optimizer.row_length: {row}; a prompt of {prompt} tokens and "
+            f"{generations(config)} generations with their outputs may take {longest}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Drawn:
     """G outputs of each of a step's questions, side by side, maybe still on their way.
 
     arrays: tokens and logps [N, C], lengths and finished [N], occupancy [], as
-    `Rollouts` has them.
+    `Rollouts` has them; with tools also mask [N, C], calls and failures [N].
     """
 
     step: int
@@ -88,6 +102,36 @@ def draw(run: Run, params: Params, step: int, prompts: Prompts, key: jax.Array):
     return Drawn(step, prompts, sharding.one_at_a_time(run.mesh, arrays))
 
 
+def draw_with_tools(
+    run: Run,
+    interpreter: Interpreter,
+    params: Params,
+    step: int,
+    prompts: Prompts,
+    key: jax.Array,
+) -> Drawn:
+    """The same with programs: waited for, as they run between the generations."""
+    found = solve(
+        run.model,
+        params,
+        run.tokenizer,
+        [ids for _, ids in prompts],
+        interpreter=interpreter,
+        key=key,
+        samples=run.config.group_size,
+        generations=generations(run.config),
+        max_new_tokens=run.config.max_new_tokens,
+        temperature=run.config.temperature,
+        cache_dtype=run.config.model.cache_dtype or None,
+        rows=run.config.tools.rows,
+    )
+    names = ("tokens", "logps", "mask", "lengths", "finished", "occupancy")
+    arrays = {name: np.asarray(getattr(found, name)) for name in names}
+    arrays["calls"] = np.array([len(calls) for calls in found.calls])
+    failures = [sum(call.failed for call in calls) for calls in found.calls]
+    return Drawn(step, prompts, arrays | {"failures": np.array(failures)})
+
+
 def read(drawn: Drawn) -> list[Output]:
     """The outputs, waited for; not decoded yet."""
     arrays = sharding.to_hosts(drawn.arrays)
@@ -102,9 +146,18 @@ def read(drawn: Drawn) -> list[Output]:
                 tokens=arrays["tokens"][i, :n].tolist(),
                 logps=arrays["logps"][i, :n].tolist(),
                 finished=bool(arrays["finished"][i]),
+                **_of_tools(arrays, i, n),
             )
         )
     return outputs
+
+
+def _of_tools(arrays: dict[str, Any], i: int, n: int) -> dict[str, Any]:
+    if "mask" not in arrays:
+        return {}
+    names = ("calls", "failures")
+    counts = {name: int(arrays[name][i]) for name in names}
+    return {"mask": arrays["mask"][i, :n].astype(int).tolist(), **counts}
 
 
 class Rewards:
@@ -117,7 +170,8 @@ class Rewards:
         self.functions = [None if n == "model" else resolve(n) for n in names]
         self.timeout = config.rewards.timeout
         own = config.own()
-        self.limit, self.buffer = config.max_new_tokens, own.get("overlong_buffer", 0)
+        self.limit = config.max_new_tokens * max(1, generations(config))
+        self.buffer = own.get("overlong_buffer", 0)
         # of `Scores.by_function`: the punishment of length is one of them
         self.all_weights = [*self.weights, 1.0] if self.buffer else self.weights
         self.calls = Calls()
@@ -146,7 +200,7 @@ class Rewards:
         )
         if not self.buffer:
             return scores
-        lengths = [len(o.tokens) for o in outputs]
+        lengths = [sum(o.sampled) for o in outputs]
         punishment = overlong_punishment(lengths, self.limit, self.buffer)
         return dataclasses.replace(
             scores,
@@ -161,7 +215,12 @@ class Experience:
 
     def __init__(self, run: Run):
         self.run, self.rewards = run, Rewards(run.config)
+        self.interpreter: Interpreter | None = None
+        if generations(run.config):  # refused here where no sandbox works
+            self.interpreter = Interpreter(run.config.tools.timeout)
         self.questions = load_questions(run)
+        if self.interpreter is not None:
+            check_rows(run.config, max(len(ids) for _, ids in self.questions))
         size, seed = run.config.questions_per_step, run.config.seed
         own = run.config.own()
         # DAPO: each further rollout of a step has questions of its own.
@@ -176,7 +235,17 @@ class Experience:
         """The step's first rollout, or a further one, sampled from `params`."""
         key = self.run.key("rl", step)
         key = key if round == 1 else jax.random.fold_in(key, round)
-        return draw(self.run, params, step, self.batches[round - 1][step], key)
+        asked = params, step, self.batches[round - 1][step], key
+        if self.interpreter is not None:
+            return draw_with_tools(self.run, self.interpreter, *asked)
+        return draw(self.run, *asked)
+
+    def text(self, output: Output) -> str:
+        """What the reward functions read."""
+        tokenizer = self.run.tokenizer
+        if output.mask is None:
+            return tokenizer.decode(output.tokens)
+        return text_of(tokenizer, output.tokens, output.mask)
 
     def grade(
         self,
@@ -223,13 +292,13 @@ class Experience:
 
         The reward model judges them before that, together: it runs on all devices.
         """
-        outputs, decode = list(outputs), self.run.tokenizer.decode
+        outputs = list(outputs)
         mine = hosts.share(len(outputs), self.run.config.group_size)
         judged = None
         if self.rewards.asks_model:
             assert judge is not None  # a run with "model" among its rewards has one
             judged = judge(outputs)[mine]
-        own = [dataclasses.replace(o, text=decode(o.tokens)) for o in outputs[mine]]
+        own = [dataclasses.replace(o, text=self.text(o)) for o in outputs[mine]]
         outputs[mine] = own
         return outputs, self.rewards(own, judged).gather()
 
@@ -244,7 +313,7 @@ def outcome_metrics(
     """Rewards and lengths of a step, under the names that TRL gave them."""
     groups = scores.rewards.reshape(-1, group_size)
     scored = ~np.isnan(groups)
-    lengths = np.array([len(o.tokens) for o in outputs])
+    lengths = np.array([sum(o.sampled) for o in outputs])
     several = groups[scored.sum(1) > 1]
     metrics = {
         "reward": _mean(scores.rewards),
@@ -256,6 +325,11 @@ def outcome_metrics(
         "completions/clipped_ratio": float(np.mean([not o.finished for o in outputs])),
         "rewards/timeouts": float(scores.timeouts),
     }
+    calls = [o.calls for o in outputs if o.calls is not None]
+    if calls:
+        failures = sum(o.failures for o in outputs)
+        metrics["tools/call_frequency"] = sum(calls) / len(calls)  # of an output
+        metrics["tools/failure_frequency"] = failures / max(sum(calls), 1)
     for name, values in scores.by_function.items():
         metrics[f"rewards/{name}/mean"] = _mean(values)
         metrics[f"rewards/{name}/std"] = (
@@ -293,9 +367,14 @@ def show(run: Run, step: int, outputs, rewards: np.ndarray, samples, **logps) ->
         }
         for o, r, a in zip(outputs[:g], rewards[:g], taught, strict=True)
     ]
+    for o, completion in zip(outputs, completions, strict=False):
+        if o.calls is not None:
+            completion |= {"calls": o.calls, "failures": o.failures}
     known = {"logps": [o.logps for o in outputs[:SHOWN]], **logps}
     for i, completion in enumerate(completions[:SHOWN]):
         completion["tokens"] = run.tokenizer.pieces(outputs[i].tokens)
+        if outputs[i].mask is not None:
+            completion["mask"] = outputs[i].mask
         for name, values in known.items():
             if values is not None:
                 completion[name] = [_number(x, 3) for x in values[i]]

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax import sharding
+from grpo_jax.config import generations
 from grpo_jax.experience import Drawn, Experience
 from grpo_jax.model import Params
 
@@ -73,5 +74,5 @@ class Pipeline:
         """A checksum of a step's prompts and of the shape of its rollout."""
         config = self.experience.run.config
         ids = [ids for _, ids in self.experience.batches[0][step]]
-        asked = [ids, config.group_size, config.max_new_tokens]
+        asked = [ids, config.group_size, config.max_new_tokens, generations(config)]
         return zlib.crc32(json.dumps(asked).encode())

@@ -17,7 +17,7 @@ import jax
 import optax
 
 from grpo_jax import sharding
-from grpo_jax.config import Config
+from grpo_jax.config import Config, generations
 from grpo_jax.methods import METHODS
 from grpo_jax.model import Decoder
 from grpo_jax.objectives import (
@@ -29,6 +29,7 @@ from grpo_jax.objectives import (
 )
 from grpo_jax.packing import Batch, Sample, pack
 from grpo_jax.reward_model.model import RewardModel, make_reward_scorer
+from grpo_jax.tools import most_tokens
 from grpo_jax.update import make_scorer, make_step
 
 
@@ -87,7 +88,7 @@ def make_objective(config: Config, model: Decoder) -> Objective:
     if own["max_staleness"] and own["importance_cap"] is None:
         options["importance_cap"] = 2.0
     if own["aggregate"] == "constant":
-        options["max_length"] = config.max_new_tokens
+        options["max_length"] = config.max_new_tokens * max(1, generations(config))
     if loss == "ppo":
         del options["kl_coef"]  # it is in the reward
         return ppo_objective(
@@ -117,7 +118,8 @@ class Layout:
     def __init__(self, config: Config, mesh: jax.sharding.Mesh):
         pairs = METHODS[config.method].coefficient == "pairs"
         self.together = together = 2 if pairs else 1
-        longest = config.data.max_prompt_tokens + config.max_new_tokens
+        longest = most_tokens(generations(config), config.max_new_tokens)
+        longest += config.data.max_prompt_tokens
         self.length = together * (config.optimizer.row_length or longest)
         rows = max(1, config.optimizer.micro_rows // together)
         self.rows = rows * sharding.rows_multiple(mesh)

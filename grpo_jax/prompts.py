@@ -42,9 +42,10 @@ INSTRUCTIONS = {
     "\\boxed{}中。",
 }
 Part = tuple[str, bool]  # text, and whether special tokens are parsed in it
-# What the interpreter wrote: an ```output block, up to its closing fence.
+# What the interpreter wrote of an ```output block: all behind its opening, with which
+# the model asks for it.
 _TOOL_OUTPUT = re.compile(
-    r"^[ \t]*```output[ \t]*\n.*?(?:^[ \t]*```[ \t]*$\n?|\Z)", re.M | re.S
+    r"^[ \t]*```output([ \t]*\n.*?(?:^[ \t]*```[ \t]*$\n?|\Z))", re.M | re.S
 )
 # Noncharacters of Unicode, which no text holds: they mark places in a rendering.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
@@ -100,8 +101,8 @@ def encode_sft(
 
     tokens: exactly the ids of `encode_prompt`, then the solution (without one: the
     answer), then the EOS. loss_mask: 1 on the solution's tokens and the EOS; 0 on the
-    prompt and on ```output blocks. Without a solution and an answer all 0: such a row
-    weighs nothing.
+    prompt and on what follows "```output" in such a block. Without a solution and an
+    answer all 0: such a row weighs nothing.
 
     >>> from grpo_jax.tokenizer import Tokenizer
     >>> tokenizer = Tokenizer.from_alphabet("12+=3")
@@ -127,7 +128,7 @@ def encode_sft(
         ids, offsets = tokenizer.encode_parts(answer)
         start = 0
     start += len(before)
-    tool = [found.span() for found in _TOOL_OUTPUT.finditer(target)]
+    tool = [found.span(1) for found in _TOOL_OUTPUT.finditer(target)]
     mask = [
         0 if any(a - start < end and b - start > begin for begin, end in tool) else 1
         for a, b in offsets

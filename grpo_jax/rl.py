@@ -4,7 +4,8 @@ Where the method iterates, for each iteration: π_ref ← π_θ, and the reward 
 trained on. One step:
 1. the questions q of this step, by its number;
 2. their prompts as token ids;
-3. G outputs o_i of each, sampled from π_θ (which is π_old from here on) or from π_sft;
+3. G outputs o_i of each, sampled from π_θ (which is π_old from here on) or from π_sft,
+   with tools by the loop of `tools.py`, whose programs run in between;
 4. dispatched: log π_ref, for μ > 1 log π_old, PPO's values, and with max_staleness 1
    the next step's outputs (`pipeline.py`);
 5. meanwhile on the host: rewards r_i, by the reward functions on the outputs' texts or
@@ -29,7 +30,7 @@ import numpy as np
 import optax
 
 from grpo_jax import credit, lora, sharding
-from grpo_jax.config import Config
+from grpo_jax.config import Config, generations
 from grpo_jax.credit import Output
 from grpo_jax.errors import GrpoError
 from grpo_jax.experience import Experience, outcome_metrics, read, show
@@ -322,7 +323,9 @@ def evaluate_now(run: Run, params: Params) -> dict[str, float]:
         result = comparison.evaluate_set(run, params, name, sampled=False)
     except Preempted:  # the step is done: its loop saves it and stops
         return {}
-    return {
-        f"eval/{name}/greedy_accuracy": result["greedy"]["accuracy"],
-        "time/eval": time.perf_counter() - started,
-    }
+    mode = "tool" if generations(run.config) else "cot"
+    greedy = result[comparison.measure_name(mode, "greedy")]
+    found = {f"eval/{name}/greedy_accuracy": greedy["accuracy"]}
+    if mode == "tool":
+        found[f"eval/{name}/program_accuracy"] = greedy["program"]["accuracy"]
+    return found | {"time/eval": time.perf_counter() - started}

@@ -23,8 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, ArrayLike, Int
 
 from grpo_jax import sharding
 from grpo_jax.cache import BLOCK, Cache, Prefixes, blocks_for
@@ -32,6 +31,7 @@ from grpo_jax.decoding import Ends, State, decode, start
 from grpo_jax.decoding import Rollouts as Rollouts
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, Params
+from grpo_jax.placement import laid_out
 from grpo_jax.sampling import Sampling
 
 
@@ -54,8 +54,9 @@ def generate_tokens(
     cache_dtype: str | None = None,
     keep: bool = False,
     groups: tuple[str, ...] = (),
+    stop_table: Array | None = None,
 ) -> Rollouts:
-    """The jittable core of `generate`: all but params, tokens, mask and key is static.
+    """The jittable core of `generate`: all but the arrays is static.
 
     tokens [P, S], mask [P, S] = 1 on real tokens; padding may stand on either side.
     Prompts without a real token, which must be the last, only fill the shape. `groups`
@@ -93,6 +94,7 @@ def generate_tokens(
             queue=state.queue + taken.sum(),
             row=jnp.where(taken, row, state.row),
             recent=jnp.where(taken[:, None], -1, state.recent),
+            matched=jnp.where(taken, 0, state.matched),
             cache=dataclasses.replace(
                 cache,
                 token=jnp.where(taken, last[prompt], cache.token),
@@ -134,6 +136,7 @@ def generate_tokens(
         widths=(slots,) if keep else widths_of(slots),
         first=jax.lax.axis_index(groups) * total if groups else 0,
         any_group=(lambda more: jax.lax.pmax(more, groups)) if groups else lambda x: x,
+        stop_table=stop_table,
     )
     return dataclasses.replace(state.out, cache=state.cache if keep else None)
 
@@ -146,6 +149,7 @@ def spread_tokens(
     *,
     key: Array,
     samples: int = 1,
+    stop_table: Array | None = None,
     **options: Any,
 ) -> Rollouts:
     """`generate_tokens` on the mesh in use: each group of devices for itself.
@@ -155,7 +159,7 @@ def spread_tokens(
     and heads. `slots` are one group's.
     """
 
-    def of_group(params, tokens, mask, key):
+    def of_group(params, tokens, mask, key, stop_table):
         out = generate_tokens(
             model,
             params,
@@ -164,6 +168,7 @@ def spread_tokens(
             key=key,
             samples=samples,
             groups=groups,
+            stop_table=stop_table,
             **options,
         )
         return dataclasses.replace(out, occupancy=out.occupancy[None])
@@ -172,11 +177,11 @@ def spread_tokens(
     rows, every = sharding.BATCH, sharding.P()
     out = jax.shard_map(
         of_group,
-        in_specs=(every, rows, rows, every),
+        in_specs=(every, rows, rows, every, every),
         out_specs=rows,
         axis_names=set(groups),
         check_vma=False,  # a group's loops start from constants
-    )(params, tokens, mask, key)
+    )(params, tokens, mask, key, stop_table)
     return dataclasses.replace(out, occupancy=out.occupancy.mean())
 
 
@@ -184,32 +189,6 @@ _STATIC = ("model", "max_new_tokens", "temperature", "top_k", "top_p", "min_p")
 _STATIC += ("eos_id", "stop", "samples", "slots", "cache_dtype", "keep")
 _jitted = jax.jit(generate_tokens, static_argnames=_STATIC)
 _spread = jax.jit(spread_tokens, static_argnames=_STATIC)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "layout"))
-def relaid(model: Decoder, params: Params, layout: Mesh) -> Params:
-    """Parameters on the mesh that decodes, in the dtype of the computation.
-
-    In two steps, which XLA knows how to take: rows of matrices for columns within the
-    groups of devices, and then between the groups what is missing in each.
-    """
-    params = jax.tree.map(lambda x: x.astype(model.dtype), params)
-    for fsdp in (True, False):
-        mesh = sharding.regroup(layout, layout.shape["tensor"], fsdp=fsdp)
-        where = sharding.shardings(params, mesh)
-        params = jax.lax.with_sharding_constraint(params, where)
-    return params
-
-
-def is_laid_out(model: Decoder, params: Params, layout: Mesh) -> bool:
-    """Whether the parameters are there already."""
-    where = sharding.shardings(params, layout)
-
-    def here(x, sharding) -> bool:
-        same = x.sharding.is_equivalent_to(sharding, len(x.shape))
-        return same and x.dtype == model.dtype
-
-    return all(jax.tree.leaves(jax.tree.map(here, params, where)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +301,7 @@ def generate(
     slots: int | None = None,
     cache_dtype: str | None = None,
     keep: bool = False,
+    stop_table: ArrayLike | None = None,
 ) -> Rollouts:
     """Sample completions: [N, max_new_tokens] with N = prompts × samples.
 
@@ -337,6 +317,7 @@ def generate(
       slots: rows decoded at a time (`default_slots`); results do not depend on it.
       cache_dtype: of keys and values; the model's if None.
       keep: keep the cache for `continue_rollouts`; every row then has its own slot.
+      stop_table: [V, S] of `stopping.stop_table`: texts that end a completion.
 
     Raises:
       GrpoError: no prompts, an empty one, or a choice that makes no sense.
@@ -355,11 +336,7 @@ def generate(
     empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
     if empty:
         raise GrpoError(f"generate: prompt {empty[0]} is empty")
-    mesh = sharding.mesh_of(params)
-    if mesh is None or mesh.size == 1:
-        layout = None
-    else:
-        layout = sharding.regroup(mesh, model.decode_tensor or mesh.shape["tensor"])
+    layout, params = laid_out(model, params)
     groups = sharding.rows_multiple(layout) if layout else 1
     shape = shape_of(
         len(prompts), max(map(len, prompts)), samples, groups=groups, slots=slots
@@ -367,8 +344,6 @@ def generate(
     lists = [ids for ids in prompts for _ in range(shape.copies)]
     tokens, mask = ragged(lists, shape.prompts, shape.width)
     if layout is not None:
-        if not is_laid_out(model, params, layout):
-            params = relaid(model, params, layout)
         rows = sharding.batch_sharding(layout)
         tokens, mask = (sharding.to_devices(x, rows) for x in (tokens, mask))
     sample = program(
@@ -386,7 +361,7 @@ def generate(
         keep=keep,
     )
     with jax.set_mesh(layout) if layout else contextlib.nullcontext():
-        out = sample(model, params, tokens, mask, key=key)
+        out = sample(model, params, tokens, mask, key=key, stop_table=stop_table)
     return first_rows(out, len(prompts) * samples)
 
 

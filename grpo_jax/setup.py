@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from grpo_jax import lora, sharding
-from grpo_jax.config import Config, OptimizerSettings, lora_targets
+from grpo_jax.config import Config, OptimizerSettings, generations, lora_targets
 from grpo_jax.errors import GrpoError
 from grpo_jax.methods import METHODS
 from grpo_jax.model import Decoder, ModelConfig, Params
@@ -77,7 +77,8 @@ def make_model(config: Config) -> tuple[Decoder, Tokenizer]:
     else:
         from grpo_jax import sums
 
-        tokenizer = Tokenizer.from_alphabet(sums.ALPHABET)
+        alphabet = sums.TOOL_ALPHABET if generations(config) else sums.ALPHABET
+        tokenizer = Tokenizer.from_alphabet(alphabet)
         model_config = declared_config(config, tokenizer.vocab_size)
     tokenizer.check_fits(model_config.vocab_size)
     return make_decoder(config, model_config), tokenizer

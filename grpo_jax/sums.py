@@ -1,7 +1,8 @@
 """The embedded task: chain sums with a worked solution, in four variants.
 
 In: a variant's name ("sums/chain") and a split. Out: a sequence of `Example`, made one
-by one from its index: no file, no download, no state.
+by one from its index: no file, no download, no state. "sums/tool-chain" has the same
+questions, solved by a program.
 
 A problem (its terms and signs, whatever the wording) belongs to train or to test by a
 hash of itself, so no test problem was ever trained on in another wording.
@@ -11,11 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import random
+import string
 
 from grpo_jax.data import Example, Indexed
 from grpo_jax.errors import GrpoError
 
 ALPHABET = "0123456789+-=?# \n,.Sabdefhikmnorstuwy加减等于几从开始"
+# The same, and what programs and interpreters write.
+TOOL_ALPHABET = "".join(dict.fromkeys(ALPHABET + string.printable[:95]))
 LARGEST = 19  # of a term
 LENGTHS = {"chain": (2, 3), "long": (4, 4), "words": (2, 3), "zh": (2, 3)}
 _SIZES = {"train": 20_000, "test": 5_000}
@@ -28,11 +32,15 @@ def load(name: str, split: str) -> Indexed[Example]:
 
     >>> load("sums/chain", "test")[0].question
     '6+3-2=?'
+    >>> load("sums/tool-chain", "test")[0].question
+    '6+3-2=?'
     """
     variant = name.removeprefix("sums/")
-    if variant not in LENGTHS:
+    if variant.removeprefix("tool-") not in LENGTHS:
         known = ", ".join(f"sums/{v}" for v in LENGTHS)
-        raise GrpoError(f"data {name!r}: no such set; there are {known}")
+        raise GrpoError(
+            f"data {name!r}: no such set; there are {known}, and sums/tool-chain …"
+        )
     if split not in _SIZES:
         raise GrpoError(f"data {name!r}: no split {split!r}; there are train and test")
     return _Sums(variant, split)
@@ -40,7 +48,8 @@ def load(name: str, split: str) -> Indexed[Example]:
 
 class _Sums:
     def __init__(self, variant: str, split: str):
-        self.variant, self.split = variant, split
+        self.variant, self.split = variant.removeprefix("tool-"), split
+        self.solve = solve if variant == self.variant else solve_by_program
 
     def __len__(self) -> int:
         return _SIZES[self.split]
@@ -52,7 +61,7 @@ class _Sums:
         return Example(
             question=_WORDINGS[self.variant](terms),
             answer=str(sum(terms)),
-            solution=solve(terms),
+            solution=self.solve(terms),
             language="zh" if self.variant == "zh" else "en",
             id=f"sums/{name}",
         )
@@ -89,8 +98,28 @@ def solve(terms: Terms) -> str:
     return "\n".join([*lines, f"#### {total}"])
 
 
+def solve_by_program(terms: Terms) -> str:
+    """The same with a program and its output.
+
+    >>> print(solve_by_program((12, -5)))
+    ```python
+    print(12-5)
+    ```
+    ```output
+    7
+    ```
+    #### 7
+    """
+    program, total = f"```python\nprint({_sum(terms)})\n```", sum(terms)
+    return f"{program}\n```output\n{total}\n```\n#### {total}"
+
+
+def _sum(terms: Terms) -> str:
+    return f"{terms[0]}" + "".join(f"{t:+d}" for t in terms[1:])
+
+
 def _chain(terms: Terms) -> str:
-    return f"{terms[0]}" + "".join(f"{t:+d}" for t in terms[1:]) + "=?"
+    return f"{_sum(terms)}=?"
 
 
 def _words(terms: Terms) -> str:

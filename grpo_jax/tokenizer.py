@@ -253,6 +253,19 @@ class Tokenizer:
                 shown = self.decode(ids[before:end], skip_special=False)
         return found
 
+    def texts(self) -> list[str]:
+        """What every id adds in the middle of a text, [V]; "" for special tokens.
+
+        >>> Tokenizer.from_alphabet("1+").texts()
+        ['', '', '', '1', '+']
+        """
+        # Behind another token, as some decoders drop a space where a text begins.
+        alone = ((i, self.decode([i])) for i in range(self.vocab_size))
+        before, first = next(x for x in alone if x[1] and "\ufffd" not in x[1])
+        rows = [[before, i] for i in range(self.vocab_size)]
+        found = self._tokenizer.decode_batch(rows, skip_special_tokens=True)
+        return [text[len(first) :] for text in found]
+
     def encode_parts(
         self, parts: Sequence[tuple[str, bool]]
     ) -> tuple[list[int], list[tuple[int, int]]]:

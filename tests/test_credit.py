@@ -1,5 +1,6 @@
 """What rewards teach each token: by hand, row by row of the table of methods."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,25 @@ def test_the_critics_credit_by_hand():
     white = (raw - raw.mean()) / raw.std(ddof=1)
     np.testing.assert_allclose(masked(samples, "advantages"), white, rtol=1e-4)
     assert samples[0].values == pytest.approx([0.0, 0.2, 0.4])
+
+
+def test_the_critic_passes_over_what_a_tool_wrote():
+    """Tokens of the policy, of a tool, of the policy, of a tool: the reward is at the
+    third, and A of the first reaches over the second. λ = 0.5, γ = 1."""
+    one = dataclasses.replace(output([1, 2, 3, 4]), mask=[1, 0, 1, 0])
+    one = dataclasses.replace(one, logps=[-1.0, 0.0, -1.0, 0.0])
+    ref, values = [np.array([-2.0, -9.0, -1.0, -9.0])], [np.array([0.5, 9, 0.25, 9])]
+    (sample,) = credit.critic(
+        [one], np.array([1.0]), values, ref, kl_coef=0.1, gamma=1.0, lam=0.5
+    )
+    last = 1.0 - 0.25
+    first = -0.1 + 0.25 - 0.5 + 0.5 * last
+    assert sample.mask == [0, 1, 0, 1, 0]
+    returns = [first + 0.5, last + 0.25]
+    np.testing.assert_allclose(masked([sample], "returns"), returns, rtol=1e-5)
+    raw = np.array([first, last])
+    white = (raw - raw.mean()) / raw.std(ddof=1)
+    np.testing.assert_allclose(masked([sample], "advantages"), white, rtol=1e-4)
 
 
 def test_an_output_without_a_reward_teaches_the_critic_nothing():

@@ -401,7 +401,7 @@ def test_two_files_are_compared_on_the_same_questions(questions, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--mode tool", "error: mode tool: programs are not run here yet"),
+        ("--mode tool --generations 0", "--generations must be 1 or more"),
         ("--few-shot", "has no --template and no --instruction"),
         ("--questions -1", "--questions must be 0 or more"),
         ("--sets gsm9k", "error: data 'gsm9k': no such set; did you mean 'gsm8k'?"),

@@ -330,7 +330,8 @@ So in all \\boxed{42}."""
 @pytest.mark.parametrize("template", ["chat", "deepseekmath", "plain"])
 def test_tool_output_is_not_trained_on(template):
     example = Example("What is 6*7?", "42", TOOLS)
-    before, _, after = TOOLS.partition("```output\n42\n```\n")
+    before, _, after = TOOLS.partition("\n42\n```\n")
+    assert before.endswith("```output")  # with that the model calls the interpreter
     space = " " if template == "deepseekmath" else ""
     expected = f"{space}{before}{after}<|im_end|>"
     assert covered(BYTES, example, template=template) == expected
@@ -341,11 +342,11 @@ def test_tool_output_is_not_trained_on(template):
 @pytest.mark.parametrize(
     ("solution", "trained"),
     [
-        ("a\n```output\n1\n```\nb\n```output\n2\n```\nc", "a\nb\nc"),
-        ("a\n```output\n1\n", "a\n"),  # cut off: all of the rest is the tool's
-        ("```output\n```\na", "a"),
-        ("题a\n```output\n答案 é\n```\n题b", "题a\n题b"),
-        ("a\n```output\n<|im_end|>\n```\nb", "a\nb"),
+        ("a\n```output\n1\n```\nb\n```output\n2\n```\nc", "a\n```outputb\n```outputc"),
+        ("a\n```output\n1\n", "a\n```output"),  # cut off: all of the rest is the tool's
+        ("```output\n```\na", "```outputa"),
+        ("题a\n```output\n答案 é\n```\n题b", "题a\n```output题b"),
+        ("a\n```output\n<|im_end|>\n```\nb", "a\n```outputb"),
         ("a ```output is a word\nb", "a ```output is a word\nb"),
         ("a\n```outputs\nb\n```", "a\n```outputs\nb\n```"),
     ],

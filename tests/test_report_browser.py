@@ -72,8 +72,9 @@ def tools(tmp_path_factory) -> Path:
         parts,
         mask=[1, 1, 1, 1, 1, 0, 0, 1, 1],
         old_logps=[-0.25] * 9,
+        calls=1,
     )
-    failed = completion(0.0, -2.0, ["no", "thing"])
+    failed = completion(0.0, -2.0, ["no", "thing"], calls=2, failures=2)
     folder = tmp_path_factory.mktemp("tools") / "run"
     folder.mkdir()
     group = {"step": 7, "stage": "rl", "question": "q", "answer": "385"}
@@ -124,7 +125,8 @@ def test_tokens_are_coloured_by_their_advantage(tools):
     assert spans["tool"] == 1
     text = "".join(page.texts)
     assert "output of a tool385\nDone<eos>" in text
-    assert "reward 0 · Â −2 · 2 tokens" in text
+    assert "reward 0 · Â −2 · 2 tokens · 2 programs, 2 failed" in text
+    assert "9 tokens · 1 programSo:" in text
     assert text.index("nothing") < text.index("Done")  # failures first
 
 

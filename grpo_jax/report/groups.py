@@ -5,7 +5,8 @@ their tokens and what is known of each. Out: the same, checked, shortened and in
 small enough for a page.
 
 Beside tokens may stand, one a token: logps, ref_logps, old_logps, advantage (or one
-number for all), and mask: 0 where a tool wrote the token and not the model.
+number for all), and mask: 0 where a tool wrote the token and not the model. calls and
+failures count a completion's programs.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ def _completion(given: dict[str, Any]) -> dict[str, Any]:
         "reward": number(given.get("reward")),
         "finished": given.get("finished") is not False,
     }
+    for name in ("calls", "failures"):
+        if (count := number(given.get(name))) is not None:
+            shown[name] = count
     tokens = given.get("tokens")
     if not isinstance(tokens, list) or not tokens:
         shown["text"] = visible(given.get("completion"), CHARACTERS)

@@ -29,6 +29,8 @@ CHARTS = {
     "Tokens of a completion": ("completions/*_length",),
     "Share of clipped ratios": ("clip_ratio/*",),
     "Accuracy": ("eval/*", "accuracy", "rewards/accuracies"),
+    "Programs of a completion": ("tools/call_frequency",),
+    "Share of programs that fail": ("tools/failure_frequency",),
     "Share of completions cut off": ("completions/clipped_ratio",),
     "Spread of rewards in a group": ("reward_std",),
     "Share of groups without a signal": ("frac_reward_zero_std", "dynamic/tied"),
@@ -180,6 +182,8 @@ def _accuracy(result: Mapping[str, Any]) -> str:
     if len(bounds) == 2 and bounds[0] is not None and bounds[1] is not None:
         half = 50 * (bounds[1] - bounds[0])
         text += f' <span class="quiet">± {half:.1f}</span>'
+    if (programs := number(_dict(result.get("program")).get("accuracy"))) is not None:
+        text += f' <span class="quiet">(programs {100 * programs:.1f})</span>'
     left_out = number(result.get("too_long"))
     return text + (f" ({short(left_out)} too long)" if left_out else "")
 

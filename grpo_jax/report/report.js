@@ -211,6 +211,10 @@ function start() {
     const facts = [known(c.reward) ? `reward ${show(c.reward)}` : "no reward"];
     if (known(c.advantage)) facts.push(`Â ${show(c.advantage)}`);
     if (c.tokens) facts.push(`${c.tokens.length + c.cut} tokens`);
+    if (c.calls) {
+      const failed = c.failures ? `, ${c.failures} failed` : "";
+      facts.push(`${c.calls} ${c.calls === 1 ? "program" : "programs"}${failed}`);
+    }
     if (!c.finished) facts.push("cut off");
     card.append(element("p", "", facts.join(" · ")));
     const text = textOf(c);

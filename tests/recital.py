@@ -1,0 +1,85 @@
+"""A model that recites: trained until it writes given token ids, call by call.
+
+What the interpreter would write is known to the scripts as text, and is masked in
+training as it is in RL; so the model goes on rightly only if the loop really wrote it.
+"""
+
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
+
+from grpo_jax.model import Decoder, ModelConfig
+from grpo_jax.objectives import sft_objective
+from grpo_jax.packing import Sample, pack
+from grpo_jax.tokenizer import EOS, PAD, Tokenizer
+from grpo_jax.update import TrainState, make_step
+
+# Characters, and tokens that a text is never encoded to: only a model writes them.
+WIDE = ["```", "``", "`output", "output\n", "outputs", "out", "put"]
+Script = Sequence[list[str]]  # in turn: what the model writes, what it is told, …
+
+
+def make_tokenizer() -> Tokenizer:
+    names = [PAD, EOS, *string.printable[:-2], *WIDE]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    found = tokenizers.Tokenizer(models.WordLevel(vocabulary))
+    found.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    found.decoder = decoders.Fuse()
+    found.add_special_tokens([PAD, EOS])
+    return Tokenizer(
+        found,
+        special={"pad_token": PAD, "eos_token": EOS},
+        eos_ids=[vocabulary[EOS]],
+        pad_id=0,
+    )
+
+
+def ids_of(tokenizer: Tokenizer, parts: list[str]) -> list[int]:
+    """Parts that are tokens as these, others character by character."""
+    found: list[int] = []
+    for part in parts:
+        one = tokenizer.token_id(part)
+        found += tokenizer.encode(part) if one is None else [one]
+    return found
+
+
+def sample_of(tokenizer: Tokenizer, prompt: str, script: Script) -> Sample:
+    tokens = tokenizer.encode(prompt)
+    mask = [0] * len(tokens)
+    for i, parts in enumerate(script):
+        ids = ids_of(tokenizer, parts)
+        tokens, mask = tokens + ids, mask + [1 - i % 2] * len(ids)
+    return Sample(tokens=tokens, mask=mask)
+
+
+def learn(
+    tokenizer: Tokenizer, scripts: Mapping[str, Script], *, steps: int = 110
+) -> tuple[Decoder, Any]:
+    """(model, parameters) that recite every script after its prompt."""
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size + 5,
+        width=48,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=12,
+        ffn=96,
+    )
+    model = Decoder(config)
+    samples = [sample_of(tokenizer, *item) for item in scripts.items()]
+    length = max(len(s.tokens) for s in samples)
+    batch = pack(samples, length=length, rows=4)  # several to a row
+    rate = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 20, steps, 1e-4)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+    step = make_step(sft_objective(model, aggregate="token_mean"), optimizer)
+    state = TrainState.create(model.init(jax.random.key(0)), optimizer)
+    metrics: Any = {}
+    for _ in range(steps):
+        state, metrics = step(state, None, batch)
+    assert float(metrics["loss"]) < 0.02, "it has not learnt its scripts"
+    return model, state.params
