@@ -369,7 +369,8 @@ def generate(
     if layout is not None:
         if not is_laid_out(model, params, layout):
             params = relaid(model, params, layout)
-        tokens, mask = jax.device_put((tokens, mask), sharding.batch_sharding(layout))
+        rows = sharding.batch_sharding(layout)
+        tokens, mask = (sharding.to_devices(x, rows) for x in (tokens, mask))
     sample = program(
         shape,
         # What is kept is one cache, not one of each group.
