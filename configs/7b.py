@@ -2,10 +2,12 @@
 
     python train.py --config configs/7b.py --workdir FOLDER_ON_A_SHARED_DISK
 
-Hardware: a TPU or GPU pod; the state alone (float32 weights, AdamW) takes 83 GB, so
-at least 8 chips of 16 GB, more for the activations. Not trained by this project yet:
-no result is claimed. On any machine the command builds the whole state from shapes,
-prints its size, and says which file is missing.
+Hardware: a TPU or GPU pod. Compiled for pods that are not there (`python -m
+grpo_jax.plan --config configs/7b.py --topology v5p:4x4x4`) it takes 12 of 95 GiB a chip
+on v5p:4x4x4, 8 of 16 on v5e:8x16, and with --config.mesh.slots=64 13 of 16 on v5e:4x4
+(docs/pods.md). Not trained by this project yet: no result is claimed. On any machine
+the command builds the whole state from shapes, prints its size, and says which file is
+missing.
 
 Weights: the hub's main revision holds .bin files only; the safetensors are in the
 revision refs/pr/2. Or point `model.path` at a folder; `python -m grpo_jax.convert`

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from grpo_jax import data, shots
+from grpo_jax import data, hosts, sharding, shots
 from grpo_jax.completions import Completion, Log
 from grpo_jax.data import Example
 from grpo_jax.interpreter import Interpreter
@@ -32,6 +32,7 @@ from grpo_jax.model import Decoder, Params
 from grpo_jax.prompts import encode_prompts
 from grpo_jax.recorder import progress
 from grpo_jax.rollout import generate
+from grpo_jax.run import Preempted
 from grpo_jax.tokenizer import Tokenizer
 from grpo_jax.tools import solve, text_of
 
@@ -136,7 +137,8 @@ def chain_of_thought(
     )
     while not out.tokens.is_ready():  # asleep here, so that Ctrl-C is heard
         time.sleep(0.005)
-    tokens, lengths, done = jax.device_get((out.tokens, out.lengths, out.finished))
+    found = sharding.to_hosts((out.tokens, out.lengths, out.finished))
+    tokens, lengths, done = found
     rows = [
         Completion(tokenizer.decode(ids[:n]), not end)
         for ids, n, end in zip(tokens, lengths.tolist(), done.tolist(), strict=True)
@@ -244,6 +246,8 @@ def answer_all(
                 new = {i: log.rows[i] for i in batch}
             found |= new
             bar.update(len(left))
+            if hosts.stopping():
+                raise Preempted(f"{label or asked.name}: stopped")
     return [found.get(i) for i in range(len(asked.examples))]
 
 

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from grpo_jax import hosts
 from grpo_jax.errors import GrpoError
 
 
@@ -282,14 +283,13 @@ class Checkpoints:
         self._here = step
         return step, state, record["metadata"]
 
-    def preempted(self, step: int) -> bool:
+    def preempted(self) -> bool:
         """Whether to save and leave: some process of the run was sent SIGTERM.
 
         Ask at every step, on every process: all of them get the same answer at the
         same step. A second SIGTERM ends the process at once.
         """
-        if jax.distributed.is_initialized():
-            self._preempted |= multihost_utils.reached_preemption_sync_point(step)
+        self._preempted |= hosts.stopping()
         return self._preempted
 
     def _on_sigterm(self, number: int, frame: Any) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_jax import asking, completions, scores, sources
+from grpo_jax import asking, completions, hosts, scores, sources
 from grpo_jax.asking import Settings
 from grpo_jax.completions import KINDS, Completion
 from grpo_jax.config import Config, generations
@@ -198,6 +198,8 @@ def add(found: Scores, name: str, model: str, measured: Measured) -> None:
 
 
 def write_json(file: Path, value: Any) -> None:
+    if not hosts.first():
+        return
     fresh = file.with_suffix(".tmp")
     text = json.dumps(value, indent=2, ensure_ascii=False)
     fresh.write_text(text + "\n", encoding="utf-8")

@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from grpo_jax import hosts
 from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError
 from grpo_jax.rows import json_lines
@@ -63,20 +64,28 @@ class Log:
 
     file: made with its folder where there is none. settings: all that the completions
     depend on. A file that was made with others is refused, or with `restart` replaced.
-    What a kill cut off at the end of the file is dropped; `rows` is what is there.
+    What a kill cut off at the end of the file is dropped; `rows` is what is there. Of
+    several processes the first reads and writes.
     """
 
     def __init__(self, file: Path, settings: Mapping[str, Any], *, restart: bool):
         self.file = file
         self.rows: Rows = {}
         self.settings = json.loads(json.dumps(settings))
+        told = hosts.from_first(lambda: self._open(restart))
+        self.rows = {i: [Completion(*one) for one in row] for i, row in told}
+
+    def _open(self, restart: bool) -> list[tuple[int, list[Completion]]]:
+        """What the file has, made where there is none: what process 0 does."""
+        file = self.file
         if file.exists() and self._read(restart):
-            return
+            return list(self.rows.items())
         file.parent.mkdir(parents=True, exist_ok=True)
         fresh = file.with_suffix(".tmp")
         line = json.dumps({"settings": self.settings}, ensure_ascii=False)
         fresh.write_text(line + "\n", encoding="utf-8")
         fresh.replace(file)
+        return []
 
     def _read(self, restart: bool) -> bool:
         """Whether the file goes on; its rows are then known."""
@@ -121,6 +130,8 @@ class Log:
             }
             lines.append(_line(row))
             self.rows[index] = list(completions)
+        if not hosts.first():
+            return
         with open(self.file, "ab") as file:
             file.write(b"".join(lines))
             file.flush()

@@ -78,7 +78,10 @@ def continue_tokens(
     )
 
 
-_jitted = jax.jit(continue_tokens, static_argnames=("model", "sampling", "ends"))
+_jitted = jax.jit(
+    continue_tokens,
+    static_argnames=("model", "sampling", "ends"),
+)
 
 
 def continue_rollouts(

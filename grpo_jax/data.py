@@ -137,39 +137,20 @@ def load(
 class Batches(Generic[T]):
     """The batch of every step: a fresh shuffle each epoch, the same on all machines.
 
-    dataset: any sequence; batch_size: rows of the global batch; processes,
-    process_index: this process reads its contiguous slice of each batch, so that the
-    global batch does not depend on how many processes share it.
-    Raises GrpoError if there are fewer rows than one batch holds, or if the batch
-    cannot be shared evenly.
+    dataset: any sequence; batch_size: rows of a batch. Every process of a run finds a
+    step's rows by its number alone, however many there are (`hosts.py`).
+    Raises GrpoError if there are fewer rows than one batch holds.
 
     >>> batches = Batches(range(4), 2, seed=0)
     >>> sorted(batches[0] + batches[1]), sorted(batches[2] + batches[3])
     ([0, 1, 2, 3], [0, 1, 2, 3])
-    >>> halves = [Batches(range(4), 2, seed=0, processes=2, process_index=p)[7]
-    ...           for p in (0, 1)]
-    >>> halves[0] + halves[1] == batches[7]
-    True
     """
 
-    def __init__(
-        self,
-        dataset: Indexed[T],
-        batch_size: int,
-        *,
-        seed: int,
-        processes: int = 1,
-        process_index: int = 0,
-    ):
+    def __init__(self, dataset: Indexed[T], batch_size: int, *, seed: int):
         import grain  # a second to import
 
-        if batch_size < 1 or batch_size % processes:
-            raise GrpoError(
-                f"batch of {batch_size} rows over {processes} processes: give a "
-                f"positive multiple of {processes}"
-            )
-        if not 0 <= process_index < processes:
-            raise GrpoError(f"process {process_index} of {processes} does not exist")
+        if batch_size < 1:
+            raise GrpoError(f"batch of {batch_size} rows: 1 or more are needed")
         if len(dataset) < batch_size:
             name = f" {dataset.name!r}" if isinstance(dataset, Dataset) else ""
             raise GrpoError(
@@ -178,13 +159,11 @@ class Batches(Generic[T]):
             )
         self.dataset = dataset
         self.batch_size = batch_size
-        self._local = batch_size // processes
-        self._offset = process_index * self._local
         order: Any = grain.MapDataset.range(len(dataset)).seed(seed % 2**32)
         self._order = order.shuffle().repeat()  # reshuffles in each epoch
 
     def __getitem__(self, step: int) -> list[T]:
         if step < 0:
             raise IndexError(f"step {step} is negative")
-        start = step * self.batch_size + self._offset
-        return [self.dataset[self._order[start + i]] for i in range(self._local)]
+        start = step * self.batch_size
+        return [self.dataset[self._order[start + i]] for i in range(self.batch_size)]

@@ -24,6 +24,7 @@ from grpo_jax import (
     asking,
     completions,
     data,
+    hosts,
     published,
     scores,
     shots,
@@ -45,7 +46,7 @@ from grpo_jax.comparison import (
 from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, Params
-from grpo_jax.run import load_run, read_config
+from grpo_jax.run import Preempted, load_run, read_config
 from grpo_jax.tokenizer import Tokenizer
 
 
@@ -116,19 +117,27 @@ def main(arguments: list[str] | None = None) -> None:
 
     flags = parse(arguments)
     start_cache()
-    try:
-        with lock(flags.out):
-            print(run_command(flags))
-    except GrpoError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        what = str(error).splitlines()[0]
-        sys.exit(f"error: out of memory ({what}); {smaller(flags)}")
+    with hosts.together():
+        try:
+            with lock(flags.out):
+                hosts.say(run_command(flags))
+        except Exception as error:
+            sys.exit(one_line(error, flags))
+        except KeyboardInterrupt:
+            print("\nstopped; the same command goes on from here", file=sys.stderr)
+            sys.exit(130)
+
+
+def one_line(error: Exception, flags: argparse.Namespace) -> str:
+    """What is said of an error that a user can act upon; others are raised."""
+    if isinstance(error, GrpoError):
+        return f"error: {error}"
+    if isinstance(error, Preempted):
+        return f"{error}; the same command goes on from here"
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    what = str(error).splitlines()[0]
+    return f"error: out of memory ({what}); {smaller(flags)}"
 
 
 def smaller(flags: argparse.Namespace) -> str:
@@ -147,6 +156,7 @@ def is_given(model: str) -> bool:
 def run_command(flags: argparse.Namespace) -> str:
     """Measures every model on every set; returns the report that is also written."""
     out = Path(flags.out)
+    hosts.agree("flags", vars(flags))
     check(flags)
     results: Result = {"models": labels(flags.models), "sets": {}}
     others = ("models", "sets", "out", "data_dir")
@@ -177,7 +187,8 @@ def run_command(flags: argparse.Namespace) -> str:
         )
         if part
     )
-    (out / "results.md").write_text(report + "\n", encoding="utf-8")
+    if hosts.first():
+        (out / "results.md").write_text(report + "\n", encoding="utf-8")
     return report
 
 

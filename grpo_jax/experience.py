@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo_jax import data, sharding
+from grpo_jax import data, hosts, sharding
 from grpo_jax.config import Config, generations, reward_names, reward_weights
 from grpo_jax.credit import Output, overlong_punishment
 from grpo_jax.data import Example
@@ -51,10 +51,11 @@ def load_questions(run: Run) -> Prompts:
         **run.prompt_options,
     )
     if dropped:
-        print(
+        hosts.say(
             f"rl: {dropped} of {dropped + len(kept)} questions are longer than "
             f"data.max_prompt_tokens {config.data.max_prompt_tokens} and left out"
         )
+    hosts.agree("data.train", {"questions": [(e.answer, ids) for e, ids in kept]})
     return kept
 
 
@@ -133,7 +134,7 @@ def draw_with_tools(
 
 def read(drawn: Drawn) -> list[Output]:
     """The outputs, waited for; not decoded yet."""
-    arrays = jax.device_get(drawn.arrays)
+    arrays = sharding.to_hosts(drawn.arrays)
     samples = len(arrays["lengths"]) // len(drawn.prompts)
     outputs = []
     for i, n in enumerate(arrays["lengths"]):
@@ -175,15 +176,18 @@ class Rewards:
         self.all_weights = [*self.weights, 1.0] if self.buffer else self.weights
         self.calls = Calls()
 
-    def __call__(self, outputs: Sequence[Output], judge: Judge | None) -> Scores:
+    @property
+    def asks_model(self) -> bool:
+        return None in self.functions
+
+    def __call__(self, outputs: Sequence[Output], judged: np.ndarray | None) -> Scores:
         examples = [o.example for o in outputs]
         names = {name for e in examples for name in e.columns}
         columns = {name: [e.columns.get(name) for e in examples] for name in names}
         columns["answer"] = [e.answer for e in examples]
 
         def model(prompts, completions, **columns):
-            assert judge is not None  # a run with "model" among its rewards has one
-            return judge(outputs)
+            return judged
 
         scores = score(
             [function or model for function in self.functions],
@@ -265,8 +269,7 @@ class Experience:
         for rounds in range(1, len(self.batches) + 1):
             if rounds > 1:
                 outputs = read(self.draw(step, params, rounds))
-            outputs = [dataclasses.replace(o, text=self.text(o)) for o in outputs]
-            scores = self.rewards(outputs, judge)
+            outputs, scores = self.score(outputs, judge)
             if not self.replaces:
                 return outputs, scores, {}
             for start in range(0, len(outputs), g):
@@ -281,6 +284,23 @@ class Experience:
         found, parts = [*found, *spare[0]][:wanted], [*parts, *spare[1]][:wanted]
         metrics = {"dynamic/rollouts": float(rounds), "dynamic/tied": tied_share}
         return [o for group in found for o in group], Scores.join(parts), metrics
+
+    def score(
+        self, outputs: Sequence[Output], judge: Judge | None
+    ) -> tuple[list[Output], Scores]:
+        """The scores of all outputs, of which each process decodes and grades its own.
+
+        The reward model judges them before that, together: it runs on all devices.
+        """
+        outputs = list(outputs)
+        mine = hosts.share(len(outputs), self.run.config.group_size)
+        judged = None
+        if self.rewards.asks_model:
+            assert judge is not None  # a run with "model" among its rewards has one
+            judged = judge(outputs)[mine]
+        own = [dataclasses.replace(o, text=self.text(o)) for o in outputs[mine]]
+        outputs[mine] = own
+        return outputs, self.rewards(own, judged).gather()
 
 
 def _values(rewards: np.ndarray) -> set[float]:
@@ -340,7 +360,7 @@ def show(run: Run, step: int, outputs, rewards: np.ndarray, samples, **logps) ->
         taught = [_advantage(s) for s in samples[:g]]
     completions = [
         {
-            "completion": o.text,
+            "completion": o.text or run.tokenizer.decode(o.tokens),
             "reward": _number(r),
             "advantage": a,
             "finished": o.finished,

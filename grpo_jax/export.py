@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from grpo_jax import hosts
 from grpo_jax.errors import GrpoError
 from grpo_jax.weights import save_pretrained
 
@@ -27,19 +28,24 @@ def main(arguments: list[str] | None = None) -> None:
         "--adapter", action="store_true", help="write LoRA's adapters alone, for PEFT"
     )
     flags = parser.parse_args(arguments)
-    try:
-        from grpo_jax import run
+    with hosts.together():
+        try:
+            write(flags)
+        except GrpoError as error:
+            sys.exit(f"error: {error}")
+        hosts.say(f"{flags.out}: written from {flags.workdir}")
 
-        if flags.adapter:
-            from grpo_jax.hf.adapter import save_adapter
 
-            save_adapter(*run.load_adapters(flags.workdir), flags.out)
-        else:
-            model, params, tokenizer = run.load_run(flags.workdir)
-            save_pretrained(model, params, flags.out, tokenizer=tokenizer)
-    except GrpoError as error:
-        sys.exit(f"error: {error}")
-    print(f"{flags.out}: written from {flags.workdir}")
+def write(flags: argparse.Namespace) -> None:
+    from grpo_jax import run
+
+    if flags.adapter:
+        from grpo_jax.hf.adapter import save_adapter
+
+        save_adapter(*run.load_adapters(flags.workdir), flags.out)
+    else:
+        model, params, tokenizer = run.load_run(flags.workdir)
+        save_pretrained(model, params, flags.out, tokenizer=tokenizer)
 
 
 if __name__ == "__main__":

@@ -181,9 +181,9 @@ def over(x: Array, vector: Array) -> Array:
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """x / √(mean x² + ε) · scale, the mean in float32."""
-    h = x.astype(jnp.float32)
+    h = x.reshape(-1, x.shape[-1]).astype(jnp.float32)  # as in `Block.linear`
     h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=-1, keepdims=True) + eps)
-    return h.astype(x.dtype) * over(x, scale.astype(x.dtype))
+    return (h.astype(x.dtype) * scale.astype(x.dtype)[None]).reshape(x.shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,19 +172,19 @@ def fitting_length(
 
     `longest` itself where that leaves less than `padding` of all positions empty, as it
     does for many samples: a run's batches then have one shape. For few samples the best
-    of eight shorter ones, since the last rows are what stays empty.
+    of fifteen shorter ones, since the last rows are what stays empty.
 
     >>> samples = [Sample(tokens=[0] * 33, mask=[1] * 33)] * 3
     >>> fitting_length(samples, longest=64), fitting_length(samples, longest=32)
-    (36, 32)
+    (34, 32)
     """
     together_longest = max(
         sum(len(s.tokens) - 1 for s in samples[i : i + together])
         for i in range(0, len(samples), together)
     )
     best, least = longest, 0
-    for eighth in range(8):
-        length = longest - eighth * longest // 16
+    for shorter in range(16):
+        length = longest - shorter * longest // 32
         if length < together_longest:
             break
         placed = place(samples, length, True, share_prompts, together)
@@ -193,7 +193,7 @@ def fitting_length(
         filled = sum(span.stop - span.first for span in spans)
         if not least or size < least:
             best, least = length, size
-        if not eighth and filled > (1 - padding) * size:
+        if not shorter and filled > (1 - padding) * size:
             break
     return best
 

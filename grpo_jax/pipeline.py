@@ -23,9 +23,9 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
+from grpo_jax import sharding
 from grpo_jax.config import generations
 from grpo_jax.experience import Drawn, Experience
 from grpo_jax.model import Params
@@ -55,7 +55,7 @@ class Pipeline:
         if self.ahead is None:
             return {}
         file, step = io.BytesIO(), self.ahead.step
-        np.savez_compressed(file, **jax.device_get(self.ahead.arrays))
+        np.savez_compressed(file, **sharding.to_hosts(self.ahead.arrays))
         arrays = base64.b64encode(file.getvalue()).decode("ascii")
         return {"ahead": {"step": step, "of": self._asked(step), "arrays": arrays}}
 

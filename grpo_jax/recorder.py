@@ -4,7 +4,8 @@ In: the metrics of a step. Out: one JSON object a line in the work directory, wi
 metric names of algorithms people know (TRL's); the same to TensorBoard, and to Weights
 & Biases where it is installed and WANDB_PROJECT is set.
 
-A resumed run drops the lines of steps that it does again.
+A resumed run drops the lines of steps that it does again. Of several processes the
+first alone writes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import tqdm
 
-from grpo_jax import report
+from grpo_jax import hosts, report
 
 
 class Recorder:
@@ -41,6 +42,8 @@ class Recorder:
         self._next_report = 0.0
 
     def __enter__(self) -> Recorder:
+        if not hosts.first():
+            return self
         from tensorboardX import SummaryWriter
 
         self._metrics = open(self.workdir / "metrics.jsonl", "a", encoding="utf-8")
@@ -50,6 +53,8 @@ class Recorder:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if not hosts.first():
+            return
         self._metrics.close()
         self._samples.close()
         self._board.close()
@@ -70,6 +75,8 @@ class Recorder:
 
     def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
         """One line; what is not finite becomes null."""
+        if not hosts.first():
+            return
         values = {k: _plain(v) for k, v in metrics.items()}
         _line(self._metrics, {"step": step, "stage": stage, **values})
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
@@ -80,17 +87,20 @@ class Recorder:
 
     def write_samples(self, stage: str, step: int, samples: Mapping[str, Any]) -> None:
         """One question with its completions, so that a reader sees what is going on."""
-        _line(self._samples, {"step": step, "stage": stage, **samples})
+        if hosts.first():
+            _line(self._samples, {"step": step, "stage": stage, **samples})
 
     def write_report(self, *, last: bool = False) -> None:
         """report.html anew; before the last one in a fiftieth of the time at most."""
         begin = time.monotonic()
-        if last or begin >= self._next_report:
+        if hosts.first() and (last or begin >= self._next_report):
             report.update(self.workdir)
             self._next_report = begin + 50 * (time.monotonic() - begin)
 
     def forget_after(self, stage: str, step: int) -> None:
         """Drop the lines of a stage's steps beyond `step`: they will be done again."""
+        if not hosts.first():
+            return
         for file in (self._metrics, self._samples):
             file.flush()
             path = Path(file.name)
@@ -135,6 +145,7 @@ def progress(stage: str, start: int, steps: int, unit: str = "step") -> tqdm.tqd
         initial=start,
         total=steps,
         unit=unit,
+        disable=not hosts.first(),
         dynamic_ncols=screen,
         mininterval=0.2 if screen else 10.0,
         delay=0 if screen else 1e-9,  # no line at 0 %

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax import answers
+from grpo_jax import answers, hosts
 from grpo_jax.errors import GrpoError
 from grpo_jax.grading import workers
 
@@ -140,8 +140,20 @@ class Scores:
             },
             failures={n: sum(p.failures[n] for p in parts) for n in names},
             timeouts=max(p.timeouts for p in parts),
-            errors=parts[0].errors,
+            errors={n: max(p.errors[n] for p in parts) for n in parts[0].errors},
         )
+
+    def gather(self) -> "Scores":
+        """The scores of all processes, each of which has graded its share."""
+        arrays = {"rewards": self.rewards, **self.by_function}
+        mine = {name: x.tolist() for name, x in arrays.items()}
+        parts = []
+        for lists, counts in hosts.exchange(
+            (mine, (self.failures, self.timeouts, self.errors))
+        ):
+            by = {name: np.array(x, np.float32) for name, x in lists.items()}
+            parts.append(Scores(by.pop("rewards"), by, *counts))
+        return Scores.join(parts)
 
 
 class _Call:

@@ -41,7 +41,7 @@ from grpo_jax.pipeline import Pipeline
 from grpo_jax.programs import Layout, make_programs, teaches_all
 from grpo_jax.reward_model.judge import Judge, Judges
 from grpo_jax.rewards import Scores
-from grpo_jax.run import Body, Run, policy, run_stage
+from grpo_jax.run import Body, Preempted, Run, policy, run_stage
 from grpo_jax.setup import adamw
 
 
@@ -309,7 +309,7 @@ class Passes:
 def by_output(values: Any, outputs: Sequence[Output]) -> list[np.ndarray]:
     """What a pass over all outputs says of each output's own tokens."""
     samples = [o.sample for o in outputs]
-    found = unpack(values, samples, share_prompts=True)
+    found = unpack(sharding.to_hosts(values), samples, share_prompts=True)
     return [x[-len(o.tokens) :] for o, x in zip(outputs, found, strict=True)]
 
 
@@ -319,7 +319,10 @@ def evaluate_now(run: Run, params: Params) -> dict[str, float]:
 
     started = time.perf_counter()
     name = comparison.set_names(run.config)[0]
-    result = comparison.evaluate_set(run, params, name, sampled=False)
+    try:
+        result = comparison.evaluate_set(run, params, name, sampled=False)
+    except Preempted:  # the step is done: its loop saves it and stops
+        return {}
     mode = "tool" if generations(run.config) else "cot"
     greedy = result[comparison.measure_name(mode, "greedy")]
     found = {f"eval/{name}/greedy_accuracy": greedy["accuracy"]}

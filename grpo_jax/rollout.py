@@ -381,7 +381,8 @@ def generate(
     lists = [ids for ids in prompts for _ in range(shape.copies)]
     tokens, mask = ragged(lists, shape.prompts, shape.width)
     if layout is not None:
-        tokens, mask = jax.device_put((tokens, mask), sharding.batch_sharding(layout))
+        rows = sharding.batch_sharding(layout)
+        tokens, mask = (sharding.to_devices(x, rows) for x in (tokens, mask))
     sample = program(
         shape,
         # What is kept is one cache, not one of each group.

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import optax
 
-from grpo_jax import lora, setup, sharding
+from grpo_jax import hosts, lora, setup, sharding
 from grpo_jax.checkpoint import Checkpoints
 from grpo_jax.config import Config, flatten, from_dict, to_json
 from grpo_jax.errors import GrpoError
@@ -121,8 +121,19 @@ class Run:
 def claim(config: Config, workdir: Path, *, accept_changes: bool) -> None:
     """Write config.json, or refuse if the directory's differs (fault 8)."""
     file = workdir / "config.json"
+    if hosts.first():
+        _claim(config, file, accept_changes)
+    hosts.exchange("claimed")
+    if not file.exists():
+        raise GrpoError(
+            f"workdir {workdir}: process {hosts.index()} does not see what process 0 "
+            "writes there; choose a folder on a disk that all of them share"
+        )
+
+
+def _claim(config: Config, file: Path, accept_changes: bool) -> None:
     if file.exists() and not accept_changes:
-        before, now = flatten(read_config(workdir)), flatten(config)
+        before, now = flatten(read_config(file.parent)), flatten(config)
         changed = [k for k in now if before[k] != now[k] and not is_harmless(k)]
         if changed:
             shown = ", ".join(f"{k} {before[k]!r} → {now[k]!r}" for k in changed[:8])
@@ -177,7 +188,7 @@ def run_stage(
             done, state, kept = checkpoints.restore(abstract)
             resume(kept)
             if until is None or done < end:
-                print(f"{stage}: resumed at step {done} of {steps}")
+                hosts.say(f"{stage}: resumed at step {done} of {steps}")
         else:
             create = functools.partial(TrainState.create, optimizer=optimizer)
             create = jax.jit(create, out_shardings=shardings, donate_argnums=0)
@@ -195,7 +206,7 @@ def run_stage(
                 run.recorder.write(stage, step + 1, {**metrics, "step_time": seconds})
                 bar.set_postfix_str(_headline(metrics), refresh=False)
                 bar.update()
-                stop = checkpoints.preempted(step + 1)
+                stop = checkpoints.preempted()
                 force = stop or step + 1 == end
                 metadata = {"stage": stage, "seed": run.config.seed}
                 saved = force or (step + 1) % run.config.checkpoint_every == 0

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax import answers, measures
+from grpo_jax import answers, hosts, measures
 from grpo_jax.completions import Completion
 from grpo_jax.data import Example
 from grpo_jax.grading import kinds
@@ -61,16 +61,22 @@ def score(
     shape = len(examples), samples
 
     def graded(rule: str, output: bool = False) -> tuple[list[str | None], np.ndarray]:
-        given = []
-        for text, example in zip(texts, flat, strict=True):
-            if text is None:
-                given.append(None)
-            elif output:
-                given.append(answers.printed(text))
-            else:
-                given.append(kinds.predict(text, example, rule))
-        right = kinds.grade(flat, given, rule)
-        return given, np.array(right, float).reshape(shape)
+        def judge(places: Sequence[int]) -> list[tuple[str | None, bool]]:
+            given = []
+            for place in places:
+                text = texts[place]
+                if text is None:
+                    given.append(None)
+                elif output:
+                    given.append(answers.printed(text))
+                else:
+                    given.append(kinds.predict(text, flat[place], rule))
+            right = kinds.grade([flat[place] for place in places], given, rule)
+            return list(zip(given, right, strict=True))
+
+        judged = hosts.divide(judge, range(len(flat)))
+        right = np.array([same for _, same in judged], float).reshape(shape)
+        return [said for said, _ in judged], right
 
     given, right = graded("strict")
     result: Result = _accuracy(right) | {"temperature": temperature}

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import optax
 
-from grpo_jax import data, sharding
+from grpo_jax import data, hosts, sharding
 from grpo_jax.config import Config
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, Params
@@ -50,6 +50,8 @@ def train(run: Run, start_params: Callable[[], Params]) -> Params:
         data_dir=config.data.dir or None,
         require=("solution",),
     )
+    seen = {"rows": len(examples), "ends": [examples[0], examples[-1]]}
+    hosts.agree("data.sft", seen)
     batches = Samples(run, examples)
     transformation, rate = optimizer(config)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.errors import GrpoError
@@ -72,7 +73,9 @@ def regroup(mesh: Mesh, tensor: int, *, fsdp: bool = False) -> Mesh:
     return make_mesh(*sizes, tensor, devices=list(mesh.devices.flat))
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec_of(
+    path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     """The table's answer for one leaf; an axis that does not divide stays whole.
 
     What only the optimiser reads is spread over "data" too: each of those that hold the
@@ -228,13 +231,36 @@ def move(tree: Any, memory: str) -> Any:
         ) from None
 
 
+def to_devices(x: Any, sharding: NamedSharding) -> jax.Array:
+    """NumPy's numbers, the same on every host, laid out: each host sends its own part.
+
+    >>> mesh = make_mesh(devices=jax.devices()[:1])
+    >>> to_devices([1, 2], NamedSharding(mesh, P())).tolist()
+    [1, 2]
+    """
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def to_hosts(tree: Any) -> Any:
+    """A tree of arrays as NumPy's, whole on every host; all of them must call it."""
+
+    def whole(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            if not x.is_fully_replicated:
+                x = multihost_utils.process_allgather(x, tiled=True)
+        return x
+
+    return jax.device_get(jax.tree.map(whole, tree))
+
+
 def batch_placer(mesh: Mesh):
     """A function that puts a packed batch [A, B, T] on the mesh: rows over BATCH."""
     rows, whole = batch_sharding(mesh, leading=1), NamedSharding(mesh, P())
 
     def place(batch: Any) -> Any:
         return jax.tree.map(
-            lambda x: jax.device_put(x, rows if np.ndim(x) == 3 else whole), batch
+            lambda x: to_devices(x, rows if np.ndim(x) == 3 else whole), batch
         )
 
     return place

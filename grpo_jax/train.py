@@ -2,6 +2,10 @@
 
 In: `--config FILE --workdir DIR --config.name=value …`. Out: a trained and evaluated
 model in the work directory. Mistakes end with one line and exit code 1.
+
+On several hosts the same command runs on each of them: a cluster that jax knows (TPU
+pods, SLURM, Kubernetes, Open MPI) says by itself which process is which; elsewhere
+--coordinator, --num_processes and --process_id do.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from grpo_jax.checks import validate
-from grpo_jax.config import Config, unknown_field
+from grpo_jax.config import Config, flatten, unknown_field
 from grpo_jax.errors import GrpoError
 
 USAGE = "usage: python train.py --config FILE [--workdir DIR] [--config.name=value …]"
@@ -24,6 +28,15 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "where it writes (runs/<name>)")
 _ACCEPT = flags.DEFINE_bool(
     "accept_changes", False, "go on although the config differs from the run's own"
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, where no cluster says it"
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes there are")
+_NUMBER = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+_WAIT = flags.DEFINE_integer("wait", 300, "seconds for all processes to come", 1)
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat", 100, "seconds without a sign after which a process is lost", 1
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,6 +44,19 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(sys.argv if argv is None else argv)
     except GrpoError as error:
         sys.exit(f"error: {error}")
+    from grpo_jax import hosts
+
+    processes = _COORDINATOR.value, _PROCESSES.value, _NUMBER.value
+    limits = dict(wait=_WAIT.value, heartbeat=_HEARTBEAT.value)
+    try:
+        with hosts.together(*processes, **limits):
+            run(config)
+    except GrpoError as error:
+        sys.exit(f"error: {error}")
+
+
+def run(config: Config) -> None:
+    """`train`, whose errors become one line."""
     try:
         workdir = folder(_WORKDIR.value or f"runs/{config.name}")
         train(config, workdir, accept_changes=_ACCEPT.value)
@@ -95,8 +121,6 @@ def parse(argv: list[str]) -> Config:
 
 
 def _is_field(name: str) -> bool:
-    from grpo_jax.config import flatten
-
     return name in flatten(Config())
 
 
@@ -105,20 +129,22 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     start_cache()
     import jax
 
-    from grpo_jax import comparison, rl, run, setup, sft, sharding, tables
+    from grpo_jax import comparison, hosts, rl, run, setup, sft, sharding, tables
     from grpo_jax.checkpoint import lock
     from grpo_jax.recorder import Recorder
 
+    versions = {"jax": jax.__version__, "workdir": str(workdir)}
+    hosts.agree("config", flatten(config) | versions)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if mesh.size > 1:  # refused here, not at the first rollout
         sharding.regroup(mesh, config.mesh.decode_tensor or config.mesh.tensor)
     if config.model.path and config.model.vocab_size:  # a large model: say what it is
-        print(setup.describe_state(config), flush=True)
+        hosts.say(setup.describe_state(config))
     model, tokenizer = setup.make_model(config)
-    print(
+    several = f" of {hosts.count()} processes" if hosts.count() > 1 else ""
+    hosts.say(
         f"{config.name}: {setup.describe_size(model)} on {mesh.size} "
-        f"{jax.default_backend()} device(s), written to {workdir}",
-        flush=True,
+        f"{jax.default_backend()} device(s){several}, written to {workdir}"
     )
     with lock(workdir), jax.set_mesh(mesh):
         run.claim(config, workdir, accept_changes=accept_changes)
@@ -139,9 +165,9 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
                 results = comparison.compare(here, models)
                 recorder.write_report(last=True)
             except run.Preempted as stopped:
-                print(f"{stopped}; the same command goes on from there")
+                hosts.say(f"{stopped}; the same command goes on from there")
                 return
-    print(f"\n{tables.table(results)}\n\nwritten to {workdir}")
+    hosts.say(f"\n{tables.table(results)}\n\nwritten to {workdir}")
 
 
 def start_cache() -> None:

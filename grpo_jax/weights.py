@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ TOP = {
     "norm": "model.norm.weight",
     "unembed": "lm_head.weight",
 }
+BLOCK = 1 << 22  # numbers read at a time
 COPIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md")
 
 
@@ -95,12 +96,20 @@ def load_pretrained(
 
     def load(keys: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         names = _hf_names(_path(keys), config)
+        parts: dict[Any, np.ndarray] = {}  # devices may hold the same part
 
         def read(index: Any) -> np.ndarray:
-            if _path(keys) in TOP:
-                return _read(names[0], stored[names[0]], index, leaf.dtype)
-            layers = [(name, stored[name]) for name in names[index[0]]]
-            return np.stack([_read(*layer, index[1:], leaf.dtype) for layer in layers])
+            pairs = zip(index, leaf.shape, strict=True)
+            ends = tuple(s.indices(size)[:2] for s, size in pairs)
+            if ends not in parts:
+                parts[ends] = part = np.empty([b - a for a, b in ends], leaf.dtype)
+                (first, last), inner = ends[0], ends[1:]
+                if _path(keys) in TOP:
+                    _read(part, names[0], stored[names[0]], ends)
+                else:
+                    for i, name in enumerate(names[first:last]):
+                        _read(part[i], name, stored[name], inner)
+            return parts[ends]
 
         return jax.make_array_from_callback(leaf.shape, leaf.sharding or here, read)
 
@@ -158,12 +167,18 @@ def _hf_names(path: str, config: ModelConfig) -> list[str]:
     return [f"model.layers.{i}.{name}" for i in range(config.layers)]
 
 
-def check_names(folder: Path, config: ModelConfig, stored: dict[str, Stored]) -> None:
-    """Faults 20 and 21: every tensor is there, known, and of the right shape."""
-    expected: dict[str, tuple[int, ...]] = {}
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a folder with that model."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
         shape = leaf.shape if _path(keys) in TOP else leaf.shape[1:]
-        expected |= dict.fromkeys(_hf_names(_path(keys), config), shape)
+        shapes |= dict.fromkeys(_hf_names(_path(keys), config), shape)
+    return shapes
+
+
+def check_names(folder: Path, config: ModelConfig, stored: dict[str, Stored]) -> None:
+    """Faults 20 and 21: every tensor is there, known, and of the right shape."""
+    expected = tensor_shapes(config)
     known = {*expected, TOP["unembed"]} if config.tied else set(expected)
     missing = [name for name in expected if name not in stored]
     unknown = [
@@ -206,15 +221,24 @@ def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
         )
 
 
-def _read(name: str, stored: Stored, index: Any, dtype: Any) -> np.ndarray:
-    """One slice in `dtype`; fault 26: NaN or infinity, seen in the exponent's bits."""
-    array = stored[index]
-    bits = array.view(f"u{array.itemsize}")
-    exponent = np.array(np.inf, array.dtype).view(bits.dtype)
-    if ((bits & exponent) == exponent).any():
-        kind = "NaN" if np.isnan(array.astype(np.float64)).any() else "infinity"
-        raise GrpoError(f"{stored.file}: {name} holds {kind}; download it again")
-    return array.astype(dtype, copy=False)
+def _read(
+    out: np.ndarray, name: str, stored: Stored, ends: Sequence[tuple[int, int]]
+) -> None:
+    """The part between `ends` into `out`, some rows at a time, so that little is held.
+
+    Fault 26: NaN or infinity, seen in the exponent's bits.
+    """
+    rows = max(1, BLOCK // max(1, out[:1].size))
+    columns = [slice(*pair) for pair in ends[1:]]
+    for at in range(0, len(out), rows):
+        start = ends[0][0] + at
+        block = stored[(slice(start, min(start + rows, ends[0][1])), *columns)]
+        bits = block.view(f"u{block.itemsize}")
+        exponent = np.array(np.inf, block.dtype).view(bits.dtype)
+        if ((bits & exponent) == exponent).any():
+            kind = "NaN" if np.isnan(block.astype(np.float64)).any() else "infinity"
+            raise GrpoError(f"{stored.file}: {name} holds {kind}; download it again")
+        out[at : at + rows] = block
 
 
 def save_pretrained(
@@ -288,14 +312,18 @@ def _sources(model: Decoder, params: Params) -> Iterator[tuple[str, Source]]:
 
 def _read_merged(adapters: lora.Lora, leaves: list[jax.Array], at: Any) -> np.ndarray:
     """One matrix, with its A and B (if it has them) added to it."""
-    matrix, *pair = (leaf[at] for leaf in leaves)
-    return fetch(lora.merge_matrix(adapters, matrix, *pair) if pair else matrix)
+    matrix, *pair = (leaf if at is ... else leaf[at] for leaf in leaves)
+    return _whole(lora.merge_matrix(adapters, matrix, *pair) if pair else matrix)
 
 
-def fetch(array: jax.Array) -> np.ndarray:
-    """The whole of an array, on the host of every process."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(array, tiled=True)
+def _whole(matrix: jax.Array) -> np.ndarray:
+    """A matrix on the host; gathered some rows at a time where it is on several."""
+    rows = max(1, BLOCK // max(1, matrix[:1].size))
+    if matrix.is_fully_addressable or len(matrix) <= rows:
+        return sharding.to_hosts(matrix)
+    out = np.empty(matrix.shape, matrix.dtype)
+    for start in range(0, len(matrix), rows):
+        start = min(start, len(matrix) - rows)  # one program for all parts
+        part = jax.lax.dynamic_slice_in_dim(matrix, start, rows)
+        out[start : start + rows] = sharding.to_hosts(part)
+    return out

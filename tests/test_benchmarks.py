@@ -99,6 +99,17 @@ def test_the_update_is_measured_against_the_peak(given):
     assert [x["V"] for x in held] == [512, 1024]
 
 
+def test_two_processes_hold_half_the_weights_each_and_write_them_back():
+    *found, bits = lines_of("weights.py", "--gigabytes", "0.02")
+    assert bits == {"case": "bits", "same": True}
+    cases = [(x["case"], x["process"]) for x in found]
+    assert cases == [("load", 0), ("write", 0), ("load", 1), ("write", 1)]
+    for x in found:
+        ratio = (x["peak_gb"] - x["tensor_gb"]) / x["share_gb"]
+        assert x["ratio"] == pytest.approx(ratio, rel=1e-3)
+        assert x["share_gb"] == pytest.approx(0.01, rel=0.2)  # norms are on both
+
+
 def test_the_sandbox_is_measured_on_programs_that_ran():
     sizes = ["--programs", "6", "--repeats", "2", "--workers", "2"]
     start, *found, outside = lines_of("sandbox.py", *sizes)

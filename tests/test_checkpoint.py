@@ -381,10 +381,10 @@ def wait_until(condition, seconds=60.0):
 def test_sigterm_is_noticed_and_the_old_handler_comes_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     with Checkpoints(tmp_path, every=100) as checkpoints:
-        assert not checkpoints.preempted(1)
+        assert not checkpoints.preempted()
         os.kill(os.getpid(), signal.SIGTERM)
-        wait_until(lambda: checkpoints.preempted(2))
-        assert checkpoints.preempted(3)  # it stays so
+        wait_until(lambda: checkpoints.preempted())
+        assert checkpoints.preempted()  # it stays so
         assert signal.getsignal(signal.SIGTERM) == before  # a second one ends it
         assert checkpoints.save(3, small_state(3), {}, force=True)
     assert signal.getsignal(signal.SIGTERM) == before
@@ -619,7 +619,7 @@ def as_one_of_two(folder, rank, port):
             checkpoints.save(step, state, {"step": step})
             if step == 5:
                 print("\nstep 5", flush=True)
-            if checkpoints.preempted(step):
+            if checkpoints.preempted():
                 assert checkpoints.save(step, state, {"step": step}, force=True)
                 break
             time.sleep(0.005)

@@ -487,20 +487,14 @@ def test_checksums_are_those_of_the_files():
     rows=st.integers(1, 40),
     batch=st.integers(1, 12),
     seed=st.integers(0, 2**40),
-    processes=st.sampled_from([1, 2, 3]),
 )
 @settings(max_examples=10, deadline=None)
-def test_batches_do_not_depend_on_the_processes(rows, batch, seed, processes):
-    batch *= processes
+def test_a_step_has_its_rows_whatever_was_asked_before(rows, batch, seed):
     if rows < batch:
         return
     whole = Batches(range(rows), batch, seed=seed)
-    shares = [
-        Batches(range(rows), batch, seed=seed, processes=processes, process_index=p)
-        for p in range(processes)
-    ]
     for step in (5, 0, 3):  # in any order: a step needs no steps before it
-        assert sum((share[step] for share in shares), []) == whole[step]
+        assert Batches(range(rows), batch, seed=seed)[step] == whole[step]
     steps = -(-3 * rows // batch)
     order = [row for step in range(steps) for row in whole[step]]
     for epoch in range(3):  # each row once an epoch, also across batches' borders
@@ -521,10 +515,8 @@ def test_batches_that_cannot_be_made_are_refused():
     rows = Dataset("mine", [[Example("q", "a")] * 7])
     with pytest.raises(GrpoError, match="'mine': 7 rows are fewer than one batch of 8"):
         Batches(rows, 8, seed=0)
-    with pytest.raises(GrpoError, match="batch of 6 rows over 4 processes"):
-        Batches(rows, 6, seed=0, processes=4)
-    with pytest.raises(GrpoError, match="process 2 of 2"):
-        Batches(rows, 6, seed=0, processes=2, process_index=2)
+    with pytest.raises(GrpoError, match="batch of 0 rows"):
+        Batches(rows, 0, seed=0)
     with pytest.raises(GrpoError, match="the set is empty"):
         Dataset("mine", [[]])
     with pytest.raises(IndexError):

@@ -249,7 +249,7 @@ def test_what_does_not_fit_is_said(config):
     assert not found["fits"] and [p["fits"] for p in found["programs"]] == [False] * 2
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     text = table(found)
-    assert "does not fit on v5e:2x2, 4 chips of 16.00 GiB" in text
+    assert "does not fit on v5e:2x2, 4 chips of 16 GiB" in text
     assert "rollout × 2  too large" in text and "needs 20G of hbm" in text
     assert "106% !" in text and "the smallest that it fits on: v5e:2x4" in text
 

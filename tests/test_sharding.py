@@ -13,7 +13,7 @@ from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, ModelConfig
 from grpo_jax.packing import Sample, pack
 from grpo_jax.rollout import generate
-from grpo_jax.update import accumulate, grpo_objective
+from grpo_jax.update import accumulate, grpo_objective, make_scorer
 
 CONFIG = ModelConfig(
     vocab_size=64, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, ffn=64
@@ -39,8 +39,11 @@ def make_batch():
     return pack(samples, length=12, rows=8)
 
 
+OPTIONS = dict(key=jax.random.key(0), samples=2, max_new_tokens=10, eos_id=0)
+
+
 def run_on(mesh, prompts):
-    """(loss, gradients, greedy tokens) on a mesh."""
+    """On a mesh: loss, gradients, greedy tokens, and log π_ref as a pass of its own."""
     with jax.set_mesh(mesh):
         params = place(MODEL.init(jax.random.key(0)), mesh)
         reference = place(MODEL.init(jax.random.key(1)), mesh)
@@ -49,17 +52,10 @@ def run_on(mesh, prompts):
         gradients, metrics = step(
             grpo_objective(MODEL, kl_coef=0.1), params, reference, batch
         )
-        out = generate(
-            MODEL,
-            params,
-            prompts,
-            key=jax.random.key(0),
-            samples=2,
-            max_new_tokens=10,
-            temperature=0,
-            eos_id=0,
-        )
-    return jax.device_get((metrics["loss"], gradients, out.tokens, out.logps))
+        ref_logps = make_scorer(MODEL)(reference, batch)
+        out = generate(MODEL, params, prompts, temperature=0, **OPTIONS)
+    found = metrics["loss"], gradients, out.tokens, out.logps, ref_logps
+    return sharding.to_hosts(found)
 
 
 PROMPTS = [[1, 2, 3], [9] * 14, [5]]
@@ -72,12 +68,14 @@ def alone():
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_gives_one_devices_numbers(layout, alone):
-    loss, gradients, tokens, logps = run_on(sharding.make_mesh(*layout), PROMPTS)
+    mesh = sharding.make_mesh(*layout)
+    loss, gradients, tokens, logps, ref_logps = run_on(mesh, PROMPTS)
     np.testing.assert_allclose(loss, alone[0], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(alone[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     np.testing.assert_array_equal(tokens, alone[2])
     np.testing.assert_allclose(logps, alone[3], atol=1e-5)
+    np.testing.assert_allclose(ref_logps, alone[4], atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import struct
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from grpo_jax import sharding
+from grpo_jax import sharding, weights
 from grpo_jax.errors import GrpoError
 from grpo_jax.hf import config as hf_config
 from grpo_jax.model import Decoder, ModelConfig, Params, RopeScaling
@@ -271,6 +272,50 @@ def test_a_mesh_of_eight_devices_holds_the_same_numbers(name, tmp_path):
     assert spread["layers"]["gate_proj"].addressable_shards[0].data.shape == (2, 12, 8)
     save_pretrained(model, spread, tmp_path / "out")
     assert equal(whole, load_pretrained(tmp_path / "out")[1])
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_weights_are_not_held_beside_their_shards(spread, tmp_path, monkeypatch):
+    """In NumPy's memory while a part is read: the part, and less than a tensor more.
+
+    A part is of one matrix in all layers, and the device's as soon as it is read; 0.22
+    of this model at most. Devices that hold the same part have it read once.
+    """
+    config = ModelConfig(
+        vocab_size=64, width=128, layers=12, heads=4, kv_heads=4, head_dim=32, ffn=352
+    )
+    model = Decoder(config)
+    whole = model.init(jax.random.key(0), "bfloat16")
+    save_pretrained(model, whole, tmp_path / "hf")
+    mesh = sharding.make_mesh(8) if spread else None
+    monkeypatch.setattr(weights, "BLOCK", 1024)
+    load_pretrained(tmp_path / "hf", mesh=mesh)  # what is imported once is there
+    make, parts, beside = jax.make_array_from_callback, [], []
+
+    def watched(shape, where, read):
+        def measured(index):
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            parts.append(read(index))
+            beside.append(tracemalloc.get_traced_memory()[1] - before)
+            return parts[-1]
+
+        return make(shape, where, measured)
+
+    monkeypatch.setattr(jax, "make_array_from_callback", watched)
+    tracemalloc.start()
+    try:
+        _, params = load_pretrained(tmp_path / "hf", mesh=mesh)
+    finally:
+        tracemalloc.stop()
+    assert equal(params, jax.tree.map(lambda x: x.astype(jnp.float32), whole))
+    tensor = max(x[0].nbytes for x in jax.tree.leaves(params["layers"]))
+    seen = set()
+    for part, more in zip(parts, beside, strict=True):
+        new = 0 if id(part) in seen else part.nbytes
+        assert more < new + tensor, (part.shape, more)
+        seen.add(id(part))
+    assert len(seen) == len(jax.tree.leaves(params))  # each once, also for eight
 
 
 def test_the_plan_of_the_parameters_takes_no_memory():

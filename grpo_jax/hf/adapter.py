@@ -17,7 +17,8 @@ import numpy as np
 from grpo_jax.hf.folders import new_folder, write_json
 from grpo_jax.hf.tensors import Source, write_file
 from grpo_jax.lora import Lora, stack
-from grpo_jax.weights import LAYER, fetch
+from grpo_jax.sharding import to_hosts
+from grpo_jax.weights import LAYER
 
 
 def save_adapter(
@@ -42,7 +43,7 @@ def save_adapter(
         for side, leaf in zip(("lora_A", "lora_B"), pair, strict=True):
             for i in range(leaf.shape[0]):
                 name = f"base_model.model.model.layers.{i}.{module}.{side}.weight"
-                read = functools.partial(lambda leaf, i: fetch(leaf[i]), leaf, i)
+                read = functools.partial(lambda leaf, i: to_hosts(leaf[i]), leaf, i)
                 tensors[name] = Source(np.dtype(leaf.dtype), leaf.shape[1:], read)
     config = {
         "peft_type": "LORA",

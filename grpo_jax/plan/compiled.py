@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax import lora, rl, rollout, setup, sft, sharding
+from grpo_jax import cache, lora, rl, rollout, setup, sft, sharding
 from grpo_jax.config import Config
 from grpo_jax.errors import GrpoError
 from grpo_jax.methods import METHODS
@@ -233,7 +233,8 @@ def sampler_of(
     position = 2 * c.layers * c.kv_heads * c.head_dim / tensor  # keys and values
     position *= np.dtype(config.model.cache_dtype or model.dtype).itemsize
     slots = min(shape.slots, shape.prompts // groups * shape.samples)
-    cached = slots * often["blocks"] * rollout.BLOCK + shape.width * slots / 8
+    # A prompt is read once for several of its rows.
+    cached = slots * (often["blocks"] * cache.BLOCK + shape.width / cache.TOGETHER)
     asked = []
     if layout and not rollout.is_laid_out(model, params, layout):
         trace = functools.partial(rollout.relaid.trace, model, params, layout)
@@ -350,7 +351,7 @@ def abstract(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
 
 def reference_of(config: Config, model: Decoder, state: Any, mesh) -> Any:
     """π_ref as the run holds it; None: the base of the state's own parameters."""
-    if model.lora.rank:
+    if model.lora.rank and METHODS[config.method].source == "policy":
         return None
     return compute_params(model, policy(state.params), mesh)
 

@@ -15,8 +15,6 @@ from grpo_jax.plan.chips import Topology
 from grpo_jax.plan.compiled import Program
 from grpo_jax.plan.trips import Lengths
 
-GIB = 2**30
-
 
 def report(
     config: Config,
@@ -74,21 +72,21 @@ def _plain(x: Any) -> Any:
 def table(found: dict[str, Any]) -> str:
     """The same for people."""
     memory = found.get("chip_memory_bytes")
-    head = ["program", "peak", "beside", "together", "of chip", "PFLOP"]
+    head = ["program", "peak", "beside", "together", "of chip", "FLOP"]
     head += ["sent", "least time", "bound by"]
     rows = [head if memory else head[:4] + head[5:7]]
     for p in found["programs"]:
         peak = p["peak_memory_bytes"]
         cells = [
             p["name"] + (f" × {p['runs']}" if p["runs"] > 1 else ""),
-            "too large" if peak is None else _gib(peak),
-            _gib(p["held_bytes"]),
-            "-" if peak is None else _gib(p["total_bytes"]),
+            "too large" if peak is None else size(peak),
+            size(p["held_bytes"]),
+            "-" if peak is None else size(p["total_bytes"]),
         ]
         if memory:
             share = "-" if peak is None else f"{p['total_bytes'] / memory:.0%}"
             cells.append(share + ("" if p["fits"] else " !"))
-        cells += [f"{p['flops'] / 1e15:.3g}", _gib(p["collective_bytes"])]
+        cells += [scaled(p["flops"]), size(p["collective_bytes"])]
         if memory:
             cells += [f"{p['seconds']:.3g} s", p["bound_by"]]
         rows.append(cells)
@@ -110,8 +108,8 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 def _below(found: dict[str, Any]) -> list[str]:
     assumed = found["assumed"]
     lines = [
-        "peak, beside (what the run keeps meanwhile), together and sent: GiB a chip; "
-        "PFLOP: of all chips",
+        "beside: what the run keeps meanwhile; memory and what is sent are a chip's, "
+        "FLOP all chips'",
         f"assumed: on average {assumed['mean_output_tokens']:g} tokens an output, "
         f"{assumed['mean_prompt_tokens']:g} a question (--mean_output, --mean_prompt)",
     ]
@@ -120,9 +118,9 @@ def _below(found: dict[str, Any]) -> list[str]:
             lines.append(f"{p['name']}: {p['compiler']}")
     where = f"{found['topology']}, {found['devices']} chips"
     if "chip_memory_bytes" in found:
-        memory = _gib(found["chip_memory_bytes"])
+        memory = size(found["chip_memory_bytes"])
         verdict = "fits" if found["fits"] else "does not fit"
-        lines.append(f"{found['config']} {verdict} on {where} of {memory} GiB")
+        lines.append(f"{found['config']} {verdict} on {where} of {memory}")
         cost = f"${found['step_dollars']:.2f} a step"
         if "run_dollars" in found:
             cost += f", ${found['run_dollars']:,.0f} all"
@@ -137,6 +135,23 @@ def _below(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _gib(x: float) -> str:
-    x /= GIB
-    return f"{x:.2f}" if x < 100 else f"{x:,.0f}"
+def size(count: float) -> str:
+    """
+    >>> size(13.25 * 2**30), size(300e3), size(0)
+    ('13.2 GiB', '293 KiB', '0')
+    """
+    return scaled(count, 1024, ("", " KiB", " MiB", " GiB", " TiB"))
+
+
+_METRIC = ("", " k", " M", " G", " T", " P")
+
+
+def scaled(x: float, base: float = 1000, units: Sequence[str] = _METRIC) -> str:
+    """
+    >>> scaled(4.306e16), scaled(2.5e9)
+    ('43.1 P', '2.5 G')
+    """
+    power = 0
+    while x >= base and power + 1 < len(units):
+        x, power = x / base, power + 1
+    return f"{x:.3g}{units[power]}"

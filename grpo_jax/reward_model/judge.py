@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from grpo_jax import sharding
+from grpo_jax import hosts, sharding
 from grpo_jax.config import reward_names
 from grpo_jax.credit import Output
 from grpo_jax.data import Batches, Example
@@ -29,7 +29,7 @@ from grpo_jax.reward_model.model import RewardModel, score_samples
 from grpo_jax.reward_model.shepherd import Sampler, label_questions
 from grpo_jax.reward_model.steps import step_ends
 from grpo_jax.reward_model.training import Settings, train
-from grpo_jax.run import Run
+from grpo_jax.run import Preempted, Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +117,14 @@ class Judges:
         files = [
             self.run.workdir / f"labels-{i + 1}.jsonl" for i in range(iteration + 1)
         ]
-        if not files[-1].exists():
-            labelled.write(files[-1], self._new(iteration, policy))
-        vocab_size = self.run.tokenizer.vocab_size
-        *before, new = [labelled.read(f, vocab_size=vocab_size) for f in files]
+        size = self.run.tokenizer.vocab_size
+        if hosts.from_first(files[-1].exists):
+            new = labelled.read(files[-1], vocab_size=size)
+        else:
+            new = self._new(iteration, policy)
+            if hosts.first():
+                labelled.write(files[-1], new)
+        before = [labelled.read(f, vocab_size=size) for f in files[:-1]]
         history = [item for items in before for item in items]
         return labelled.replay(
             new,
@@ -157,6 +161,8 @@ class Judges:
                     soft=r.soft,
                 )
                 bar.update(len(asked[at : at + chunk]))
+                if hosts.stopping():
+                    raise Preempted(f"labels {iteration + 1}: stopped")
         return items
 
     def _of_file(self) -> list[Labelled]:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from grpo_jax import sharding
 from grpo_jax.model import Decoder, Params
 from grpo_jax.packing import Batch, Sample, pack, unpack
 from grpo_jax.reward_model.losses import reward_loss
@@ -162,4 +163,5 @@ def score_samples(
     samples = [reward_sample(tokens) for tokens in sequences]
     batch = pack(samples, length=length, rows=rows)
     batch = place(batch.with_capacity(capacity or -(-len(samples) // rows)))
-    return unpack(np.asarray(make_reward_scorer(model)(params, batch)), samples)
+    scores = make_reward_scorer(model)(params, batch)
+    return unpack(sharding.to_hosts(scores), samples)

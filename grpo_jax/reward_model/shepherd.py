@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from grpo_jax import hosts, sharding
 from grpo_jax.data import Example
 from grpo_jax.model import Decoder, Params
 from grpo_jax.reward_model.labelled import Labelled
@@ -80,7 +81,7 @@ class Sampler:
                 temperature=self.temperature,
                 eos_id=self.tokenizer.eos_ids,
             )
-            tokens, ends = jax.device_get((rollouts.tokens, rollouts.lengths))
+            tokens, ends = sharding.to_hosts((rollouts.tokens, rollouts.lengths))
             for place, i in enumerate(chunk):
                 rows = range(place * samples, (place + 1) * samples)
                 found[i] = [tokens[row, : ends[row]].tolist() for row in rows]
@@ -154,7 +155,12 @@ def label_outputs(
         examples += [outputs[i][0]] * completions
         start = outputs[i][2][: end + 1]
         whole += [(start + tokens)[:max_new_tokens] for tokens in several]
-    rewards = grade(examples, [tokenizer.decode(tokens) for tokens in whole])
+
+    def graded(rows: Sequence[tuple[Example, Tokens]]) -> Sequence[float]:
+        texts = [tokenizer.decode(tokens) for _, tokens in rows]
+        return grade([example for example, _ in rows], texts)
+
+    rewards = hosts.divide(graded, list(zip(examples, whole, strict=True)))
     right = np.asarray(rewards, np.float64) > 0.5  # a reward of NaN is not right
 
     own = right[: len(outputs)].astype(float).tolist()
