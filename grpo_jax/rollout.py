@@ -27,11 +27,11 @@ from jaxtyping import Array, ArrayLike, Int
 
 from grpo_jax import sharding
 from grpo_jax.cache import BLOCK, Cache, Prefixes, blocks_for
+from grpo_jax.decode_mesh import laid_out
 from grpo_jax.decoding import Ends, State, decode, start
 from grpo_jax.decoding import Rollouts as Rollouts
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, Params
-from grpo_jax.placement import laid_out
 from grpo_jax.sampling import Sampling
 
 

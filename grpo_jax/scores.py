@@ -9,7 +9,6 @@ and maj@k: the bootstrap's, over questions.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,10 +61,22 @@ def score(
     shape = len(examples), samples
 
     def graded(rule: str, output: bool = False) -> tuple[list[str | None], np.ndarray]:
-        one = functools.partial(_judge, rule=rule, output=output)
-        judged = hosts.divide(one, list(zip(texts, flat, strict=True)))
-        right = np.array([x for _, x in judged], float).reshape(shape)
-        return [answer for answer, _ in judged], right
+        def judge(places: Sequence[int]) -> list[tuple[str | None, bool]]:
+            given = []
+            for place in places:
+                text = texts[place]
+                if text is None:
+                    given.append(None)
+                elif output:
+                    given.append(answers.printed(text))
+                else:
+                    given.append(kinds.predict(text, flat[place], rule))
+            right = kinds.grade([flat[place] for place in places], given, rule)
+            return list(zip(given, right, strict=True))
+
+        judged = hosts.divide(judge, range(len(flat)))
+        right = np.array([same for _, same in judged], float).reshape(shape)
+        return [said for said, _ in judged], right
 
     given, right = graded("strict")
     result: Result = _accuracy(right) | {"temperature": temperature}
@@ -81,22 +92,6 @@ def score(
         result["samples"] = samples
         result |= _at_k([_vote(p) for p in given], right)
     return Score(result, right)
-
-
-def _judge(
-    asked: Sequence[tuple[str | None, Example]], *, rule: str, output: bool
-) -> list[tuple[str | None, bool]]:
-    """Of each text: its answer (or what its program printed), and if it is right."""
-    given = []
-    for text, example in asked:
-        if text is None:
-            given.append(None)
-        elif output:
-            given.append(answers.printed(text))
-        else:
-            given.append(kinds.predict(text, example, rule))
-    right = kinds.grade([example for _, example in asked], given, rule)
-    return list(zip(given, right, strict=True))
 
 
 def _accuracy(right: np.ndarray) -> Result:

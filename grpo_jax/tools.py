@@ -31,6 +31,7 @@ import numpy as np
 from grpo_jax import sharding
 from grpo_jax.cache import Cache
 from grpo_jax.continuation import continue_rollouts
+from grpo_jax.decode_mesh import laid_out
 from grpo_jax.interpreter import (
     FENCE,
     OUTPUT_TOKENS,
@@ -41,7 +42,6 @@ from grpo_jax.interpreter import (
     program_of,
 )
 from grpo_jax.model import Decoder, Params
-from grpo_jax.placement import laid_out
 from grpo_jax.rollout import Rollouts, bucket, generate
 from grpo_jax.stopping import stop_table
 from grpo_jax.tokenizer import Tokenizer
