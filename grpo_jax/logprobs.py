@@ -165,7 +165,7 @@ def _forward_if(hidden, unembed, targets, temperature, chunk):
     That, and the entropy's, cost passes over all logits, which most losses don't need.
     """
     inputs = (hidden, unembed, targets, temperature)
-    out, saved = _forward(*(x.value for x in inputs), chunk)
+    out, saved = _forward(*(x.value for x in inputs), chunk=chunk)
     return out, (saved, () if temperature.perturbed else None)
 
 

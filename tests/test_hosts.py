@@ -52,6 +52,20 @@ def launch(
     )
 
 
+def slurm_of(count: int) -> list[dict[str, str]]:
+    """What SLURM tells each of so many tasks of one host."""
+    port = str(free_port())
+    job = {
+        "SLURM_JOB_ID": "17",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": str(count),
+        "JAX_COORDINATOR_PORT": port,
+        "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
+    }
+    ranks = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(count)]
+    return [job | rank for rank in ranks]
+
+
 def finish(processes: list[subprocess.Popen], within: float = 300):
     done = []
     for process in processes:
@@ -164,17 +178,8 @@ def test_the_end_of_one_is_the_end_of_all():
 
 def test_a_cluster_says_which_process_is_which():
     """SLURM's own variables, no flags; without them a process is alone."""
-    port = str(free_port())
-    slurm = {
-        "SLURM_JOB_ID": "17",
-        "SLURM_STEP_NODELIST": "127.0.0.1",
-        "SLURM_NTASKS": "2",
-        "JAX_COORDINATOR_PORT": port,
-        "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
-    }
     command = ["-c", TALK, "", "0", "0", "print(hosts.exchange(hosts.index()))"]
-    ranks = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
-    two = [launch(command, devices=1, **slurm, **rank) for rank in ranks]
+    two = [launch(command, devices=1, **one) for one in slurm_of(2)]
     (alone,) = finish([launch(command, devices=1)])
     assert (alone.code, alone.out) == (0, "[0]\n"), alone.err
     for process in finish(two):
@@ -345,6 +350,57 @@ def test_each_grades_its_own_and_the_first_alone_writes(alone, shared, here):
             assert [x for x in said if not x.startswith("[Gloo]")] == []
     board = list((shared.dir / "tensorboard").iterdir())
     assert len(board) == len(shared.ends)  # a file each start, of process 0
+
+
+# STOP: the process is sent SIGTERM, as by a scheduler, after the first completions.
+EVALUATE = """
+import os, signal
+from grpo_jax import completions, evaluate
+from grpo_jax.completions import Log
+append = Log.append
+def and_stop(log, *batch, **about):
+    append(log, *batch, **about)
+    if os.environ.get("STOP") and len(log.rows) < 10:
+        os.kill(os.getpid(), signal.SIGTERM)
+Log.append = and_stop
+evaluate.main()
+"""
+
+
+def test_an_evaluation_stops_on_all_hosts_and_goes_on(shared, here):
+    """Two processes as SLURM starts them, one of which is stopped; then one alone."""
+    out = here / "evaluated"
+    words = ["--models", str(shared.dir), "--sets", str(here / "sums.jsonl")]
+    words += ["--questions", "48", "--max-new-tokens", "8", "--batch", "2"]
+    command = ["-c", EVALUATE, *words, "--out", str(out)]
+    first, second = slurm_of(2)
+    two = finish([launch(command, 2, **e) for e in (first, second | {"STOP": "1"})])
+    for process in two:
+        assert process.code == 143, process.err
+    assert "stopped; the same command goes on from there" in two[0].out
+    assert not (out / "results.json").exists()
+    (file,) = out.rglob("*.greedy.jsonl")
+    written = lines(file)
+    assert 8 <= len(written) - 1 < 48
+    (alone,) = finish([launch(command, 4)])
+    assert alone.code == 0, alone.err
+    rows = lines(file)
+    assert rows[: len(written)] == written  # what two processes wrote, one goes on from
+    assert sorted(row["index"] for row in rows[1:]) == list(range(48))
+    (before,) = (shared.dir / "completions" / "rl").rglob("*.greedy.jsonl")
+    told = {row["index"]: row["completions"] for row in rows[1:]}
+    asked = lines(before)[1:]
+    assert len(asked) == 8
+    assert [told[row["index"]] for row in asked] == [r["completions"] for r in asked]
+    results = json.loads((out / "results.json").read_text())
+    ((_, row),) = results["sets"].items()
+    assert row["shared"]["n"] == 48
+    # All see what the first one wrote, also where nothing is left to ask.
+    again = finish([launch(command, 2, **one) for one in slurm_of(2)])
+    for process in again:
+        assert process.code == 0, process.err
+    assert "| set |" in again[0].out and "| set |" not in again[1].out
+    assert json.loads((out / "results.json").read_text()) == results
 
 
 def test_hosts_that_do_not_match_are_refused(here, tmp_path):
