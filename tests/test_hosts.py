@@ -7,75 +7,18 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
+from processes import finish, free_port, launch, slurm_of
 from small_runs import ROOT, SMALL, write_questions
 
 from grpo_jax import hosts
 from grpo_jax.errors import GrpoError
-
-CACHE = str(ROOT / ".pytest_cache" / "jax")  # as in conftest.py
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def launch(
-    command: list[str], devices: int, folder: Path = ROOT, **environment: str
-) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    flags += " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    environment |= {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": flags,
-        "JAX_COMPILATION_CACHE_DIR": CACHE,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=folder,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def slurm_of(count: int) -> list[dict[str, str]]:
-    """What SLURM tells each of so many tasks of one host."""
-    port = str(free_port())
-    job = {
-        "SLURM_JOB_ID": "17",
-        "SLURM_STEP_NODELIST": "127.0.0.1",
-        "SLURM_NTASKS": str(count),
-        "JAX_COORDINATOR_PORT": port,
-        "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
-    }
-    ranks = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(count)]
-    return [job | rank for rank in ranks]
-
-
-def finish(processes: list[subprocess.Popen], within: float = 300):
-    done = []
-    for process in processes:
-        try:
-            out, err = process.communicate(timeout=within)
-        finally:
-            process.kill()
-        done.append(SimpleNamespace(code=process.returncode, out=out, err=err))
-    return done
-
 
 # -- shares ---------------------------------------------------------------------------
 
