@@ -122,7 +122,7 @@ def test_the_end_of_one_is_the_end_of_all():
 def test_a_cluster_says_which_process_is_which():
     """SLURM's own variables, no flags; without them a process is alone."""
     command = ["-c", TALK, "", "0", "0", "print(hosts.exchange(hosts.index()))"]
-    two = [launch(command, devices=1, **one) for one in slurm_of(2)]
+    two = [launch(command, 1, ROOT, **one) for one in slurm_of(2)]
     (alone,) = finish([launch(command, devices=1)])
     assert (alone.code, alone.out) == (0, "[0]\n"), alone.err
     for process in finish(two):
@@ -317,7 +317,9 @@ def test_an_evaluation_stops_on_all_hosts_and_goes_on(shared, here):
     words += ["--questions", "48", "--max-new-tokens", "8", "--batch", "2"]
     command = ["-c", EVALUATE, *words, "--out", str(out)]
     first, second = slurm_of(2)
-    two = finish([launch(command, 2, **e) for e in (first, second | {"STOP": "1"})])
+    two = finish(
+        [launch(command, 2, ROOT, **e) for e in (first, second | {"STOP": "1"})]
+    )
     for process in two:
         assert process.code == 143, process.err
     assert "stopped; the same command goes on from there" in two[0].out
@@ -339,7 +341,7 @@ def test_an_evaluation_stops_on_all_hosts_and_goes_on(shared, here):
     ((_, row),) = results["sets"].items()
     assert row["shared"]["n"] == 48
     # All see what the first one wrote, also where nothing is left to ask.
-    again = finish([launch(command, 2, **one) for one in slurm_of(2)])
+    again = finish([launch(command, 2, ROOT, **one) for one in slurm_of(2)])
     for process in again:
         assert process.code == 0, process.err
     assert "| set |" in again[0].out and "| set |" not in again[1].out
