@@ -216,6 +216,8 @@ def answer_all(
         header |= {"weights": fingerprint(params), "dtype": str(jnp.dtype(model.dtype))}
         log = Log(file, header, restart=restart)
     found = {} if log is None else dict(log.rows)
+    if all(i in found for i in asked.order):  # no bar: nothing is asked
+        return [found.get(i) for i in range(len(asked.examples))]
     key = jax.random.fold_in(jax.random.key(settings.seed), round(1000 * temperature))
     done = sum(i in found for i in asked.order)
     with progress(label or asked.name, done, len(asked.order), unit="question") as bar:
