@@ -23,11 +23,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from grpo_jax import sharding
 from grpo_jax.cache import BLOCK, Cache, Prefixes, blocks_for
+from grpo_jax.decode_mesh import is_laid_out, relaid
 from grpo_jax.decoding import Ends, State, decode, start
 from grpo_jax.decoding import Rollouts as Rollouts
 from grpo_jax.errors import GrpoError
@@ -184,32 +184,6 @@ _STATIC = ("model", "max_new_tokens", "temperature", "top_k", "top_p", "min_p")
 _STATIC += ("eos_id", "stop", "samples", "slots", "cache_dtype", "keep")
 _jitted = jax.jit(generate_tokens, static_argnames=_STATIC)
 _spread = jax.jit(spread_tokens, static_argnames=_STATIC)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "layout"))
-def relaid(model: Decoder, params: Params, layout: Mesh) -> Params:
-    """Parameters on the mesh that decodes, in the dtype of the computation.
-
-    In two steps, which XLA knows how to take: rows of matrices for columns within the
-    groups of devices, and then between the groups what is missing in each.
-    """
-    params = jax.tree.map(lambda x: x.astype(model.dtype), params)
-    for fsdp in (True, False):
-        mesh = sharding.regroup(layout, layout.shape["tensor"], fsdp=fsdp)
-        where = sharding.shardings(params, mesh)
-        params = jax.lax.with_sharding_constraint(params, where)
-    return params
-
-
-def is_laid_out(model: Decoder, params: Params, layout: Mesh) -> bool:
-    """Whether the parameters are there already."""
-    where = sharding.shardings(params, layout)
-
-    def here(x, sharding) -> bool:
-        same = x.sharding.is_equivalent_to(sharding, len(x.shape))
-        return same and x.dtype == model.dtype
-
-    return all(jax.tree.leaves(jax.tree.map(here, params, where)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import rollout, sharding
+from grpo_jax import decode_mesh, sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, ModelConfig
 from grpo_jax.packing import Sample, pack
@@ -110,9 +110,9 @@ def test_the_samplers_parameters_are_split_within_groups_alone():
     with jax.set_mesh(mesh):
         params = place(MODEL.init(jax.random.key(0)), mesh)
         layout = sharding.regroup(mesh, 4)
-        moved = rollout.relaid(model, params, layout)
-    assert rollout.is_laid_out(model, moved, layout)
-    assert not rollout.is_laid_out(model, params, layout)
+        moved = decode_mesh.relaid(model, params, layout)
+    assert decode_mesh.is_laid_out(model, moved, layout)
+    assert not decode_mesh.is_laid_out(model, params, layout)
     for name, shape in (("q_proj", (2, 8, 32)), ("down_proj", (2, 32, 16))):
         leaf = moved["layers"][name]
         assert leaf.addressable_shards[0].data.shape == shape

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax import cache, lora, rl, rollout, setup, sft, sharding
+from grpo_jax import cache, decode_mesh, lora, rl, rollout, setup, sft, sharding
 from grpo_jax.config import Config
 from grpo_jax.errors import GrpoError
 from grpo_jax.methods import METHODS
@@ -236,8 +236,9 @@ def sampler_of(
     # A prompt is read once for several of its rows.
     cached = slots * (often["blocks"] * cache.BLOCK + shape.width / cache.TOGETHER)
     asked = []
-    if layout and not rollout.is_laid_out(model, params, layout):
-        trace = functools.partial(rollout.relaid.trace, model, params, layout)
+    if layout and not decode_mesh.is_laid_out(model, params, layout):
+        relay = decode_mesh.relay(model, params, layout)
+        trace = functools.partial(relay.trace, params)
         asked.append(Asked("weights to sample", trace, mesh, params))
         params = compute_params(model, params, layout)
     jitted: Any = sample.func
