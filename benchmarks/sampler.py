@@ -5,9 +5,10 @@
 In: a Hugging Face folder and a file of JSON lines with "question". Out: JSON lines
 {"case", "tokens_per_second", "occupancy", "seconds", "tokens", …}: "fixed" decodes
 `--slots` rows of `--new` tokens, EOS suppressed; "ragged" decodes `--rows` rows of up
-to `--ragged-new` tokens from a queue, `--ragged-slots` at a time, with natural EOS. With --transformers, the same
-prompts go in turn through `transformers.generate` of that interpreter, in batches of
-as many rows as there are slots, and each case ends with the ratio of the medians.
+to `--ragged-new` tokens from a queue, `--ragged-slots` at a time, with natural EOS.
+With --transformers, the same prompts go in turn through `transformers.generate` of that
+interpreter, in batches of `--slots` rows, and each case ends with the ratio of the
+medians.
 """
 
 from __future__ import annotations
