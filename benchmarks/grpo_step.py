@@ -4,11 +4,12 @@
 
 In: a Hugging Face folder and a file of JSON lines with "question", of which each step
 takes the next --questions. Out: a JSON line a step, {"step", "seconds",
-"generate_seconds", "update_seconds", "completion_tokens", "peak_rss_gb"}, after one
-step that only compiles. Questions stand in the model's own chat template, temperature
-1, natural EOS, AdamW, β 0.04, μ 1; an output's reward is its share of digits, so that
-groups differ whatever the model knows. With --trl, TRL's GRPOTrainer of that
-interpreter then does the same on the same machine, and a last line gives the ratios.
+"generate_seconds", "update_seconds", "completion_tokens", "peak_rss_gb"}, after all
+shapes are compiled and one step is taken. Questions stand in the model's own chat
+template, temperature 1, natural EOS, AdamW, β 0.04, μ 1; an output's reward is its
+share of digits, so that groups differ whatever the model knows. With --trl, TRL's
+GRPOTrainer of that interpreter then does the same on the same machine, and a last line
+gives the ratios.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from lines import show
+
+ROW_LENGTHS = 4  # of which each step takes the one that fits best
 
 # What the other interpreter runs. TRL generates all outputs at once and trains on
 # micro-batches of `micro` outputs, its fastest here that its memory allows.
@@ -141,6 +144,7 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, A
     from grpo_jax.data import Example
     from grpo_jax.packing import fitting_length
     from grpo_jax.prompts import encode_prompt
+    from grpo_jax.rollout import bucket
     from grpo_jax.tokenizer import Tokenizer
 
     model, params = load_pretrained(flags.model, dtype=flags.dtype)
@@ -152,20 +156,37 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, A
     state = TrainState.create(jax.tree.map(jnp.copy, params), optimizer)
     prompts = [encode_prompt(tokenizer, Example(q)) for q in questions]
     capacity = flags.questions * flags.group
-    found = []
-    for step in range(flags.steps + 1):
-        asked = prompts[step * flags.questions : (step + 1) * flags.questions]
-        begin = time.perf_counter()
+    layout: dict = dict(rows=flags.rows, share_prompts=True)
+
+    def sample(asked, key):
         out = generate(
             model,
             state.params,
             asked,
-            key=jax.random.fold_in(jax.random.key(flags.seed), step),
+            key=key,
             samples=flags.group,
             max_new_tokens=flags.new,
             eos_id=tokenizer.eos_ids,
         )
-        out = jax.device_get(out)
+        return jax.device_get(out)
+
+    # A run compiles a program for each width of prompts and each row length, once.
+    by_step = [
+        prompts[start : start + flags.questions]
+        for start in range(0, len(prompts), flags.questions)
+    ]
+    for asked in {bucket(max(map(len, asked))): asked for asked in by_step}.values():
+        sample(asked, jax.random.key(flags.seed))
+    steps = {}
+    for i in range(ROW_LENGTHS):
+        length = flags.length - i * flags.length // (2 * ROW_LENGTHS)
+        like = Sample(tokens=[0, 0], mask=[0, 1], advantages=0.0, logps=[0.0, 0.0])
+        batch = pack([like], length=length, **layout).with_capacity(capacity)
+        steps[length] = update.lower(state, reference, batch).compile()
+    found = []
+    for step, asked in enumerate(by_step):
+        begin = time.perf_counter()
+        out = sample(asked, jax.random.fold_in(jax.random.key(flags.seed), step))
         sampled = time.perf_counter()
         tokens = [t[:n].tolist() for t, n in zip(out.tokens, out.lengths, strict=True)]
         texts = [tokenizer.decode(t) for t in tokens]
@@ -181,11 +202,11 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, A
             )
             for i, t in enumerate(tokens)
         ]
-        layout: dict = dict(rows=flags.rows, share_prompts=True)
-        length = fitting_length(samples, longest=flags.length, **layout)
-        batch = pack(samples, length=length, **layout)
-        batch = batch.with_capacity(capacity)
-        state, metrics = update(state, reference, batch)
+        length = fitting_length(
+            samples, longest=flags.length, choices=ROW_LENGTHS, **layout
+        )
+        batch = pack(samples, length=length, **layout).with_capacity(capacity)
+        state, metrics = steps[length](state, reference, batch)
         metrics = jax.device_get(metrics)
         end = time.perf_counter()
         if not step:

@@ -5,9 +5,10 @@
 In: a Hugging Face folder and a file of JSON lines with "question". Out: JSON lines
 {"case", "tokens_per_second", "occupancy", "seconds", "tokens", …}: "fixed" decodes
 `--slots` rows of `--new` tokens, EOS suppressed; "ragged" decodes `--rows` rows of up
-to `--ragged-new` tokens from a queue, with natural EOS. With --transformers, the same
-prompts go in turn through `transformers.generate` of that interpreter, in batches of
-as many rows as there are slots, and each case ends with the ratio of the medians.
+to `--ragged-new` tokens from a queue, `--ragged-slots` at a time, with natural EOS.
+With --transformers, the same prompts go in turn through `transformers.generate` of that
+interpreter, in batches of `--slots` rows, and each case ends with the ratio of the
+medians.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def measure(model, params, prompts, eos, flags, *, samples, new, fixed) -> Gener
         samples=samples,
         max_new_tokens=new,
         eos_id=(-1,) if fixed else eos,
-        slots=flags.slots,
+        slots=flags.slots if fixed else flags.ragged_slots,
         cache_dtype=flags.cache_dtype,
     )
     jax.block_until_ready(
@@ -105,7 +106,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="a Hugging Face folder")
     add("--prompts", required=True, help="JSON lines with a question each")
-    add("--slots", type=int, default=32)
+    add("--slots", type=int, default=32, help="and rows of transformers' batches")
+    add("--ragged-slots", type=int, default=64, help="of the ragged case")
     add("--group", type=int, default=8, help="outputs of a question")
     add("--new", type=int, default=128, help="tokens of a fixed output")
     add("--rows", type=int, default=128, help="outputs in the queue of the ragged case")

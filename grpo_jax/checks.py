@@ -86,6 +86,7 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "optimizer.max_grad_norm": (0, False),
     "optimizer.micro_rows": (1, True),
     "optimizer.row_length": (0, True),
+    "optimizer.row_lengths": (1, True),
     "optimizer.max_skipped": (1, True),
     "optimizer.max_sampling_gap": (0, False),
     "rewards.timeout": (0, False),

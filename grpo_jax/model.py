@@ -257,10 +257,7 @@ class Decoder:
         return matrix.T.astype(self.dtype)
 
     def embed(self, params: Params, tokens: Int[Array, "B T"]) -> Array:
-        # Whole rows before the gather: from rows split over fsdp the partitioner finds
-        # no way to rows of the batch but to copy everything everywhere.
-        table = sharding.constrain(params["embed"], sharding.P("tensor", None))
-        return table.astype(self.dtype)[tokens]
+        return sharding.rows_of_table(params["embed"], tokens).astype(self.dtype)
 
     def finish(self, params: Params, x: Array) -> Array:
         return rms_norm(x, params["norm"], self.config.norm_eps)

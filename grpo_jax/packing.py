@@ -163,6 +163,7 @@ def fitting_length(
     samples: Sequence[Sample],
     *,
     longest: int,
+    choices: int = 4,
     rows: int = 1,
     share_prompts: bool = False,
     together: int = 1,
@@ -171,29 +172,31 @@ def fitting_length(
     """A row length up to `longest` that leaves little padding.
 
     `longest` itself where that leaves less than `padding` of all positions empty, as it
-    does for many samples: a run's batches then have one shape. For few samples the best
-    of fifteen shorter ones, since the last rows are what stays empty.
+    does for many samples: a run's batches then have one shape. For few samples, whose
+    last row is what stays empty, the best of `choices` lengths down to half of it; each
+    is a shape, so a program, of its own.
 
     >>> samples = [Sample(tokens=[0] * 33, mask=[1] * 33)] * 3
     >>> fitting_length(samples, longest=64), fitting_length(samples, longest=32)
-    (34, 32)
+    (40, 32)
     """
-    together_longest = max(
+    shortest = max(
         sum(len(s.tokens) - 1 for s in samples[i : i + together])
         for i in range(0, len(samples), together)
     )
     best, least = longest, 0
-    for shorter in range(16):
-        length = longest - shorter * longest // 32
-        if length < together_longest:
+    for i in range(choices):
+        length = longest - i * longest // (2 * choices)
+        if length < shortest:
             break
         placed = place(samples, length, True, share_prompts, together)
         size = -(-len(placed) // rows) * rows * length
-        spans = _spans(samples, placed, share_prompts)
-        filled = sum(span.stop - span.first for span in spans)
+        filled = sum(
+            span.stop - span.first for span in _spans(samples, placed, share_prompts)
+        )
         if not least or size < least:
             best, least = length, size
-        if not shorter and filled > (1 - padding) * size:
+        if i == 0 and filled > (1 - padding) * size:
             break
     return best
 

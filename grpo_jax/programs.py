@@ -27,7 +27,7 @@ from grpo_jax.objectives import (
     ppo_objective,
     sft_objective,
 )
-from grpo_jax.packing import Batch, Sample, pack
+from grpo_jax.packing import Batch, Sample, fitting_length, pack
 from grpo_jax.reward_model.model import RewardModel, make_reward_scorer
 from grpo_jax.tools import most_tokens
 from grpo_jax.update import make_scorer, make_step
@@ -110,7 +110,7 @@ def has_advantages(batch: Batch) -> jax.Array:
 
 
 class Layout:
-    """Samples → one packed batch of the run's one shape, on the mesh.
+    """Samples → one packed batch on the mesh, of the run's one shape or few shapes.
 
     Pairs are laid out together; they then have a row of twice the length.
     """
@@ -125,6 +125,7 @@ class Layout:
         self.rows = rows * sharding.rows_multiple(mesh)
         outputs = config.questions_per_step * config.group_size
         self.capacity = -(-outputs // (together * self.rows))
+        self.choices = config.optimizer.row_lengths
         self.mesh = mesh
 
     def __call__(
@@ -136,12 +137,13 @@ class Layout:
         self, samples: Sequence[Sample], of: Sequence[Sample] | None = None
     ) -> Batch:
         """The batch on the host."""
-        batch = pack(
-            samples,
-            length=self.length,
-            rows=self.rows,
-            share_prompts=True,
-            together=self.together,
-            of=of,
+        layout: dict[str, Any] = dict(
+            rows=self.rows, share_prompts=True, together=self.together
         )
+        length = self.length
+        if self.choices > 1 and samples:
+            length = fitting_length(
+                samples, longest=length, choices=self.choices, **layout
+            )
+        batch = pack(samples, length=length, of=of, **layout)
         return batch.with_capacity(self.capacity)

@@ -200,6 +200,34 @@ def within(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     return P(*map(left, spec))
 
 
+def rows_of_table(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """table [V, D] at tokens [B, T], where columns are split over fsdp, and B too.
+
+    Each device looks its columns up for the tokens of all, and rows are exchanged for
+    columns: neither the table nor its gradient is ever whole. Left to itself the
+    partitioner copies both everywhere.
+    """
+    mesh = mesh_in_use()
+    width = size_of(mesh, "fsdp") if mesh else 1
+    if mesh is None or width == 1 or table.shape[1] % width:
+        return constrain(table, P("tensor", None))[tokens]
+    if tokens.shape[0] % rows_multiple(mesh):
+        return constrain(table, P("tensor", None))[tokens]
+
+    def look_up(table, tokens):
+        everywhere = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
+        x = table[everywhere]  # [B of all, T, D / fsdp]
+        return jax.lax.all_to_all(x, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+
+    rows = within(BATCH, mesh)
+    return jax.shard_map(
+        look_up,
+        in_specs=(P(None, "fsdp"), rows),
+        out_specs=rows,
+        axis_names=free(mesh) - {"tensor"},
+    )(table, tokens)
+
+
 def mesh_of(tree: Any) -> Mesh | None:
     """The mesh that a tree's arrays were placed on, if they were placed on one."""
     for leaf in jax.tree.leaves(tree):

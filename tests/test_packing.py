@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.errors import GrpoError
-from grpo_jax.packing import PROMPT, Sample, pack, place, unpack
+from grpo_jax.packing import PROMPT, Sample, fitting_length, pack, place, unpack
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(40, 100))
@@ -104,6 +104,30 @@ def test_under_five_percent_is_padding_on_ragged_lengths():
     samples = [Sample(tokens=s.tokens, mask=[1] * len(s.tokens)) for s in samples]
     batch = pack(samples, length=1024)
     assert (batch.segment_ids == 0).mean() < 0.05
+
+
+def test_few_outputs_take_a_row_length_that_fits_them():
+    """4 groups of 8 share their prompts: 1,336 tokens for rows of 1,024 at most."""
+    samples = []
+    for group in range(4):
+        prompt = [group + 1] * 31
+        for _ in range(8):
+            tokens = [*prompt, *[9] * 38]
+            samples.append(Sample(tokens=tokens, mask=[1] * 69, prompt=31))
+
+    def empty(length):
+        batch = pack(samples, length=length, share_prompts=True)
+        return (batch.segment_ids == 0).mean()
+
+    length = fitting_length(samples, longest=1024, choices=4, share_prompts=True)
+    assert length == 768 and empty(768) < 0.13 < 0.34 < empty(1024)
+    assert all(empty(768) <= empty(n) for n in (1024, 896, 640))
+    # Of many outputs hardly anything is empty, and no shape is added.
+    assert fitting_length(samples * 20, longest=1024, share_prompts=True) == 1024
+    # A length that does not hold the longest sample is no choice.
+    one = [Sample(tokens=[0] * 900, mask=[1] * 900)]
+    assert fitting_length(one, longest=1024) == 1024
+    assert fitting_length(one, longest=1200) == 900
 
 
 def test_capacity_adds_only_empty_micro_batches():
