@@ -151,7 +151,7 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, A
     model = dataclasses.replace(model, remat="ffn" if flags.remat else "none")
     tokenizer = Tokenizer.from_folder(flags.model)
     optimizer = optax.adamw(flags.rate, b2=0.95)
-    update = make_grpo_step(model, optimizer, kl_coef=0.04)
+    update: Any = make_grpo_step(model, optimizer, kl_coef=0.04)
     reference = params
     state = TrainState.create(jax.tree.map(jnp.copy, params), optimizer)
     prompts = [encode_prompt(tokenizer, Example(q)) for q in questions]
