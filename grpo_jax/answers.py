@@ -49,7 +49,7 @@ def extract(text: str) -> str | None:
     """
     said = stated(text)
     if said is not None:
-        return said
+        return said or None
     if _OUTPUT.search(text):
         return printed(text)
     text = re.sub(_NOTES, "", text)
@@ -60,18 +60,20 @@ def extract(text: str) -> str | None:
 def stated(text: str) -> str | None:
     """The answer that a completion names as its answer; see `extract` for the order.
 
-    >>> stated("He answers 3. The answer is 4."), stated("so 3 in all")
-    ('4', None)
+    None where it names none, "" where it was about to: what it said before is no answer.
+
+    >>> stated("He answers 3. The answer is 4."), stated("so 3 in all"), stated("#### ")
+    ('4', None, '')
     """
     text = re.sub(_NOTES, "", text)
     if found := _HOPE.findall(text):
-        return _trim(found[-1]) or None
+        return _trim(found[-1])
     if boxes := [box for box in boxed(text) if box.strip()]:
-        return _trim(boxes[-1]) or None
+        return _trim(boxes[-1])
     if (at := list(_IS.finditer(text))) and (said := _statement(text[at[-1].end() :])):
         return said
     if found := _HASHES.findall(text):
-        return _trim(found[-1]) or None
+        return _trim(found[-1])
     return None
 
 

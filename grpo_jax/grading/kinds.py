@@ -145,7 +145,7 @@ def choice(text: str, options: int) -> str | None:
     """
     known = "ABCDEFGH"[:options]
     said = answers.stated(text)
-    if said is not None:
+    if said:
         marked = set(re.findall(rf"(?<![A-Za-z])\(([{known}])\)", said))
         return _letters(said, known) or (marked.pop() if len(marked) == 1 else said)
     hints = [m[1].upper() for m in _HINT.finditer(text) if set(m[1]) <= set(known)]
