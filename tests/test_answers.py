@@ -11,6 +11,7 @@ from grpo_jax import answers
 from grpo_jax.grading import algebra, expressions, notation, workers
 
 EXTRACTED = [
+    ("1 + 2 = 3\n#### ", None),  # cut off before it was stated
     ("So the final answer is $\\frac{1}{2}$. I hope it is correct.", "\\frac{1}{2}"),
     ("First \\boxed{1}, then \\boxed{\\frac{2}{3}}.", "\\frac{2}{3}"),
     ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
