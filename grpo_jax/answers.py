@@ -60,7 +60,7 @@ def extract(text: str) -> str | None:
 def stated(text: str) -> str | None:
     """The answer that a completion names as its answer; see `extract` for the order.
 
-    None where it names none, "" where it was about to: nothing before that is an answer.
+    None where it names none, "" where it was about to: no number before that is one.
 
     >>> stated("He answers 3. The answer is 4."), stated("so 3 in all"), stated("#### ")
     ('4', None, '')
