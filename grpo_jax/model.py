@@ -125,41 +125,20 @@ class Block(nn.Module):
         return self.param(name, nn.initializers.zeros, shape)
 
     def linear(self, x: Array, name: str, out: int, bias: bool = False) -> Array:
-        """[B, T, F] from [B, T, D]; from columns [D, B], as `feed_forward` has, [F, B].
-
-        Wide tables take one axis of positions: over two of them XLA's CPU backward pass
-        transposes what is still to be computed, element by element.
-        """
-        columns = x.ndim == 2
-        weight = self.weight(name, out, x.shape[0 if columns else -1]).astype(x.dtype)
-        if columns:
-            y = weight @ x
-        elif x.shape[1] == 1:  # decoding
+        weight = self.weight(name, out, x.shape[-1]).astype(x.dtype)
+        if x.ndim == 3 and x.shape[1] == 1:  # decoding
             y = few_rows(weight, x[:, 0])[:, None]
         else:
+            # One axis of positions: over two of them XLA's CPU backward pass transposes
+            # what is still to be computed, element by element.
             flat = x.reshape(-1, x.shape[-1])
             y = jnp.einsum("MD,FD->MF", flat, weight).reshape(*x.shape[:-1], out)
         a = self.get_variable("params", name + A)  # not there: the base, or merged
         if a is not None:
-            b = self.get_variable("params", name + B)
-            y += self.lora.delta(x.T, a, b).T if columns else self.lora.delta(x, a, b)
+            y += self.lora.delta(x, a, self.get_variable("params", name + B))
         if bias:
-            vector = self.weight(name + "_bias", out).astype(x.dtype)
-            y += vector[:, None] if columns else over(y, vector)
+            y += over(y, self.weight(name + "_bias", out).astype(x.dtype))
         return y
-
-    def feed_forward(self, x: Array) -> Array:
-        """W_down (silu(W_gate x) · W_up x); one position a row is taken as columns.
-
-        So that what is between the matrices is never transposed.
-        """
-        c, columns = self.config, x.shape[1] == 1
-        h = x[:, 0].T if columns else x
-        gate = self.linear(h, "gate_proj", c.ffn, c.mlp_bias)
-        up = self.linear(h, "up_proj", c.ffn, c.mlp_bias)
-        gate, up = (checkpoint_name(x, "ffn") for x in (gate, up))
-        y = self.linear(nn.silu(gate) * up, "down_proj", c.width, c.mlp_bias)
-        return y.T[:, None] if columns else y
 
     def norm(self, x: Array, name: str) -> Array:
         return rms_norm(x, self.weight(name, x.shape[-1]), self.config.norm_eps)
@@ -179,7 +158,12 @@ class Block(nn.Module):
         out, cache = attend(q, k, v)
         out = out.reshape(*x.shape[:2], -1)
         x = x + self.linear(out, "o_proj", c.width, c.out_bias)
-        return x + self.feed_forward(self.norm(x, "ffn_norm")), cache
+        h = self.norm(x, "ffn_norm")
+        gate = self.linear(h, "gate_proj", c.ffn, c.mlp_bias)
+        up = self.linear(h, "up_proj", c.ffn, c.mlp_bias)
+        gate, up = (checkpoint_name(x, "ffn") for x in (gate, up))
+        h = nn.silu(gate) * up
+        return x + self.linear(h, "down_proj", c.width, c.mlp_bias), cache
 
 
 def few_rows(weight: Array, x: Array, **options) -> Array:
