@@ -32,7 +32,7 @@ ROW_LENGTHS = 4  # of which each step takes the one that fits best
 # What the other interpreter runs. TRL generates all outputs at once and trains on
 # micro-batches of `micro` outputs, its fastest here that its memory allows.
 _TRL = """
-import json, resource, sys, time, torch, transformers
+import json, sys, time, torch, transformers
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 ask = json.loads(sys.argv[1])
@@ -64,7 +64,9 @@ class Clock(transformers.TrainerCallback):
         spent["begin"], spent["generate"] = time.perf_counter(), 0.0
     def on_step_end(self, args, state, control, **kwargs):
         seconds = time.perf_counter() - spent["begin"]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        # Not ru_maxrss, which starts at the peak of the process that started this one.
+        status = open("/proc/self/status").read().split("VmHWM:")[1]
+        peak = int(status.split()[0]) / 2**20
         print("LINE" + json.dumps({"step": state.global_step, "seconds": seconds,
             "generate_seconds": spent["generate"],
             "update_seconds": seconds - spent["generate"],
