@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from grpo_jax.attention import Rows
 
-BLOCK = 128  # t and s
+BLOCK = 64  # t and s
 _F32: Any = dict(preferred_element_type=jnp.float32)
 
 

@@ -3,15 +3,17 @@
 In: hidden states [..., D], the unembedding matrix [D, V], the target tokens [...].
 Out: log π(target) and the entropy of π at each position, [...], float32.
 
-Logits are made a chunk of positions at a time, forward and backward: memory holds one
-chunk of them, never all. Pure, jax alone.
+Logits are made for a chunk of positions and a tile of the vocabulary at a time, forward
+and backward, with a running softmax over the tiles: memory never holds all of them.
+Pure, jax alone.
 
 Axes: B rows, T positions, C positions of a row in one chunk, M = B·C, D width,
-V vocabulary.
+V vocabulary, v tokens of a tile.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import TYPE_CHECKING, Any
@@ -25,9 +27,12 @@ from grpo_jax import sharding
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float, Int
 
-# Logits that a device holds at a time: 64 MiB of float32, for a matrix unit four times
-# that, since each chunk reads and writes the gradient of the whole output matrix.
+# Logits that a device holds at a time: 256 MiB of float32 for a matrix unit, since each
+# chunk reads and writes the gradient of the whole output matrix.
 _CHUNK_ELEMENTS = {"cpu": 2**24, "gpu": 2**26, "tpu": 2**26}
+# Of these the tokens of one tile. A CPU does all positions of a tile while it is in its
+# cache, and touches each row of the output matrix's gradient once.
+_TILE = {"cpu": 1024}
 
 
 def token_logprobs(
@@ -47,8 +52,9 @@ def token_logprobs(
       unembed: [D, V].
       targets: [...] the tokens that follow (already shifted).
       temperature: the sampling temperature; one for all three passes.
-      chunk: positions along the last leading axis whose logits exist at a time; None
-        lets about 2^24 logits exist on a device, on GPUs and TPUs 2^26.
+      chunk: positions along the last leading axis whose logits exist at a time, for
+        the whole vocabulary; None lets at most about 2^24 logits exist on a device, on
+        GPUs and TPUs 2^26.
 
     Returns:
       (logps, entropy), both [...], in nats, differentiable in hidden, unembed and
@@ -70,18 +76,21 @@ def token_logprobs(
     rows = math.prod(lead[:-1])
     hidden = hidden.reshape(rows, length, hidden.shape[-1])
     targets = targets.reshape(rows, length)
-    mesh = sharding.mesh_in_use()
+    mesh = mesh_of_all = sharding.mesh_in_use()
     devices = sharding.rows_multiple(mesh) if mesh else 1
     if devices == 1 or rows % devices:
         mesh, devices = None, 1
+    tile = unembed.shape[1]
     if chunk is None:
-        elements = rows // devices * unembed.shape[1]
+        if mesh_of_all is None or sharding.size_of(mesh_of_all, "tensor") == 1:
+            tile = min(tile, _TILE.get(sharding.platform(), tile))
+        elements = rows // devices * tile
         most = max(1, _CHUNK_ELEMENTS[sharding.platform()] // max(elements, 1))
         count = -(-max(length, 1) // most)
         chunk = -(-max(length, 1) // count)  # even ones: the last is hardly padded
     chunk = min(chunk, max(length, 1))
     temperature = jnp.asarray(temperature, jnp.float32)
-    compute = functools.partial(_compiled, chunk=chunk)
+    compute = functools.partial(_compiled, tiles=_Tiles(chunk, tile))
     if mesh is not None:
         compute = _on_each_device(compute, unembed, mesh)
     logps, entropy = compute(hidden, unembed, targets, temperature)
@@ -127,88 +136,150 @@ def _unchunk(x: Array, chunk: int, rows: int, length: int) -> Array:
     return x.reshape(rows, x.shape[1] * chunk, *x.shape[3:])[:, :length]
 
 
-def _logits(hidden: Array, unembed: Array, temperature: Array) -> Array:
-    """[M, V] of one chunk."""
-    z = jnp.einsum("MD,DV->MV", hidden, unembed, preferred_element_type=jnp.float32)
-    return z / temperature
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """Logits exist for `chunk` positions of a row and `tile` tokens at a time."""
+
+    chunk: int
+    tile: int
+
+    def count(self, table: Array) -> int:
+        return -(-table.shape[0] // self.tile)
+
+    def rows(self, table: Array, number: Any) -> tuple[Array, Any]:
+        """(the table's rows [tile, D] of a tile, the token that it starts from).
+
+        The last tile reaches back over the one before it where V is no multiple.
+        """
+        if self.tile == table.shape[0]:
+            return table, 0
+        start = jnp.minimum(number * self.tile, table.shape[0] - self.tile)
+        return jax.lax.dynamic_slice_in_dim(table, start, self.tile), start
+
+    def logits(self, h: Array, rows: Array, start, number, temperature, size: int):
+        """[M, tile] of one chunk; -1e30 for tokens that an earlier tile had."""
+        z = jnp.einsum("MD,VD->MV", h, rows, preferred_element_type=jnp.float32)
+        z = z / temperature
+        if size % self.tile:
+            again = start + jnp.arange(self.tile) < number * self.tile
+            z = jnp.where(again[None], -1e30, z)
+        return z
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _token_logprobs(hidden, unembed, targets, temperature, chunk):
-    return _forward(hidden, unembed, targets, temperature, chunk)[0]
+def _token_logprobs(hidden, table, targets, temperature, tiles):
+    return _forward(hidden, table, targets, temperature, tiles)[0]
 
 
-def _forward(hidden, unembed, targets, temperature, chunk):
-    def one(_, inputs):
-        h, y = inputs
-        z = _logits(h, unembed, temperature)
-        top = z.max(-1)
-        exp = jnp.exp(z - top[:, None])
-        total = exp.sum(-1)
-        log_total = jnp.log(total)
-        entropy = log_total - ((exp * z).sum(-1) / total - top)
-        at_target = jnp.take_along_axis(z, y[:, None], -1)[:, 0]
-        # In this order: top + log_total would lose the digits of large logits.
-        logps = (at_target - top) - log_total
-        return None, (logps, entropy, top, log_total)
+def _forward(hidden, table, targets, temperature, tiles):
+    h, y = (_chunks(x, tiles.chunk) for x in (hidden, targets))
 
-    inputs = (_chunks(hidden, chunk), _chunks(targets, chunk))
-    _, outputs = jax.lax.scan(one, None, inputs)
-    logps, entropy, *sums = (_unchunk(x, chunk, *targets.shape) for x in outputs)
-    saved = (hidden, unembed, targets, temperature, entropy, *sums)
-    return (logps, entropy), saved
+    def add(number, sums):  # a running softmax over the tiles
+        rows, start = tiles.rows(table, number)
+
+        def one(_, inputs):
+            h, y, top, total, moment, at_target = inputs
+            z = tiles.logits(h, rows, start, number, temperature, table.shape[0])
+            now = jnp.maximum(top, z.max(-1))
+            exp, fade = jnp.exp(z - now[:, None]), jnp.exp(top - now)
+            total = total * fade + exp.sum(-1)
+            moment = moment * fade + (exp * z).sum(-1)
+            here = (y >= number * tiles.tile) & (y < start + tiles.tile)
+            index = jnp.clip(y - start, 0, tiles.tile - 1)[:, None]
+            found = jnp.take_along_axis(z, index, -1)[:, 0]
+            return None, (now, total, moment, jnp.where(here, found, at_target))
+
+        return jax.lax.scan(one, None, (h, y, *sums))[1]
+
+    zero = jnp.zeros_like(h[..., 0], jnp.float32)
+    sums = (zero - 1e30, zero, zero, zero)
+    top, total, moment, at_target = jax.lax.fori_loop(0, tiles.count(table), add, sums)
+    log_total = jnp.log(total)
+    entropy = log_total - (moment / total - top)
+    # In this order: top + log_total would lose the digits of large logits.
+    logps = (at_target - top) - log_total
+    logps, entropy, *sums = (
+        _unchunk(x, tiles.chunk, *targets.shape)
+        for x in (logps, entropy, top, log_total)
+    )
+    return (logps, entropy), (
+        hidden,
+        table,
+        targets,
+        temperature,
+        entropy,
+        *sums,
+    )
 
 
-def _forward_if(hidden, unembed, targets, temperature, chunk):
+def _forward_if(hidden, table, targets, temperature, tiles):
     """`_forward`, which also notes whether anybody asks for the temperature's gradient.
 
     That, and the entropy's, cost passes over all logits, which most losses don't need.
     """
-    inputs = (hidden, unembed, targets, temperature)
-    out, saved = _forward(*(x.value for x in inputs), chunk=chunk)
+    inputs = (hidden, table, targets, temperature)
+    out, saved = _forward(*(x.value for x in inputs), tiles=tiles)
     return out, (saved, () if temperature.perturbed else None)
 
 
-def _backward(chunk, residuals, cotangents):
-    (hidden, unembed, targets, temperature, entropy, top, log_total), warm = residuals
+def _backward(tiles, residuals, cotangents):
+    (hidden, table, targets, temperature, entropy, top, log_total), warm = residuals
     g_logps, g_entropy = (
         None if isinstance(g, SymbolicZero) else g for g in cotangents
     )
     f32: Any = dict(preferred_element_type=jnp.float32)
-
-    def one(carry, inputs):
-        d_table, d_temperature = carry
-        h, y, entropy, top, log_total, g_logps, g_entropy = inputs
-        z = _logits(h, unembed, temperature)
-        log_p = z - top[:, None] - log_total[:, None]
-        p = jnp.exp(log_p)
-        # ∂log π_y/∂z_v = 1[v = y] - π_v,  ∂H/∂z_v = -π_v (log π_v + H)
-        d_z = jnp.zeros_like(z)
-        if g_logps is not None:
-            hit = jnp.arange(z.shape[1])[None] == y[:, None]
-            d_z += jnp.where(hit, 1 - p, -p) * g_logps[:, None]
-        if g_entropy is not None:
-            d_z -= p * (g_entropy[:, None] * (log_p + entropy[:, None]))
-        if warm is not None:  # Σ_v d_z is 0: not z
-            d_temperature -= (d_z * log_p).sum() / temperature
-        d_z = (d_z / temperature).astype(unembed.dtype)
-        d_hidden = jnp.einsum("MV,DV->MD", d_z, unembed, **f32)
-        d_table += jnp.einsum("MV,MD->VD", d_z, h, **f32)  # as embeddings are stored
-        return (d_table, d_temperature), d_hidden.astype(hidden.dtype)
-
     inputs = (hidden, targets, entropy, top, log_total, g_logps, g_entropy)
-    start = (jnp.zeros_like(unembed.T, jnp.float32), jnp.zeros_like(temperature))
-    inputs = tuple(x if x is None else _chunks(x, chunk) for x in inputs)
-    (d_table, d_temperature), d_hidden = jax.lax.scan(one, start, inputs)
-    d_hidden = _unchunk(d_hidden, chunk, *targets.shape)
-    return d_hidden, d_table.T.astype(unembed.dtype), None, d_temperature
+    inputs = tuple(x if x is None else _chunks(x, tiles.chunk) for x in inputs)
+
+    def add(number, carry):
+        d_table, d_hidden, d_temperature = carry
+        rows, start = tiles.rows(table, number)
+
+        def one(carry, inputs):
+            d_rows, d_temperature = carry
+            d_h, h, y, entropy, top, log_total, g_logps, g_entropy = inputs
+            z = tiles.logits(h, rows, start, number, temperature, table.shape[0])
+            log_p = z - top[:, None] - log_total[:, None]
+            p = jnp.exp(log_p)
+            # ∂log π_y/∂z_v = 1[v = y] - π_v,  ∂H/∂z_v = -π_v (log π_v + H)
+            d_z = jnp.zeros_like(z)
+            if g_logps is not None:
+                hit = start + jnp.arange(tiles.tile)[None] == y[:, None]
+                if table.shape[0] % tiles.tile:
+                    hit &= y[:, None] >= number * tiles.tile
+                d_z += jnp.where(hit, 1 - p, -p) * g_logps[:, None]
+            if g_entropy is not None:
+                d_z -= p * (g_entropy[:, None] * (log_p + entropy[:, None]))
+            if warm is not None:  # Σ_v d_z is 0: not z
+                d_temperature -= (d_z * log_p).sum() / temperature
+            d_z = (d_z / temperature).astype(table.dtype)
+            d_h += jnp.einsum("MV,VD->MD", d_z, rows, **f32)
+            d_rows += jnp.einsum("MV,MD->VD", d_z, h, **f32)
+            return (d_rows, d_temperature), d_h
+
+        d_rows = d_table
+        if tiles.tile < table.shape[0]:
+            d_rows = jax.lax.dynamic_slice_in_dim(d_table, start, tiles.tile)
+        (d_rows, d_temperature), d_hidden = jax.lax.scan(
+            one, (d_rows, d_temperature), (d_hidden, *inputs)
+        )
+        if tiles.tile < table.shape[0]:
+            d_rows = jax.lax.dynamic_update_slice_in_dim(d_table, d_rows, start, 0)
+        return d_rows, d_hidden, d_temperature
+
+    start = (table, inputs[0], temperature)
+    start = tuple(jnp.zeros_like(x, jnp.float32) for x in start)
+    found = jax.lax.fori_loop(0, tiles.count(table), add, start)
+    d_table, d_hidden, d_temperature = found
+    d_hidden = _unchunk(d_hidden, tiles.chunk, *targets.shape).astype(hidden.dtype)
+    return d_hidden, d_table.astype(table.dtype), None, d_temperature
 
 
 _token_logprobs.defvjp(_forward_if, _backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.jit, static_argnums=4)  # outside jit a scan compiles every time
-def _compiled(hidden, unembed, targets, temperature, chunk):
+def _compiled(hidden, unembed, targets, temperature, tiles):
     # Under shard_map a custom gradient must vary over the mesh axes of its input. So
     # let every input vary over the axes of all: what the devices share, as unembed,
     # then has its gradient summed over them. XLA drops the constant choices.
@@ -219,7 +290,8 @@ def _compiled(hidden, unembed, targets, temperature, chunk):
         return jnp.where(False, one.astype(x.dtype), x)
 
     hidden, unembed, temperature = map(like_all, (hidden, unembed, temperature))
-    return _token_logprobs(hidden, unembed, targets, temperature, chunk)
+    # As embeddings are stored: a loop over chunks would copy what it has to turn.
+    return _token_logprobs(hidden, unembed.T, targets, temperature, tiles)
 
 
 def logprobs_from_logits(
