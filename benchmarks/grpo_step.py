@@ -27,7 +27,7 @@ from typing import Any
 
 from lines import show
 
-ROW_LENGTHS = 4  # of which each step takes the one that fits best
+ROW_LENGTHS = 8  # of which each step takes the one that fits best
 
 # What the other interpreter runs. TRL generates all outputs at once and trains on
 # micro-batches of `micro` outputs, its fastest here that its memory allows.

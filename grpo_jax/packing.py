@@ -163,7 +163,7 @@ def fitting_length(
     samples: Sequence[Sample],
     *,
     longest: int,
-    choices: int = 4,
+    choices: int = 8,
     rows: int = 1,
     share_prompts: bool = False,
     together: int = 1,
@@ -178,7 +178,7 @@ def fitting_length(
 
     >>> samples = [Sample(tokens=[0] * 33, mask=[1] * 33)] * 3
     >>> fitting_length(samples, longest=64), fitting_length(samples, longest=32)
-    (40, 32)
+    (36, 32)
     """
     shortest = max(
         sum(len(s.tokens) - 1 for s in samples[i : i + together])
