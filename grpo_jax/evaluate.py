@@ -4,8 +4,8 @@
 
 In: models (work directories of train.py, Hugging Face folders or hub names, or .jsonl
 files of completions made elsewhere, see completions.py) and sets. Out: in DIR every
-completion, results.json and results.md with the comparison, paired tests and the
-published figures beneath, marked as published.
+completion, results.json, results.md and report.html with the comparison, paired tests
+and the published figures beneath, marked as published.
 
 The same command again goes on where it was stopped; no question is asked twice.
 """
@@ -42,11 +42,14 @@ from grpo_jax.comparison import (
     measure,
     measure_name,
     trained_on,
+    write,
     write_json,
 )
 from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError
+from grpo_jax.hf.folders import find_folder
 from grpo_jax.model import Decoder, Params
+from grpo_jax.report import update
 from grpo_jax.run import Preempted, load_run, read_config
 from grpo_jax.tokenizer import Tokenizer
 
@@ -213,8 +216,9 @@ def run_command(flags: argparse.Namespace) -> str:
         )
         if part
     )
+    write(out / "results.md", report)
     if hosts.first():
-        (out / "results.md").write_text(report + "\n", encoding="utf-8")
+        update(out)
     return report
 
 
@@ -244,9 +248,13 @@ def check(flags: argparse.Namespace) -> None:
     for path in flags.models:
         if is_given(path):
             read_given(path, flags)
+            continue
+        if is_workdir(path):
+            read_config(Path(path))
         else:
-            for mode in flags.mode:
-                asking.find_mode(Settings(mode=mode))
+            find_folder(path, only="config.json")
+        for mode in flags.mode:
+            asking.find_mode(Settings(mode=mode))
 
 
 def trained_sets(models: list[str]) -> list[str]:
