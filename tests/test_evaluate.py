@@ -151,8 +151,10 @@ def test_the_table_says_what_was_measured_where():
         in (text)
     )
     assert "– → 80.0 ± 7.8 | – → 70.0 ± 8.8 |" in text
+    results["sets"]["b"] = {"rl": {"tool_greedy": {"cut_off": 1.0, "too_long": 3}}}
     assert tables.remarks(results) == [
-        "a, rl, tool, greedy: 25 % of the completions were cut off"
+        "rl, tool, greedy: completions cut off: a 25 %, b 100 %",
+        "rl, tool, greedy: prompts too long, which count as wrong: b 3",
     ]
 
 

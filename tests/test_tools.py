@@ -137,7 +137,6 @@ def test_every_row_is_its_script_token_by_token(solved):
     assert failed[2] == [True, False] and not any(failed[7])
 
 
-
 # As one of two processes: what it solved, and which programs it ran itself.
 SHARED = """
 import json, pickle, sys
