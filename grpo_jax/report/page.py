@@ -164,7 +164,7 @@ def _comparison(results: Mapping[str, Any]) -> str:
         known = row.get("in_domain")
         where = "in-domain" if known is True else ""
         where = "out-of-domain" if known is False else where
-        first = f'{escape(name)} <span class="quiet">{where}</span>'
+        first = f'{escape(name)} <span class="by">{where}</span>'
         n = short(number(_dict(row.get(models[0])).get("n")))
         cells = [f'<th scope="row">{first}</th><td>{n}</td>']
         for mode in modes:
@@ -192,11 +192,11 @@ def _accuracy(result: Mapping[str, Any]) -> str:
         half = 50 * (bounds[1] - bounds[0])
         text += f' <span class="quiet">± {half:.1f}</span>'
     if (programs := number(_dict(result.get("program")).get("accuracy"))) is not None:
-        text += f' <span class="quiet">(programs {100 * programs:.1f})</span>'
+        text += f' <span class="by">(programs {100 * programs:.1f})</span>'
     if (lenient := number(_dict(result.get("paper")).get("accuracy"))) is not None:
-        text += f' <span class="quiet">(paper\'s grader {100 * lenient:.1f})</span>'
+        text += f' <span class="by">(paper\'s grader {100 * lenient:.1f})</span>'
     if (cut := number(result.get("cut_off")) or 0) >= 0.01:
-        text += f' <span class="quiet">({100 * cut:.0f} % cut off)</span>'
+        text += f' <span class="by">({100 * cut:.0f} % cut off)</span>'
     left_out = number(result.get("too_long"))
     return text + (f" ({short(left_out)} too long)" if left_out else "")
 
@@ -215,7 +215,7 @@ def _p_value(results, name: str, measure: str, models: Sequence[str]) -> str:
         p = number(test.get("p"))
         if about == (name, measure, list(models)) and p is not None:
             shown = "&lt; 0.001" if p < 0.001 else f"= {short(p)}"
-            return f' <span class="quiet">p {shown}</span>'
+            return f' <span class="by">p {shown}</span>'
     return ""
 
 
