@@ -214,7 +214,7 @@ def _p_value(results, name: str, measure: str, models: Sequence[str]) -> str:
         about = test.get("set"), test.get("measure"), test.get("models")
         p = number(test.get("p"))
         if about == (name, measure, list(models)) and p is not None:
-            shown = "&lt; 0.001" if p < 0.001 else f"= {short(p)}"
+            shown = "&lt; 0.001" if p < 0.001 else f"= {p:.2g}"
             return f' <span class="by">p {shown}</span>'
     return ""
 
