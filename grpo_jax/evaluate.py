@@ -186,8 +186,8 @@ def is_given(model: str) -> bool:
 def run_command(flags: argparse.Namespace) -> str:
     """Measures every model on every set; returns the report that is also written."""
     out = Path(flags.out)
-    check(flags)
     results: Result = {"models": labels(flags.models), "sets": {}}
+    check(flags)
     others = ("models", "sets", "out", "data_dir", *PROCESSES)
     results["settings"] = without(flags, others)
     trained = trained_sets(flags.models)
