@@ -6,6 +6,17 @@ configs/tiny.py's task and model, but the solutions are programs with their outp
 ("```python print(12+8-16) ```", "```output 4 ```", "#### 4"). In RL and in the
 comparison the sandbox runs what the model writes, and the model goes on from what it
 printed; it needs bubblewrap or Landlock.
+
+Measured (accuracy in %, Instruct → RL; seed 0, n 300, ± 6 at most; one core of an Intel
+Xeon, no accelerator, the versions of requirements.txt, 2026-11-25; 4 min 26 s in all):
+
+| set | temperature 1 | greedy |
+|---|---|---|
+| tool-chain (in-domain) | 20.3 → 43.3 | 44.7 → 63.3 |
+| tool-long | 10.3 → 4.3 | 27.0 → 8.0 |
+| tool-words | 25.3 → 27.0 | 48.7 → 39.0 |
+
+RL sees chains alone, and what it does not see gets worse, greedily.
 """
 
 from grpo_jax.config import (

@@ -69,7 +69,7 @@ def measure(
             asked,
             settings,
             kind=kind,
-            label=f"{label} {name} {kind}".strip(),
+            label=f"{label} {name} {measure_name(settings.mode, kind)}".strip(),
             file=file,
             restart=restart,
         )
@@ -157,7 +157,8 @@ def compare(run: Run, models: Mapping[str, Params]) -> Result:
     """The comparison of a run's models on all its sets; what is measured stays so.
 
     Completions are kept in the work directory, so that no question is asked again
-    while weights and settings stay the same; results.json is written after every set.
+    while weights and settings stay the same. results.json is written whole after every
+    set; the sets that are still to come stand in it without figures.
     """
     config, settings = run.config, settings_of(run.config)
     steps = {"instruct": config.sft_steps, "rl": config.rl_steps}
@@ -168,11 +169,13 @@ def compare(run: Run, models: Mapping[str, Params]) -> Result:
         "steps": {name: steps[name] for name in models},
         "settings": settings.__dict__,
         "models": list(models),
-        "sets": {},
+        "sets": {
+            name: {"in_domain": sources.in_domain(name, trained_on(config))}
+            for name in set_names(config)
+        },
     }
     found: Scores = {}
-    for name in set_names(config):
-        row: Result = {"in_domain": sources.in_domain(name, trained_on(config))}
+    for name, row in results["sets"].items():
         for model, params in models.items():
             measured = measure(
                 run.model,
@@ -186,7 +189,6 @@ def compare(run: Run, models: Mapping[str, Params]) -> Result:
             )
             row[model] = measured.result
             add(found, name, model, measured)
-        results["sets"][name] = row
         results["paired"] = scores.pairs(found)
         write_json(run.workdir / "results.json", results)
     return results
@@ -198,9 +200,13 @@ def add(found: Scores, name: str, model: str, measured: Measured) -> None:
 
 
 def write_json(file: Path, value: Any) -> None:
+    write(file, json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def write(file: Path, text: str) -> None:
+    """All of it, or what was there before stays."""
     if not hosts.first():
         return
     fresh = file.with_suffix(".tmp")
-    text = json.dumps(value, indent=2, ensure_ascii=False)
     fresh.write_text(text + "\n", encoding="utf-8")
     fresh.replace(file)

@@ -4,8 +4,8 @@
 
 In: models (work directories of train.py, Hugging Face folders or hub names, or .jsonl
 files of completions made elsewhere, see completions.py) and sets. Out: in DIR every
-completion, results.json and results.md with the comparison, paired tests and the
-published figures beneath, marked as published.
+completion, results.json, results.md and report.html with the comparison, paired tests
+and the published figures beneath, marked as published.
 
 The same command again goes on where it was stopped; no question is asked twice.
 """
@@ -16,9 +16,10 @@ import argparse
 import itertools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from grpo_jax import (
     asking,
@@ -41,13 +42,19 @@ from grpo_jax.comparison import (
     measure,
     measure_name,
     trained_on,
+    write,
     write_json,
 )
 from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError
+from grpo_jax.hf.folders import find_folder
 from grpo_jax.model import Decoder, Params
+from grpo_jax.report import update
 from grpo_jax.run import Preempted, load_run, read_config
 from grpo_jax.tokenizer import Tokenizer
+
+# Flags that say which process this is, and nothing of what is measured.
+PROCESSES = ("coordinator", "num_processes", "process_id", "wait", "heartbeat")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -91,9 +98,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--instruction", choices=["cot", "tool", "none"], help="after the question")
     add("--data-dir", help="where the sets' original files lie ($GRPO_JAX_DATA)")
     add("--seed", type=int, default=0, help="of the samples (0)")
+    add("--coordinator", help="host:port of process 0, where no cluster says it")
+    add("--num_processes", type=int, help="how many processes there are")
+    add("--process_id", type=int, help="which of them this is, from 0")
+    add("--wait", type=int, default=300, help="seconds for all to come (300)")
+    add("--heartbeat", type=int, default=100, help="seconds until one is lost (100)")
     flags = parser.parse_args(arguments)
     least = {"questions": 0, "samples": 0, "max_new_tokens": 1, "max_prompt_tokens": 1}
-    least |= {"generations": 1}
+    least |= {"generations": 1, "wait": 1, "heartbeat": 1}
     for name, smallest in least.items():
         if getattr(flags, name) < smallest:
             parser.error(f"--{name.replace('_', '-')} must be {smallest} or more")
@@ -113,13 +125,18 @@ def unique(names: list[str]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     flags = parse(arguments)
+    processes = flags.coordinator, flags.num_processes, flags.process_id
+    limits = dict(wait=flags.wait, heartbeat=flags.heartbeat)
     stopped = False
-    with hosts.together():
-        try:
-            run(flags)
-        except Preempted as error:
-            stopped = True
-            hosts.say(f"{error}; the same command goes on from there")
+    try:
+        with hosts.together(*processes, **limits):
+            try:
+                run(flags)
+            except Preempted as error:
+                stopped = True
+                hosts.say(f"{error}; the same command goes on from there")
+    except GrpoError as error:
+        sys.exit(f"error: {error}")
     if stopped:
         sys.exit(143)  # as a shell says of SIGTERM
 
@@ -130,8 +147,8 @@ def run(flags: argparse.Namespace) -> None:
     from grpo_jax.train import start_cache
 
     start_cache()
-    hosts.agree("flags", vars(flags))
     try:
+        hosts.agree("flags", without(flags, PROCESSES))
         with lock(flags.out):
             hosts.say(run_command(flags))
     except GrpoError as error:
@@ -158,6 +175,10 @@ def smaller(flags: argparse.Namespace) -> str:
     )
 
 
+def without(flags: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in vars(flags).items() if name not in names}
+
+
 def is_given(model: str) -> bool:
     return model.endswith(".jsonl")
 
@@ -165,10 +186,10 @@ def is_given(model: str) -> bool:
 def run_command(flags: argparse.Namespace) -> str:
     """Measures every model on every set; returns the report that is also written."""
     out = Path(flags.out)
-    check(flags)
     results: Result = {"models": labels(flags.models), "sets": {}}
-    others = ("models", "sets", "out", "data_dir")
-    results["settings"] = {k: v for k, v in vars(flags).items() if k not in others}
+    check(flags)
+    others = ("models", "sets", "out", "data_dir", *PROCESSES)
+    results["settings"] = without(flags, others)
     trained = trained_sets(flags.models)
     for name in flags.sets:
         row = results["sets"].setdefault(name, {})
@@ -195,8 +216,9 @@ def run_command(flags: argparse.Namespace) -> str:
         )
         if part
     )
+    write(out / "results.md", report)
     if hosts.first():
-        (out / "results.md").write_text(report + "\n", encoding="utf-8")
+        update(out)
     return report
 
 
@@ -226,9 +248,13 @@ def check(flags: argparse.Namespace) -> None:
     for path in flags.models:
         if is_given(path):
             read_given(path, flags)
+            continue
+        if is_workdir(path):
+            read_config(Path(path))
         else:
-            for mode in flags.mode:
-                asking.find_mode(Settings(mode=mode))
+            find_folder(path, only="config.json")
+        for mode in flags.mode:
+            asking.find_mode(Settings(mode=mode))
 
 
 def trained_sets(models: list[str]) -> list[str]:

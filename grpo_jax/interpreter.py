@@ -13,8 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax
-
+from grpo_jax import hosts
 from grpo_jax.errors import GrpoError
 from grpo_jax.sandbox import Result, Sandbox, SandboxFailed, shared
 from grpo_jax.tokenizer import Tokenizer
@@ -73,31 +72,32 @@ class Call:
 class Interpreter:
     """Runs programs in a sandbox, side by side; equal ones once.
 
-    timeout: seconds of wall and of CPU time for each. Raises GrpoError where no sandbox
-    works or a run has several processes, and where a sandbox that worked fails twice:
-    that says nothing of the program.
+    Of several processes all call with the same programs: each runs its share, and all
+    get every `Call`. timeout: seconds of wall and of CPU time for each program. Raises
+    GrpoError where no sandbox works, and where one that worked fails twice: that says
+    nothing of the program.
 
     >>> [call.output for call in Interpreter()(["print(6 * 7)", "1 / 0"])]
     ['42', 'Runtime errors: ZeroDivisionError: division by zero']
     """
 
     def __init__(self, timeout: float = 10.0, sandbox: Sandbox | None = None):
-        if jax.process_count() > 1:
-            raise GrpoError("tools: programs need a run of one process, so far")
         self.timeout, self.sandbox = timeout, sandbox or shared()
 
     def __call__(self, programs: Sequence[str]) -> list[Call]:
         once = list(dict.fromkeys(programs))
+        told = hosts.divide(self._run, once)
+        calls = {p: Call(p, *one) for p, one in zip(once, told, strict=True)}
+        return [calls[program] for program in programs]
+
+    def _run(self, programs: Sequence[str]) -> list[tuple[str, bool]]:
+        """What is told of each, and whether it failed."""
         limits = dict(wall_seconds=self.timeout, cpu_seconds=self.timeout)
         try:
-            found = self.sandbox.run_many(once, **limits)
+            found = self.sandbox.run_many(programs, **limits)
         except SandboxFailed as fault:
             raise GrpoError(f"tools: {fault}; no output was counted as wrong") from None
-        calls = {
-            program: Call(program, said(result), result.status != "ok")
-            for program, result in zip(once, found, strict=True)
-        }
-        return [calls[program] for program in programs]
+        return [(said(result), result.status != "ok") for result in found]
 
 
 def said(result: Result) -> str:

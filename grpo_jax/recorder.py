@@ -154,9 +154,14 @@ def progress(stage: str, start: int, steps: int, unit: str = "step") -> tqdm.tqd
 
 
 class _Lines(io.StringIO):
-    """What tqdm draws over and over in one line, as lines."""
+    """What tqdm draws over and over in one line, as lines; each count once."""
+
+    count = ""
 
     def write(self, text: str) -> int:
-        if shown := text.replace("\x1b[A", "").strip():
+        shown = text.replace("\x1b[A", "").strip()
+        count = shown.partition(" [")[0]  # behind it stand times
+        if shown and count != self.count:
             print(shown, file=sys.stderr, flush=True)
+            self.count = count
         return len(text)

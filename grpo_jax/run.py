@@ -20,6 +20,7 @@ import optax
 
 from grpo_jax import hosts, lora, setup, sharding
 from grpo_jax.checkpoint import Checkpoints
+from grpo_jax.checks import validate
 from grpo_jax.config import Config, flatten, from_dict, to_json
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, Params
@@ -154,11 +155,15 @@ def is_harmless(name: str) -> bool:
 def read_config(workdir: Path) -> Config:
     file = workdir / "config.json"
     try:
-        return from_dict(json.loads(file.read_text(encoding="utf-8")))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise GrpoError(f"{file}: no such file; is this a work directory?") from None
     except json.JSONDecodeError as error:
         raise GrpoError(f"{file}: not valid JSON ({error})") from None
+    try:
+        return validate(from_dict(values))
+    except GrpoError as error:  # of a field that another version had, or had otherwise
+        raise GrpoError(f"{file}: {error}; change it there") from None
 
 
 def run_stage(

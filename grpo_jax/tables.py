@@ -146,17 +146,21 @@ def p_value(p: float) -> str:
 def remarks(results: Mapping[str, Any]) -> list[str]:
     """What a reader should know: completions that were cut off, questions left out."""
     lines = []
-    for name, row in results["sets"].items():
-        for model in results["models"]:
-            for measure in MEASURES:
+    for model in results["models"]:
+        for measure in MEASURES:
+            cut, left_out = [], []
+            for name, row in results["sets"].items():
                 result = row.get(model, {}).get(measure, {})
-                where = f"{name}, {model}, {measure.replace('_', ', ')}"
                 if result.get("cut_off", 0) >= 0.01:
-                    share = f"{100 * result['cut_off']:.0f} %"
-                    lines.append(f"{where}: {share} of the completions were cut off")
+                    cut.append(f"{name} {100 * result['cut_off']:.0f} %")
                 if result.get("too_long"):
-                    lines.append(
-                        f"{where}: {result['too_long']} questions are longer than a "
-                        "prompt may be, and count as wrong"
-                    )
+                    left_out.append(f"{name} {result['too_long']}")
+            where = f"{model}, {measure.replace('_', ', ')}"
+            if cut:
+                lines.append(f"{where}: completions cut off: {', '.join(cut)}")
+            if left_out:
+                lines.append(
+                    f"{where}: prompts too long, which count as wrong: "
+                    f"{', '.join(left_out)}"
+                )
     return lines

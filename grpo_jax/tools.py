@@ -7,7 +7,8 @@ The loop of DeepSeekMath's evaluation, for all rows at once:
 1. sample up to EOS, or up to where the text has "```output", however it is tokenised;
 2. a row whose text now ends with a closed ```python block calls the interpreter: the
    earlier blocks without their unindented lines that print, then the whole last block;
-3. the programs run in parallel in the sandbox, while keys and values stay in the slots;
+3. the programs run in parallel in the sandbox (of several processes each runs its share
+   of them), while keys and values stay in the slots;
 4. "\n{result}\n```\n" is encoded and appended, and the row goes on, for as many
    generations as are allowed.
 What was sampled stays the ids that it is: nothing is decoded and encoded again. The
@@ -164,7 +165,7 @@ def solve(
             for turn in range(1, generations + 1):
                 while not out.tokens.is_ready():  # asleep here, so that Ctrl-C is heard
                     time.sleep(0.002)
-                got = jax.device_get((out.tokens, out.logps, out.lengths))
+                got = sharding.to_hosts((out.tokens, out.logps, out.lengths))
                 for row, tokens, logps, n in zip(seats, *got, strict=True):
                     new = slice(len(row.told), n)
                     row.write(tokenizer, tokens[new].tolist(), logps[new].tolist())
@@ -184,7 +185,7 @@ def solve(
                     key=jax.random.fold_in(own, (1 << 29) + turn),
                     **options,
                 )
-    return _gathered(every, float(np.mean(jax.device_get(occupancy))))
+    return _gathered(every, float(np.mean(sharding.to_hosts(occupancy))))
 
 
 def _only(out: Rollouts, rows: Sequence[int], multiple: int) -> Rollouts:

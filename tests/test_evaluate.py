@@ -151,8 +151,10 @@ def test_the_table_says_what_was_measured_where():
         in (text)
     )
     assert "– → 80.0 ± 7.8 | – → 70.0 ± 8.8 |" in text
+    results["sets"]["b"] = {"rl": {"tool_greedy": {"cut_off": 1.0, "too_long": 3}}}
     assert tables.remarks(results) == [
-        "a, rl, tool, greedy: 25 % of the completions were cut off"
+        "rl, tool, greedy: completions cut off: a 25 %, b 100 %",
+        "rl, tool, greedy: prompts too long, which count as wrong: b 3",
     ]
 
 
@@ -271,7 +273,7 @@ def folder_of(out: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(out)): file.read_bytes()
         for file in sorted(out.rglob("*"))
-        if file.is_file() and file.name != ".lock"
+        if file.is_file() and file.name not in (".lock", "report.html")  # has a date
     }
 
 
@@ -348,6 +350,23 @@ def refusal(words: list[str], capsys) -> str:
     return said.strip().splitlines()[-1]
 
 
+def test_a_model_that_is_not_there_is_refused_before_another_is_asked(
+    command, model, capsys, tmp_path
+):
+    names, out = ["--models", str(model), "none"], tmp_path / "out"
+    said = refusal([*command, *names, "--out", str(out)], capsys)
+    assert said.startswith("error: none: there is no such folder")
+    (out / "old/checkpoints").mkdir(parents=True)
+    (out / "old/config.json").write_text('{"model": {"remat": true}}')
+    names = ["--models", str(model), str(out / "old")]
+    said = refusal([*command, *names, "--out", str(out)], capsys)
+    assert said == (
+        f"error: {out}/old/config.json: config.model.remat: True is not one of none, "
+        "matmuls, ffn, full, offload; change it there"
+    )
+    assert not list(out.rglob("*.jsonl"))
+
+
 def test_other_settings_and_other_weights_are_refused(command, whole, capsys, model):
     words = [*command, "--out", str(whole)]
     before = folder_of(whole)
@@ -393,6 +412,8 @@ def test_two_files_are_compared_on_the_same_questions(questions, tmp_path):
     good = write(tmp_path / "good.jsonl", *rows)
     words = ["--sets", questions, "--out", str(tmp_path / "out")]
     evaluate.main(["--models", str(best), str(good), *words])
+    page = (tmp_path / "out/report.html").read_text()
+    assert "<td>98.3 <span" in page and "No metrics yet" not in page
     report = (tmp_path / "out/results.md").read_text()
     assert "| 60 | 100.0 ± 3.0 → 98.3 ± 4.3 |" in report
     assert "| greedy | best → good | −1.7 [−5.0, +0.0] | 1 | exact McNemar |" in report
@@ -406,6 +427,7 @@ def test_two_files_are_compared_on_the_same_questions(questions, tmp_path):
         ("--questions -1", "--questions must be 0 or more"),
         ("--sets gsm9k", "error: data 'gsm9k': no such set; did you mean 'gsm8k'?"),
         ("--models a/x b/x a/x", "error: --models: the same model twice"),
+        ("--coordinator here", "error: --coordinator, --num_processes and --process"),
         ("--models none.jsonl", "error: --models: none.jsonl: no such file of comp"),
     ],
 )

@@ -347,7 +347,9 @@ def test_an_evaluation_stops_on_all_hosts_and_goes_on(shared, here):
     ((_, row),) = results["sets"].items()
     assert row["shared"]["n"] == 48
     # All see what the first one wrote, also where nothing is left to ask.
-    again = finish([launch(command, 2, ROOT, **one) for one in slurm_of(2)])
+    flags = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+    numbers = [f"--process_id={i}" for i in range(2)]
+    again = finish([launch([*command, *flags, number], 2) for number in numbers])
     for process in again:
         assert process.code == 0, process.err
     assert "| set |" in again[0].out and "| set |" not in again[1].out

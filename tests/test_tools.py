@@ -4,6 +4,8 @@ The model of these tests recites scripts (`recital.py`), greedily, so that every
 the loop is a real one: sampler, cache, sandbox and encoding.
 """
 
+import json
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import finish, free_port, launch
 from recital import Script, ids_of, learn, make_tokenizer
 
 from grpo_jax import answers, sandbox, sharding, sums
@@ -132,6 +135,52 @@ def test_every_row_is_its_script_token_by_token(solved):
     assert [len(c) for c in solved.calls[::2]] == [1, 0, 2, 1, 0, 0, 0, 3]
     failed = [[call.failed for call in calls] for calls in solved.calls[::2]]
     assert failed[2] == [True, False] and not any(failed[7])
+
+
+# As one of two processes: what it solved, and which programs it ran itself.
+SHARED = """
+import json, pickle, sys
+sys.path.insert(0, "tests")
+import jax
+from grpo_jax import hosts, sharding
+from grpo_jax.interpreter import Interpreter
+from grpo_jax.sandbox import shared
+from test_tools import row_of, run
+class Watched:
+    ran = []
+    def run_many(self, programs, **limits):
+        self.ran += programs
+        return shared().run_many(programs, **limits)
+port, number, file = sys.argv[1:]
+with hosts.together(f"127.0.0.1:{port}", 2, int(number)):
+    model, params = pickle.load(open(file, "rb"))
+    mesh = sharding.make_mesh(2, 1, 1)
+    with jax.set_mesh(mesh):
+        where = sharding.shardings(params, mesh)
+        params = jax.tree.map(sharding.to_devices, params, where)
+        solved = run((model, params), Interpreter(sandbox=Watched()), generations=3)
+    rows = [row_of(solved, i) for i in range(16)]
+    calls = [[call.program for call in row] for row in solved.calls]
+    print("told", json.dumps([rows, calls, Watched.ran]))
+"""
+
+
+def test_two_processes_run_half_of_the_programs_each(recital, solved, tmp_path):
+    """Each of a turn's programs in one of them; the rows are those of one process."""
+    (tmp_path / "recital").write_bytes(pickle.dumps(jax.device_get(recital)))
+    port = str(free_port())
+    words = ["-c", SHARED, port]
+    two = finish([launch([*words, n, str(tmp_path / "recital")], 1) for n in "01"])
+    ran = []
+    for process in two:
+        assert process.code == 0, process.err
+        (line,) = [x for x in process.out.splitlines() if x.startswith("told ")]
+        rows, calls, own = json.loads(line[5:])
+        assert rows == [list(row_of(solved, i)) for i in range(16)]
+        assert calls == [[call.program for call in row] for row in solved.calls]
+        ran.append(own)
+    assert sorted(ran[0] + ran[1]) == sorted({p for row in calls for p in row})
+    assert [len(own) for own in ran] == [3, 4]  # of 4, 2 and 1 in the three turns
 
 
 def test_generations_are_capped_and_the_last_program_still_runs(recital, interpreter):

@@ -225,6 +225,34 @@ def test_the_comparison_of_a_run_runs_programs_too(folder, recital):
     assert "with programs, greedy, its programs: rl |" in tables.table(found[0])
 
 
+def test_a_comparison_that_is_stopped_has_the_sets_that_are_to_come(
+    folder, recital, monkeypatch
+):
+    """Without figures, whatever an earlier one found; and then it goes on to all."""
+    names = [str(folder / "questions.jsonl"), str(folder / "others.jsonl")]
+    (folder / "others.jsonl").write_text('{"question": "a", "answer": "1"}')
+    measure, asked = comparison.measure, []
+
+    def stopping(*arguments, **options):
+        asked.append(arguments[3])
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(comparison, "measure", stopping)
+    with opened(folder, recital, "by-set", data__eval="+".join(names)) as run:
+        whole = comparison.compare(run, {"rl": recital[1]})
+        with pytest.raises(KeyboardInterrupt):
+            comparison.compare(run, {"rl": recital[1]})
+        found = json.loads((run.workdir / "results.json").read_text())
+        assert found["sets"][names[0]] == whole["sets"][names[0]]
+        assert list(found["sets"]) == names
+        assert found["sets"][names[1]] == {"in_domain": False}
+        assert "| – | – |" in tables.table(found)
+        assert "others.jsonl" in report.write(run.workdir).read_text()
+        assert comparison.compare(run, {"rl": recital[1]}) == whole
+
+
 def test_the_report_tells_programs_from_their_outputs(folder, straight):
     (group, *_) = lines(folder / "straight" / "samples.jsonl")
     told = 0

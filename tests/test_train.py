@@ -282,6 +282,8 @@ def test_a_log_is_short(straight):
     )
     ends = [s for s in shown if ": 100%" in s]
     assert len(ends) == 2 + 8  # two stages; two models on two sets in two modes
+    counts = [s.partition(" [")[0] for s in shown]
+    assert len(counts) == len(set(counts))  # none is told twice
     assert len(shown) < 2 * len(ends)  # one more wherever a busy machine is slow
     assert "\r" not in straight.err
     assert len(straight.out.splitlines()) <= 8

@@ -62,10 +62,15 @@ def page(
     body = [
         _header(name, config, results, stages),
         _section("Comparison", _comparison(results) or _none("No comparison yet.")),
-        _section("Curves", curves or _none("No metrics yet.")),
-        _section("Completions", COMPLETIONS if groups else _none("No samples yet.")),
-        _section("Settings and all metrics", _settings(config) + _metrics(stages)),
     ]
+    if config or stages or groups or not results:  # else an evaluation, not a run
+        said = COMPLETIONS if groups else _none("No samples yet.")
+        settings = _settings(config) + _metrics(stages)
+        body += [
+            _section("Curves", curves or _none("No metrics yet.")),
+            _section("Completions", said),
+            _section("Settings and all metrics", settings),
+        ]
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
         "base-uri 'none'; form-action 'none'"
@@ -159,7 +164,7 @@ def _comparison(results: Mapping[str, Any]) -> str:
         known = row.get("in_domain")
         where = "in-domain" if known is True else ""
         where = "out-of-domain" if known is False else where
-        first = f'{escape(name)} <span class="quiet">{where}</span>'
+        first = f'{escape(name)} <span class="by">{where}</span>'
         n = short(number(_dict(row.get(models[0])).get("n")))
         cells = [f'<th scope="row">{first}</th><td>{n}</td>']
         for mode in modes:
@@ -170,7 +175,11 @@ def _comparison(results: Mapping[str, Any]) -> str:
                 cells.append(f"<td>{_change(*found)}{p}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     main = _table(head, lines, "Accuracy in %, ± half of the 95 % interval")
-    return main + _at_k(sets, models) + _published(list(sets))
+    asked = ["tool" if mode.startswith("tool") else "cot" for mode in modes] or ["cot"]
+    if _dict(results.get("settings")).get("few_shot") is True:
+        asked = ["few_shot"]
+    asked = list(dict.fromkeys(asked))
+    return main + _at_k(sets, models) + _published(list(sets), asked)
 
 
 def _accuracy(result: Mapping[str, Any]) -> str:
@@ -183,7 +192,11 @@ def _accuracy(result: Mapping[str, Any]) -> str:
         half = 50 * (bounds[1] - bounds[0])
         text += f' <span class="quiet">± {half:.1f}</span>'
     if (programs := number(_dict(result.get("program")).get("accuracy"))) is not None:
-        text += f' <span class="quiet">(programs {100 * programs:.1f})</span>'
+        text += f' <span class="by">(programs {100 * programs:.1f})</span>'
+    if (lenient := number(_dict(result.get("paper")).get("accuracy"))) is not None:
+        text += f' <span class="by">(paper\'s grader {100 * lenient:.1f})</span>'
+    if (cut := number(result.get("cut_off")) or 0) >= 0.01:
+        text += f' <span class="by">({100 * cut:.0f} % cut off)</span>'
     left_out = number(result.get("too_long"))
     return text + (f" ({short(left_out)} too long)" if left_out else "")
 
@@ -201,8 +214,8 @@ def _p_value(results, name: str, measure: str, models: Sequence[str]) -> str:
         about = test.get("set"), test.get("measure"), test.get("models")
         p = number(test.get("p"))
         if about == (name, measure, list(models)) and p is not None:
-            shown = "&lt; 0.001" if p < 0.001 else f"= {short(p)}"
-            return f' <span class="quiet">p {shown}</span>'
+            shown = "&lt; 0.001" if p < 0.001 else f"= {p:.2g}"
+            return f' <span class="by">p {shown}</span>'
     return ""
 
 
@@ -211,10 +224,11 @@ def _at_k(sets: Mapping[str, Any], models: Sequence[str]) -> str:
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for name, row in sets.items():
         for model in models:
-            sampled = _dict(_dict(row.get(model)).get("sampled"))
-            for kind in ("pass@k", "maj@k"):
-                if values := _dict(sampled.get(kind)):
-                    found[name, model, kind] = values
+            for measure, how in (("sampled", ""), ("tool_sampled", ", programs")):
+                sampled = _dict(_dict(row.get(model)).get(measure))
+                for kind in ("pass@k", "maj@k"):
+                    if values := _dict(sampled.get(kind)):
+                        found[name, model, kind + how] = values
     ks = sorted({k for row in found.values() for k in row if _is_count(k)}, key=int)
     if not ks:
         return ""
@@ -235,20 +249,23 @@ def _is_count(k: str) -> bool:
     return k.isdecimal() and len(k) < 10
 
 
-def _published(names: Sequence[str]) -> str:
-    known = [name for name in names if name in published.SETS]
-    if not known:
-        return ""
-    head = '<tr><th scope="col">model</th>'
-    head += "".join(f'<th scope="col">{escape(name)}</th>' for name in known) + "</tr>"
-    lines = [
-        f'<tr><th scope="row">{escape(model)}</th>'
-        + "".join(f"<td>{escape(figures[name])}</td>" for name in known)
-        + "</tr>"
-        for model, figures in published.CHAIN_OF_THOUGHT.items()
-    ]
-    caption = "Published, not measured here (DeepSeekMath, 2024; chain of thought, %)"
-    return f"<details><summary>{caption}</summary>{_table(head, lines)}</details>"
+def _published(names: Sequence[str], modes: Sequence[str]) -> str:
+    shown = ""
+    for mode, rows in published.figures(names, modes).items():
+        known = [name for name in names if any(name in row for row in rows.values())]
+        head = '<tr><th scope="col">model</th>'
+        head += "".join(f'<th scope="col">{escape(name)}</th>' for name in known)
+        lines = [
+            f'<tr><th scope="row">{escape(model)}</th>'
+            + "".join(f"<td>{escape(row.get(name, '–'))}</td>" for name in known)
+            + "</tr>"
+            for model, row in rows.items()
+        ]
+        caption = "Published, not measured here (DeepSeekMath, 2024; "
+        caption += f"{published.TITLES[mode]}, %)"
+        table = _table(f"{head}</tr>", lines)
+        shown += f"<details><summary>{caption}</summary>{table}</details>"
+    return shown
 
 
 def _table(head: str, lines: Sequence[str], caption: str = "") -> str:
