@@ -88,7 +88,7 @@ def parse() -> argparse.Namespace:
     add("--max-new", dest="new", type=int, default=128, help="tokens of an output")
     add("--steps", type=int, default=3)
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
-    add("--row-length", dest="length", type=int, default=2048, help="of a row at most")
+    add("--row-length", dest="length", type=int, default=1536, help="of a row at most")
     add("--rows", type=int, default=1, help="packed rows in memory at a time")
     add(
         "--no-remat",

@@ -76,13 +76,13 @@ def token_logprobs(
     rows = math.prod(lead[:-1])
     hidden = hidden.reshape(rows, length, hidden.shape[-1])
     targets = targets.reshape(rows, length)
-    mesh = mesh_of_all = sharding.mesh_in_use()
+    mesh, tile = sharding.mesh_in_use(), unembed.shape[1]
+    split = mesh is not None and sharding.size_of(mesh, "tensor") > 1
     devices = sharding.rows_multiple(mesh) if mesh else 1
     if devices == 1 or rows % devices:
         mesh, devices = None, 1
-    tile = unembed.shape[1]
     if chunk is None:
-        if mesh_of_all is None or sharding.size_of(mesh_of_all, "tensor") == 1:
+        if not split:  # of a vocabulary on several devices no tile is on all of them
             tile = min(tile, _TILE.get(sharding.platform(), tile))
         elements = rows // devices * tile
         most = max(1, _CHUNK_ELEMENTS[sharding.platform()] // max(elements, 1))
@@ -230,6 +230,7 @@ def _backward(tiles, residuals, cotangents):
     f32: Any = dict(preferred_element_type=jnp.float32)
     inputs = (hidden, targets, entropy, top, log_total, g_logps, g_entropy)
     inputs = tuple(x if x is None else _chunks(x, tiles.chunk) for x in inputs)
+    like: tuple[Any, ...] = (table, inputs[0], temperature)
 
     def add(number, carry):
         d_table, d_hidden, d_temperature = carry
@@ -267,8 +268,7 @@ def _backward(tiles, residuals, cotangents):
             d_rows = jax.lax.dynamic_update_slice_in_dim(d_table, d_rows, start, 0)
         return d_rows, d_hidden, d_temperature
 
-    start = (table, inputs[0], temperature)
-    start = tuple(jnp.zeros_like(x, jnp.float32) for x in start)
+    start = tuple(jnp.zeros_like(x, jnp.float32) for x in like)
     found = jax.lax.fori_loop(0, tiles.count(table), add, start)
     d_table, d_hidden, d_temperature = found
     d_hidden = _unchunk(d_hidden, tiles.chunk, *targets.shape).astype(hidden.dtype)

@@ -301,16 +301,19 @@ def test_each_grades_its_own_and_the_first_alone_writes(alone, shared, here):
     assert len(board) == len(shared.ends)  # a file each start, of process 0
 
 
-# STOP: the process is sent SIGTERM, as by a scheduler, after the first completions.
+# STOP: the process is sent SIGTERM, as by a scheduler, after the first completions, and
+# is slow enough for the others to hear of it before all is asked.
 EVALUATE = """
-import os, signal
+import os, signal, time
 from grpo_jax import completions, evaluate
 from grpo_jax.completions import Log
 append = Log.append
 def and_stop(log, *batch, **about):
     append(log, *batch, **about)
-    if os.environ.get("STOP") and len(log.rows) < 10:
-        os.kill(os.getpid(), signal.SIGTERM)
+    if os.environ.get("STOP"):
+        time.sleep(0.3)
+        if len(log.rows) < 10:
+            os.kill(os.getpid(), signal.SIGTERM)
 Log.append = and_stop
 evaluate.main()
 """

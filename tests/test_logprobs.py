@@ -106,6 +106,18 @@ def test_the_chunk_chosen_for_you(monkeypatch):
         assert_close(ours(*x, f=fresh), plain(*x))
 
 
+@pytest.mark.parametrize("tile", [1, 3, V - 1, V])
+@pytest.mark.parametrize("positions", [1, 2, 100])
+def test_tiles_of_the_vocabulary(tile, positions, monkeypatch):
+    """For each token, where the last tile reaches back over another, and by chunks."""
+    assert V % 3 and V % (V - 1)
+    monkeypatch.setattr("grpo_jax.logprobs._TILE", {"cpu": tile})
+    monkeypatch.setattr("grpo_jax.logprobs._CHUNK_ELEMENTS", {"cpu": tile * positions})
+    hidden, unembed, _ = arrays((1, V))
+    x = (hidden, unembed, jnp.arange(V)[None], 0.9)
+    assert_close(ours(*x), plain(*x))
+
+
 def test_temperature_flattens():
     """Against the closed form: two logits apart by 2 log 3 at temperature 2 are 3:1."""
     hidden, unembed = jnp.ones((1, 1)), jnp.array([[2 * np.log(3.0), 0.0]])

@@ -242,6 +242,7 @@ def test_a_comparison_that_is_stopped_has_the_sets_that_are_to_come(
     monkeypatch.setattr(comparison, "measure", stopping)
     with opened(folder, recital, "by-set", data__eval="+".join(names)) as run:
         whole = comparison.compare(run, {"rl": recital[1]})
+        whole = json.loads(json.dumps(whole))  # lists, as in the file
         with pytest.raises(KeyboardInterrupt):
             comparison.compare(run, {"rl": recital[1]})
         found = json.loads((run.workdir / "results.json").read_text())
@@ -250,7 +251,8 @@ def test_a_comparison_that_is_stopped_has_the_sets_that_are_to_come(
         assert found["sets"][names[1]] == {"in_domain": False}
         assert "| – | – |" in tables.table(found)
         assert "others.jsonl" in report.write(run.workdir).read_text()
-        assert comparison.compare(run, {"rl": recital[1]}) == whole
+        comparison.compare(run, {"rl": recital[1]})
+        assert json.loads((run.workdir / "results.json").read_text()) == whole
 
 
 def test_the_report_tells_programs_from_their_outputs(folder, straight):
