@@ -4,6 +4,7 @@ In: a `Config`. Out: the same, or one line that names the field (faults 1 to 6).
 """
 
 import difflib
+from typing import Any
 
 from grpo_jax.config import (
     Config,
@@ -117,25 +118,7 @@ def validate(config: Config) -> Config:
     ...
     grpo_jax.errors.GrpoError: config.group_size: 1 output a question has no group...
     """
-    flat = flatten(config)
-    for name, value in flat.items():
-        if isinstance(value, float) and value != value:
-            raise GrpoError(f"config.{name}: NaN is not a value")
-    for name, choices in _CHOICES.items():
-        if flat[name] is not None and flat[name] not in choices:
-            known = [str(choice) for choice in choices]
-            near = difflib.get_close_matches(str(flat[name]), known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise GrpoError(
-                f"config.{name}: {flat[name]!r} is not one of {', '.join(known)}{hint}"
-            )
-    for name, (least, allowed) in _BOUNDS.items():
-        value = flat[name]
-        if value is not None and (value < least or (value == least and not allowed)):
-            bound = f"{least} or more" if allowed else f"above {least}"
-            raise GrpoError(
-                f"config.{name}: {value} is out of range; {bound} is needed"
-            )
+    flat = check_fields(config)
     for name in OWN_FIELDS:
         if flat[name] is not None and name not in METHODS[config.method].fields:
             raise GrpoError(
@@ -167,6 +150,30 @@ def validate(config: Config) -> Config:
             f"config.rewards.weights: {len(weights)} for {len(names)} functions"
         )
     return config
+
+
+def check_fields(config: Config) -> dict[str, Any]:
+    """Each field for itself, as `flatten` gives them; raises `GrpoError` of one."""
+    flat = flatten(config)
+    for name, value in flat.items():
+        if isinstance(value, float) and value != value:
+            raise GrpoError(f"config.{name}: NaN is not a value")
+    for name, choices in _CHOICES.items():
+        if flat[name] is not None and flat[name] not in choices:
+            known = [str(choice) for choice in choices]
+            near = difflib.get_close_matches(str(flat[name]), known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise GrpoError(
+                f"config.{name}: {flat[name]!r} is not one of {', '.join(known)}{hint}"
+            )
+    for name, (least, allowed) in _BOUNDS.items():
+        value = flat[name]
+        if value is not None and (value < least or (value == least and not allowed)):
+            bound = f"{least} or more" if allowed else f"above {least}"
+            raise GrpoError(
+                f"config.{name}: {value} is out of range; {bound} is needed"
+            )
+    return flat
 
 
 def _validate_method(config: Config) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -150,7 +151,11 @@ def run(flags: argparse.Namespace) -> None:
     try:
         hosts.agree("flags", without(flags, PROCESSES))
         with lock(flags.out):
-            hosts.say(run_command(flags))
+            report = run_command(flags)
+            try:
+                hosts.say(report)
+            except BrokenPipeError:  # `| head` has read enough; all of it is on disk
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except GrpoError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

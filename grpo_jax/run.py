@@ -20,7 +20,7 @@ import optax
 
 from grpo_jax import hosts, lora, setup, sharding
 from grpo_jax.checkpoint import Checkpoints
-from grpo_jax.checks import validate
+from grpo_jax.checks import check_fields
 from grpo_jax.config import Config, flatten, from_dict, to_json
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, Params
@@ -161,9 +161,11 @@ def read_config(workdir: Path) -> Config:
     except json.JSONDecodeError as error:
         raise GrpoError(f"{file}: not valid JSON ({error})") from None
     try:
-        return validate(from_dict(values))
+        config = from_dict(values)
+        check_fields(config)
     except GrpoError as error:  # of a field that another version had, or had otherwise
         raise GrpoError(f"{file}: {error}; change it there") from None
+    return config
 
 
 def run_stage(

@@ -143,7 +143,9 @@ def solve(
     multiple = 1
     if layout is not None:
         multiple = sharding.rows_multiple(layout)
-        key = jax.device_put(key, jax.NamedSharding(layout, sharding.P()))
+        everywhere = jax.NamedSharding(layout, sharding.P())
+        bits = sharding.to_devices(jax.random.key_data(key), everywhere)
+        key = jax.random.wrap_key_data(bits, impl=jax.random.key_impl(key))
     every, occupancy = [], []
     with jax.set_mesh(layout) if layout else contextlib.nullcontext():
         for start in range(0, len(prompts), size):

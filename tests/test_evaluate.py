@@ -333,7 +333,13 @@ def test_ctrl_c_ends_with_one_line(command, tmp_path):
     out = tmp_path / "out"
     run = [sys.executable, "-m", "grpo_jax.evaluate", *command, "--out", str(out)]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen(run, env=env, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        run,
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     while process.poll() is None and not list(out.glob("completions/*/*greedy.jsonl")):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
