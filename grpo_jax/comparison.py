@@ -20,6 +20,7 @@ from grpo_jax.asking import Settings
 from grpo_jax.completions import KINDS, Completion
 from grpo_jax.config import Config, generations
 from grpo_jax.data import Example
+from grpo_jax.files import write_whole
 from grpo_jax.model import Decoder, Params
 from grpo_jax.run import Run
 from grpo_jax.scores import Score
@@ -200,13 +201,5 @@ def add(found: Scores, name: str, model: str, measured: Measured) -> None:
 
 
 def write_json(file: Path, value: Any) -> None:
-    write(file, json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def write(file: Path, text: str) -> None:
-    """All of it, or what was there before stays."""
-    if not hosts.first():
-        return
-    fresh = file.with_suffix(".tmp")
-    fresh.write_text(text + "\n", encoding="utf-8")
-    fresh.replace(file)
+    if hosts.first():
+        write_whole(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from grpo_jax import hosts
 from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError
+from grpo_jax.files import write_whole
 from grpo_jax.rows import json_lines
 
 Key = tuple[str, str]  # mode, and greedy or sampled
@@ -83,10 +84,8 @@ class Log:
         if file.exists() and self._read(restart):
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_suffix(".tmp")
         line = json.dumps({"settings": self.settings}, ensure_ascii=False)
-        fresh.write_text(line + "\n", encoding="utf-8")
-        fresh.replace(file)
+        write_whole(file, line + "\n")
 
     def _share(self) -> None:
         there = hosts.from_first(lambda: sorted(self.rows))

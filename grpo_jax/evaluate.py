@@ -43,11 +43,11 @@ from grpo_jax.comparison import (
     measure,
     measure_name,
     trained_on,
-    write,
     write_json,
 )
 from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError
+from grpo_jax.files import write_whole
 from grpo_jax.hf.folders import find_folder
 from grpo_jax.model import Decoder, Params
 from grpo_jax.report import update
@@ -221,8 +221,8 @@ def run_command(flags: argparse.Namespace) -> str:
         )
         if part
     )
-    write(out / "results.md", report)
     if hosts.first():
+        write_whole(out / "results.md", report + "\n")
         update(out)
     return report
 

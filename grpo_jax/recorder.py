@@ -23,6 +23,7 @@ from typing import Any
 import tqdm
 
 from grpo_jax import hosts, report
+from grpo_jax.files import write_whole
 
 
 class Recorder:
@@ -105,9 +106,7 @@ class Recorder:
             file.flush()
             path = Path(file.name)
             kept = [line for line in _lines(path) if not _is_after(line, stage, step)]
-            fresh = path.with_suffix(".tmp")
-            fresh.write_text("".join(kept), encoding="utf-8")
-            fresh.replace(path)
+            write_whole(path, "".join(kept))
         self._metrics.close()
         self._samples.close()
         self._metrics = open(self.workdir / "metrics.jsonl", "a", encoding="utf-8")

@@ -23,6 +23,7 @@ from grpo_jax.checkpoint import Checkpoints
 from grpo_jax.checks import check_fields
 from grpo_jax.config import Config, flatten, from_dict, to_json
 from grpo_jax.errors import GrpoError
+from grpo_jax.files import write_whole
 from grpo_jax.model import Decoder, Params
 from grpo_jax.recorder import Recorder, progress
 from grpo_jax.reward_model.model import RewardModel
@@ -142,9 +143,7 @@ def _claim(config: Config, file: Path, accept_changes: bool) -> None:
                 f"{file}: this run was started with another config ({shown}); take "
                 "another --workdir, or add --accept_changes"
             )
-    fresh = file.with_suffix(".tmp")
-    fresh.write_text(to_json(config), encoding="utf-8")
-    fresh.replace(file)
+    write_whole(file, to_json(config))
 
 
 def is_harmless(name: str) -> bool:

@@ -13,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+from grpo_jax.files import write_whole
 from grpo_jax.report import read
 from grpo_jax.report.groups import show_groups
 from grpo_jax.report.page import page
@@ -33,9 +34,7 @@ def write(workdir: str | os.PathLike[str]) -> Path:
         show_groups(read.read_groups(folder / "samples.jsonl", GROUPS)),
     )
     file = folder / "report.html"
-    fresh = file.with_suffix(".tmp")
-    fresh.write_text(html, encoding="utf-8", errors="replace")
-    fresh.replace(file)
+    write_whole(file, html, errors="replace")
     return file
 
 

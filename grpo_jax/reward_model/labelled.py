@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from grpo_jax.errors import GrpoError
+from grpo_jax.files import write_whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,12 +50,8 @@ class Labelled:
 
 def write(path: str | os.PathLike[str], items: Sequence[Labelled]) -> None:
     """JSON lines, one a sequence; the file appears whole or not at all."""
-    path = Path(path)
-    fresh = path.with_name(path.name + ".tmp")
-    with open(fresh, "w", encoding="utf-8") as file:
-        for item in items:
-            file.write(json.dumps(dataclasses.asdict(item), ensure_ascii=False) + "\n")
-    fresh.replace(path)
+    lines = (json.dumps(dataclasses.asdict(i), ensure_ascii=False) for i in items)
+    write_whole(path, "".join(line + "\n" for line in lines))
 
 
 def read(
