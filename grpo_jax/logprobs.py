@@ -90,7 +90,7 @@ def token_logprobs(
         chunk = -(-max(length, 1) // count)  # even ones: the last is hardly padded
     chunk = min(chunk, max(length, 1))
     temperature = jnp.asarray(temperature, jnp.float32)
-    compute = functools.partial(_compiled, tiles=_Tiles(chunk, tile))
+    compute = functools.partial(_compiled, tiles=_Tiles(chunk, tile, unembed.shape[1]))
     if mesh is not None:
         compute = _on_each_device(compute, unembed, mesh)
     logps, entropy = compute(hidden, unembed, targets, temperature)
@@ -138,30 +138,49 @@ def _unchunk(x: Array, chunk: int, rows: int, length: int) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Tiles:
-    """Logits exist for `chunk` positions of a row and `tile` tokens at a time."""
+    """Logits exist for `chunk` positions of a row and `tile` tokens at a time.
+
+    Where the vocabulary is no multiple of a tile, the last one reaches back over the
+    one before it; what it has again counts nowhere.
+    """
 
     chunk: int
     tile: int
+    size: int  # V
 
-    def count(self, table: Array) -> int:
-        return -(-table.shape[0] // self.tile)
+    @property
+    def count(self) -> int:
+        return -(-self.size // self.tile)
 
-    def rows(self, table: Array, number: Any) -> tuple[Array, Any]:
-        """(the table's rows [tile, D] of a tile, the token that it starts from).
+    def start(self, number: Any) -> Any:
+        """The first token of a tile."""
+        if self.count == 1:
+            return 0
+        return jnp.minimum(number * self.tile, self.size - self.tile)
 
-        The last tile reaches back over the one before it where V is no multiple.
-        """
-        if self.tile == table.shape[0]:
-            return table, 0
-        start = jnp.minimum(number * self.tile, table.shape[0] - self.tile)
-        return jax.lax.dynamic_slice_in_dim(table, start, self.tile), start
+    def rows(self, table: Array, number: Any) -> Float[Array, "v D"]:
+        if self.count == 1:
+            return table
+        return jax.lax.dynamic_slice_in_dim(table, self.start(number), self.tile)
 
-    def logits(self, h: Array, rows: Array, start, number, temperature, size: int):
-        """[M, tile] of one chunk; -1e30 for tokens that an earlier tile had."""
+    def put(self, table: Array, rows: Array, number: Any) -> Float[Array, "V D"]:
+        if self.count == 1:
+            return rows
+        start = self.start(number)
+        return jax.lax.dynamic_update_slice_in_dim(table, rows, start, 0)
+
+    def index(self, tokens: Int[Array, "M"], number: Any) -> Int[Array, "M"]:
+        """Where in a tile tokens stand; -1: in another."""
+        index = tokens - self.start(number)
+        here = (tokens >= number * self.tile) & (index < self.tile)
+        return jnp.where(here, index, -1)
+
+    def logits(self, h, rows, temperature, number: Any) -> Float[Array, "M v"]:
+        """Those of one chunk; -1e30 for tokens that an earlier tile had."""
         z = jnp.einsum("MD,VD->MV", h, rows, preferred_element_type=jnp.float32)
         z = z / temperature
-        if size % self.tile:
-            again = start + jnp.arange(self.tile) < number * self.tile
+        if self.size % self.tile:
+            again = self.start(number) + jnp.arange(self.tile) < number * self.tile
             z = jnp.where(again[None], -1e30, z)
         return z
 
@@ -175,25 +194,25 @@ def _forward(hidden, table, targets, temperature, tiles):
     h, y = (_chunks(x, tiles.chunk) for x in (hidden, targets))
 
     def add(number, sums):  # a running softmax over the tiles
-        rows, start = tiles.rows(table, number)
+        rows = tiles.rows(table, number)
 
         def one(_, inputs):
             h, y, top, total, moment, at_target = inputs
-            z = tiles.logits(h, rows, start, number, temperature, table.shape[0])
+            z = tiles.logits(h, rows, temperature, number)
             now = jnp.maximum(top, z.max(-1))
             exp, fade = jnp.exp(z - now[:, None]), jnp.exp(top - now)
             total = total * fade + exp.sum(-1)
             moment = moment * fade + (exp * z).sum(-1)
-            here = (y >= number * tiles.tile) & (y < start + tiles.tile)
-            index = jnp.clip(y - start, 0, tiles.tile - 1)[:, None]
-            found = jnp.take_along_axis(z, index, -1)[:, 0]
-            return None, (now, total, moment, jnp.where(here, found, at_target))
+            index = tiles.index(y, number)
+            found = jnp.take_along_axis(z, jnp.maximum(index, 0)[:, None], -1)[:, 0]
+            at_target = jnp.where(index >= 0, found, at_target)
+            return None, (now, total, moment, at_target)
 
         return jax.lax.scan(one, None, (h, y, *sums))[1]
 
     zero = jnp.zeros_like(h[..., 0], jnp.float32)
     sums = (zero - 1e30, zero, zero, zero)
-    top, total, moment, at_target = jax.lax.fori_loop(0, tiles.count(table), add, sums)
+    top, total, moment, at_target = jax.lax.fori_loop(0, tiles.count, add, sums)
     log_total = jnp.log(total)
     entropy = log_total - (moment / total - top)
     # In this order: top + log_total would lose the digits of large logits.
@@ -202,14 +221,8 @@ def _forward(hidden, table, targets, temperature, tiles):
         _unchunk(x, tiles.chunk, *targets.shape)
         for x in (logps, entropy, top, log_total)
     )
-    return (logps, entropy), (
-        hidden,
-        table,
-        targets,
-        temperature,
-        entropy,
-        *sums,
-    )
+    saved = (hidden, table, targets, temperature, entropy, *sums)
+    return (logps, entropy), saved
 
 
 def _forward_if(hidden, table, targets, temperature, tiles):
@@ -234,20 +247,18 @@ def _backward(tiles, residuals, cotangents):
 
     def add(number, carry):
         d_table, d_hidden, d_temperature = carry
-        rows, start = tiles.rows(table, number)
+        rows = tiles.rows(table, number)
 
         def one(carry, inputs):
             d_rows, d_temperature = carry
             d_h, h, y, entropy, top, log_total, g_logps, g_entropy = inputs
-            z = tiles.logits(h, rows, start, number, temperature, table.shape[0])
+            z = tiles.logits(h, rows, temperature, number)
             log_p = z - top[:, None] - log_total[:, None]
             p = jnp.exp(log_p)
             # ∂log π_y/∂z_v = 1[v = y] - π_v,  ∂H/∂z_v = -π_v (log π_v + H)
             d_z = jnp.zeros_like(z)
             if g_logps is not None:
-                hit = start + jnp.arange(tiles.tile)[None] == y[:, None]
-                if table.shape[0] % tiles.tile:
-                    hit &= y[:, None] >= number * tiles.tile
+                hit = jnp.arange(tiles.tile)[None] == tiles.index(y, number)[:, None]
                 d_z += jnp.where(hit, 1 - p, -p) * g_logps[:, None]
             if g_entropy is not None:
                 d_z -= p * (g_entropy[:, None] * (log_p + entropy[:, None]))
@@ -258,18 +269,13 @@ def _backward(tiles, residuals, cotangents):
             d_rows += jnp.einsum("MV,MD->VD", d_z, h, **f32)
             return (d_rows, d_temperature), d_h
 
-        d_rows = d_table
-        if tiles.tile < table.shape[0]:
-            d_rows = jax.lax.dynamic_slice_in_dim(d_table, start, tiles.tile)
-        (d_rows, d_temperature), d_hidden = jax.lax.scan(
-            one, (d_rows, d_temperature), (d_hidden, *inputs)
-        )
-        if tiles.tile < table.shape[0]:
-            d_rows = jax.lax.dynamic_update_slice_in_dim(d_table, d_rows, start, 0)
-        return d_rows, d_hidden, d_temperature
+        carry = (tiles.rows(d_table, number), d_temperature)
+        carry, d_hidden = jax.lax.scan(one, carry, (d_hidden, *inputs))
+        d_rows, d_temperature = carry
+        return tiles.put(d_table, d_rows, number), d_hidden, d_temperature
 
     start = tuple(jnp.zeros_like(x, jnp.float32) for x in like)
-    found = jax.lax.fori_loop(0, tiles.count(table), add, start)
+    found = jax.lax.fori_loop(0, tiles.count, add, start)
     d_table, d_hidden, d_temperature = found
     d_hidden = _unchunk(d_hidden, tiles.chunk, *targets.shape).astype(hidden.dtype)
     return d_hidden, d_table.astype(table.dtype), None, d_temperature
