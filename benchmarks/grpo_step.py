@@ -144,7 +144,7 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, A
         pack,
     )
     from grpo_jax.data import Example
-    from grpo_jax.packing import fitting_length
+    from grpo_jax.packing import fitting_length, row_lengths
     from grpo_jax.prompts import encode_prompt
     from grpo_jax.rollout import bucket
     from grpo_jax.tokenizer import Tokenizer
@@ -180,8 +180,7 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, A
     for asked in {bucket(max(map(len, asked))): asked for asked in by_step}.values():
         sample(asked, jax.random.key(flags.seed))
     steps = {}
-    for i in range(ROW_LENGTHS):
-        length = flags.length - i * flags.length // (2 * ROW_LENGTHS)
+    for length in row_lengths(flags.length, ROW_LENGTHS):
         like = Sample(tokens=[0, 0], mask=[0, 1], advantages=0.0, logps=[0.0, 0.0])
         batch = pack([like], length=length, **layout).with_capacity(capacity)
         steps[length] = update.lower(state, reference, batch).compile()

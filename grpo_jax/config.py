@@ -110,8 +110,8 @@ class OptimizerSettings:
     master: bool = True  # float32 copies of bfloat16 weights, which the updates move
     micro_rows: int = 1  # packed rows in memory at a time
     row_length: int = 0  # tokens of a packed row; 0 fits the longest sample
-    row_lengths: int = 1  # how many lengths down to its half may be compiled, for less
-    # padding where a step has few outputs
+    # Lengths that may be compiled, down to half of it: less padding in small steps.
+    row_lengths: int = 1
     max_skipped: int = 5  # non-finite updates in a row before the run stops
     max_sampling_gap: float = 0.5  # nats between sampler and trainer, on average
 

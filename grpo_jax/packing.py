@@ -159,6 +159,15 @@ def pack(
     )
 
 
+def row_lengths(longest: int, choices: int) -> list[int]:
+    """The lengths that rows may have: from the longest down to its half.
+
+    >>> row_lengths(1024, 4)
+    [1024, 896, 768, 640]
+    """
+    return [longest - i * longest // (2 * choices) for i in range(choices)]
+
+
 def fitting_length(
     samples: Sequence[Sample],
     *,
@@ -185,18 +194,16 @@ def fitting_length(
         for i in range(0, len(samples), together)
     )
     best, least = longest, 0
-    for i in range(choices):
-        length = longest - i * longest // (2 * choices)
+    for length in row_lengths(longest, choices):
         if length < shortest:
             break
         placed = place(samples, length, True, share_prompts, together)
         size = -(-len(placed) // rows) * rows * length
-        filled = sum(
-            span.stop - span.first for span in _spans(samples, placed, share_prompts)
-        )
+        spans = _spans(samples, placed, share_prompts)
+        filled = sum(span.stop - span.first for span in spans)
         if not least or size < least:
             best, least = length, size
-        if i == 0 and filled > (1 - padding) * size:
+        if length == longest and filled > (1 - padding) * size:
             break
     return best
 
