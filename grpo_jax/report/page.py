@@ -233,7 +233,8 @@ def _at_k(sets: Mapping[str, Any], models: Sequence[str]) -> str:
     if not ks:
         return ""
     head = '<tr><th scope="col">set</th><th scope="col">model</th><th></th>'
-    head += "".join(f'<th scope="col">k = {escape(k)}</th>' for k in ks) + "</tr>"
+    head += "".join(f'<th scope="col">k&nbsp;=&nbsp;{escape(k)}</th>' for k in ks)
+    head += "</tr>"
     lines = []
     for (name, model, kind), row in found.items():
         values = [number(row.get(k)) for k in ks]
