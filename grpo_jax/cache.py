@@ -2,12 +2,13 @@
 
 A prompt's keys and values stand once, in `Prefixes`, and every row that goes on from it
 reads them there: so many rows at a time as one matrix product. What a row adds stands
-in its slot's columns. All slots write the same column at the same turn, and columns are
-used in a circle: a slot's row has its newest tokens in the columns before the present
-one, `places` says which of them are its own. Attention reads the blocks of columns back
-to the oldest row that is being decoded, and no others.
+in its slot's columns, in blocks of B. All slots write the same column at the same turn,
+into the last block; when that is full it is put away among the X others, which are used
+in a circle. `places` says which columns are of a slot's present row. Attention reads
+the blocks back to the oldest row that is being decoded, and no others: each is an array
+of its own, so that it is read where it stands.
 
-Axes: W slots, P prompts, S positions of a prompt, X blocks of columns, B columns of
+Axes: W slots, P prompts, S positions of a prompt, X + 1 blocks of columns, B columns of
 one, E entries (prompts with R slots each), e of them at once, K key heads, G query
 heads per key head, M = R·G, Q = K·G, H head width.
 """
@@ -17,16 +18,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-BLOCK = 32  # B
+from grpo_jax import sharding
+
 TOGETHER = 8  # R at most: rows of a prompt whose scores are one matrix product
 _F32: Any = dict(preferred_element_type=jnp.float32)
-Layer = tuple[Array, Array]  # keys and values
+Pair = tuple[Array, Array]  # keys and values
 
 
 @functools.partial(
@@ -37,7 +40,7 @@ class Prefixes:
     """The prompts, each without its last token, which goes in with every row."""
 
     lengths: Array  # [P] int32
-    layers: tuple[Layer, ...]  # [P, K, S, H] each
+    layers: tuple[Pair, ...]  # [P, K, S, H] each
 
 
 @functools.partial(
@@ -63,13 +66,17 @@ class Cache:
     position: Array  # [W] int32, where it will go
     began: Array  # [W] int32, the turn when the slot got its row
     prompt: Array  # [W] int32, of the slot's row
-    places: Array  # [W, X·B] int32, the position that a column holds; -1: none
-    layers: tuple[Layer, ...]  # [X, W, K, B, H] each
+    places: tuple[Array, ...]  # [W, B] int32 each, the position in a column; -1: none
+    layers: tuple[tuple[Pair, ...], ...]  # of each block: [W, K, H, B], [W, K, B, H]
     prefixes: Prefixes
 
     @property
+    def block(self) -> int:
+        return self.places[0].shape[1]
+
+    @property
     def columns(self) -> int:
-        return self.places.shape[1]
+        return len(self.places) * self.block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +117,7 @@ Parts = tuple[Array, Array, Array]  # greatest score, sum of weights, weighted v
 
 def of_prefix(
     q: Float[Array, "W K G H"],
-    layer: Layer,
+    layer: Pair,
     lengths: Int[Array, "P"],
     position: Int[Array, "W"],
     plan: Plan,
@@ -164,59 +171,171 @@ def of_prefix(
 def attend(
     q: Float[Array, "W 1 Q H"],
     parts: Parts,
-    keys: Float[Array, "X W K B H"],
-    values: Float[Array, "X W K B H"],
+    blocks: Sequence[Pair],
     cache: Cache,
     window: int | None,
-    blocks: tuple[Array, Array],
+    reads: Bool[Array, "X"],
 ) -> Float[Array, "W 1 Q H"]:
     """Softmax over the prompt, which is in `parts`, and then block after block."""
-    count, slots, kv_heads, size, head_dim = keys.shape
-    q = q.reshape(slots, kv_heads, -1, head_dim)
+    slots, kv_heads = blocks[0][0].shape[:2]
+    q = q.reshape(slots, kv_heads, -1, q.shape[-1])
 
-    def add(number, carry):
-        top, total, out = carry
-        block = number % count
-        k, v = (
-            jax.lax.dynamic_index_in_dim(table, block, 0, False).astype(q.dtype)
-            for table in (keys, values)
-        )
-        at = jax.lax.dynamic_slice_in_dim(cache.places, block * size, size, 1)  # [W, B]
-        seen = at >= 0
+    def add(parts, block, places):
+        (top, total, out), (keys, values) = parts, block
+        seen = places >= 0  # [W, B]
         if window is not None:
-            seen &= cache.position[:, None] - at < window
-        # Keys first: the product that CPUs do fastest.
-        scores = jnp.einsum("WKBH,WKGH->WKBG", k, q, **_F32) / math.sqrt(head_dim)
-        scores = jnp.where(seen[:, None, :, None], scores, -1e30).swapaxes(2, 3)
+            seen &= cache.position[:, None] - places < window
+        scores = jnp.einsum("WKGH,WKHB->WKGB", q, keys.astype(q.dtype), **_F32)
+        scores = scores / math.sqrt(q.shape[-1])
+        scores = jnp.where(seen[:, None, None], scores, -1e30)
         now = jnp.maximum(top, scores.max(-1, keepdims=True))
         weights, fade = jnp.exp(scores - now), jnp.exp(top - now)
         total = total * fade + weights.sum(-1, keepdims=True)
-        taken = jnp.einsum("WKGB,WKBH->WKGH", weights.astype(v.dtype), v, **_F32)
+        weights, values = weights.astype(q.dtype), values.astype(q.dtype)
+        taken = jnp.einsum("WKGB,WKBH->WKGH", weights, values, **_F32)
         return now, total, out * fade + taken
 
+    *others, last = blocks
     with jax.named_scope("blocks"):
-        _, total, out = jax.lax.fori_loop(*blocks, add, parts)
-    return (out / total).astype(q.dtype).reshape(slots, 1, -1, head_dim)
+        for i, (block, places) in enumerate(zip(others, cache.places, strict=False)):
+            parts = jax.lax.cond(
+                reads[i], add, lambda parts, *_: parts, parts, block, places
+            )
+    _, total, out = add(parts, last, cache.places[-1])
+    return (out / total).astype(q.dtype).reshape(slots, 1, -1, q.shape[-1])
 
 
-def blocks_of(cache: Cache, live: Array) -> tuple[Array, Array]:
-    """The blocks back to the oldest row: [first, end), to be taken in the circle."""
-    oldest = jnp.min(jnp.where(live, cache.began, cache.turn))
-    return oldest // BLOCK, cache.turn // BLOCK + 1
+def reads_of(cache: Cache, live: Bool[Array, "W"]) -> Bool[Array, "X"]:
+    """The blocks back to the oldest row, of those that were put away."""
+    last = cache.turn // cache.block
+    oldest = jnp.min(jnp.where(live, cache.began, cache.turn)) // cache.block
+    others = len(cache.places) - 1
+    number = last - 1 - (last - 1 - jnp.arange(others)) % max(others, 1)
+    return (number >= oldest) & (number >= 0)
 
 
-def blocks_for(tokens: int) -> int:
-    """X that hold a row of so many tokens while its first and last block are shared."""
-    return -(-tokens // BLOCK) + 1
+def written(blocks: Sequence[Pair], keys: Array, values: Array, cache: Cache):
+    """The blocks with [W, 1, K, H] keys and values of this turn."""
+    *others, (old_keys, old_values) = blocks
+    at = cache.turn % cache.block
+
+    def put(table, x, axis):
+        x = jnp.expand_dims(x[:, 0], axis).astype(table.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(table, x, at, axis)
+
+    return (*others, (put(old_keys, keys, 3), put(old_values, values, 2)))
+
+
+def next_column(cache: Cache, live: Bool[Array, "W"]) -> Cache:
+    """The column of this turn is each slot's; a full block is put away before."""
+    at = cache.turn % cache.block
+    *others, last = zip(cache.places, *cache.layers, strict=True)
+    full = (at == 0) & (cache.turn > 0)
+    index = (cache.turn // cache.block - 1) % max(len(others), 1)
+
+    def put_away(_, others):
+        # A loop that runs once or not at all works in place.
+        with jax.named_scope("its_place"):
+            return tuple(
+                jax.lax.fori_loop(0, (index == i).astype(int), lambda *_: last, block)
+                for i, block in enumerate(others)
+            )
+
+    with jax.named_scope("put_away"):
+        others = jax.lax.fori_loop(0, full.astype(int), put_away, tuple(others))
+    here = jnp.where(live, cache.position, -1)[:, None]
+    places = jax.lax.dynamic_update_slice_in_dim(
+        jnp.where(full, -1, last[0]), here, at, 1
+    )
+    places, *layers = zip(*others, (places, *last[1:]), strict=True)
+    return dataclasses.replace(cache, places=places, layers=tuple(layers))
+
+
+def block_size(tokens: int) -> int:
+    """B for rows of so many tokens: few blocks, and each mostly used.
+
+    >>> [block_size(n) for n in (20, 128, 512, 1024, 4096)]
+    [32, 64, 64, 128, 512]
+    """
+    size = 32
+    while size < min(tokens, 64) or size * 8 < tokens:
+        size *= 2
+    return size
+
+
+def others_for(tokens: int, queue: bool) -> int:
+    """X. A row that began within a block, out of a queue, reaches into one more.
+
+    >>> others_for(128, queue=False), others_for(128, queue=True)
+    (1, 2)
+    """
+    size = block_size(tokens)
+    return -(-(tokens - 1) // size) if queue else (tokens - 1) // size
+
+
+def empty(slots: int, tokens: int, queue: bool, prefixes: Prefixes) -> Cache:
+    """Slots without a row, for rows of so many tokens."""
+    keys, values = prefixes.layers[0]
+    heads, width, size = keys.shape[1], keys.shape[3], block_size(tokens)
+    count = others_for(tokens, queue) + 1
+    rows = sharding.P(*sharding.BATCH, "tensor")
+    pair = (
+        jnp.zeros((slots, heads, width, size), keys.dtype),
+        jnp.zeros((slots, heads, size, width), values.dtype),
+    )
+    pair = jax.tree.map(lambda x: sharding.constrain(x, rows), pair)
+    zeros = jnp.zeros(slots, jnp.int32)
+    return Cache(
+        turn=jnp.int32(0),
+        token=zeros,
+        position=zeros,
+        began=zeros,
+        prompt=zeros,
+        places=(jnp.full((slots, size), -1, jnp.int32),) * count,
+        layers=((pair,) * count,) * len(prefixes.layers),
+        prefixes=prefixes,
+    )
+
+
+@jax.jit
+def of_slots(cache: Cache, index: Int[Array, "V"]) -> Cache:
+    """The cache of some slots, in this order."""
+
+    def chosen(x):
+        return jax.tree.map(lambda x: x[index], x)
+
+    return dataclasses.replace(
+        cache,
+        token=cache.token[index],
+        position=cache.position[index],
+        began=cache.began[index],
+        prompt=cache.prompt[index],
+        places=chosen(cache.places),
+        layers=chosen(cache.layers),
+    )
 
 
 def grow(cache: Cache, tokens: int) -> Cache:
-    """Columns for so many further tokens, where no column was used twice."""
-    more = blocks_for(tokens)
-    return dataclasses.replace(
-        cache,
-        places=jnp.pad(cache.places, ((0, 0), (0, more * BLOCK)), constant_values=-1),
-        layers=jax.tree.map(
-            lambda x: jnp.pad(x, ((0, more), *((0, 0),) * 4)), cache.layers
-        ),
-    )
+    """Blocks for so many further tokens, where no column was used twice."""
+    more = -(-tokens // cache.block)
+    *others, last = cache.places
+    layers = tuple((*blocks[:-1], *blocks[-1:] * (more + 1)) for blocks in cache.layers)
+    places = (*others, *(jnp.full_like(last, -1),) * more, last)
+    return dataclasses.replace(cache, places=places, layers=layers)
+
+
+def joined(blocks: Sequence[Array], turn: Array, axis: int) -> Array:
+    """The blocks, each in its place among the columns, which were used once."""
+    *others, last = blocks
+    size = last.shape[axis]
+    at = jnp.maximum(turn - 1, 0) // size * size
+    flat = jnp.concatenate((*others, jnp.full_like(last, -1)), axis)
+    return jax.lax.dynamic_update_slice_in_dim(flat, last, at, axis)
+
+
+def parted(flat: Array, count: int, turn: Array, axis: int) -> tuple[Array, ...]:
+    """The opposite of `joined`."""
+    size = flat.shape[axis] // count
+    at = jnp.maximum(turn - 1, 0) // size * size
+    last = jax.lax.dynamic_slice_in_dim(flat, at, size, axis)
+    return (*jnp.split(flat, count, axis)[:-1], last)

@@ -4,7 +4,7 @@ In: a model, its parameters, a `State` and what refills its slots. Out: the stat
 every row has ended. Pure; `rollout.py` and `continuation.py` start and read it.
 
 Axes: N rows, W slots, C new positions, T appended positions, S positions of a prompt,
-X blocks of columns, B columns of one, K key heads, H head width.
+X + 1 blocks of columns, B columns of one, K key heads, H head width.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from jaxtyping import Array, Bool, Int
 from grpo_jax import sharding
 from grpo_jax.attention import attention
 from grpo_jax.cache import (
-    BLOCK,
     TOGETHER,
     Cache,
     attend,
-    blocks_of,
+    joined,
+    next_column,
     of_prefix,
+    of_slots,
+    parted,
     plan_of,
+    reads_of,
+    written,
 )
 from grpo_jax.model import Decoder, Params, few_rows
 from grpo_jax.sampling import Sampling
@@ -141,37 +145,31 @@ def decode(
     none, prefixes = state.out.tokens.shape[0], state.cache.prefixes
     together = max(1, min(TOGETHER, none // len(prefixes.lengths)))
 
+    # Looked up: XLA would make them again in each layer, and for each head.
+    longest = prefixes.layers[0][0].shape[2] + state.cache.columns
+    rotations = model.rotation(jnp.arange(longest)[None])
+
     def step(state: State) -> State:
         if len(state.row) == widths[0]:  # afterwards the queue is empty
             state = refill(state)
-        cache, live = state.cache, state.row < none
-        column = cache.turn % cache.columns
-        block, inside = column // BLOCK, column % BLOCK
-        written = jnp.where(live, cache.position, -1)[:, None]
-        places = jax.lax.dynamic_update_slice_in_dim(cache.places, written, column, 1)
-        cache = dataclasses.replace(cache, places=places)
-        plan, blocks = plan_of(cache, live, together), blocks_of(cache, live)
+        live = state.row < none
+        cache = next_column(state.cache, live)
+        plan, reads = plan_of(cache, live, together), reads_of(cache, live)
         x, new = model.embed(params, cache.token[:, None]), []
+        rotation = jax.tree.map(lambda x: x[0, cache.position, None], rotations)
         tables = zip(layers, cache.layers, prefixes.layers, strict=True)
-        for layer, (keys, values), prefix in tables:
+        for layer, blocks, prefix in tables:
 
-            def look(q, k, v, keys=keys, values=values, prefix=prefix):
-                def put(table, x):  # [W, 1, K, H] into [X, W, K, B, H]
-                    x = x[None, :, 0, :, None].astype(table.dtype)
-                    return jax.lax.dynamic_update_slice(
-                        table, x, (block, 0, 0, inside, 0)
-                    )
-
-                keys, values = put(keys, k), put(values, v)
+            def look(q, k, v, blocks=blocks, prefix=prefix):
+                blocks = written(blocks, k, v, cache)
                 heads = q.reshape(len(live), k.shape[2], -1, q.shape[-1])
                 parts = of_prefix(
                     heads, prefix, prefixes.lengths, cache.position, plan, window
                 )
-                out = attend(q, parts, keys, values, cache, window, blocks)
-                return out, (keys, values)
+                return attend(q, parts, blocks, cache, window, reads), blocks
 
-            x, both = model.block(layer, x, cache.position[:, None], look)
-            new.append(both)
+            x, blocks = model.block(layer, x, rotation, look)
+            new.append(blocks)
         hidden = model.finish(params, x)[:, 0]
         logits = few_rows(model.unembed(params).T, hidden, **_F32)
         # A matrix split by vocabulary gives each device some logits of every row; the
@@ -243,18 +241,8 @@ def _narrow(state: State, width: int) -> State:
     if width == len(state.row):
         return state
     order = jnp.argsort(state.row, stable=True)[:width]  # those without one are last
-    cache = state.cache
-    cache = dataclasses.replace(
-        cache,
-        token=cache.token[order],
-        position=cache.position[order],
-        began=cache.began[order],
-        prompt=cache.prompt[order],
-        places=cache.places[order],
-        layers=jax.tree.map(lambda x: x[:, order], cache.layers),
-    )
     of_row = {name: getattr(state, name)[order] for name in _OF_ROW}
-    return dataclasses.replace(state, cache=cache, **of_row)
+    return dataclasses.replace(state, cache=of_slots(state.cache, order), **of_row)
 
 
 def start(cache: Cache, row: Array, rows: int, ends: Ends) -> State:
@@ -291,7 +279,8 @@ def append(
     columns = cache.turn + step
     positions = cache.position[:, None] + step[None]
     at = jnp.where(step[None] < lengths[:, None], positions, -1)
-    places = cache.places.at[:, columns].set(at)
+    count, turn = len(cache.places), cache.turn + len(step)
+    places = joined(cache.places, cache.turn, 1).at[:, columns].set(at)
     prefixes, own = cache.prefixes, cache.prompt
     distance = positions[:, :, None] - places[:, None]  # [W, T, X·B]
     allowed = (places[:, None] >= 0) & (distance >= 0)
@@ -305,32 +294,32 @@ def append(
         seen &= of_prompt < model.config.sliding_window
     allowed = jnp.concatenate([seen, allowed], 2)
     x, new = model.embed(params, tokens[:, :-1]), []
+    rotation = model.rotation(positions)
     tables = zip(_layers(model, params), cache.layers, prefixes.layers, strict=True)
-    for layer, both, prefix in tables:
+    for layer, blocks, prefix in tables:
 
-        def look(q, k, v, both=both, prefix=prefix):
-            def put(table, x):  # [W, T, K, H] into [X, W, K, B, H]
-                x = x.swapaxes(0, 1).astype(table.dtype)
-                return table.at[columns // BLOCK, :, :, columns % BLOCK].set(x)
-
-            def flat(table, prefix):  # [W, S + X·B, K, H]
-                rows = table.transpose(1, 0, 3, 2, 4)
-                rows = rows.reshape(rows.shape[0], -1, *rows.shape[3:])
-                return jnp.concatenate([prefix[own].swapaxes(1, 2), rows], 1)
-
-            both = put(both[0], k), put(both[1], v)
-            keys, values = (
-                flat(x, p).astype(q.dtype) for x, p in zip(both, prefix, strict=True)
+        def look(q, k, v, blocks=blocks, prefix=prefix):
+            keys, values = zip(*blocks, strict=True)
+            keys, values = joined(keys, cache.turn, 3), joined(values, cache.turn, 2)
+            k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # from [W, T, K, H]
+            keys = keys.at[..., columns].set(k.astype(keys.dtype))
+            values = values.at[:, :, columns].set(v.astype(values.dtype))
+            rows = keys.transpose(0, 3, 1, 2), values.swapaxes(1, 2)  # [W, X·B, K, H]
+            keys_of, values_of = (
+                jnp.concatenate([p[own].swapaxes(1, 2), x], 1).astype(q.dtype)
+                for x, p in zip(rows, prefix, strict=True)
             )
-            return attention(q, keys, values, allowed), both
+            back = parted(keys, count, turn, 3), parted(values, count, turn, 2)
+            out = attention(q, keys_of, values_of, allowed)
+            return out, tuple(zip(*back, strict=True))
 
-        x, both = model.block(layer, x, positions, look)
-        new.append(both)
+        x, blocks = model.block(layer, x, rotation, look)
+        new.append(blocks)
     return dataclasses.replace(
         cache,
-        turn=cache.turn + len(step),
+        turn=turn,
         token=token,
         position=cache.position + lengths,
-        places=places,
+        places=parted(places, count, turn, 1),
         layers=tuple(new),
     )

@@ -47,6 +47,7 @@ REMAT = {
         offload_dst="pinned_host",
     ),
 }
+Rotation = tuple[Array, Array]  # cosines and sines, [B, T, 1, H/2]
 # keys, values -> what the queries take from them, and the layer's cache
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
@@ -102,13 +103,9 @@ def rotary_frequencies(config: ModelConfig) -> Float[Array, "H/2"]:
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
-def rotate(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], frequencies: Array
-) -> Array:
+def rotate(x: Float[Array, "B T N H"], rotation: Rotation) -> Array:
     """Rotary position embedding: halves (a, b) -> (a cos - b sin, b cos + a sin)."""
-    angles = positions[..., None, None].astype(jnp.float32)
-    angles = angles * frequencies[None, None, None]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = rotation
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return out.astype(x.dtype)
@@ -144,7 +141,7 @@ class Block(nn.Module):
         return rms_norm(x, self.weight(name, x.shape[-1]), self.config.norm_eps)
 
     @nn.compact
-    def __call__(self, x: Array, positions: Array, attend: Attend) -> tuple[Array, Any]:
+    def __call__(self, x: Array, rotation: Rotation, attend: Attend):
         c = self.config
         heads = (*x.shape[:2], -1, c.head_dim)
         h = self.norm(x, "input_norm")
@@ -153,8 +150,7 @@ class Block(nn.Module):
         v = self.linear(h, "v_proj", c.kv_heads * c.head_dim, c.qkv_bias).reshape(heads)
         if c.qk_norm:
             q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
-        frequencies = rotary_frequencies(c)
-        q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+        q, k = rotate(q, rotation), rotate(k, rotation)
         out, cache = attend(q, k, v)
         out = out.reshape(*x.shape[:2], -1)
         x = x + self.linear(out, "o_proj", c.width, c.out_bias)
@@ -214,8 +210,8 @@ class Decoder:
         c = self.config
         attend: Attend = lambda q, k, v: (q, None)  # noqa: E731
         block = functools.partial(Block(c).init, attend=attend)
-        x, positions = jnp.zeros((1, 1, c.width)), jnp.zeros((1, 1), int)
-        layer = jax.eval_shape(block, key, x, positions)["params"]
+        x, half = jnp.zeros((1, 1, c.width)), jnp.zeros((1, 1, 1, c.head_dim // 2))
+        layer = jax.eval_shape(block, key, x, (half, half))["params"]
         shapes = {f"layers/{k}": (c.layers, *leaf.shape) for k, leaf in layer.items()}
         shapes |= {"embed": (c.vocab_size, c.width), "norm": (c.width,)}
         if not c.tied:
@@ -246,10 +242,16 @@ class Decoder:
     def finish(self, params: Params, x: Array) -> Array:
         return rms_norm(x, params["norm"], self.config.norm_eps)
 
-    def block(self, layer: Params, x, positions, attend: Attend) -> tuple[Array, Any]:
+    def rotation(self, positions: Int[Array, "B T"]) -> Rotation:
+        """What `rotate` takes, once for all layers."""
+        angles = positions[..., None, None].astype(jnp.float32)
+        angles = angles * rotary_frequencies(self.config)[None, None, None]
+        return jnp.cos(angles), jnp.sin(angles)
+
+    def block(self, layer: Params, x, rotation, attend: Attend) -> tuple[Array, Any]:
         """One layer on its own parameters (without the leading L axis)."""
         x, cache = Block(self.config, self.lora).apply(
-            {"params": layer}, x, positions, attend
+            {"params": layer}, x, rotation, attend
         )
         return sharding.constrain(x, sharding.BATCH), cache
 
@@ -276,13 +278,14 @@ class Decoder:
         if positions is None:
             positions = default_positions(real, segment_ids)
         rows = Rows(real, segment_ids, positions, self.config.sliding_window)
+        rotation = self.rotation(positions)
 
         def attend(q, k, v):
             return attention.attend(q, k, v, rows), (k, v) if keep_cache else None
 
         def layer(x, weights):
             x = checkpoint_name(x, _INPUT)
-            return self.block(weights, x, positions, attend)
+            return self.block(weights, x, rotation, attend)
 
         if self.remat != "none":
             policy = REMAT[self.remat]

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Int
 
 from grpo_jax import sharding
-from grpo_jax.cache import BLOCK, Cache, Prefixes, blocks_for
+from grpo_jax.cache import Prefixes, empty
 from grpo_jax.decode_mesh import laid_out
 from grpo_jax.decoding import Ends, State, decode, start
 from grpo_jax.decoding import Rollouts as Rollouts
@@ -101,27 +101,11 @@ def generate_tokens(
                 position=jnp.where(taken, prefixes.lengths[prompt], cache.position),
                 began=jnp.where(taken, cache.turn, cache.began),
                 prompt=prompt,
-                places=jnp.where(taken[:, None], -1, cache.places),
+                places=tuple(jnp.where(taken[:, None], -1, x) for x in cache.places),
             ),
         )
 
-    _, kv_heads, _, head_dim = prefixes.layers[0][0].shape
-    blocks = blocks_for(max_new_tokens)
-    own = jnp.zeros(
-        (blocks, slots, kv_heads, BLOCK, head_dim), prefixes.layers[0][0].dtype
-    )
-    own = sharding.constrain(own, sharding.P(None, *sharding.BATCH, "tensor"))
-    zeros = jnp.zeros(slots, jnp.int32)
-    cache = Cache(
-        turn=jnp.int32(0),
-        token=zeros,
-        position=zeros,
-        began=zeros,
-        prompt=zeros,
-        places=jnp.full((slots, blocks * BLOCK), -1, jnp.int32),
-        layers=((own, own),) * depth,
-        prefixes=prefixes,
-    )
+    cache = empty(slots, max_new_tokens, slots < total, prefixes)
     state = decode(
         model,
         params,

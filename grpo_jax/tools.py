@@ -30,7 +30,7 @@ import jax
 import numpy as np
 
 from grpo_jax import sharding
-from grpo_jax.cache import Cache
+from grpo_jax.cache import of_slots
 from grpo_jax.continuation import continue_rollouts
 from grpo_jax.decode_mesh import laid_out
 from grpo_jax.interpreter import (
@@ -196,16 +196,8 @@ def _only(out: Rollouts, rows: Sequence[int], multiple: int) -> Rollouts:
     size = -(-bucket(len(rows), smallest=8) // multiple) * multiple
     size = min(out.cache.token.shape[0], size)
     index = np.array([*rows, *[rows[0]] * (size - len(rows))])
-    cache = _slots(out.cache, index)
+    cache = of_slots(out.cache, index)
     return dataclasses.replace(out, tokens=out.tokens[index[: len(rows)]], cache=cache)
-
-
-@jax.jit
-def _slots(cache: Cache, index: jax.Array) -> Cache:
-    own = ("token", "position", "began", "prompt", "places")
-    chosen: Any = {name: getattr(cache, name)[index] for name in own}
-    layers = jax.tree.map(lambda x: x[:, index], cache.layers)
-    return dataclasses.replace(cache, layers=layers, **chosen)
 
 
 def _gathered(rows: Sequence[_Row], occupancy: float) -> Solutions:

@@ -24,7 +24,7 @@ from grpo_jax.plan import chips, hlo
 from grpo_jax.plan.compiled import Program
 from grpo_jax.plan.flops import flops
 from grpo_jax.plan.table import report, table
-from grpo_jax.plan.trips import Lengths, of_sampler
+from grpo_jax.plan.trips import Lengths, columns, of_sampler
 from grpo_jax.rollout import shape_of
 from grpo_jax.update import TrainState, make_grpo_step
 
@@ -65,6 +65,10 @@ def test_loops_branches_and_shards_count_as_often_as_they_run():
         with jax.named_scope("turns"):
             return jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x)
 
+    def seldom(x):
+        with jax.named_scope("blocks"):
+            return branches(x)
+
     def branches(x):
         return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
 
@@ -74,7 +78,8 @@ def test_loops_branches_and_shards_count_as_often_as_they_run():
     count = lambda f, **trips: flops(jax.make_jaxpr(f)(x), trips)  # noqa: E731
     assert count(looped) == 3 * product
     assert count(endless, turns=7) == 7 * product
-    assert count(branches) == 2 * product
+    assert count(branches) == count(seldom) == 2 * product
+    assert count(seldom, blocks=0.25) == 0.25 * 2 * product
     assert count(rows) == product  # an eighth on each of eight devices
     assert count(jax.vmap(lambda row: row @ x)) == product
 
@@ -192,9 +197,9 @@ def test_turns_are_those_of_full_slots_and_then_of_the_longest_output():
     lengths = Lengths.assumed(config, None, 256)
     whole = of_sampler(config, shape_of(16, 100, 64, groups=8, slots=1024), 8, lengths)
     assert whole["turns"] == 256 and whole["last_turns"] == (1024 - 256) / 2
-    assert whole["blocks"] == 1024 / 2 / 32
+    assert columns(config, whole) == 1024 / 2 + 128
     queued = of_sampler(config, shape_of(16, 100, 64, groups=8, slots=256), 8, lengths)
-    assert queued["turns"] == 4 * 256 and queued["blocks"] == 1024 / 32
+    assert queued["turns"] == 4 * 256 and columns(config, queued) == 1024 + 128
 
 
 # What is shown

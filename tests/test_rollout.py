@@ -1,6 +1,7 @@
 """The sampler: what it draws, and that its log-probabilities are the trainer's."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax import cache, rollout
 from grpo_jax.continuation import continue_rollouts
 from grpo_jax.errors import GrpoError
 from grpo_jax.logprobs import token_logprobs
@@ -32,6 +34,17 @@ PROMPTS = [[1, 2, 3], [4] * 20, [7, 8]]
 ROLL: Any = dict(samples=4, max_new_tokens=24, eos_id=EOS)
 
 
+@pytest.fixture(params=["one block", "blocks of 4"])
+def blocks(request, monkeypatch):
+    """Outputs within a block, and in many, which are used again and again."""
+    if request.param == "blocks of 4":
+        monkeypatch.setattr(cache, "block_size", lambda tokens: 4)
+        fresh = jax.jit(
+            functools.partial(generate_tokens), static_argnames=rollout._STATIC
+        )
+        monkeypatch.setattr(rollout, "_jitted", fresh)
+
+
 def rows(rollouts):
     rollouts = jax.device_get(rollouts)
     return [
@@ -41,11 +54,19 @@ def rows(rollouts):
 
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
-def test_log_probabilities_are_those_of_the_training_forward(temperature, window):
+def test_log_probabilities_are_those_of_the_training_forward(
+    temperature, window, blocks
+):
     """Each prompt and completion alone, without cache or padding, gives the same."""
     model = Decoder(dataclasses.replace(CONFIG, sliding_window=window))
     out = generate(
-        model, PARAMS, PROMPTS, key=jax.random.key(3), temperature=temperature, **ROLL
+        model,
+        PARAMS,
+        PROMPTS,
+        key=jax.random.key(3),
+        temperature=temperature,
+        slots=5,
+        **ROLL,
     )
     forward = jax.jit(model.hidden)
     for i in range(12):
@@ -162,7 +183,7 @@ def test_an_empty_prompt_is_refused_by_number():
         generate(MODEL, PARAMS, [[1], []], key=jax.random.key(0), **ROLL)
 
 
-def test_results_depend_on_neither_slots_nor_the_queues_order():
+def test_results_depend_on_neither_slots_nor_the_queues_order(blocks):
     """Rows and prompts keep their numbers; only who decodes when is different."""
     key = jax.random.key(7)
     alone, three, all_at_once = (
@@ -204,8 +225,6 @@ def test_what_a_slot_held_before_does_not_reach_the_next_row():
 
 
 def test_another_number_of_prompts_is_no_other_program():
-    from grpo_jax import rollout
-
     jitted: Any = rollout._jitted
     options: Any = dict(ROLL, samples=2)
 
@@ -217,7 +236,7 @@ def test_another_number_of_prompts_is_no_other_program():
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_continuing_equals_prefilling_everything_anew(window):
+def test_continuing_equals_prefilling_everything_anew(window, blocks):
     model = Decoder(dataclasses.replace(CONFIG, sliding_window=window))
     options: Any = dict(
         max_new_tokens=9, temperature=0, eos_id=EOS, key=jax.random.key(0)
@@ -349,7 +368,7 @@ def test_a_narrower_cache_is_close():
     narrow = generate(
         MODEL, PARAMS, PROMPTS, cache_dtype="bfloat16", keep=True, **options
     )
-    assert narrow.cache.layers[0][0].dtype == jnp.bfloat16
+    assert narrow.cache.layers[0][0][0].dtype == jnp.bfloat16
     # Equal as long as the tokens are; the first sees only prompts in bfloat16.
     np.testing.assert_allclose(wide.logps[:, 0], narrow.logps[:, 0], atol=0.05)
     assert (wide.logps[:, 0] != narrow.logps[:, 0]).any()

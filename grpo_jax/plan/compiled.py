@@ -234,7 +234,7 @@ def sampler_of(
     position *= np.dtype(config.model.cache_dtype or model.dtype).itemsize
     slots = min(shape.slots, shape.prompts // groups * shape.samples)
     # A prompt is read once for several of its rows.
-    cached = slots * (often["blocks"] * cache.BLOCK + shape.width / cache.TOGETHER)
+    cached = slots * (trips.columns(config, often) + shape.width / cache.TOGETHER)
     asked = []
     if layout and not decode_mesh.is_laid_out(model, params, layout):
         relay = decode_mesh.relay(model, params, layout)

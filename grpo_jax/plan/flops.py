@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from grpo_jax.plan.trips import named
+from grpo_jax.plan.trips import named, share
 
 
 def flops(jaxpr: Any, trips: Mapping[str, float] | None = None) -> float:
@@ -22,8 +22,8 @@ def flops(jaxpr: Any, trips: Mapping[str, float] | None = None) -> float:
     Args:
       jaxpr: of `jax.jit(f).trace(…).jaxpr` or `jax.make_jaxpr(f)(…)`.
       trips: how often loops run whose length is a value, by the name of their scope
-        (`jax.named_scope`). A conditional counts as its dearest branch, a kernel as if
-        it skipped nothing.
+        (`jax.named_scope`). A conditional counts as its dearest branch, or the share of
+        it that `trips` names; a kernel as if it skipped nothing.
 
     Raises:
       KeyError: such a loop that `trips` does not name.
@@ -45,7 +45,8 @@ def flops(jaxpr: Any, trips: Mapping[str, float] | None = None) -> float:
                 str(equation.source_info.name_stack), trips
             )
         elif name == "cond":
-            total += max(flops(branch, trips) for branch in of["branches"])
+            dearest = max(flops(branch, trips) for branch in of["branches"])
+            total += dearest * share(str(equation.source_info.name_stack), trips)
         else:
             inner = sum(flops(x, trips) for x in jaxprs(of.values()))
             total += inner * runs(name, of)

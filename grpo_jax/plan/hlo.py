@@ -12,7 +12,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 
-from grpo_jax.plan.trips import named
+from grpo_jax.plan.trips import named, share
 
 _BYTES = {"pred": 1, "c64": 8, "c128": 16}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -132,8 +132,8 @@ def sizes(shape: str) -> list[int]:
 def repeats(module: Module, trips: Mapping[str, float]) -> dict[str, float]:
     """How often each computation runs in one run of the program.
 
-    trips: how often a loop's body runs, by the name of its scope. A branch of a
-    conditional counts as taken.
+    trips: how often a loop's body runs, by the name of its scope. Each branch of a
+    conditional counts as taken, or as the share of it that `trips` names.
 
     Raises:
       KeyError: a loop whose length is neither in the program nor in `trips`.
@@ -151,6 +151,8 @@ def _calls(
     for i in module.computations.get(name, ()):
         if i.op == "while":
             inner = times * loop_length(module, name, i, trips)
+        elif i.op == "conditional":
+            inner = times * share(i.scope, trips)
         else:
             inner = times
         branches = _BRANCHES.findall(i.text)

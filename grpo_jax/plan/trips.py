@@ -2,9 +2,10 @@
 
 In: a config's shapes and what is assumed of its prompts' and outputs' lengths. Out: a
 number for the scope (`jax.named_scope`) of each loop whose length is a value and no
-shape: `turns` and `last_turns` of the sampler, the `rounds` of prompts and `blocks` of
-columns that a turn reads, the `micro_batches` of a pass, the `pairs` of blocks that
-attention without a kernel takes.
+shape: `turns` and `last_turns` of the sampler, the `rounds` of prompts that a turn
+reads, the `micro_batches` of a pass, the `pairs` of blocks that
+attention without a kernel takes. What runs in some turns only has a share: the `blocks`
+of columns that a turn reads, and when a full one is `put_away` in `its_place`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 from collections.abc import Mapping
 
 from grpo_jax import attention, sharding
-from grpo_jax.cache import BLOCK
+from grpo_jax.cache import block_size, others_for
 from grpo_jax.config import Config
 from grpo_jax.programs import Layout
 from grpo_jax.rollout import Shape, widths_of
@@ -46,10 +47,14 @@ def of_sampler(
     narrower = len(widths_of(slots)) - 1
     turns = rows / slots * lengths.output
     written = longest / 2 if slots == rows else longest  # back to the oldest row
+    size = block_size(longest)
+    others = others_for(longest, queue=slots < rows)
     return {
         "turns": turns if narrower else turns + alone,
         "last_turns": alone / narrower if narrower else 0,
-        "blocks": math.ceil(written / BLOCK),
+        "blocks": min(1.0, written / (others * size)) if others else 0.0,
+        "put_away": 1 / size,
+        "its_place": 1 / others if others else 0.0,
         "rounds": 1,
         "pairs": pairs(shape.prompts // groups, shape.width),
     }
@@ -69,6 +74,19 @@ def pairs(rows: int, length: int) -> float:
     """Pairs of blocks in a device's rows, as if each were one sequence."""
     blocks = -(-length // attention.BLOCK)
     return rows * blocks * (blocks + 1) / 2
+
+
+def columns(config: Config, often: Mapping[str, float]) -> float:
+    """Columns that a turn reads, on average."""
+    size = block_size(config.max_new_tokens)
+    others = 1 / often["its_place"] if often["its_place"] else 0.0
+    return (often["blocks"] * others + 1) * size
+
+
+def share(scope: str, trips: Mapping[str, float] | None) -> float:
+    """How often a conditional takes its dearest branch; 1 where nothing is said."""
+    name = scope.removesuffix("/cond").rpartition("/")[2]
+    return (trips or {}).get(name, 1.0)
 
 
 def named(scope: str, trips: Mapping[str, float] | None) -> float:
