@@ -196,6 +196,8 @@ def attend(
         return now, total, out * fade + taken
 
     *others, last = blocks
+    # Branches: a loop of one turn or none computes its scores in either case, as XLA
+    # takes out of loops what does not change in them.
     with jax.named_scope("blocks"):
         for i, (block, places) in enumerate(zip(others, cache.places, strict=False)):
             parts = jax.lax.cond(
