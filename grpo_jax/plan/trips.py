@@ -46,13 +46,12 @@ def of_sampler(
     alone = longest - lengths.output
     narrower = len(widths_of(slots)) - 1
     turns = rows / slots * lengths.output
-    written = longest / 2 if slots == rows else longest  # back to the oldest row
-    size = block_size(longest)
-    others = others_for(longest, queue=slots < rows)
+    size, queue = block_size(longest), slots < rows
+    others = others_for(longest, queue)
     return {
         "turns": turns if narrower else turns + alone,
         "last_turns": alone / narrower if narrower else 0,
-        "blocks": min(1.0, written / (others * size)) if others else 0.0,
+        "blocks": 1.0 if queue else 0.5,  # back to the oldest row
         "put_away": 1 / size,
         "its_place": 1 / others if others else 0.0,
         "rounds": 1,
