@@ -199,10 +199,8 @@ def attend(
     # Branches: a loop of one turn or none computes its scores in either case, as XLA
     # takes out of loops what does not change in them.
     with jax.named_scope("blocks"):
-        for i, (block, places) in enumerate(zip(others, cache.places, strict=False)):
-            parts = jax.lax.cond(
-                reads[i], add, lambda parts, *_: parts, parts, block, places
-            )
+        for read, *block in zip(reads, others, cache.places[:-1], strict=True):
+            parts = jax.lax.cond(read, add, lambda parts, *_: parts, parts, *block)
     _, total, out = add(parts, last, cache.places[-1])
     return (out / total).astype(q.dtype).reshape(slots, 1, -1, q.shape[-1])
 
@@ -302,19 +300,11 @@ def empty(slots: int, tokens: int, queue: bool, prefixes: Prefixes) -> Cache:
 @jax.jit
 def of_slots(cache: Cache, index: Int[Array, "V"]) -> Cache:
     """The cache of some slots, in this order."""
-
-    def chosen(x):
-        return jax.tree.map(lambda x: x[index], x)
-
-    return dataclasses.replace(
-        cache,
-        token=cache.token[index],
-        position=cache.position[index],
-        began=cache.began[index],
-        prompt=cache.prompt[index],
-        places=chosen(cache.places),
-        layers=chosen(cache.layers),
-    )
+    names = ("token", "position", "began", "prompt", "places", "layers")
+    chosen: Any = {
+        name: jax.tree.map(lambda x: x[index], getattr(cache, name)) for name in names
+    }
+    return dataclasses.replace(cache, **chosen)
 
 
 def grow(cache: Cache, tokens: int) -> Cache:

@@ -97,8 +97,8 @@ def compiled(f, mesh, *specs, out):
 
 
 def test_collectives_of_a_compiled_program_in_its_loops():
-    """Of [64, 64] float32 over 8 devices in groups of 4 and 2; a loop of 5, and one
-    that only its scope's name tells the length of."""
+    """Of [64, 64] float32 over 8 devices in groups of 4 and 2; a loop of 5, one that
+    only its scope's name tells the length of, and a branch that is seldom taken."""
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     whole = 64 * 64 * 4
     ring = [(i, (i + 1) % 4) for i in range(4)]
@@ -111,13 +111,17 @@ def test_collectives_of_a_compiled_program_in_its_loops():
         with jax.named_scope("turns"):
             on = lambda x: jax.lax.ppermute(x, "a", ring)  # noqa: E731
             x = jax.lax.while_loop(lambda x: x[0, 0] < 1, on, x)
+        with jax.named_scope("blocks"):
+            x = jax.lax.cond(x[0, 0] > 2, on, lambda x: x, x)
         gathered = jax.lax.all_gather(x, "a", tiled=True)
         return jax.lax.psum_scatter(gathered * 2, "a", tiled=True)
 
     text = compiled(f, mesh, P("a"), out=P("a"))
-    sent = hlo.collectives(text, 8, {"turns": 7})
+    sent = hlo.collectives(text, 8, {"turns": 7, "blocks": 0.25})
     assert sent["all-reduce"] == 5 * 2 * (1 / 2) * whole / 4
-    assert sent["collective-permute"] == 7 * whole / 4
+    assert sent["collective-permute"] == (7 + 0.25) * whole / 4
+    always = hlo.collectives(text, 8, {"turns": 7})
+    assert always["collective-permute"] == (7 + 1) * whole / 4
     assert sent["all-gather"] == 3 / 4 * whole
     assert sent["reduce-scatter"] == 3 / 4 * whole
     with pytest.raises(KeyError, match="turns"):
