@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import rollout, sharding
+from grpo_jax import cache, rollout, sharding
 from grpo_jax.model import REMAT, Decoder, ModelConfig
 from grpo_jax.packing import Sample, pack
 from grpo_jax.plan import hlo
@@ -220,6 +220,21 @@ def test_caches_are_split_and_a_turn_sends_neither_weights_nor_caches():
     # Two sums of [slots, width] a layer, an embedding and the logits' exchange.
     activations = shape.slots * (32 * (2 * 2 + 1) + 64) * 4
     assert 0 < a_turn < 2 * activations < weights / 2
+
+
+def test_a_cache_is_held_once():
+    """A full block is put away in place, and blocks are read where they stand."""
+    shape = rollout.shape_of(16, 16, 8, slots=64)
+    program = rollout.program(shape, spread=False, max_new_tokens=512, eos_id=(0,))
+    tokens, mask = (
+        jax.ShapeDtypeStruct((shape.prompts, shape.width), kind)
+        for kind in (jnp.int32, jnp.bool)
+    )
+    jitted, params = program.func, jax.eval_shape(MODEL.init, KEY)
+    lowered = jitted.lower(MODEL, params, tokens, mask, key=KEY, **program.keywords)  # type: ignore
+    columns = cache.block_size(512) * (cache.others_for(512, queue=True) + 1)
+    held = 2 * CONFIG.layers * 64 * columns * CONFIG.kv_heads * CONFIG.head_dim * 4
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 1.5 * held
 
 
 KEY = jax.random.key(0)
