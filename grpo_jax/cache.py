@@ -232,17 +232,10 @@ def next_column(cache: Cache, live: Bool[Array, "W"]) -> Cache:
     *others, last = zip(cache.places, *cache.layers, strict=True)
     full = (at == 0) & (cache.turn > 0)
     index = (cache.turn // cache.block - 1) % max(len(others), 1)
-
-    def put_away(_, others):
-        # A loop that runs once or not at all works in place.
-        with jax.named_scope("its_place"):
-            return tuple(
-                jax.lax.fori_loop(0, (index == i).astype(int), lambda *_: last, block)
-                for i, block in enumerate(others)
-            )
-
-    with jax.named_scope("put_away"):
-        others = jax.lax.fori_loop(0, full.astype(int), put_away, tuple(others))
+    others = [
+        jax.lax.cond(full & (index == i), lambda _: last, lambda block: block, block)
+        for i, block in enumerate(others)
+    ]
     here = jnp.where(live, cache.position, -1)[:, None]
     places = jax.lax.dynamic_update_slice_in_dim(
         jnp.where(full, -1, last[0]), here, at, 1

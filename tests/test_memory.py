@@ -213,8 +213,7 @@ def test_caches_are_split_and_a_turn_sends_neither_weights_nor_caches():
     mine, whole = (x.memory_analysis().temp_size_in_bytes for x in (compiled, alone))
     assert mine < whole / 4
     text = compiled.as_text()
-    often = {"turns": 0, "last_turns": 0, "rounds": 1}
-    often |= {"blocks": 1, "put_away": 1, "its_place": 1}
+    often = {"turns": 0, "last_turns": 0, "rounds": 1, "blocks": 1}
     before = sum(hlo.collectives(text, 8, often).values())
     a_turn = sum(hlo.collectives(text, 8, often | {"turns": 1}).values()) - before
     # Two sums of [slots, width] a layer, an embedding and the logits' exchange.

@@ -201,9 +201,11 @@ def test_turns_are_those_of_full_slots_and_then_of_the_longest_output():
     lengths = Lengths.assumed(config, None, 256)
     whole = of_sampler(config, shape_of(16, 100, 64, groups=8, slots=1024), 8, lengths)
     assert whole["turns"] == 256 and whole["last_turns"] == (1024 - 256) / 2
-    assert columns(config, whole) == (7 / 2 + 1) * 128
+    assert whole["blocks"] == 1 / 2
+    assert columns(1024, queue=False) == (7 / 2 + 1) * 128
     queued = of_sampler(config, shape_of(16, 100, 64, groups=8, slots=256), 8, lengths)
-    assert queued["turns"] == 4 * 256 and columns(config, queued) == (8 + 1) * 128
+    assert queued["turns"] == 4 * 256 and queued["blocks"] == 1
+    assert columns(1024, queue=True) == (8 + 1) * 128
 
 
 # What is shown

@@ -232,9 +232,11 @@ def sampler_of(
     c = model.config
     position = 2 * c.layers * c.kv_heads * c.head_dim / tensor  # keys and values
     position *= np.dtype(config.model.cache_dtype or model.dtype).itemsize
-    slots = min(shape.slots, shape.prompts // groups * shape.samples)
+    outputs = shape.prompts // groups * shape.samples
+    slots = min(shape.slots, outputs)
+    columns = trips.columns(config.max_new_tokens, queue=slots < outputs)
     # A prompt is read once for several of its rows.
-    cached = slots * (trips.columns(config, often) + shape.width / cache.TOGETHER)
+    cached = slots * (columns + shape.width / cache.TOGETHER)
     asked = []
     if layout and not decode_mesh.is_laid_out(model, params, layout):
         relay = decode_mesh.relay(model, params, layout)

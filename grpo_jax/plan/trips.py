@@ -5,7 +5,7 @@ number for the scope (`jax.named_scope`) of each loop whose length is a value an
 shape: `turns` and `last_turns` of the sampler, the `rounds` of prompts that a turn
 reads, the `micro_batches` of a pass, the `pairs` of blocks that
 attention without a kernel takes. What runs in some turns only has a share: the `blocks`
-of columns that a turn reads, and when a full one is `put_away` in `its_place`.
+of columns that a turn reads.
 """
 
 from __future__ import annotations
@@ -46,14 +46,10 @@ def of_sampler(
     alone = longest - lengths.output
     narrower = len(widths_of(slots)) - 1
     turns = rows / slots * lengths.output
-    size, queue = block_size(longest), slots < rows
-    others = others_for(longest, queue)
     return {
         "turns": turns if narrower else turns + alone,
         "last_turns": alone / narrower if narrower else 0,
-        "blocks": 1.0 if queue else 0.5,  # back to the oldest row
-        "put_away": 1 / size,
-        "its_place": 1 / others if others else 0.0,
+        "blocks": blocks_read(queue=slots < rows),
         "rounds": 1,
         "pairs": pairs(shape.prompts // groups, shape.width),
     }
@@ -75,11 +71,15 @@ def pairs(rows: int, length: int) -> float:
     return rows * blocks * (blocks + 1) / 2
 
 
-def columns(config: Config, often: Mapping[str, float]) -> float:
-    """Columns that a turn reads, on average."""
-    size = block_size(config.max_new_tokens)
-    others = 1 / often["its_place"] if often["its_place"] else 0.0
-    return (often["blocks"] * others + 1) * size
+def blocks_read(queue: bool) -> float:
+    """The share of the full blocks back to the oldest row, on average."""
+    return 1.0 if queue else 0.5
+
+
+def columns(tokens: int, queue: bool) -> float:
+    """Columns that a turn reads, on average, of rows of up to so many tokens."""
+    others = blocks_read(queue) * others_for(tokens, queue)
+    return (others + 1) * block_size(tokens)
 
 
 def share(scope: str, trips: Mapping[str, float] | None) -> float:
