@@ -107,7 +107,7 @@ def parse() -> argparse.Namespace:
     add("--model", required=True, help="a Hugging Face folder")
     add("--prompts", required=True, help="JSON lines with a question each")
     add("--slots", type=int, default=32, help="and rows of transformers' batches")
-    add("--ragged-slots", type=int, default=64, help="of the ragged case")
+    add("--ragged-slots", type=int, help="of the ragged case (the package's choice)")
     add("--group", type=int, default=8, help="outputs of a question")
     add("--new", type=int, default=128, help="tokens of a fixed output")
     add("--rows", type=int, default=128, help="outputs in the queue of the ragged case")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax import sharding
 
 TOGETHER = 8  # R at most: rows of a prompt whose scores are one matrix product
+AT_ONCE = 8  # e at most, on CPU
 _F32: Any = dict(preferred_element_type=jnp.float32)
 Pair = tuple[Array, Array]  # keys and values
 
@@ -93,6 +94,8 @@ class Plan:
 def plan_of(cache: Cache, live: Bool[Array, "W"], together: int) -> Plan:
     slots, index = len(live), jnp.arange(len(live))
     at_once = max(1, slots // together)
+    if sharding.platform() == "cpu":  # where each is computed for itself
+        at_once = min(at_once, AT_ONCE)
     # Slots by their prompt, those without a row last.
     prompt = jnp.where(live, cache.prompt, 2**30)
     order = jnp.argsort(prompt, stable=True)
@@ -110,6 +113,17 @@ def plan_of(cache: Cache, live: Bool[Array, "W"], together: int) -> Plan:
         rounds=-(-jnp.max(jnp.where(live[order], entry + 1, 0)) // at_once),
         at_once=at_once,
     )
+
+
+def _each(function: Callable[..., Array], *arrays: Array) -> Array:
+    """The function of every entry of the arrays.
+
+    On CPU one by one: XLA computes a batch of small products on one core, and more than
+    8 operations that stand side by side on all.
+    """
+    if sharding.platform() != "cpu" or len(arrays[0]) <= 4:
+        return jax.vmap(function)(*arrays)
+    return jnp.stack([function(*x) for x in zip(*arrays, strict=True)])
 
 
 Parts = tuple[Array, Array, Array]  # greatest score, sum of weights, weighted values
@@ -134,10 +148,18 @@ def of_prefix(
             return jax.lax.dynamic_slice_in_dim(x, turn * size, size)
 
         prompts, rows = here(plan.prompts), here(plan.slots)
-        keys, values = (x[prompts].astype(q.dtype) for x in layer)  # [e, K, S, H]
         mine = q.at[rows].get(mode="fill", fill_value=0)  # [e, R, K, G, H]
         mine = mine.swapaxes(1, 2).reshape(size, kv_heads, together * groups, head_dim)
-        scores = jnp.einsum("eKSH,eKMH->eKMS", keys, mine, **_F32)
+
+        def score(prompt, mine):
+            keys = layer[0][prompt].astype(q.dtype)
+            return jnp.einsum("KSH,KMH->KMS", keys, mine, **_F32)
+
+        def take(prompt, weights):
+            values = layer[1][prompt].astype(q.dtype)
+            return jnp.einsum("KMS,KSH->KMH", weights, values, **_F32)
+
+        scores = _each(score, prompts, mine)
         scores = scores.reshape(size, kv_heads, together, groups, -1)
         seen = step[None, None] < lengths[prompts][:, None, None]  # [e, R, S]
         if window is not None:
@@ -148,7 +170,7 @@ def of_prefix(
         top = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - top)
         flat = weights.reshape(size, kv_heads, together * groups, -1)
-        out = jnp.einsum("eKMS,eKSH->eKMH", flat.astype(q.dtype), values, **_F32)
+        out = _each(take, prompts, flat.astype(q.dtype))
         found = (top, weights.sum(-1, keepdims=True), out.reshape(*top.shape[:4], -1))
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(

@@ -131,7 +131,7 @@ class MeshSettings:
     fsdp: int = -1  # -1 is what the other two leave of the devices
     tensor: int = 1
     decode_tensor: int = 0  # the same while outputs are sampled; 0 is tensor
-    slots: int = 0  # outputs decoded at a time; 0 is a quarter, at least 32 a group
+    slots: int = 0  # outputs decoded at a time; 0 is a quarter, at least 128 a group
 
 
 @dataclass(slots=True, kw_only=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import cache, rollout
+from grpo_jax import cache, rollout, sharding
 from grpo_jax.continuation import continue_rollouts
 from grpo_jax.errors import GrpoError
 from grpo_jax.logprobs import token_logprobs
@@ -39,10 +39,13 @@ def blocks(request, monkeypatch):
     """Outputs within a block, and in many, which are used again and again."""
     if request.param == "blocks of 4":
         monkeypatch.setattr(cache, "block_size", lambda tokens: 4)
-        fresh = jax.jit(
-            functools.partial(generate_tokens), static_argnames=rollout._STATIC
-        )
-        monkeypatch.setattr(rollout, "_jitted", fresh)
+        compile_anew(monkeypatch)
+
+
+def compile_anew(monkeypatch):
+    """What was compiled before knows nothing of what is patched."""
+    fresh = jax.jit(functools.partial(generate_tokens), static_argnames=rollout._STATIC)
+    monkeypatch.setattr(rollout, "_jitted", fresh)
 
 
 def rows(rollouts):
@@ -198,6 +201,22 @@ def test_results_depend_on_neither_slots_nor_the_queues_order(blocks):
     forth = rows(generate(MODEL, PARAMS, PROMPTS, **greedy))
     back = rows(generate(MODEL, PARAMS, PROMPTS[::-1], **greedy))[::-1]
     assert [tokens for tokens, _ in forth] == [tokens for tokens, _ in back]
+
+
+@pytest.mark.parametrize("order", ["as it is", "an accelerator's"])
+def test_many_prompts_at_once_are_each_read_by_their_own_rows(order, monkeypatch):
+    """Slots for 13 prompts: several rounds, and several widths towards the end."""
+    if order == "an accelerator's":  # a batch of prompts, and other widths
+        monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+        compile_anew(monkeypatch)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(10, 99, 3 + n).tolist() for n in range(13)]
+    options: Any = dict(ROLL, samples=10, key=jax.random.key(3))
+    many = generate(MODEL, PARAMS, prompts, slots=130, **options)
+    few = generate(MODEL, PARAMS, prompts, slots=4, **options)
+    assert len(set(map(tuple, many.tokens.tolist()))) > 100
+    assert many.tokens.tolist() == few.tokens.tolist()
+    np.testing.assert_allclose(many.logps, few.logps, atol=1e-5)
 
 
 def test_slots_are_occupied_on_ragged_lengths():

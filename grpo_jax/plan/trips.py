@@ -44,7 +44,7 @@ def of_sampler(
     rows = shape.prompts // groups * shape.samples
     slots, longest = min(rows, shape.slots), config.max_new_tokens
     alone = longest - lengths.output
-    narrower = len(widths_of(slots)) - 1
+    narrower = len(widths_of(slots, "tpu")) - 1
     turns = rows / slots * lengths.output
     return {
         "turns": turns if narrower else turns + alone,
