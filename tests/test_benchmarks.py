@@ -99,6 +99,24 @@ def test_the_update_is_measured_against_the_peak(given):
     assert [x["V"] for x in held] == [512, 1024]
 
 
+def test_a_bound_is_what_was_measured_and_nothing_else():
+    sizes = ["--slots", "2", "--outputs", "4", "--group", "2", "--new", "10"]
+    product, reading, *turns, step = lines_of("roofline.py", *sizes, "--repeats", "1")
+    assert product["parameters"] == 134_515_008 - 61 * 576  # SmolLM2's, but its norms
+    assert [x["slots"] for x in turns] == [2, 4]
+    for x in turns:
+        bound = x["slots"] / (x["products_ms"] + x["reading_ms"]) * 1e3
+        assert x["tokens_per_second"] == pytest.approx(bound, rel=1e-3)
+    # 4 rows have written 5 each, and 2 prompts of 110 are read once: 30 × 2 × 192 × 4 B.
+    read = (4 * 5 + 2 * 110) * 46080 / reading["gbytes"] / 1e6
+    assert turns[1]["reading_ms"] == pytest.approx(read, rel=1e-3)
+    update = 8 * product["parameters"] * (40 + 220) / product["gflops"] / 1e9
+    assert step["update_seconds"] == pytest.approx(update, rel=1e-3)
+    seconds = 40 / step["tokens_per_second"]
+    turn = turns[1]["products_ms"] + turns[1]["reading_ms"]
+    assert seconds == pytest.approx(update + 10 * turn / 1e3, rel=1e-3)
+
+
 def test_two_processes_hold_half_the_weights_each_and_write_them_back():
     *found, bits = lines_of("weights.py", "--gigabytes", "0.02")
     assert bits == {"case": "bits", "same": True}
