@@ -107,7 +107,7 @@ def test_a_bound_is_what_was_measured_and_nothing_else():
     for x in turns:
         bound = x["slots"] / (x["products_ms"] + x["reading_ms"]) * 1e3
         assert x["tokens_per_second"] == pytest.approx(bound, rel=1e-3)
-    # 4 rows have written 5 each, and 2 prompts of 110 are read once: 30 × 2 × 192 × 4 B.
+    # 4 rows have written 5 each; 2 prompts of 110 are read once: 30 × 2 × 192 × 4 B.
     read = (4 * 5 + 2 * 110) * 46080 / reading["gbytes"] / 1e6
     assert turns[1]["reading_ms"] == pytest.approx(read, rel=1e-3)
     update = 8 * product["parameters"] * (40 + 220) / product["gflops"] / 1e9
