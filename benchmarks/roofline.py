@@ -2,7 +2,8 @@
 
     python benchmarks/roofline.py [--slots 32 128] [--outputs 32] [--new 128]
 
-In: sizes; SmolLM2-135M's by default. Out: JSON lines, all float32, measured here:
+In: numbers of slots and tokens; the model's sizes are SmolLM2-135M's. Out: JSON lines,
+all float32, measured here:
   product   FLOP/s of a large matrix product
   reading   bytes/s of two cores, and of the products of one turn that read a cache:
             XLA's CPU computes a batch of small products on one core
@@ -24,10 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lines import show
-from update import peak
-
-LAYERS, WIDTH, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 30, 576, 1536, 9, 3, 64, 49152
-BLOCK = 64  # positions that one small product reads
+from update import SMOLLM2, peak
 
 
 def parse() -> argparse.Namespace:
@@ -55,29 +53,16 @@ def seconds(function: Callable, *inputs: Any, repeats: int) -> float:
     return statistics.median(times)
 
 
-def matrices() -> tuple[list[dict[str, Any]], Any]:
-    """A model's matrices, [out, in], and the embedding."""
-    import jax
-
-    query, key = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
-    shapes = dict(q=(query, WIDTH), k=(key, WIDTH), v=(key, WIDTH), o=(WIDTH, query))
-    shapes |= dict(gate=(FFN, WIDTH), up=(FFN, WIDTH), down=(WIDTH, FFN))
-    keys = jax.random.split(jax.random.key(0), LAYERS + 1)
-    layers = [
-        {name: jax.random.normal(key, shape) / 50 for name, shape in shapes.items()}
-        for key in keys[1:]
-    ]
-    return layers, jax.random.normal(keys[0], (VOCAB, WIDTH))
-
-
 def products(layers, embedding, x):
     """A turn's products with the matrices, each waiting for the one before."""
     from grpo_jax.model import few_rows
 
     for w in layers:
-        aside = few_rows(w["k"], x) + few_rows(w["v"], x)
-        x = few_rows(w["o"], few_rows(w["q"], x)) + aside.mean(1, keepdims=True)
-        x = few_rows(w["down"], few_rows(w["gate"], x) * few_rows(w["up"], x))
+        aside = few_rows(w["k_proj"], x) + few_rows(w["v_proj"], x)
+        x = few_rows(w["o_proj"], few_rows(w["q_proj"], x))
+        x = x + aside.mean(1, keepdims=True)
+        h = few_rows(w["gate_proj"], x) * few_rows(w["up_proj"], x)
+        x = few_rows(w["down_proj"], h)
     return few_rows(embedding, x)
 
 
@@ -85,9 +70,9 @@ def scores(queries, keys):
     """What a turn's queries make of a block of keys in every layer, one by one."""
     import jax.numpy as jnp
 
-    for block in keys:
+    for block in keys:  # as many positions as a head is wide
         found = jnp.einsum("WKGH,WKHB->WKGB", queries, block)
-        queries = queries + found * 1e-3  # as wide as a head: BLOCK = HEAD_DIM
+        queries = queries + found * 1e-3
     return queries
 
 
@@ -96,25 +81,31 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import jax
 
-    layers, embedding = matrices()
-    weights = sum(x.size for x in jax.tree.leaves((layers, embedding)))
+    from grpo_jax.model import Decoder, ModelConfig
+
+    config = ModelConfig(**SMOLLM2)
+    params = jax.jit(Decoder(config).init)(jax.random.key(0))
+    weights = sum(x.size for x in jax.tree.leaves(params))
+    embedding, stacked = params["embed"], params["layers"]
+    layers = [{k: x[i] for k, x in stacked.items()} for i in range(config.layers)]
     full = peak(2048)
     show(case="product", gflops=full / 1e9, parameters=weights)
 
-    shape = (64, KV_HEADS, HEAD_DIM, BLOCK)
-    keys = [jax.random.normal(jax.random.key(i), shape) for i in range(LAYERS)]
+    heads, width = config.kv_heads, config.head_dim
+    blocks = (config.layers, 64, heads, width, width)  # of 64 slots in each layer
+    keys = list(jax.random.normal(jax.random.key(1), blocks))
+    queries = jax.random.normal(
+        jax.random.key(2), (64, heads, config.heads // heads, width)
+    )
     size = sum(x.nbytes for x in keys)
     largest = seconds(lambda x: [y.max() for y in x], keys, repeats=flags.repeats)
-    queries = jax.random.normal(
-        jax.random.key(0), (64, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
-    )
     read = size / seconds(scores, queries, keys, repeats=flags.repeats)
     show(case="reading", gbytes=size / largest / 1e9, gbytes_by_products=read / 1e9)
 
-    position = LAYERS * 2 * KV_HEADS * HEAD_DIM * 4  # bytes of its keys and values
+    position = config.layers * 2 * heads * width * 4  # bytes of its keys and values
     turns = {}
     for slots in sorted({*flags.slots, flags.outputs}):
-        x = jax.random.normal(jax.random.key(1), (slots, WIDTH))
+        x = jax.random.normal(jax.random.key(3), (slots, config.width))
         spent = seconds(products, layers, embedding, x, repeats=flags.repeats)
         held = slots * flags.new / 2 + slots / flags.group * flags.prompt
         reading = held * position / (size / largest)

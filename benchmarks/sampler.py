@@ -5,7 +5,8 @@
 In: a Hugging Face folder and a file of JSON lines with "question". Out: JSON lines
 {"case", "tokens_per_second", "occupancy", "seconds", "tokens", …}: "fixed" decodes
 `--slots` rows of `--new` tokens, EOS suppressed; "ragged" decodes `--rows` rows of up
-to `--ragged-new` tokens from a queue, `--ragged-slots` at a time, with natural EOS.
+to `--ragged-new` tokens, `--ragged-slots` at a time (fewer than rows: from a queue),
+with natural EOS.
 With --transformers, the same prompts go in turn through `transformers.generate` of that
 interpreter, in batches of `--slots` rows, and each case ends with the ratio of the
 medians.
@@ -110,7 +111,7 @@ def parse() -> argparse.Namespace:
     add("--ragged-slots", type=int, help="of the ragged case (the package's choice)")
     add("--group", type=int, default=8, help="outputs of a question")
     add("--new", type=int, default=128, help="tokens of a fixed output")
-    add("--rows", type=int, default=128, help="outputs in the queue of the ragged case")
+    add("--rows", type=int, default=128, help="outputs of the ragged case")
     add("--ragged-new", type=int, default=128, help="tokens of a ragged output at most")
     add("--cases", nargs="+", choices=["fixed", "ragged"], default=["fixed", "ragged"])
     add("--repeats", type=int, default=3)

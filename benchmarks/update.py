@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 from lines import show
 
+SMOLLM2: Any = dict(width=576, layers=30, heads=9, kv_heads=3, head_dim=64, ffn=1536)
+SMOLLM2 |= dict(vocab_size=49152, tied=True)  # SmolLM2-135M's sizes
 CASES = ("peak", "update", "group", "vocabulary")
 
 
@@ -68,8 +70,7 @@ def main() -> None:
         model, params = load_pretrained(flags.model, dtype=flags.dtype)
         model = dataclasses.replace(model, remat=remat)
     else:
-        sizes = dict(width=576, layers=30, heads=9, kv_heads=3, head_dim=64, ffn=1536)
-        config = ModelConfig(vocab_size=49152, tied=True, **sizes)
+        config = ModelConfig(**SMOLLM2)
         model = Decoder(config, dtype=flags.dtype, remat=remat)
         params = jax.jit(model.init)(jax.random.key(0))
     optimizer = optax.adamw(1e-6)

@@ -60,7 +60,7 @@ class Sampling:
         """
         if self.temperature == 0:
             token = logits.argmax(-1).astype(jnp.int32)
-            best = logits.max(-1)
+            best = jnp.take_along_axis(logits, token[:, None], 1)[:, 0]
             return token, best - jax.nn.logsumexp(logits, axis=-1)
         return draw(logits, keys, turns, self.temperature, self.keep)
 
