@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,6 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax import sharding
 
 TOGETHER = 8  # R at most: rows of a prompt whose scores are one matrix product
-AT_ONCE = 8  # e at most, on CPU
 _F32: Any = dict(preferred_element_type=jnp.float32)
 Pair = tuple[Array, Array]  # keys and values
 
@@ -41,7 +40,7 @@ class Prefixes:
     """The prompts, each without its last token, which goes in with every row."""
 
     lengths: Array  # [P] int32
-    layers: tuple[Pair, ...]  # [P, K, S, H] each
+    layers: tuple[Pair, ...]  # [P, K, H, S] and [P, K, S, H] of each
 
 
 @functools.partial(
@@ -94,8 +93,6 @@ class Plan:
 def plan_of(cache: Cache, live: Bool[Array, "W"], together: int) -> Plan:
     slots, index = len(live), jnp.arange(len(live))
     at_once = max(1, slots // together)
-    if sharding.platform() == "cpu":  # where each is computed for itself
-        at_once = min(at_once, AT_ONCE)
     # Slots by their prompt, those without a row last.
     prompt = jnp.where(live, cache.prompt, 2**30)
     order = jnp.argsort(prompt, stable=True)
@@ -115,17 +112,6 @@ def plan_of(cache: Cache, live: Bool[Array, "W"], together: int) -> Plan:
     )
 
 
-def _each(function: Callable[..., Array], *arrays: Array) -> Array:
-    """The function of every entry of the arrays.
-
-    On CPU one by one: XLA computes a batch of small products on one core, and more than
-    8 operations that stand side by side on all.
-    """
-    if sharding.platform() != "cpu" or len(arrays[0]) <= 4:
-        return jax.vmap(function)(*arrays)
-    return jnp.stack([function(*x) for x in zip(*arrays, strict=True)])
-
-
 Parts = tuple[Array, Array, Array]  # greatest score, sum of weights, weighted values
 
 
@@ -141,7 +127,7 @@ def of_prefix(
     slots, kv_heads, groups, head_dim = q.shape
     entries, together = plan.slots.shape
     size = plan.at_once
-    step = jnp.arange(layer[0].shape[2])
+    step = jnp.arange(layer[1].shape[2])
 
     def some(turn, parts):
         def here(x):
@@ -151,15 +137,8 @@ def of_prefix(
         mine = q.at[rows].get(mode="fill", fill_value=0)  # [e, R, K, G, H]
         mine = mine.swapaxes(1, 2).reshape(size, kv_heads, together * groups, head_dim)
 
-        def score(prompt, mine):
-            keys = layer[0][prompt].astype(q.dtype)
-            return jnp.einsum("KSH,KMH->KMS", keys, mine, **_F32)
-
-        def take(prompt, weights):
-            values = layer[1][prompt].astype(q.dtype)
-            return jnp.einsum("KMS,KSH->KMH", weights, values, **_F32)
-
-        scores = _each(score, prompts, mine)
+        keys, values = (x[prompts].astype(q.dtype) for x in layer)
+        scores = jnp.einsum("EKHS,EKMH->EKMS", keys, mine, **_F32)
         scores = scores.reshape(size, kv_heads, together, groups, -1)
         seen = step[None, None] < lengths[prompts][:, None, None]  # [e, R, S]
         if window is not None:
@@ -169,8 +148,8 @@ def of_prefix(
         scores = jnp.where(seen[:, None, :, None], scores, -1e30)
         top = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - top)
-        flat = weights.reshape(size, kv_heads, together * groups, -1)
-        out = _each(take, prompts, flat.astype(q.dtype))
+        flat = weights.reshape(size, kv_heads, together * groups, -1).astype(q.dtype)
+        out = jnp.einsum("EKMS,EKSH->EKMH", flat, values, **_F32)
         found = (top, weights.sum(-1, keepdims=True), out.reshape(*top.shape[:4], -1))
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(
@@ -291,7 +270,7 @@ def others_for(tokens: int, queue: bool) -> int:
 def empty(slots: int, tokens: int, queue: bool, prefixes: Prefixes) -> Cache:
     """Slots without a row, for rows of so many tokens."""
     keys, values = prefixes.layers[0]
-    heads, width, size = keys.shape[1], keys.shape[3], block_size(tokens)
+    heads, width, size = *keys.shape[1:3], block_size(tokens)
     count = others_for(tokens, queue) + 1
     rows = sharding.P(*sharding.BATCH, "tensor")
     pair = (

@@ -26,23 +26,11 @@ import tensorflow_datasets as tfds
 
 from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError
+from grpo_jax.files import cache_folder
 from grpo_jax.sources import GITHUB, Source, examples, find, is_file, local
 
 VERSION = "1.1.0"  # of the prepared rows: raise it when rows.py reads otherwise
 FIELDS = ("question", "answer", "solution", "language", "id", "columns")
-
-
-def _cache(*parts: str) -> Path:
-    root = os.environ.get("GRPO_JAX_CACHE") or "~/.cache/grpo_jax"
-    path = Path(root, *parts).expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GrpoError(
-            f"{path}: cannot make the cache folder ({error.strerror}); set "
-            "GRPO_JAX_CACHE to a folder that can be written"
-        ) from None
-    return path
 
 
 def _sha256(path: Path) -> str:
@@ -59,7 +47,7 @@ def _download(source: Source, data_dir: str) -> Path:
             "set GRPO_JAX_DATA to a folder that holds it (JSON lines with problem, "
             "solution, level, type or subject, id)"
         )
-    folder = _cache("downloads")
+    folder = cache_folder("downloads")
     path = folder / f"{source.sha256[:16]}-{Path(source.file).name}"
     if path.exists():
         return path
@@ -133,7 +121,7 @@ class Questions(tfds.core.GeneratorBasedBuilder):
 
 def _prepare(source: Source, path: Path) -> Path:
     """The folder of prepared records; two processes may get here at the same time."""
-    folder = _cache("tfds")
+    folder = cache_folder("tfds")
     done = folder / f"{source.slug}-{_sha256(path)[:16]}-{VERSION}"
     if done.exists():
         return done

@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from grpo_jax import sharding
+from grpo_jax import cpu_kernels, sharding
 from grpo_jax.attention import attention
 from grpo_jax.cache import (
     TOGETHER,
     Cache,
+    Pair,
     attend,
     joined,
     next_column,
@@ -144,9 +145,11 @@ def decode(
     layers, window = _layers(model, params), model.config.sliding_window
     none, prefixes = state.out.tokens.shape[0], state.cache.prefixes
     together = max(1, min(TOGETHER, none // len(prefixes.lengths)))
+    native = cpu_kernels.fits(state.cache, model.dtype)
+    product = cpu_kernels.few_rows if native else few_rows
 
     # Looked up: XLA would make them again in each layer, and for each head.
-    longest = prefixes.layers[0][0].shape[2] + state.cache.columns
+    longest = prefixes.layers[0][1].shape[2] + state.cache.columns
     rotations = model.rotation(jnp.arange(longest)[None])
 
     def step(state: State) -> State:
@@ -154,7 +157,7 @@ def decode(
             state = refill(state)
         live = state.row < none
         cache = next_column(state.cache, live)
-        plan, reads = plan_of(cache, live, together), reads_of(cache, live)
+        see = _seeing(cache, live, together, window, native)
         x, new = model.embed(params, cache.token[:, None]), []
         rotation = jax.tree.map(lambda x: x[0, cache.position, None], rotations)
         tables = zip(layers, cache.layers, prefixes.layers, strict=True)
@@ -162,16 +165,12 @@ def decode(
 
             def look(q, k, v, blocks=blocks, prefix=prefix):
                 blocks = written(blocks, k, v, cache)
-                heads = q.reshape(len(live), k.shape[2], -1, q.shape[-1])
-                parts = of_prefix(
-                    heads, prefix, prefixes.lengths, cache.position, plan, window
-                )
-                return attend(q, parts, blocks, cache, window, reads), blocks
+                return see(q, prefix, blocks), blocks
 
-            x, blocks = model.block(layer, x, rotation, look)
+            x, blocks = model.block(layer, x, rotation, look, product)
             new.append(blocks)
         hidden = model.finish(params, x)[:, 0]
-        logits = few_rows(model.unembed(params).T, hidden, **_F32)
+        logits = product(model.unembed(params).T, hidden, **_F32)
         # A matrix split by vocabulary gives each device some logits of every row; the
         # draw takes all logits of some rows. Said in two steps: logits travel then, and
         # not the matrix.
@@ -230,6 +229,25 @@ def decode(
     return dataclasses.replace(state, out=out)
 
 
+def _seeing(
+    cache: Cache, live: Array, together: int, window: int | None, native: bool
+) -> Callable[[Array, Pair, Sequence[Pair]], Array]:
+    """A turn's attention: (queries, a layer's prompts, its blocks) → what they take."""
+    prefixes = cache.prefixes
+    if native:
+        return lambda q, prefix, blocks: cpu_kernels.attend(
+            q, prefix, blocks, cache, live, window
+        )
+    plan, reads = plan_of(cache, live, together), reads_of(cache, live)
+
+    def see(q, prefix, blocks):
+        heads = q.reshape(len(live), prefix[0].shape[1], -1, q.shape[-1])
+        parts = of_prefix(heads, prefix, prefixes.lengths, cache.position, plan, window)
+        return attend(q, parts, blocks, cache, window, reads)
+
+    return see
+
+
 def _more(state: State, rows: Array, least: int) -> Bool[Array, ""]:
     """Whether to go on with these slots: rows wait, or enough are being decoded."""
     live = (state.row < state.out.tokens.shape[0]).sum()
@@ -284,7 +302,7 @@ def append(
     prefixes, own = cache.prefixes, cache.prompt
     distance = positions[:, :, None] - places[:, None]  # [W, T, X·B]
     allowed = (places[:, None] >= 0) & (distance >= 0)
-    index = jnp.arange(prefixes.layers[0][0].shape[2])[None, None]
+    index = jnp.arange(prefixes.layers[0][1].shape[2])[None, None]
     of_prompt = positions[:, :, None] - index  # [W, T, S]
     seen = jnp.broadcast_to(
         index < prefixes.lengths[own][:, None, None], of_prompt.shape
@@ -304,22 +322,23 @@ def append(
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # from [W, T, K, H]
             keys = keys.at[..., columns].set(k.astype(keys.dtype))
             values = values.at[:, :, columns].set(v.astype(values.dtype))
-            rows = keys.transpose(0, 3, 1, 2), values.swapaxes(1, 2)  # [W, X·B, K, H]
-            keys_of, values_of = (
-                jnp.concatenate([p[own].swapaxes(1, 2), x], 1).astype(q.dtype)
-                for x, p in zip(rows, prefix, strict=True)
-            )
+            keys_of = jnp.concatenate([prefix[0][own], keys], 3).transpose(0, 3, 1, 2)
+            values_of = jnp.concatenate([prefix[1][own], values], 2).swapaxes(1, 2)
             back = parted(keys, count, turn, 3), parted(values, count, turn, 2)
-            out = attention(q, keys_of, values_of, allowed)
+            seen_by_all = keys_of.astype(q.dtype), values_of.astype(q.dtype)
+            out = attention(q, *seen_by_all, allowed)
             return out, tuple(zip(*back, strict=True))
 
         x, blocks = model.block(layer, x, rotation, look)
         new.append(blocks)
+    *others, last = parted(places, count, turn, 1)
+    number = jnp.maximum(turn - 1, 0) // cache.block  # where the last block came from
+    others = [jnp.where(number == i, -1, x) for i, x in enumerate(others)]
     return dataclasses.replace(
         cache,
         turn=turn,
         token=token,
         position=cache.position + lengths,
-        places=parted(places, count, turn, 1),
+        places=(*others, last),
         layers=tuple(new),
     )

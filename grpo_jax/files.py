@@ -1,13 +1,15 @@
 """Files that are whole: a reader, or the next start, never finds half of one.
 
 In: a path and its text. Out: the file, new; or what was there before, where the disk is
-full or the process is killed.
+full or the process is killed. And where what can be made again is kept.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from grpo_jax.errors import GrpoError
 
 
 def write_whole(
@@ -25,3 +27,17 @@ def write_whole(
     fresh = file.with_name(file.name + ".tmp")
     fresh.write_text(text, encoding="utf-8", errors=errors)
     fresh.replace(file)
+
+
+def cache_folder(*parts: str) -> Path:
+    """A folder of $GRPO_JAX_CACHE (default ~/.cache/grpo_jax), made if need be."""
+    root = os.environ.get("GRPO_JAX_CACHE") or "~/.cache/grpo_jax"
+    path = Path(root, *parts).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GrpoError(
+            f"{path}: cannot make the cache folder ({error.strerror}); set "
+            "GRPO_JAX_CACHE to a folder that can be written"
+        ) from None
+    return path

@@ -50,6 +50,7 @@ REMAT = {
 Rotation = tuple[Array, Array]  # cosines and sines, [B, T, 1, H/2]
 # keys, values -> what the queries take from them, and the layer's cache
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+Product = Callable[[Array, Array], Array]  # weight [F, D], x [B, D] -> [B, F]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     lora: Lora = Lora()
+    product: Product | None = None  # how x of one position is multiplied
 
     def weight(self, name: str, *shape: int) -> Array:
         """Declares a parameter; `Decoder.init` gives all of them their values."""
@@ -123,8 +125,8 @@ class Block(nn.Module):
 
     def linear(self, x: Array, name: str, out: int, bias: bool = False) -> Array:
         weight = self.weight(name, out, x.shape[-1]).astype(x.dtype)
-        if x.ndim == 3 and x.shape[1] == 1:  # decoding
-            y = few_rows(weight, x[:, 0])[:, None]
+        if self.product is not None:
+            y = self.product(weight, x[:, 0])[:, None]
         else:
             # One axis of positions: over two of them XLA's CPU backward pass transposes
             # what is still to be computed, element by element.
@@ -248,9 +250,16 @@ class Decoder:
         angles = angles * rotary_frequencies(self.config)[None, None, None]
         return jnp.cos(angles), jnp.sin(angles)
 
-    def block(self, layer: Params, x, rotation, attend: Attend) -> tuple[Array, Any]:
+    def block(
+        self,
+        layer: Params,
+        x: Float[Array, "B T D"],
+        rotation: Rotation,
+        attend: Attend,
+        product: Product | None = None,
+    ) -> tuple[Array, Any]:
         """One layer on its own parameters (without the leading L axis)."""
-        x, cache = Block(self.config, self.lora).apply(
+        x, cache = Block(self.config, self.lora, product).apply(
             {"params": layer}, x, rotation, attend
         )
         return sharding.constrain(x, sharding.BATCH), cache

@@ -72,14 +72,17 @@ def generate_tokens(
     _, (keys, values) = model.hidden(params, tokens, mask=mask, keep_cache=True)
     last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[:, None], 1)[:, 0]
 
-    def table(x: Array) -> Array:  # [P, S, K, H] -> [P, K, S, H]
-        x = x.swapaxes(1, 2).astype(cache_dtype or x.dtype)
+    def table(x: Array, *axes: int) -> Array:  # of [P, S, K, H]
+        x = x.transpose(axes).astype(cache_dtype or x.dtype)
         return sharding.constrain(x, sharding.P(*sharding.BATCH, "tensor"))
 
     depth = model.config.layers
     prefixes = Prefixes(
         jnp.maximum(lengths - 1, 0),
-        tuple((table(keys[i]), table(values[i])) for i in range(depth)),
+        tuple(
+            (table(keys[i], 0, 2, 3, 1), table(values[i], 0, 2, 1, 3))
+            for i in range(depth)
+        ),
     )
     rows = lengths.astype(bool).sum() * samples
 

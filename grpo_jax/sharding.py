@@ -171,12 +171,16 @@ def platform() -> str:
     `jax.lax.platform_dependent` would trace every way on every platform, and cuDNN's
     refuses to be traced without cuDNN; under `grad` it keeps what each would need.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = jax.device_count() if mesh.empty else size_of(mesh, mesh.axis_names)
-    if devices > 1 and mesh_in_use() is None:
+    if mesh_in_use() is None and not alone():
         return "cpu"  # who knows how arrays are spread? XLA can split what is its own
-    device = mesh.abstract_device
+    device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
+
+
+def alone() -> bool:
+    """Whether what this program sees lies on one device for certain."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return (jax.device_count() if mesh.empty else size_of(mesh, mesh.axis_names)) == 1
 
 
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import cache, rollout, sharding
-from grpo_jax.continuation import continue_rollouts
+from grpo_jax import cache, continuation, cpu_kernels, rollout, sharding
+from grpo_jax.continuation import continue_rollouts, continue_tokens
 from grpo_jax.errors import GrpoError
 from grpo_jax.logprobs import token_logprobs
 from grpo_jax.model import Decoder, ModelConfig
@@ -34,18 +34,33 @@ PROMPTS = [[1, 2, 3], [4] * 20, [7, 8]]
 ROLL: Any = dict(samples=4, max_new_tokens=24, eos_id=EOS)
 
 
-@pytest.fixture(params=["one block", "blocks of 4"])
+@pytest.fixture(params=["one block", "blocks of 4", "kernels", "kernels, 4"])
 def blocks(request, monkeypatch):
-    """Outputs within a block, and in many, which are used again and again."""
-    if request.param == "blocks of 4":
+    """Outputs within a block, and in many, which are used again and again.
+
+    And both with a CPU's kernels, which else are not used where there are 8 devices.
+    """
+    if request.param.endswith("4"):
         monkeypatch.setattr(cache, "block_size", lambda tokens: 4)
-        compile_anew(monkeypatch)
+    if request.param.startswith("kernels"):
+        use_kernels(monkeypatch)
+    compile_anew(monkeypatch)
+
+
+def use_kernels(monkeypatch):
+    if not cpu_kernels._ready():
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(sharding, "alone", lambda: True)
 
 
 def compile_anew(monkeypatch):
     """What was compiled before knows nothing of what is patched."""
-    fresh = jax.jit(functools.partial(generate_tokens), static_argnames=rollout._STATIC)
-    monkeypatch.setattr(rollout, "_jitted", fresh)
+    for module, core, names in (
+        (rollout, generate_tokens, rollout._STATIC),
+        (continuation, continue_tokens, ("model", "sampling", "ends")),
+    ):
+        fresh = jax.jit(functools.partial(core), static_argnames=names)
+        monkeypatch.setattr(module, "_jitted", fresh)
 
 
 def rows(rollouts):
@@ -203,15 +218,17 @@ def test_results_depend_on_neither_slots_nor_the_queues_order(blocks):
     assert [tokens for tokens, _ in forth] == [tokens for tokens, _ in back]
 
 
-@pytest.mark.parametrize("order", ["as it is", "an accelerator's"])
-def test_many_prompts_at_once_are_each_read_by_their_own_rows(order, monkeypatch):
+@pytest.mark.parametrize("way", ["XLA", "an accelerator's widths", "kernels"])
+def test_many_prompts_at_once_are_each_read_by_their_own_rows(way, monkeypatch):
     """Slots for 13 prompts: several rounds, and several widths towards the end."""
-    if order == "an accelerator's":  # a batch of prompts, and other widths
+    if way == "an accelerator's widths":
         monkeypatch.setattr(sharding, "platform", lambda: "gpu")
-        compile_anew(monkeypatch)
+    if way == "kernels":
+        use_kernels(monkeypatch)
+    compile_anew(monkeypatch)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(10, 99, 3 + n).tolist() for n in range(13)]
-    options: Any = dict(ROLL, samples=10, key=jax.random.key(3))
+    options: Any = dict(ROLL, samples=10, key=jax.random.key(5))
     many = generate(MODEL, PARAMS, prompts, slots=130, **options)
     few = generate(MODEL, PARAMS, prompts, slots=4, **options)
     assert len(set(map(tuple, many.tokens.tolist()))) > 100

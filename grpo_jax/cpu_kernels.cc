@@ -1,0 +1,370 @@
+// A turn of the sampler on a CPU: its matrix products and its attention.
+//
+// Two calls of XLA's foreign function interface; cpu_kernels.py compiles and calls them.
+//
+// GrpoFewRows: C [F, W] = A [F, D] · B [D, W], for W a multiple of 16. Weights come once
+// from memory, while the products of those that came before are made: nothing is packed.
+//
+// GrpoDecodeAttention: the same as `of_prefix` and `attend` of cache.py. In: q [W, K·G,
+// H]; prompts' keys [P, K, H, S] and values [P, K, S, H]; lengths [P]; prompt, position,
+// live [W]; then of each block of columns its places [W, B], keys [W, K, H, B] and values
+// [W, K, B, H]. Out: [W, K·G, H]; 0 where no row is live.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+using Floats = ffi::Buffer<ffi::F32>;
+using Ints = ffi::Buffer<ffi::S32>;
+
+namespace {
+
+// What a tile of sums takes of the registers: kRows · kWide vectors of kLanes numbers.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kWide = 4, kRows = 6;
+#elif defined(__AVX2__) || defined(__ARM_NEON)
+constexpr int kLanes = 8, kWide = 2, kRows = 4;
+#else
+#error "neither AVX2 nor NEON"
+#endif
+typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+constexpr int64_t kTogether = 8;  // rows of a prompt that are one matrix product
+constexpr int64_t kChunk = 128;   // positions of a prompt at a time
+
+// Runs item 0, 1, … on this thread and on those of the pool that are free. A helper that
+// comes late finds nothing left: only those at work are waited for, so none can block.
+void Share(ffi::ThreadPool pool, int64_t items, std::function<void(int64_t)> run) {
+  struct State {
+    std::function<void(int64_t)> run;
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto state = std::make_shared<State>();
+  state->run = std::move(run);
+  auto work = [state, items] {
+    for (int64_t item; (item = state->next.fetch_add(1)) < items;) {
+      state->run(item);
+      state->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  int64_t helpers = std::min<int64_t>(pool.num_threads(), items) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work(); });
+  work();
+  while (state->done.load(std::memory_order_acquire) < items)
+    std::this_thread::yield();
+}
+
+struct Matrix {
+  const float* data;
+  int64_t stride;
+};
+
+// C [M, N vectors] = or += A [M, k] · B [k, N vectors], the sums held in registers.
+template <int M, int N, bool kAdd>
+inline void Tile(int64_t k, Matrix a, Matrix b, float* c, int64_t stride) {
+  Vec sum[M][N] = {};
+  if (kAdd)
+    for (int i = 0; i < M; ++i)
+      for (int j = 0; j < N; ++j)
+        sum[i][j] = *reinterpret_cast<const Vec*>(c + i * stride + j * kLanes);
+  for (int64_t p = 0; p < k; ++p, b.data += b.stride) {
+    if (!kAdd && p % 16 == 0)  // the next tile's rows
+      for (int i = 0; i < M; ++i)
+        __builtin_prefetch(a.data + (M + i) * a.stride + p);
+    Vec row[N];
+    for (int j = 0; j < N; ++j)
+      row[j] = *reinterpret_cast<const Vec*>(b.data + j * kLanes);
+    for (int i = 0; i < M; ++i)
+      for (int j = 0; j < N; ++j) sum[i][j] += a.data[i * a.stride + p] * row[j];
+  }
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < N; ++j)
+      *reinterpret_cast<Vec*>(c + i * stride + j * kLanes) = sum[i][j];
+}
+
+Matrix From(Matrix a, int64_t row, int64_t column) {
+  return {a.data + row * a.stride + column, a.stride};
+}
+
+template <int M, int N>
+void SomeRows(int64_t rows, int64_t k, Matrix a, Matrix b, float* c, int64_t stride) {
+  int64_t i = 0;
+  for (; i + M <= rows; i += M)
+    Tile<M, N, false>(k, From(a, i, 0), b, c + i * stride, stride);
+  for (; i < rows; ++i)
+    Tile<1, N, false>(k, From(a, i, 0), b, c + i * stride, stride);
+}
+
+ffi::Error FewRows(ffi::ThreadPool pool, Floats a, Floats b,
+                   ffi::ResultBuffer<ffi::F32> c) {
+  int64_t rows = a.dimensions()[0], k = a.dimensions()[1], n = b.dimensions()[1];
+  Matrix weights{a.typed_data(), k}, x{b.typed_data(), n};
+  float* out = c->typed_data();
+  if (n % 16) return ffi::Error::InvalidArgument("columns are no multiple of 16");
+  constexpr int64_t kStep = 2 * kRows;
+  int64_t least = rows / (4 * pool.num_threads());  // four items a thread, or more
+  int64_t each = std::max<int64_t>(least / kStep, 1) * kStep;
+  Share(pool, (rows + each - 1) / each, [=](int64_t item) {
+    int64_t last = std::min(rows, (item + 1) * each);
+    for (int64_t i = item * each; i < last; i += kStep) {
+      int64_t count = std::min(kStep, last - i), j = 0;
+      auto some = [&](auto rows_of, auto wide) {
+        constexpr int M = decltype(rows_of)::value, N = decltype(wide)::value;
+        for (; j + N * kLanes <= n; j += N * kLanes)
+          SomeRows<M, N>(count, k, From(weights, i, 0), From(x, 0, j),
+                         out + i * n + j, n);
+      };
+      some(std::integral_constant<int, kRows>(), std::integral_constant<int, kWide>());
+      some(std::integral_constant<int, kStep>(),
+           std::integral_constant<int, kWide / 2>());
+      some(std::integral_constant<int, kStep>(), std::integral_constant<int, 1>());
+    }
+  });
+  return ffi::Error::Success();
+}
+
+template <int M>
+void AddRows(int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t stride) {
+  int64_t j = 0;
+  for (; j + kWide * kLanes <= n; j += kWide * kLanes)
+    Tile<M, kWide, true>(k, a, From(b, 0, j), c + j, stride);
+  for (; j + kLanes <= n; j += kLanes)
+    Tile<M, 1, true>(k, a, From(b, 0, j), c + j, stride);
+  for (; j < n; ++j)
+    for (int i = 0; i < M; ++i)
+      for (int64_t p = 0; p < k; ++p)
+        c[i * stride + j] += a.data[i * a.stride + p] * b.data[p * b.stride + j];
+}
+
+// C [m, n] += A [m, k] · B [k, n].
+void Add(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c,
+         int64_t stride) {
+  int64_t i = 0;
+  for (; i + 4 <= m; i += 4) AddRows<4>(n, k, From(a, i, 0), b, c + i * stride, stride);
+  a = From(a, i, 0), c += i * stride;
+  if (m - i == 3) AddRows<3>(n, k, a, b, c, stride);
+  if (m - i == 2) AddRows<2>(n, k, a, b, c, stride);
+  if (m - i == 1) AddRows<1>(n, k, a, b, c, stride);
+}
+
+// e^x for x <= 0, to 1e-7 of it; 0 below -87. Plain enough for vectors.
+inline float Exp(float x) {
+  float y = std::max(x, -87.0f) * 1.44269504f;
+  float n = std::floor(y + 0.5f), f = y - n;
+  float p = 1.5403530e-4f;  // 2^f = Σ (f ln 2)^i / i!, i up to 6
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  int32_t bits;
+  std::memcpy(&bits, &p, 4);
+  bits += static_cast<int32_t>(n) << 23;
+  std::memcpy(&p, &bits, 4);
+  return x < -87.0f ? 0.0f : p;
+}
+
+// The softmax of some queries so far: greatest score, sum of weights, weighted values.
+struct Parts {
+  float *top, *total, *out;
+  Parts From(int64_t row, int64_t width) const {
+    return {top + row, total + row, out + row * width};
+  }
+};
+
+// One slot's share of the cache: what it wrote into one block of columns.
+struct Block {
+  const int32_t* places;
+  const float *keys, *values;
+};
+
+struct Attention {
+  const float *q, *prompt_keys, *prompt_values;
+  const int32_t *lengths, *prompt, *position;
+  std::vector<Block> blocks;
+  int64_t kv_heads, groups, width, prompt_size, block, window;
+  float* result;
+  std::vector<int32_t> slots;   // those that are live, by their prompt
+  std::vector<int64_t> starts;  // of the rows of a prompt that go together
+
+  // Room for the work of one item.
+  struct Memory {
+    std::vector<float> floats;
+    float *queries, *scores, *seen;
+    Parts parts;
+    Memory(int64_t rows, int64_t width, int64_t columns)
+        : floats(rows * (2 * width + columns + 2) + columns) {
+      float* at = floats.data();
+      auto take = [&](int64_t count) { return std::exchange(at, at + count); };
+      queries = take(rows * width);
+      scores = take(rows * columns);
+      seen = take(columns);
+      parts = {take(rows), take(rows), take(rows * width)};
+      std::fill_n(parts.top, rows, -1e30f);
+    }
+  };
+
+  // Some rows of a prompt, and one of the key heads.
+  void Item(int64_t group, int64_t head) const {
+    const int32_t* mine = &slots[starts[group]];
+    int64_t rows = starts[group + 1] - starts[group], size = groups * width;
+    Memory memory(rows * groups, width, std::max(kChunk, block));
+    float scale = 1.0f / std::sqrt(static_cast<float>(width));
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* from = q + (mine[r] * kv_heads + head) * size;
+      for (int64_t i = 0; i < size; ++i) memory.queries[r * size + i] = from[i] * scale;
+    }
+    // A window makes the rows see different parts of their prompt.
+    int64_t together = window ? 1 : rows;
+    for (int64_t r = 0; r < rows; r += together)
+      Prompt(mine[r], head, r * groups, together * groups, memory);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (const Block& b : blocks) Own(b, mine[r], head, r * groups, memory);
+      Parts own = memory.parts.From(r * groups, width);
+      float* to = result + (mine[r] * kv_heads + head) * size;
+      for (int64_t i = 0; i < size; ++i) to[i] = own.out[i] / own.total[i / width];
+    }
+  }
+
+  int64_t Oldest(int32_t slot) const {
+    return window ? std::max<int64_t>(position[slot] - window + 1, 0) : 0;
+  }
+
+  void Prompt(int32_t slot, int64_t head, int64_t first, int64_t m,
+              const Memory& memory) const {
+    int64_t of = (prompt[slot] * kv_heads + head) * width * prompt_size;
+    int64_t length = lengths[prompt[slot]], oldest = Oldest(slot);
+    for (int64_t at = 0; at < length; at += kChunk) {
+      int64_t count = std::min(kChunk, length - at);
+      if (at + count <= oldest) continue;
+      for (int64_t j = 0; j < count; ++j)
+        memory.seen[j] = at + j >= oldest ? 0.0f : -1e30f;
+      Look(first, m, count, {prompt_keys + of + at, prompt_size},
+           {prompt_values + of + at * width, width}, memory);
+    }
+  }
+
+  void Own(const Block& b, int32_t slot, int64_t head, int64_t first,
+           const Memory& memory) const {
+    const int32_t* places = b.places + slot * block;
+    int64_t oldest = Oldest(slot), begin = block, end = 0;
+    for (int64_t j = 0; j < block; ++j)
+      if (places[j] >= oldest) begin = std::min(begin, j), end = j + 1;
+    if (end == 0) return;
+    begin = begin / kLanes * kLanes;
+    end = std::min((end + kLanes - 1) / kLanes * kLanes, block);
+    for (int64_t j = begin; j < end; ++j)
+      memory.seen[j - begin] = places[j] >= oldest ? 0.0f : -1e30f;
+    int64_t of = (slot * kv_heads + head) * block * width;
+    Look(first, groups, end - begin, {b.keys + of + begin, block},
+         {b.values + of + begin * width, width}, memory);
+  }
+
+  // The queries from `first` on also see these n keys, and take of their values.
+  void Look(int64_t first, int64_t m, int64_t n, Matrix keys, Matrix values,
+            const Memory& memory) const {
+    Parts parts = memory.parts.From(first, width);
+    float* scores = memory.scores;
+    std::fill_n(scores, m * n, 0.0f);
+    Add(m, n, width, {memory.queries + first * width, width}, keys, scores, n);
+    for (int64_t i = 0; i < m; ++i) {
+      float* s = scores + i * n;
+      float top = parts.top[i], total = 0;
+      for (int64_t j = 0; j < n; ++j) {
+        s[j] += memory.seen[j];
+        top = std::max(top, s[j]);
+      }
+      for (int64_t j = 0; j < n; ++j) {
+        s[j] = Exp(s[j] - top);
+        total += s[j];
+      }
+      float fade = Exp(parts.top[i] - top);
+      parts.top[i] = top;
+      parts.total[i] = parts.total[i] * fade + total;
+      for (int64_t h = 0; h < width; ++h) parts.out[i * width + h] *= fade;
+    }
+    Add(m, width, n, {scores, n}, values, parts.out, width);
+  }
+};
+
+ffi::Error DecodeAttention(ffi::ThreadPool pool, Floats q, Floats prompt_keys,
+                           Floats prompt_values, Ints lengths, Ints prompt,
+                           Ints position, ffi::Buffer<ffi::PRED> live,
+                           ffi::RemainingArgs columns,
+                           ffi::ResultBuffer<ffi::F32> result, int64_t window) {
+  auto shape = prompt_keys.dimensions();
+  Attention of{};
+  of.q = q.typed_data();
+  of.prompt_keys = prompt_keys.typed_data();
+  of.prompt_values = prompt_values.typed_data();
+  of.lengths = lengths.typed_data();
+  of.prompt = prompt.typed_data();
+  of.position = position.typed_data();
+  of.result = result->typed_data();
+  of.kv_heads = shape[1], of.width = shape[2], of.prompt_size = shape[3];
+  of.groups = q.dimensions()[1] / of.kv_heads;
+  of.window = window;
+  for (size_t i = 0; i + 2 < columns.size(); i += 3) {
+    auto places = columns.get<Ints>(i);
+    auto keys = columns.get<Floats>(i + 1), values = columns.get<Floats>(i + 2);
+    if (!places || !keys || !values)
+      return ffi::Error::InvalidArgument("a block is int32, float32, float32");
+    of.block = places->dimensions()[1];
+    of.blocks.push_back(
+        {places->typed_data(), keys->typed_data(), values->typed_data()});
+  }
+  int64_t size = q.dimensions()[1] * of.width;
+  for (int32_t i = 0; i < q.dimensions()[0]; ++i) {
+    if (live.typed_data()[i]) of.slots.push_back(i);
+    else std::fill_n(of.result + i * size, size, 0.0f);
+  }
+  std::stable_sort(of.slots.begin(), of.slots.end(), [&](int32_t a, int32_t b) {
+    return of.prompt[a] < of.prompt[b];
+  });
+  int64_t count = of.slots.size();
+  for (int64_t i = 0; i < count; ++i)
+    if (i == 0 || of.prompt[of.slots[i]] != of.prompt[of.slots[i - 1]] ||
+        i - of.starts.back() == kTogether)
+      of.starts.push_back(i);
+  int64_t items = of.starts.size() * of.kv_heads;
+  of.starts.push_back(count);
+  Share(pool, items, [&](int64_t item) {
+    of.Item(item / of.kv_heads, item % of.kv_heads);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GrpoFewRows, FewRows,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GrpoDecodeAttention, DecodeAttention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .RemainingArgs()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("window"));
