@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -225,6 +225,26 @@ def written(blocks: Sequence[Pair], keys: Array, values: Array, cache: Cache):
         return jax.lax.dynamic_update_slice_in_dim(table, x, at, axis)
 
     return (*others, (put(old_keys, keys, 3), put(old_values, values, 2)))
+
+
+def seeing(
+    cache: Cache, live: Bool[Array, "W"], together: int, window: int | None
+) -> Callable[..., tuple[Array, tuple[Pair, ...]]]:
+    """A turn's attention, for each of the layers in turn.
+
+    (queries, keys, values, the layer's prompts, its blocks) → what the queries take,
+    and the blocks with the keys and values.
+    """
+    plan, reads = plan_of(cache, live, together), reads_of(cache, live)
+
+    def see(q, keys, values, prefix, blocks):
+        blocks = written(blocks, keys, values, cache)
+        heads = q.reshape(len(live), keys.shape[2], -1, q.shape[-1])
+        lengths = cache.prefixes.lengths
+        parts = of_prefix(heads, prefix, lengths, cache.position, plan, window)
+        return attend(q, parts, blocks, cache, window, reads), blocks
+
+    return see
 
 
 def next_column(cache: Cache, live: Bool[Array, "W"]) -> Cache:

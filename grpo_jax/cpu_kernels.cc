@@ -1,14 +1,16 @@
 // A turn of the sampler on a CPU: its matrix products and its attention.
 //
-// Two calls of XLA's foreign function interface; cpu_kernels.py compiles and calls them.
+// Two calls of XLA's foreign function interface, which cpu_kernels.py compiles.
 //
-// GrpoFewRows: C [F, W] = A [F, D] · B [D, W], for W a multiple of 16. Weights come once
-// from memory, while the products of those that came before are made: nothing is packed.
+// GrpoFewRows: C [F, W] = A [F, D] · B [D, W], for W a multiple of 16. Weights come
+// once from memory, while others are multiplied; nothing is packed.
 //
-// GrpoDecodeAttention: the same as `of_prefix` and `attend` of cache.py. In: q [W, K·G,
-// H]; prompts' keys [P, K, H, S] and values [P, K, S, H]; lengths [P]; prompt, position,
-// live [W]; then of each block of columns its places [W, B], keys [W, K, H, B] and values
-// [W, K, B, H]. Out: [W, K·G, H]; 0 where no row is live.
+// GrpoDecodeAttention: the same as `seeing` of cache.py, whose axes these are. In:
+// q [W, K·G, H]; keys and values of this turn [W, K, H]; the column of the last block
+// where they go; prompts' keys [P, K, H, S] and values [P, K, S, H]; lengths [P];
+// prompt, position, live [W]; then of each block of columns its places [W, B], keys
+// [W, K, H, B] and values [W, K, B, H]. Out: [W, K·G, H], 0 where no row is live; and,
+// in its own place, the last block with the live rows' keys and values.
 
 #include <algorithm>
 #include <atomic>
@@ -43,8 +45,8 @@ typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias)
 constexpr int64_t kTogether = 8;  // rows of a prompt that are one matrix product
 constexpr int64_t kChunk = 128;   // positions of a prompt at a time
 
-// Runs item 0, 1, … on this thread and on those of the pool that are free. A helper that
-// comes late finds nothing left: only those at work are waited for, so none can block.
+// Runs item 0, 1, … on this thread and on those of the pool that are free. A helper
+// that comes late finds nothing left: only those at work are waited for.
 void Share(ffi::ThreadPool pool, int64_t items, std::function<void(int64_t)> run) {
   struct State {
     std::function<void(int64_t)> run;
@@ -191,10 +193,11 @@ struct Block {
 };
 
 struct Attention {
-  const float *q, *prompt_keys, *prompt_values;
+  const float *q, *new_keys, *new_values, *prompt_keys, *prompt_values;
+  float *last_keys, *last_values;
   const int32_t *lengths, *prompt, *position;
   std::vector<Block> blocks;
-  int64_t kv_heads, groups, width, prompt_size, block, window;
+  int64_t column, kv_heads, groups, width, prompt_size, block, window;
   float* result;
   std::vector<int32_t> slots;   // those that are live, by their prompt
   std::vector<int64_t> starts;  // of the rows of a prompt that go together
@@ -231,11 +234,20 @@ struct Attention {
     for (int64_t r = 0; r < rows; r += together)
       Prompt(mine[r], head, r * groups, together * groups, memory);
     for (int64_t r = 0; r < rows; ++r) {
+      Write(mine[r], head);
       for (const Block& b : blocks) Own(b, mine[r], head, r * groups, memory);
       Parts own = memory.parts.From(r * groups, width);
       float* to = result + (mine[r] * kv_heads + head) * size;
       for (int64_t i = 0; i < size; ++i) to[i] = own.out[i] / own.total[i / width];
     }
+  }
+
+  void Write(int32_t slot, int64_t head) const {
+    int64_t of = slot * kv_heads + head;
+    for (int64_t h = 0; h < width; ++h)
+      last_keys[(of * width + h) * block + column] = new_keys[of * width + h];
+    std::memcpy(last_values + (of * block + column) * width, new_values + of * width,
+                width * sizeof(float));
   }
 
   int64_t Oldest(int32_t slot) const {
@@ -299,14 +311,22 @@ struct Attention {
   }
 };
 
-ffi::Error DecodeAttention(ffi::ThreadPool pool, Floats q, Floats prompt_keys,
+ffi::Error DecodeAttention(ffi::ThreadPool pool, Floats q, Floats new_keys,
+                           Floats new_values, Ints column, Floats prompt_keys,
                            Floats prompt_values, Ints lengths, Ints prompt,
                            Ints position, ffi::Buffer<ffi::PRED> live,
                            ffi::RemainingArgs columns,
-                           ffi::ResultBuffer<ffi::F32> result, int64_t window) {
+                           ffi::ResultBuffer<ffi::F32> result,
+                           ffi::ResultBuffer<ffi::F32> last_keys,
+                           ffi::ResultBuffer<ffi::F32> last_values, int64_t window) {
   auto shape = prompt_keys.dimensions();
   Attention of{};
   of.q = q.typed_data();
+  of.new_keys = new_keys.typed_data();
+  of.new_values = new_values.typed_data();
+  of.last_keys = last_keys->typed_data();
+  of.last_values = last_values->typed_data();
+  of.column = *column.typed_data();
   of.prompt_keys = prompt_keys.typed_data();
   of.prompt_values = prompt_values.typed_data();
   of.lengths = lengths.typed_data();
@@ -325,6 +345,9 @@ ffi::Error DecodeAttention(ffi::ThreadPool pool, Floats q, Floats prompt_keys,
     of.blocks.push_back(
         {places->typed_data(), keys->typed_data(), values->typed_data()});
   }
+  const Block& last = of.blocks.back();
+  if (last.keys != of.last_keys || last.values != of.last_values)
+    return ffi::Error::Internal("the last block was copied");
   int64_t size = q.dimensions()[1] * of.width;
   for (int32_t i = 0; i < q.dimensions()[0]; ++i) {
     if (live.typed_data()[i]) of.slots.push_back(i);
@@ -362,9 +385,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GrpoDecodeAttention, DecodeAttention,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Ints>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()
                                   .Arg<ffi::Buffer<ffi::PRED>>()
                                   .RemainingArgs()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Attr<int64_t>("window"));

@@ -1,7 +1,7 @@
 """A turn of the sampler on a CPU, in C++: its matrix products and its attention.
 
-In: the arrays of a turn. Out: what `model.few_rows`, and `of_prefix` with `attend` of
-`cache.py`, give: those do the same on accelerators, and where there is no C++ compiler.
+In: the arrays of a turn. Out: what `model.few_rows` and `cache.seeing` give: those do the
+same on accelerators, and where there is no C++ compiler.
 
 XLA's CPU code reads a turn's keys and values on one core and in many small operations,
 and packs weights before it multiplies, which for few rows costs more than to multiply.
@@ -63,30 +63,39 @@ def few_rows(
 
 def attend(
     q: Float[Array, "W 1 Q H"],
+    keys: Float[Array, "W 1 K H"],
+    values: Float[Array, "W 1 K H"],
     prefix: Pair,
     blocks: Sequence[Pair],
     cache: Cache,
     live: Bool[Array, "W"],
     window: int | None,
-) -> Float[Array, "W 1 Q H"]:
-    """Softmax over the prompts and the columns of each live slot; 0 for the others."""
+) -> tuple[Float[Array, "W 1 Q H"], tuple[Pair, ...]]:
+    """Softmax over the prompts and the columns of each live slot; 0 for the others.
+
+    And the blocks with the keys and values of this turn, which the live slots see.
+    """
     columns = [
         x
         for places, block in zip(cache.places, blocks, strict=True)
         for x in (places, *block)
     ]
-    like = jax.ShapeDtypeStruct(q[:, 0].shape, q.dtype)
-    out = jax.ffi.ffi_call("GrpoDecodeAttention", like)(
-        q[:, 0],
+    operands = (
+        *(q[:, 0], keys[:, 0], values[:, 0]),
+        cache.turn % cache.block,
         *prefix,
-        cache.prefixes.lengths,
-        cache.prompt,
-        cache.position,
-        live,
+        *(cache.prefixes.lengths, cache.prompt, cache.position, live),
         *columns,
-        window=np.int64(window or 0),
     )
-    return out[:, None]
+    results = jax.eval_shape(lambda *x: x, q[:, 0], *blocks[-1])
+    count = len(operands)
+    call = jax.ffi.ffi_call(
+        "GrpoDecodeAttention",
+        results,
+        input_output_aliases={count - 2: 1, count - 1: 2},
+    )
+    out, *last = call(*operands, window=np.int64(window or 0))
+    return out[:, None], (*blocks[:-1], tuple(last))
 
 
 @functools.cache

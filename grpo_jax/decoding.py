@@ -23,16 +23,11 @@ from grpo_jax.attention import attention
 from grpo_jax.cache import (
     TOGETHER,
     Cache,
-    Pair,
-    attend,
     joined,
     next_column,
-    of_prefix,
     of_slots,
     parted,
-    plan_of,
-    reads_of,
-    written,
+    seeing,
 )
 from grpo_jax.model import Decoder, Params, few_rows
 from grpo_jax.sampling import Sampling
@@ -157,15 +152,19 @@ def decode(
             state = refill(state)
         live = state.row < none
         cache = next_column(state.cache, live)
-        see = _seeing(cache, live, together, window, native)
+        if native:
+            see = functools.partial(
+                cpu_kernels.attend, cache=cache, live=live, window=window
+            )
+        else:
+            see = seeing(cache, live, together, window)
         x, new = model.embed(params, cache.token[:, None]), []
         rotation = jax.tree.map(lambda x: x[0, cache.position, None], rotations)
         tables = zip(layers, cache.layers, prefixes.layers, strict=True)
         for layer, blocks, prefix in tables:
 
             def look(q, k, v, blocks=blocks, prefix=prefix):
-                blocks = written(blocks, k, v, cache)
-                return see(q, prefix, blocks), blocks
+                return see(q, k, v, prefix, blocks)
 
             x, blocks = model.block(layer, x, rotation, look, product)
             new.append(blocks)
@@ -227,25 +226,6 @@ def decode(
     occupancy = state.used / jnp.maximum(state.offered, 1)
     out = dataclasses.replace(state.out, occupancy=occupancy.astype(jnp.float32))
     return dataclasses.replace(state, out=out)
-
-
-def _seeing(
-    cache: Cache, live: Array, together: int, window: int | None, native: bool
-) -> Callable[[Array, Pair, Sequence[Pair]], Array]:
-    """A turn's attention: (queries, a layer's prompts, its blocks) → what they take."""
-    prefixes = cache.prefixes
-    if native:
-        return lambda q, prefix, blocks: cpu_kernels.attend(
-            q, prefix, blocks, cache, live, window
-        )
-    plan, reads = plan_of(cache, live, together), reads_of(cache, live)
-
-    def see(q, prefix, blocks):
-        heads = q.reshape(len(live), prefix[0].shape[1], -1, q.shape[-1])
-        parts = of_prefix(heads, prefix, prefixes.lengths, cache.position, plan, window)
-        return attend(q, parts, blocks, cache, window, reads)
-
-    return see
 
 
 def _more(state: State, rows: Array, least: int) -> Bool[Array, ""]:

@@ -1,6 +1,7 @@
 """The sampler's kernels for CPUs: against NumPy, and against XLA's own way."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -99,11 +100,24 @@ def test_attention_is_numpys_and_xlas(shape, window, groups):
     live = jnp.asarray(rng.random(slots) < 0.8).at[0].set(True)
     prefix, blocks = cache.prefixes.layers[0], cache.layers[0]
 
-    def kernel(q, prefix, blocks, cache, live):
-        return cpu_kernels.attend(q, prefix, blocks, cache, live, window)
-
-    found = jax.jit(kernel)(q, prefix, blocks, cache, live)
+    # This turn's column is yet to be written.
+    column = cache.turn % cache.block
+    keys, values = blocks[-1]
+    new = keys[..., column][:, None], values[:, :, column][:, None]
+    before = (
+        *blocks[:-1],
+        (keys.at[..., column].set(7.0), values.at[:, :, column].set(7.0)),
+    )
+    given = (before, cache, live)
+    kept = jax.device_get(jax.tree.leaves(jax.tree.map(jnp.copy, given)))
+    call = jax.jit(functools.partial(cpu_kernels.attend, window=window))
+    found, after = call(q, *new, prefix, *given)
     assert not found[~live].any()
+    for x, y, was in zip(after[-1], blocks[-1], before[-1], strict=True):
+        assert jnp.array_equal(x[live], y[live])
+        assert jnp.array_equal(x[~live], was[~live])
+    for x, y in zip(jax.tree.leaves(given), kept, strict=True):
+        assert np.array_equal(x, y)  # what was given is not written into
     plan = of_cache.plan_of(cache, live, 4)
     parts = of_cache.of_prefix(
         q.reshape(slots, heads, groups, width),
@@ -153,15 +167,17 @@ def test_great_and_equal_scores_are_weighed_as_they_are():
     places = (jnp.full((1, 32), -1).at[0, 0].set(0).at[0, 1].set(1),)
     cache = dataclasses.replace(
         cache,
+        turn=jnp.int32(1),
         places=places,
         position=jnp.array([1]),
         prefixes=dataclasses.replace(cache.prefixes, lengths=jnp.array([0])),
     )
-    q = jnp.ones((1, 1, 1, 16))
+    q, live = jnp.ones((1, 1, 1, 16)), jnp.array([True])
     for wanted, second in ((1.0, 0.0), (3.0, 100.0), (5.0, 200.0)):
         block = (keys.at[..., 1].set(second), values)
-        out = cpu_kernels.attend(
-            q, cache.prefixes.layers[0], (block,), cache, jnp.array([True]), None
+        k, v = (x.reshape(1, 1, 1, 16) for x in (block[0][..., 1], block[1][:, :, 1]))
+        out, _ = cpu_kernels.attend(
+            q, k, v, cache.prefixes.layers[0], (block,), cache, live, None
         )
         np.testing.assert_allclose(out, wanted, rtol=1e-6)
 
