@@ -5,11 +5,11 @@
 In: numbers of slots and tokens; the model's sizes are SmolLM2-135M's. Out: JSON lines,
 all float32, measured here:
   product   FLOP/s of a large matrix product
-  reading   bytes/s of two cores, and of the products of one turn that read a cache:
-            XLA's CPU computes a batch of small products on one core
-  turn      by slots: the matrices' products, as they are computed for so few rows, and
-            the reading of what the rows have written and of their prompts; and the
-            completion tokens/s if nothing else took any time
+  reading   bytes/s of all cores
+  turn      by slots: the matrices' products, as the sampler computes them; the reading
+            of what the rows have written and of their prompts; and the completion
+            tokens/s if nothing else took any time. Beside it the least that products
+            can take: their FLOP at full speed, or the reading of the matrices
   step      completion tokens/s if the update's products (8 × parameters a token, with
             the reference) ran at full speed, and turns took no longer than above
 """
@@ -55,8 +55,9 @@ def seconds(function: Callable, *inputs: Any, repeats: int) -> float:
 
 def products(layers, embedding, x):
     """A turn's products with the matrices, each waiting for the one before."""
-    from grpo_jax.model import few_rows
+    from grpo_jax import cpu_kernels, model
 
+    few_rows = cpu_kernels.few_rows if cpu_kernels.ready() else model.few_rows
     for w in layers:
         aside = few_rows(w["k_proj"], x) + few_rows(w["v_proj"], x)
         x = few_rows(w["o_proj"], few_rows(w["q_proj"], x))
@@ -64,16 +65,6 @@ def products(layers, embedding, x):
         h = few_rows(w["gate_proj"], x) * few_rows(w["up_proj"], x)
         x = few_rows(w["down_proj"], h)
     return few_rows(embedding, x)
-
-
-def scores(queries, keys):
-    """What a turn's queries make of a block of keys in every layer, one by one."""
-    import jax.numpy as jnp
-
-    for block in keys:  # as many positions as a head is wide
-        found = jnp.einsum("WKGH,WKHB->WKGB", queries, block)
-        queries = queries + found * 1e-3
-    return queries
 
 
 def main() -> None:
@@ -91,31 +82,26 @@ def main() -> None:
     full = peak(2048)
     show(case="product", gflops=full / 1e9, parameters=weights)
 
-    heads, width = config.kv_heads, config.head_dim
-    blocks = (config.layers, 64, heads, width, width)  # of 64 slots in each layer
-    keys = list(jax.random.normal(jax.random.key(1), blocks))
-    queries = jax.random.normal(
-        jax.random.key(2), (64, heads, config.heads // heads, width)
-    )
-    size = sum(x.nbytes for x in keys)
-    largest = seconds(lambda x: [y.max() for y in x], keys, repeats=flags.repeats)
-    read = size / seconds(scores, queries, keys, repeats=flags.repeats)
-    show(case="reading", gbytes=size / largest / 1e9, gbytes_by_products=read / 1e9)
+    arrays = list(jax.random.normal(jax.random.key(1), (30, 1 << 20)))
+    largest = seconds(lambda x: [y.max() for y in x], arrays, repeats=flags.repeats)
+    read = sum(x.nbytes for x in arrays) / largest
+    show(case="reading", gbytes=read / 1e9)
 
-    position = config.layers * 2 * heads * width * 4  # bytes of its keys and values
+    # Bytes of its keys and values.
+    position = config.layers * 2 * config.kv_heads * config.head_dim * 4
     turns = {}
     for slots in sorted({*flags.slots, flags.outputs}):
         x = jax.random.normal(jax.random.key(3), (slots, config.width))
         spent = seconds(products, layers, embedding, x, repeats=flags.repeats)
         held = slots * flags.new / 2 + slots / flags.group * flags.prompt
-        reading = held * position / (size / largest)
+        reading = held * position / read
         turns[slots] = spent + reading
         show(
             case="turn",
             slots=slots,
             products_ms=spent * 1e3,
+            least_products_ms=max(2 * weights * slots / full, 4 * weights / read) * 1e3,
             reading_ms=reading * 1e3,
-            reading_by_products_ms=held * position / read * 1e3,
             tokens_per_second=slots / turns[slots],
         )
     completion = flags.outputs * flags.new

@@ -1,6 +1,6 @@
 """A turn of the sampler on a CPU, in C++: its matrix products and its attention.
 
-In: the arrays of a turn. Out: what `model.few_rows` and `cache.seeing` give: those do the
+In: arrays of a turn. Out: what `model.few_rows` and `cache.seeing` give, which do the
 same on accelerators, and where there is no C++ compiler.
 
 XLA's CPU code reads a turn's keys and values on one core and in many small operations,
@@ -47,7 +47,7 @@ def fits(cache: Cache, dtype: str) -> bool:
     """Whether they can be used here: one CPU, all in float32, and a compiler."""
     stored = {x.dtype.name for x in jax.tree.leaves((cache.layers, cache.prefixes))}
     floats = stored - {"int32"} == {"float32"} and dtype == "float32"
-    return floats and sharding.alone() and sharding.platform() == "cpu" and _ready()
+    return floats and sharding.alone() and sharding.platform() == "cpu" and ready()
 
 
 def few_rows(
@@ -99,7 +99,7 @@ def attend(
 
 
 @functools.cache
-def _ready() -> bool:
+def ready() -> bool:
     """The library is there and XLA knows it; says once why it is not."""
     try:
         library = ctypes.cdll.LoadLibrary(str(_built()))

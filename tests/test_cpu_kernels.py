@@ -15,12 +15,13 @@ import pytest
 from grpo_jax import cache as of_cache
 from grpo_jax import cpu_kernels, sharding
 from grpo_jax.model import Decoder, ModelConfig
+from grpo_jax.plan.flops import flops
 from grpo_jax.rollout import generate, spread_tokens
 
 
 @pytest.fixture(autouse=True)
 def compiled():
-    if not cpu_kernels._ready():
+    if not cpu_kernels.ready():
         pytest.skip("no C++ compiler")
 
 
@@ -283,3 +284,15 @@ def test_what_was_compiled_is_used_again(tmp_path):
     before = file.stat().st_mtime_ns
     sampled(**cache)
     assert file.stat().st_mtime_ns == before
+
+
+def test_the_plan_counts_what_they_multiply():
+    """Rows are filled up to 16; attention as if every column were seen."""
+    products = jax.make_jaxpr(cpu_kernels.few_rows)(jnp.ones((12, 8)), jnp.ones((5, 8)))
+    assert flops(products) == 2 * 12 * 8 * 16
+    shape: Any = dict(slots=2, prompts=1, size=8, block=32, others=1, heads=1, width=8)
+    cache = a_cache(np.random.default_rng(0), **shape)
+    heads = jnp.ones((2, 1, 3, 8)), *[jnp.ones((2, 1, 1, 8))] * 2
+    given = cache.prefixes.layers[0], cache.layers[0], cache, jnp.ones(2, bool)
+    call = functools.partial(cpu_kernels.attend, window=None)
+    assert flops(jax.make_jaxpr(call)(*heads, *given)) == 4 * 2 * 3 * 8 * (8 + 64)

@@ -39,6 +39,8 @@ def flops(jaxpr: Any, trips: Mapping[str, float] | None = None) -> float:
         name, of = equation.primitive.name, equation.params
         if name == "dot_general":
             total += product(equation)
+        elif name == "ffi_call":
+            total += foreign(equation)
         elif name == "while":
             inner = flops(of["body_jaxpr"], trips) + flops(of["cond_jaxpr"], trips)
             total += inner and inner * named(
@@ -59,6 +61,20 @@ def product(equation: Any) -> float:
     shape = equation.invars[0].aval.shape
     out = equation.outvars[0].aval.shape
     return 2.0 * math.prod(out) * math.prod(shape[i] for i in contracted)
+
+
+def foreign(equation: Any) -> float:
+    """Of the kernels of `cpu_kernels.py`, as if every slot saw all columns."""
+    shapes = [x.aval.shape for x in equation.invars]
+    target = equation.params["target_name"]
+    if target == "GrpoFewRows":
+        (out, width), (_, rows) = shapes
+        return 2.0 * out * width * rows
+    if target == "GrpoDecodeAttention":
+        (slots, heads, width), prompts, blocks = shapes[0], shapes[4], shapes[10::3]
+        columns = prompts[-1] + sum(places[-1] for places in blocks)
+        return 4.0 * slots * heads * width * columns
+    return 0.0
 
 
 def runs(name: str, parameters: Mapping[str, Any]) -> float:
