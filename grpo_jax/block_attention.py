@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from grpo_jax import cpu_kernels
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
@@ -112,6 +114,11 @@ def _attend(q, k, v, rows, pairs, size):
 
 
 def _forward(q, k, v, rows, pairs, size):
+    if cpu_kernels.fit(q, k, v):
+        found = cpu_kernels.blocks_forward(q, k, v, rows, pairs)
+        out, log_total = (checkpoint_name(x, "attention") for x in found)
+        return out, (q, k, v, rows, pairs, out, log_total)
+
     def step(n, carry):
         scores, mine, theirs = _scores(q, k, rows, pairs, n, size)
         top, total, out = (_take(x, mine) for x in carry)
@@ -141,6 +148,10 @@ def _backward(size, saved, d_out):
     q, k, v, rows, pairs, out, log_total = saved
     # Σ_s π_s ∂L/∂π_s = ∂L/∂o · o
     inner = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True)
+    if cpu_kernels.fit(q, k, v, d_out):
+        given = (q, k, v, rows, pairs, log_total, d_out, inner)
+        found = cpu_kernels.blocks_backward(*given)
+        return *found, None, None
 
     def step(n, carry):
         d_q, d_k, d_v = carry

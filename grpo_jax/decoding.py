@@ -140,7 +140,9 @@ def decode(
     layers, window = _layers(model, params), model.config.sliding_window
     none, prefixes = state.out.tokens.shape[0], state.cache.prefixes
     together = max(1, min(TOGETHER, none // len(prefixes.lengths)))
-    native = cpu_kernels.fits(state.cache, model.dtype)
+    native = model.dtype == "float32" and cpu_kernels.fit(
+        prefixes.layers, state.cache.layers
+    )
     product = cpu_kernels.few_rows if native else few_rows
 
     # Looked up: XLA would make them again in each layer, and for each head.

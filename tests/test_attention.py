@@ -1,5 +1,6 @@
 """Each platform's way against softmax written out, and against what must hold of it."""
 
+import contextlib
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from grpo_jax import attention as attention_module
-from grpo_jax import sharding
+from grpo_jax import cpu_kernels, sharding
 from grpo_jax.attention import (
     Rows,
     attend,
@@ -27,6 +28,7 @@ from grpo_jax.packing import PROMPT, Sample, pack, unpack
 T = 50  # no multiple of a block
 WAYS = {
     "blocks": functools.partial(in_blocks, size=16),
+    "kernels": functools.partial(in_blocks, size=16),  # a CPU's
     "splash": functools.partial(splash, interpret=True),
     "cudnn": functools.partial(cudnn, implementation="xla"),  # what is asked of it
 }
@@ -114,11 +116,23 @@ def gradients(f, q, k, v, cotangent):
     return both(q, k, v)
 
 
+@contextlib.contextmanager
+def kernels_in_use():
+    """As on a machine of one device; else 8 devices take XLA's own way."""
+    if not cpu_kernels.ready():
+        pytest.skip("no C++ compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "alone", lambda: True)
+        yield
+
+
 def check(way, rows: Rows, arrays) -> None:
     q, k, v, cotangent = arrays
     allowed = mask_of(rows)
     dense = functools.partial(attention, allowed=jnp.array(allowed))
-    out, ours = gradients(lambda q, k, v: way(q, k, v, rows), q, k, v, cotangent)
+    chosen = kernels_in_use() if way is WAYS["kernels"] else contextlib.nullcontext()
+    with chosen:
+        out, ours = gradients(lambda q, k, v: way(q, k, v, rows), q, k, v, cotangent)
     np.testing.assert_allclose(out, written_out(q, k, v, allowed), atol=2e-6)
     _, expected = gradients(dense, q, k, v, cotangent)
     for a, b in zip(ours, expected, strict=True):
@@ -130,6 +144,28 @@ def check(way, rows: Rows, arrays) -> None:
 @pytest.mark.parametrize("case", ["left", "right", "packed", "shared"])
 def test_every_way_gives_the_numbers_of_softmax_and_its_gradients(case, way):
     check(WAYS[way], rows_of(case), inputs())
+
+
+def test_kernels_take_heads_and_blocks_of_a_models_size(monkeypatch):
+    """64 wide, three query heads a key head, blocks of 64, the last not full."""
+    monkeypatch.setitem(WAYS, "kernels", in_blocks)
+    for rows in (rows_of("left", 170), rows_of("shared", 170)):
+        for window in (None, 40):
+            here = Rows(rows.real, rows.segments, rows.positions, window)
+            check(in_blocks, here, inputs(170, heads=6, width=64))
+
+
+def test_kernels_are_called_and_may_be_mapped():
+    """Under vmap one row after the other, and the same numbers."""
+    rows, (q, k, v, _) = rows_of("packed"), inputs()
+    with kernels_in_use():
+        f = functools.partial(in_blocks, size=16)
+        text = str(jax.make_jaxpr(f)(q, k, v, rows))
+        whole = f(q, k, v, rows)
+        one = jax.tree.map(lambda x: x[:, None], rows)
+        mapped = jax.vmap(f)(q[:, None], k[:, None], v[:, None], one)[:, 0]
+    assert "GrpoBlocksForward" in text
+    np.testing.assert_allclose(whole, mapped, atol=1e-6)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -14,6 +14,8 @@ import pytest
 
 from grpo_jax import cache as of_cache
 from grpo_jax import cpu_kernels, sharding
+from grpo_jax.attention import Rows
+from grpo_jax.block_attention import block_attention
 from grpo_jax.model import Decoder, ModelConfig
 from grpo_jax.plan.flops import flops
 from grpo_jax.rollout import generate, spread_tokens
@@ -223,18 +225,16 @@ def test_it_is_for_one_cpu_and_float32():
         heads=1,
         width=8,
     )
-    assert not cpu_kernels.fits(cache, "float32")  # eight devices
+    arrays = cache.layers, cache.prefixes.layers
+    assert not cpu_kernels.fit(arrays)  # eight devices
     mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        assert cpu_kernels.fits(cache, "float32")
-        assert not cpu_kernels.fits(cache, "bfloat16")
-        narrow = jax.tree.map(
-            lambda x: x.astype(jnp.bfloat16) if x.ndim == 4 else x, cache
-        )
-        assert not cpu_kernels.fits(narrow, "float32")
+        assert cpu_kernels.fit(arrays)
+        narrow = arrays[0], jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays[1])
+        assert not cpu_kernels.fit(narrow)
     mesh = sharding.make_mesh(data=1, tensor=2, devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
-        assert not cpu_kernels.fits(cache, "float32")
+        assert not cpu_kernels.fit(arrays)
 
 
 SAMPLE = """
@@ -296,3 +296,14 @@ def test_the_plan_counts_what_they_multiply():
     given = cache.prefixes.layers[0], cache.layers[0], cache, jnp.ones(2, bool)
     call = functools.partial(cpu_kernels.attend, window=None)
     assert flops(jax.make_jaxpr(call)(*heads, *given)) == 4 * 2 * 3 * 8 * (8 + 64)
+    q, k, v = jnp.ones((1, 32, 6, 8)), *[jnp.ones((1, 32, 2, 8))] * 2
+    rows = Rows(jnp.ones((1, 32), bool), None, jnp.arange(32)[None])
+    attention = functools.partial(block_attention, rows=rows, size=16)
+
+    def both(q, k, v):
+        out, back = jax.vjp(attention, q, k, v)
+        return back(out)
+
+    with jax.set_mesh(sharding.make_mesh(data=1, devices=jax.devices()[:1])):
+        jaxpr = jax.make_jaxpr(both)(q, k, v)
+    assert flops(jaxpr, {"pairs": 3}) == 3 * 7 * 2 * 2 * (3 * 16) * 16 * 8

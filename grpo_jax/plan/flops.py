@@ -40,7 +40,7 @@ def flops(jaxpr: Any, trips: Mapping[str, float] | None = None) -> float:
         if name == "dot_general":
             total += product(equation)
         elif name == "ffi_call":
-            total += foreign(equation)
+            total += foreign(equation, trips)
         elif name == "while":
             inner = flops(of["body_jaxpr"], trips) + flops(of["cond_jaxpr"], trips)
             total += inner and inner * named(
@@ -63,8 +63,8 @@ def product(equation: Any) -> float:
     return 2.0 * math.prod(out) * math.prod(shape[i] for i in contracted)
 
 
-def foreign(equation: Any) -> float:
-    """Of the kernels of `cpu_kernels.py`, as if every slot saw all columns."""
+def foreign(equation: Any, trips: Mapping[str, float] | None) -> float:
+    """Of the kernels of `cpu_kernels`, as if every slot saw all columns."""
     shapes = [x.aval.shape for x in equation.invars]
     target = equation.params["target_name"]
     if target == "GrpoFewRows":
@@ -74,6 +74,12 @@ def foreign(equation: Any) -> float:
         (slots, heads, width), prompts, blocks = shapes[0], shapes[4], shapes[10::3]
         columns = prompts[-1] + sum(places[-1] for places in blocks)
         return 4.0 * slots * heads * width * columns
+    if target in ("GrpoBlocksForward", "GrpoBlocksBackward"):
+        _, heads, queries, width = shapes[0]
+        keys = math.prod(shapes[1][1:]) / heads / width  # of a block
+        products = 2 if target == "GrpoBlocksForward" else 5
+        a_pair = products * 2.0 * heads * queries * keys * width
+        return a_pair * named("pairs", trips)
     return 0.0
 
 

@@ -1,6 +1,6 @@
 // A turn of the sampler on a CPU: its matrix products and its attention.
 //
-// Two calls of XLA's foreign function interface, which cpu_kernels.py compiles.
+// Two calls of XLA's foreign function interface, which __init__.py compiles.
 //
 // GrpoFewRows: C [F, W] = A [F, D] · B [D, W], for W a multiple of 16. Weights come
 // once from memory, while others are multiplied; nothing is packed.
@@ -13,91 +13,19 @@
 // in its own place, the last block with the live rows' keys and values.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
-using Floats = ffi::Buffer<ffi::F32>;
-using Ints = ffi::Buffer<ffi::S32>;
+#include "tiles.h"
 
 namespace {
 
-// What a tile of sums takes of the registers: kRows · kWide vectors of kLanes numbers.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kWide = 4, kRows = 6;
-#elif defined(__AVX2__) || defined(__ARM_NEON)
-constexpr int kLanes = 8, kWide = 2, kRows = 4;
-#else
-#error "neither AVX2 nor NEON"
-#endif
-typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-
 constexpr int64_t kTogether = 8;  // rows of a prompt that are one matrix product
 constexpr int64_t kChunk = 128;   // positions of a prompt at a time
-
-// Runs item 0, 1, … on this thread and on those of the pool that are free. A helper
-// that comes late finds nothing left: only those at work are waited for.
-void Share(ffi::ThreadPool pool, int64_t items, std::function<void(int64_t)> run) {
-  struct State {
-    std::function<void(int64_t)> run;
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto state = std::make_shared<State>();
-  state->run = std::move(run);
-  auto work = [state, items] {
-    for (int64_t item; (item = state->next.fetch_add(1)) < items;) {
-      state->run(item);
-      state->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  int64_t helpers = std::min<int64_t>(pool.num_threads(), items) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work(); });
-  work();
-  while (state->done.load(std::memory_order_acquire) < items)
-    std::this_thread::yield();
-}
-
-struct Matrix {
-  const float* data;
-  int64_t stride;
-};
-
-// C [M, N vectors] = or += A [M, k] · B [k, N vectors], the sums held in registers.
-template <int M, int N, bool kAdd>
-inline void Tile(int64_t k, Matrix a, Matrix b, float* c, int64_t stride) {
-  Vec sum[M][N] = {};
-  if (kAdd)
-    for (int i = 0; i < M; ++i)
-      for (int j = 0; j < N; ++j)
-        sum[i][j] = *reinterpret_cast<const Vec*>(c + i * stride + j * kLanes);
-  for (int64_t p = 0; p < k; ++p, b.data += b.stride) {
-    if (!kAdd && p % 16 == 0)  // the next tile's rows
-      for (int i = 0; i < M; ++i)
-        __builtin_prefetch(a.data + (M + i) * a.stride + p);
-    Vec row[N];
-    for (int j = 0; j < N; ++j)
-      row[j] = *reinterpret_cast<const Vec*>(b.data + j * kLanes);
-    for (int i = 0; i < M; ++i)
-      for (int j = 0; j < N; ++j) sum[i][j] += a.data[i * a.stride + p] * row[j];
-  }
-  for (int i = 0; i < M; ++i)
-    for (int j = 0; j < N; ++j)
-      *reinterpret_cast<Vec*>(c + i * stride + j * kLanes) = sum[i][j];
-}
-
-Matrix From(Matrix a, int64_t row, int64_t column) {
-  return {a.data + row * a.stride + column, a.stride};
-}
 
 template <int M, int N>
 void SomeRows(int64_t rows, int64_t k, Matrix a, Matrix b, float* c, int64_t stride) {
@@ -134,48 +62,6 @@ ffi::Error FewRows(ffi::ThreadPool pool, Floats a, Floats b,
     }
   });
   return ffi::Error::Success();
-}
-
-template <int M>
-void AddRows(int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t stride) {
-  int64_t j = 0;
-  for (; j + kWide * kLanes <= n; j += kWide * kLanes)
-    Tile<M, kWide, true>(k, a, From(b, 0, j), c + j, stride);
-  for (; j + kLanes <= n; j += kLanes)
-    Tile<M, 1, true>(k, a, From(b, 0, j), c + j, stride);
-  for (; j < n; ++j)
-    for (int i = 0; i < M; ++i)
-      for (int64_t p = 0; p < k; ++p)
-        c[i * stride + j] += a.data[i * a.stride + p] * b.data[p * b.stride + j];
-}
-
-// C [m, n] += A [m, k] · B [k, n].
-void Add(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c,
-         int64_t stride) {
-  int64_t i = 0;
-  for (; i + 4 <= m; i += 4) AddRows<4>(n, k, From(a, i, 0), b, c + i * stride, stride);
-  a = From(a, i, 0), c += i * stride;
-  if (m - i == 3) AddRows<3>(n, k, a, b, c, stride);
-  if (m - i == 2) AddRows<2>(n, k, a, b, c, stride);
-  if (m - i == 1) AddRows<1>(n, k, a, b, c, stride);
-}
-
-// e^x for x <= 0, to 1e-7 of it; 0 below -87. Plain enough for vectors.
-inline float Exp(float x) {
-  float y = std::max(x, -87.0f) * 1.44269504f;
-  float n = std::floor(y + 0.5f), f = y - n;
-  float p = 1.5403530e-4f;  // 2^f = Σ (f ln 2)^i / i!, i up to 6
-  p = p * f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &p, 4);
-  bits += static_cast<int32_t>(n) << 23;
-  std::memcpy(&p, &bits, 4);
-  return x < -87.0f ? 0.0f : p;
 }
 
 // The softmax of some queries so far: greatest score, sum of weights, weighted values.
@@ -289,24 +175,11 @@ struct Attention {
             const Memory& memory) const {
     Parts parts = memory.parts.From(first, width);
     float* scores = memory.scores;
-    std::fill_n(scores, m * n, 0.0f);
+    for (int64_t i = 0; i < m; ++i) std::copy_n(memory.seen, n, scores + i * n);
     Add(m, n, width, {memory.queries + first * width, width}, keys, scores, n);
-    for (int64_t i = 0; i < m; ++i) {
-      float* s = scores + i * n;
-      float top = parts.top[i], total = 0;
-      for (int64_t j = 0; j < n; ++j) {
-        s[j] += memory.seen[j];
-        top = std::max(top, s[j]);
-      }
-      for (int64_t j = 0; j < n; ++j) {
-        s[j] = Exp(s[j] - top);
-        total += s[j];
-      }
-      float fade = Exp(parts.top[i] - top);
-      parts.top[i] = top;
-      parts.total[i] = parts.total[i] * fade + total;
-      for (int64_t h = 0; h < width; ++h) parts.out[i * width + h] *= fade;
-    }
+    for (int64_t i = 0; i < m; ++i)
+      Soften(n, scores + i * n, width, parts.top + i, parts.total + i,
+             parts.out + i * width);
     Add(m, width, n, {scores, n}, values, parts.out, width);
   }
 };
@@ -314,7 +187,7 @@ struct Attention {
 ffi::Error DecodeAttention(ffi::ThreadPool pool, Floats q, Floats new_keys,
                            Floats new_values, Ints column, Floats prompt_keys,
                            Floats prompt_values, Ints lengths, Ints prompt,
-                           Ints position, ffi::Buffer<ffi::PRED> live,
+                           Ints position, Bools live,
                            ffi::RemainingArgs columns,
                            ffi::ResultBuffer<ffi::F32> result,
                            ffi::ResultBuffer<ffi::F32> last_keys,
@@ -390,7 +263,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GrpoDecodeAttention, DecodeAttention,
                                   .Arg<Ints>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()
-                                  .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .Arg<Bools>()
                                   .RemainingArgs()
                                   .Ret<Floats>()
                                   .Ret<Floats>()

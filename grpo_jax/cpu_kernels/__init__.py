@@ -1,14 +1,15 @@
-"""A turn of the sampler on a CPU, in C++: its matrix products and its attention.
+"""What XLA's CPU code is slow at, in C++: attention, and products with few rows.
 
-In: arrays of a turn. Out: what `model.few_rows` and `cache.seeing` give, which do the
-same on accelerators, and where there is no C++ compiler.
+In: arrays of a turn of the sampler, or of packed rows. Out: what `model.few_rows`,
+`cache.seeing` and the loops of `block_attention.py` give, which do the same on
+accelerators, and where there is no C++ compiler.
 
-XLA's CPU code reads a turn's keys and values on one core and in many small operations,
-and packs weights before it multiplies, which for few rows costs more than to multiply.
-cpu_kernels.cc is compiled when it is first needed, for this machine, and kept in
+XLA computes a batch of small products on one core, in many small operations, and packs
+weights before it multiplies, which for few rows costs more than to multiply. The files
+beside this one are compiled when they are first needed, for this machine, and kept in
 $GRPO_JAX_CACHE.
 
-Axes: B rows, D and F width; W, Q, H as in `cache.py`.
+Axes: B rows, D and F width; else as in `cache.py` and `block_attention.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -36,17 +38,21 @@ from grpo_jax.cache import Cache, Pair
 from grpo_jax.errors import GrpoError
 from grpo_jax.files import cache_folder
 
+if TYPE_CHECKING:
+    from grpo_jax.attention import Rows
+    from grpo_jax.block_attention import Pairs
+
 log = logging.getLogger(__name__)
 _SYMBOLS = ("GrpoFewRows", "GrpoDecodeAttention")
+_SYMBOLS += ("GrpoBlocksForward", "GrpoBlocksBackward")
 _FLAGS = "-std=c++17 -O3 -march=native -fPIC -shared -w -fno-math-errno".split()
 _FLAGS += "-fno-trapping-math -fno-signed-zeros -fassociative-math".split()
 _ROWS = 16  # a multiple of these at a time
 
 
-def fits(cache: Cache, dtype: str) -> bool:
-    """Whether they can be used here: one CPU, all in float32, and a compiler."""
-    stored = {x.dtype.name for x in jax.tree.leaves((cache.layers, cache.prefixes))}
-    floats = stored - {"int32"} == {"float32"} and dtype == "float32"
+def fit(*arrays: Any) -> bool:
+    """Whether they can be used on these: one CPU, all in float32, and a compiler."""
+    floats = all(x.dtype == jnp.float32 for x in jax.tree.leaves(arrays))
     return floats and sharding.alone() and sharding.platform() == "cpu" and ready()
 
 
@@ -98,6 +104,52 @@ def attend(
     return out[:, None], (*blocks[:-1], tuple(last))
 
 
+def _operands(rows: Rows, pairs: Pairs) -> tuple[Array, ...]:
+    segments = rows.segments
+    if segments is None:  # all of one
+        segments = jnp.ones(rows.real.shape, jnp.int32)
+    of_pairs = (pairs.row, pairs.queries, pairs.keys, pairs.count)
+    return (*of_pairs, rows.real, segments, rows.positions.astype(jnp.int32))
+
+
+def blocks_forward(
+    q: Float[Array, "X K M H"],
+    k: Float[Array, "X K s H"],
+    v: Float[Array, "X K s H"],
+    rows: Rows,
+    pairs: Pairs,
+) -> tuple[Float[Array, "X K M H"], Float[Array, "X K M 1"]]:
+    """What the queries take, and log Σ e^score."""
+    results = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    logs = jax.ShapeDtypeStruct((*q.shape[:-1], 1), q.dtype)
+    call = jax.ffi.ffi_call(
+        "GrpoBlocksForward", (results, logs), vmap_method="sequential"
+    )
+    sizes = {"size": np.int64(k.shape[2]), "window": np.int64(rows.window or 0)}
+    out, logs = call(q, k.swapaxes(2, 3), v, *_operands(rows, pairs), **sizes)
+    return out, logs
+
+
+def blocks_backward(
+    q: Float[Array, "X K M H"],
+    k: Float[Array, "X K s H"],
+    v: Float[Array, "X K s H"],
+    rows: Rows,
+    pairs: Pairs,
+    log_total: Float[Array, "X K M 1"],
+    d_out: Float[Array, "X K M H"],
+    inner: Float[Array, "X K M 1"],
+) -> tuple[Array, Array, Array]:
+    """The gradients of q, k and v; `inner` is Σ_h ∂L/∂out · out."""
+    results = jax.eval_shape(lambda *x: x, q, k, v)
+    call = jax.ffi.ffi_call("GrpoBlocksBackward", results, vmap_method="sequential")
+    turned = (x.swapaxes(2, 3) for x in (k, v))
+    sizes = {"size": np.int64(k.shape[2]), "window": np.int64(rows.window or 0)}
+    gradients = (log_total, d_out, inner)
+    d_q, d_k, d_v = call(q, k, *turned, *gradients, *_operands(rows, pairs), **sizes)
+    return d_q, d_k, d_v
+
+
 @functools.cache
 def ready() -> bool:
     """The library is there and XLA knows it; says once why it is not."""
@@ -106,7 +158,7 @@ def ready() -> bool:
     except (OSError, GrpoError, subprocess.CalledProcessError) as error:
         why = getattr(error, "stderr", "") or str(error)
         log.warning(
-            "cpu_kernels.cc: not compiled (%s); XLA's own code samples more slowly",
+            "cpu_kernels: not compiled (%s); XLA's own code is slower",
             why.strip().splitlines()[0],
         )
         return False
@@ -123,12 +175,15 @@ def _built() -> Path:
     )
     if compiler is None:
         raise OSError("no C++ compiler: no c++, g++ or clang++, and CXX is not set")
-    source = Path(__file__).with_suffix(".cc")
-    command = [*compiler.split(), *_FLAGS, f"-I{jax.ffi.include_dir()}", str(source)]
+    sources = sorted(Path(__file__).parent.glob("*.cc"))
+    header = Path(__file__).with_name("tiles.h")
+    command = [*compiler.split(), *_FLAGS, f"-I{jax.ffi.include_dir()}"]
+    command += map(str, sources)
     version = subprocess.run(
         [*compiler.split(), "--version"], capture_output=True, text=True, check=True
     )
-    parts = (source.read_text(), *command, version.stdout, jaxlib.__version__, _cpu())
+    code = [file.read_text() for file in (header, *sources)]
+    parts = (*code, *command, version.stdout, jaxlib.__version__, _cpu())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     file = cache_folder("native") / f"cpu_kernels-{key}.so"
     if not file.exists():

@@ -1,0 +1,251 @@
+// Attention by blocks that see each other, and its gradient, on a CPU.
+//
+// The same loops as in block_attention.py, whose axes these are: X blocks of all rows,
+// K key heads, M = G·t queries of a block, s keys of one, H head width. Pairs of blocks
+// come as `Pairs` has them: those of one block of queries stand together.
+//
+// GrpoBlocksForward. In: q [X, K, M, H], transposed keys [X, K, H, s], values
+// [X, K, s, H]; the pairs' rows, queries, keys [most] and their count; real, segments,
+// positions [B, T]. Out: what is taken [X, K, M, H], log Σ e^score [X, K, M].
+//
+// GrpoBlocksBackward. In: q, keys [X, K, s, H], transposed keys, transposed values;
+// log Σ e^score; ∂L/∂out, and Σ of it times out [X, K, M]; then as above. Out: the
+// gradients of q, keys and values.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "tiles.h"
+
+namespace {
+
+constexpr int32_t kPrompt = 1 << 16;  // packing.PROMPT
+constexpr int64_t kMost = 128;        // positions of a block at most
+constexpr int64_t kParts = 4;  // of a key head's pairs; sums do not depend on threads
+
+struct Blocks {
+  int64_t heads, queries, size, width, per_row, window, count;  // K, M, t = s, H
+  const int32_t *row, *mine, *theirs, *segments, *positions;
+  const bool* real;
+
+  int64_t Query(int64_t n) const { return row[n] * per_row + mine[n]; }
+  int64_t Key(int64_t n) const { return row[n] * per_row + theirs[n]; }
+
+  // 0 where a query of pair n may look, as `Rows.allowed` has it, and else -1e30.
+  void Seen(int64_t n, float* seen) const {
+    int64_t start = row[n] * per_row * size;
+    int64_t first = start + mine[n] * size, other = start + theirs[n] * size;
+    int32_t before = mine[n] == theirs[n] ? 0 : size;  // all keys, or those before t
+    int32_t far = window ? window : INT32_MAX;
+    int32_t of[kMost], prompt[kMost];  // a key's segment and, of a prompt, whose it is
+    for (int64_t s = 0; s < size; ++s) {
+      int32_t x = segments[other + s];
+      of[s] = real[other + s] ? x : -1;
+      prompt[s] = of[s] > 0 && x % kPrompt == 0 ? x / kPrompt : -1;
+    }
+    for (int64_t t = 0; t < size; ++t) {
+      int32_t segment = segments[first + t], position = positions[first + t];
+      int32_t group = segment / kPrompt, last = before + t;
+      const int32_t* at = positions + other;
+      float* out = seen + t * size;
+      for (int32_t s = 0; s < static_cast<int32_t>(size); ++s) {
+        int32_t may = (s < last) & ((of[s] == segment) | (prompt[s] == group)) &
+                      (position - at[s] < far);
+        out[s] = may ? 0.0f : -1e30f;
+      }
+      if (mine[n] == theirs[n]) out[t] = 0.0f;
+    }
+  }
+
+  // Where the pairs of part i begin: at the first of a block of queries.
+  int64_t Begin(int64_t part) const {
+    int64_t n = count * part / kParts;
+    while (n > 0 && n < count && Query(n) == Query(n - 1)) ++n;
+    return n;
+  }
+
+  // Scores [M, s] of pair n for scaled queries.
+  void Scores(int64_t n, const float* scaled, const float* keys, const float* seen,
+              float* scores) const {
+    for (int64_t i = 0; i < queries; ++i)
+      std::copy_n(seen + i % size * size, size, scores + i * size);
+    Add(queries, size, width, {scaled, width}, {keys, size}, scores, size);
+  }
+
+  // The queries over √H.
+  void Scale(const float* q, float* scaled) const {
+    float scale = 1.0f / std::sqrt(static_cast<float>(width));
+    for (int64_t i = 0; i < queries * width; ++i) scaled[i] = q[i] * scale;
+  }
+};
+
+ffi::ErrorOr<Blocks> Read(Floats q, Ints row, Ints mine, Ints theirs, Ints count,
+                          Bools real, Ints segments, Ints positions, int64_t size,
+                          int64_t window) {
+  auto shape = q.dimensions();
+  int64_t rows = real.dimensions()[0];
+  if (size > kMost || shape[2] % size || shape[0] % rows)
+    return ffi::Unexpected(ffi::Error::InvalidArgument("blocks do not fit"));
+  return Blocks{shape[1], shape[2], size, shape[3], shape[0] / rows, window,
+                *count.typed_data(), row.typed_data(), mine.typed_data(),
+                theirs.typed_data(), segments.typed_data(), positions.typed_data(),
+                real.typed_data()};
+}
+
+ffi::Error Forward(ffi::ThreadPool pool, Floats q, Floats keys, Floats values, Ints row,
+                   Ints mine, Ints theirs, Ints count, Bools real, Ints segments,
+                   Ints positions, ffi::ResultBuffer<ffi::F32> result,
+                   ffi::ResultBuffer<ffi::F32> log_total, int64_t size,
+                   int64_t window) {
+  auto read = Read(q, row, mine, theirs, count, real, segments, positions, size, window);
+  if (!read.has_value()) return read.error();
+  const Blocks of = *read;
+  int64_t m = of.queries, width = of.width;
+  std::vector<int64_t> starts;  // of each block of queries
+  for (int64_t n = 0; n < of.count; ++n)
+    if (n == 0 || of.Query(n) != of.Query(n - 1)) starts.push_back(n);
+  int64_t items = starts.size() * of.heads;
+  starts.push_back(of.count);
+  const float *all_q = q.typed_data(), *k = keys.typed_data(), *v = values.typed_data();
+  float *all_out = result->typed_data(), *all_logs = log_total->typed_data();
+  Share(pool, items, [&](int64_t item) {
+    int64_t begin = starts[item / of.heads], end = starts[item / of.heads + 1];
+    int64_t head = item % of.heads, block = of.Query(begin) * of.heads + head;
+    std::vector<float> memory(m * (width + size + 1) + size * size);
+    float* scaled = memory.data();
+    float* scores = scaled + m * width;
+    float* total = scores + m * size;
+    float* seen = total + m;
+    float *top = all_logs + block * m, *out = all_out + block * m * width;
+    of.Scale(all_q + block * m * width, scaled);
+    std::fill_n(top, m, -1e30f);
+    std::fill_n(out, m * width, 0.0f);
+    for (int64_t n = begin; n < end; ++n) {
+      int64_t other = (of.Key(n) * of.heads + head) * size * width;
+      of.Seen(n, seen);
+      of.Scores(n, scaled, k + other, seen, scores);
+      for (int64_t i = 0; i < m; ++i)
+        Soften(size, scores + i * size, width, top + i, total + i, out + i * width);
+      Add(m, width, size, {scores, size}, {v + other, width}, out, width);
+    }
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t h = 0; h < width; ++h) out[i * width + h] /= total[i];
+      top[i] += std::log(total[i]);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error Backward(ffi::ThreadPool pool, Floats q, Floats keys, Floats turned_keys,
+                    Floats turned_values, Floats log_total, Floats d_out, Floats inner,
+                    Ints row, Ints mine, Ints theirs, Ints count, Bools real,
+                    Ints segments, Ints positions, ffi::ResultBuffer<ffi::F32> d_q,
+                    ffi::ResultBuffer<ffi::F32> d_keys,
+                    ffi::ResultBuffer<ffi::F32> d_values, int64_t size,
+                    int64_t window) {
+  auto read = Read(q, row, mine, theirs, count, real, segments, positions, size, window);
+  if (!read.has_value()) return read.error();
+  const Blocks of = *read;
+  int64_t m = of.queries, width = of.width, block_size = size * width;
+  int64_t blocks = q.dimensions()[0], all = keys.element_count();
+  const float *all_q = q.typed_data(), *k = keys.typed_data();
+  const float *kt = turned_keys.typed_data(), *vt = turned_values.typed_data();
+  const float *logs = log_total.typed_data(), *d = d_out.typed_data();
+  const float* in = inner.typed_data();
+  float *dq = d_q->typed_data(), *dk = d_keys->typed_data();
+  float* dv = d_values->typed_data();
+  std::vector<float> others((kParts - 1) * 2 * all);  // what later parts add
+  float scale = 1.0f / std::sqrt(static_cast<float>(width));
+  Share(pool, kParts * of.heads, [&](int64_t item) {
+    int64_t head = item % of.heads, part = item / of.heads;
+    float *to_k = part ? &others[(part - 1) * 2 * all] : dk;
+    float *to_v = part ? to_k + all : dv;
+    if (part == 0)
+      for (int64_t x = 0; x < blocks; ++x) {
+        int64_t at = (x * of.heads + head) * block_size;
+        std::fill_n(to_k + at, block_size, 0.0f);
+        std::fill_n(to_v + at, block_size, 0.0f);
+      }
+    std::vector<float> memory(m * (width + 2 * size) + size * size);
+    float* scaled = memory.data();
+    float* weights = scaled + m * width;
+    float* d_scores = weights + m * size;
+    float* seen = d_scores + m * size;
+    for (int64_t n = of.Begin(part), end = of.Begin(part + 1); n < end; ++n) {
+      int64_t block = of.Query(n) * of.heads + head, at = block * m * width;
+      int64_t other = (of.Key(n) * of.heads + head) * block_size;
+      if (n == of.Begin(part) || of.Query(n) != of.Query(n - 1)) {
+        of.Scale(all_q + at, scaled);
+        std::fill_n(dq + at, m * width, 0.0f);
+      }
+      of.Seen(n, seen);
+      of.Scores(n, scaled, kt + other, seen, weights);
+      std::fill_n(d_scores, m * size, 0.0f);
+      Add(m, size, width, {d + at, width}, {vt + other, size}, d_scores, size);
+      for (int64_t i = 0; i < m; ++i) {
+        float log = logs[block * m + i], mean = in[block * m + i];
+        for (int64_t s = i * size; s < (i + 1) * size; ++s) {
+          weights[s] = Exp(weights[s] - log);
+          d_scores[s] = weights[s] * (d_scores[s] - mean) * scale;
+        }
+      }
+      Add(size, width, m, {weights, 1, size}, {d + at, width}, to_v + other, width);
+      Add(size, width, m, {d_scores, 1, size}, {all_q + at, width}, to_k + other, width);
+      Add(m, width, size, {d_scores, size}, {k + other, width}, dq + at, width);
+    }
+  });
+  Share(pool, blocks, [&](int64_t x) {
+    int64_t first = x * of.heads * block_size, last = first + of.heads * block_size;
+    for (int64_t part = 1; part < kParts; ++part) {
+      const float* more = &others[(part - 1) * 2 * all];
+      for (int64_t i = first; i < last; ++i) dk[i] += more[i];
+      for (int64_t i = first; i < last; ++i) dv[i] += more[all + i];
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GrpoBlocksForward, Forward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Bools>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("size")
+                                  .Attr<int64_t>("window"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GrpoBlocksBackward, Backward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Bools>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("size")
+                                  .Attr<int64_t>("window"));
