@@ -156,11 +156,9 @@ def ready() -> bool:
     try:
         library = ctypes.cdll.LoadLibrary(str(_built()))
     except (OSError, GrpoError, subprocess.CalledProcessError) as error:
-        why = getattr(error, "stderr", "") or str(error)
-        log.warning(
-            "cpu_kernels: not compiled (%s); XLA's own code is slower",
-            why.strip().splitlines()[0],
-        )
+        lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        why = next((line for line in lines if "error" in line), lines[0])
+        log.warning("cpu_kernels: not compiled (%s); XLA's own code is slower", why)
         return False
     for symbol in _SYMBOLS:
         handler = jax.ffi.pycapsule(getattr(library, symbol))
@@ -177,8 +175,7 @@ def _built() -> Path:
         raise OSError("no C++ compiler: no c++, g++ or clang++, and CXX is not set")
     sources = sorted(Path(__file__).parent.glob("*.cc"))
     header = Path(__file__).with_name("tiles.h")
-    command = [*compiler.split(), *_FLAGS, f"-I{jax.ffi.include_dir()}"]
-    command += map(str, sources)
+    command = [*compiler.split(), *_FLAGS]
     version = subprocess.run(
         [*compiler.split(), "--version"], capture_output=True, text=True, check=True
     )
@@ -190,9 +187,8 @@ def _built() -> Path:
         handle, part = tempfile.mkstemp(dir=file.parent, suffix=".so")
         os.close(handle)
         try:
-            subprocess.run(
-                [*command, "-o", part], capture_output=True, text=True, check=True
-            )
+            command += [f"-I{jax.ffi.include_dir()}", *map(str, sources), "-o", part]
+            subprocess.run(command, capture_output=True, text=True, check=True)
             os.replace(part, file)
         finally:
             Path(part).unlink(missing_ok=True)
