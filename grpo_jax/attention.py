@@ -3,8 +3,8 @@
 In: queries, keys and values of rows of T positions, and `Rows`. Out: what each query
 takes from the values it may see. `attend` chooses:
 
-- XLA (CPU, and wherever no kernel fits): the pairs of blocks that see each other
-  (`block_attention.py`); time and memory do not grow with T².
+- CPU, and wherever no kernel fits: the pairs of blocks that see each other
+  (`block_attention.py`), by XLA or `cpu_kernels`; time and memory do not grow with T².
 - TPU: splash attention, which skips blocks that nobody may look at.
 - GPU: cuDNN's flash attention, for bfloat16 and float16.
 

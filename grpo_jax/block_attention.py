@@ -4,7 +4,8 @@ In: queries, keys and values of rows of T positions, and `Rows`. Out: what each 
 takes. The pairs (block of queries, block of keys) in which anybody may look at anything
 are listed first; one loop then takes them in turn, with a running softmax. Work and
 time grow with the pairs that there are, not with T²; memory grows with T. The backward
-pass walks over the same pairs and computes their scores again.
+pass walks over the same pairs and computes their scores again. On a CPU the two loops
+are `cpu_kernels`', where those fit.
 
 Axes: B rows, T positions, X blocks of a row, t and s positions of a block of queries
 and of keys, K key heads, G query heads per key head, M = G·t, H head width.
