@@ -37,6 +37,7 @@ from grpo_jax import sharding
 from grpo_jax.cache import Cache, Pair
 from grpo_jax.errors import GrpoError
 from grpo_jax.files import cache_folder
+from grpo_jax.packing import PROMPT
 
 if TYPE_CHECKING:
     from grpo_jax.attention import Rows
@@ -104,12 +105,21 @@ def attend(
     return out[:, None], (*blocks[:-1], tuple(last))
 
 
-def _operands(rows: Rows, pairs: Pairs) -> tuple[Array, ...]:
+def _blocks(target: str, results: Any, rows: Rows, pairs: Pairs, *arrays: Array):
+    """One of the two calls: arrays of its own, then what both take."""
     segments = rows.segments
     if segments is None:  # all of one
         segments = jnp.ones(rows.real.shape, jnp.int32)
-    of_pairs = (pairs.row, pairs.queries, pairs.keys, pairs.count)
-    return (*of_pairs, rows.real, segments, rows.positions.astype(jnp.int32))
+    size = rows.real.size // arrays[0].shape[0]
+    call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
+    return call(
+        *arrays,
+        *(pairs.row, pairs.queries, pairs.keys, pairs.count),
+        *(rows.real, segments, rows.positions.astype(jnp.int32)),
+        size=np.int64(size),
+        window=np.int64(rows.window or 0),
+        prompt=np.int64(PROMPT),
+    )
 
 
 def blocks_forward(
@@ -120,14 +130,8 @@ def blocks_forward(
     pairs: Pairs,
 ) -> tuple[Float[Array, "X K M H"], Float[Array, "X K M 1"]]:
     """What the queries take, and log Σ e^score."""
-    results = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    logs = jax.ShapeDtypeStruct((*q.shape[:-1], 1), q.dtype)
-    call = jax.ffi.ffi_call(
-        "GrpoBlocksForward", (results, logs), vmap_method="sequential"
-    )
-    sizes = {"size": np.int64(k.shape[2]), "window": np.int64(rows.window or 0)}
-    out, logs = call(q, k.swapaxes(2, 3), v, *_operands(rows, pairs), **sizes)
-    return out, logs
+    results = jax.eval_shape(lambda x: (x, x[..., :1]), q)
+    return _blocks("GrpoBlocksForward", results, rows, pairs, q, k.swapaxes(2, 3), v)
 
 
 def blocks_backward(
@@ -142,12 +146,8 @@ def blocks_backward(
 ) -> tuple[Array, Array, Array]:
     """The gradients of q, k and v; `inner` is Σ_h ∂L/∂out · out."""
     results = jax.eval_shape(lambda *x: x, q, k, v)
-    call = jax.ffi.ffi_call("GrpoBlocksBackward", results, vmap_method="sequential")
-    turned = (x.swapaxes(2, 3) for x in (k, v))
-    sizes = {"size": np.int64(k.shape[2]), "window": np.int64(rows.window or 0)}
-    gradients = (log_total, d_out, inner)
-    d_q, d_k, d_v = call(q, k, *turned, *gradients, *_operands(rows, pairs), **sizes)
-    return d_q, d_k, d_v
+    arrays = (q, k, k.swapaxes(2, 3), v.swapaxes(2, 3), log_total, d_out, inner)
+    return _blocks("GrpoBlocksBackward", results, rows, pairs, *arrays)
 
 
 @functools.cache

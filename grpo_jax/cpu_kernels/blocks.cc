@@ -21,12 +21,12 @@
 
 namespace {
 
-constexpr int32_t kPrompt = 1 << 16;  // packing.PROMPT
-constexpr int64_t kMost = 128;        // positions of a block at most
-constexpr int64_t kParts = 4;  // of a key head's pairs; sums do not depend on threads
+constexpr int64_t kMost = 128;  // positions of a block at most
+constexpr int64_t kParts = 4;   // of a key head's pairs: sums do not depend on threads
 
 struct Blocks {
-  int64_t heads, queries, size, width, per_row, window, count;  // K, M, t = s, H
+  int64_t heads, queries, size, width, per_row, count;  // K, M, t = s, H
+  int32_t far, of_prompt;  // a window, packing.PROMPT
   const int32_t *row, *mine, *theirs, *segments, *positions;
   const bool* real;
 
@@ -38,16 +38,15 @@ struct Blocks {
     int64_t start = row[n] * per_row * size;
     int64_t first = start + mine[n] * size, other = start + theirs[n] * size;
     int32_t before = mine[n] == theirs[n] ? 0 : size;  // all keys, or those before t
-    int32_t far = window ? window : INT32_MAX;
     int32_t of[kMost], prompt[kMost];  // a key's segment and, of a prompt, whose it is
     for (int64_t s = 0; s < size; ++s) {
       int32_t x = segments[other + s];
       of[s] = real[other + s] ? x : -1;
-      prompt[s] = of[s] > 0 && x % kPrompt == 0 ? x / kPrompt : -1;
+      prompt[s] = of[s] > 0 && x % of_prompt == 0 ? x / of_prompt : -1;
     }
     for (int64_t t = 0; t < size; ++t) {
       int32_t segment = segments[first + t], position = positions[first + t];
-      int32_t group = segment / kPrompt, last = before + t;
+      int32_t group = segment / of_prompt, last = before + t;
       const int32_t* at = positions + other;
       float* out = seen + t * size;
       for (int32_t s = 0; s < static_cast<int32_t>(size); ++s) {
@@ -81,25 +80,34 @@ struct Blocks {
   }
 };
 
-ffi::ErrorOr<Blocks> Read(Floats q, Ints row, Ints mine, Ints theirs, Ints count,
-                          Bools real, Ints segments, Ints positions, int64_t size,
-                          int64_t window) {
+// `rest` is what both calls have in common, in the order told above.
+ffi::ErrorOr<Blocks> Read(Floats q, ffi::RemainingArgs rest, int64_t size,
+                          int64_t window, int64_t of_prompt) {
+  auto row = rest.get<Ints>(0), mine = rest.get<Ints>(1), theirs = rest.get<Ints>(2);
+  auto count = rest.get<Ints>(3), segments = rest.get<Ints>(5);
+  auto positions = rest.get<Ints>(6);
+  auto real = rest.get<Bools>(4);
+  if (!row || !mine || !theirs || !count || !real || !segments || !positions)
+    return ffi::Unexpected(ffi::Error::InvalidArgument("pairs or rows are missing"));
   auto shape = q.dimensions();
-  int64_t rows = real.dimensions()[0];
+  int64_t rows = real->dimensions()[0];
   if (size > kMost || shape[2] % size || shape[0] % rows)
     return ffi::Unexpected(ffi::Error::InvalidArgument("blocks do not fit"));
-  return Blocks{shape[1], shape[2], size, shape[3], shape[0] / rows, window,
-                *count.typed_data(), row.typed_data(), mine.typed_data(),
-                theirs.typed_data(), segments.typed_data(), positions.typed_data(),
-                real.typed_data()};
+  Blocks of{};
+  of.heads = shape[1], of.queries = shape[2], of.size = size, of.width = shape[3];
+  of.per_row = shape[0] / rows, of.count = *count->typed_data();
+  of.far = window ? window : INT32_MAX, of.of_prompt = of_prompt;
+  of.row = row->typed_data(), of.mine = mine->typed_data();
+  of.theirs = theirs->typed_data(), of.segments = segments->typed_data();
+  of.positions = positions->typed_data(), of.real = real->typed_data();
+  return of;
 }
 
-ffi::Error Forward(ffi::ThreadPool pool, Floats q, Floats keys, Floats values, Ints row,
-                   Ints mine, Ints theirs, Ints count, Bools real, Ints segments,
-                   Ints positions, ffi::ResultBuffer<ffi::F32> result,
-                   ffi::ResultBuffer<ffi::F32> log_total, int64_t size,
-                   int64_t window) {
-  auto read = Read(q, row, mine, theirs, count, real, segments, positions, size, window);
+ffi::Error Forward(ffi::ThreadPool pool, Floats q, Floats keys, Floats values,
+                   ffi::RemainingArgs rest, ffi::ResultBuffer<ffi::F32> result,
+                   ffi::ResultBuffer<ffi::F32> log_total, int64_t size, int64_t window,
+                   int64_t of_prompt) {
+  auto read = Read(q, rest, size, window, of_prompt);
   if (!read.has_value()) return read.error();
   const Blocks of = *read;
   int64_t m = of.queries, width = of.width;
@@ -140,12 +148,11 @@ ffi::Error Forward(ffi::ThreadPool pool, Floats q, Floats keys, Floats values, I
 
 ffi::Error Backward(ffi::ThreadPool pool, Floats q, Floats keys, Floats turned_keys,
                     Floats turned_values, Floats log_total, Floats d_out, Floats inner,
-                    Ints row, Ints mine, Ints theirs, Ints count, Bools real,
-                    Ints segments, Ints positions, ffi::ResultBuffer<ffi::F32> d_q,
+                    ffi::RemainingArgs rest, ffi::ResultBuffer<ffi::F32> d_q,
                     ffi::ResultBuffer<ffi::F32> d_keys,
-                    ffi::ResultBuffer<ffi::F32> d_values, int64_t size,
-                    int64_t window) {
-  auto read = Read(q, row, mine, theirs, count, real, segments, positions, size, window);
+                    ffi::ResultBuffer<ffi::F32> d_values, int64_t size, int64_t window,
+                    int64_t of_prompt) {
+  auto read = Read(q, rest, size, window, of_prompt);
   if (!read.has_value()) return read.error();
   const Blocks of = *read;
   int64_t m = of.queries, width = of.width, block_size = size * width;
@@ -173,10 +180,11 @@ ffi::Error Backward(ffi::ThreadPool pool, Floats q, Floats keys, Floats turned_k
     float* weights = scaled + m * width;
     float* d_scores = weights + m * size;
     float* seen = d_scores + m * size;
-    for (int64_t n = of.Begin(part), end = of.Begin(part + 1); n < end; ++n) {
+    int64_t begin = of.Begin(part), end = of.Begin(part + 1);
+    for (int64_t n = begin; n < end; ++n) {
       int64_t block = of.Query(n) * of.heads + head, at = block * m * width;
       int64_t other = (of.Key(n) * of.heads + head) * block_size;
-      if (n == of.Begin(part) || of.Query(n) != of.Query(n - 1)) {
+      if (n == begin || of.Query(n) != of.Query(n - 1)) {
         of.Scale(all_q + at, scaled);
         std::fill_n(dq + at, m * width, 0.0f);
       }
@@ -192,7 +200,8 @@ ffi::Error Backward(ffi::ThreadPool pool, Floats q, Floats keys, Floats turned_k
         }
       }
       Add(size, width, m, {weights, 1, size}, {d + at, width}, to_v + other, width);
-      Add(size, width, m, {d_scores, 1, size}, {all_q + at, width}, to_k + other, width);
+      Add(size, width, m, {d_scores, 1, size}, {all_q + at, width}, to_k + other,
+          width);
       Add(m, width, size, {d_scores, size}, {k + other, width}, dq + at, width);
     }
   });
@@ -215,17 +224,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GrpoBlocksForward, Forward,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
-                                  .Arg<Ints>()
-                                  .Arg<Ints>()
-                                  .Arg<Ints>()
-                                  .Arg<Ints>()
-                                  .Arg<Bools>()
-                                  .Arg<Ints>()
-                                  .Arg<Ints>()
+                                  .RemainingArgs()
                                   .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Attr<int64_t>("size")
-                                  .Attr<int64_t>("window"));
+                                  .Attr<int64_t>("window")
+                                  .Attr<int64_t>("prompt"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GrpoBlocksBackward, Backward,
                               ffi::Ffi::Bind()
@@ -237,15 +241,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GrpoBlocksBackward, Backward,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
-                                  .Arg<Ints>()
-                                  .Arg<Ints>()
-                                  .Arg<Ints>()
-                                  .Arg<Ints>()
-                                  .Arg<Bools>()
-                                  .Arg<Ints>()
-                                  .Arg<Ints>()
+                                  .RemainingArgs()
                                   .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Attr<int64_t>("size")
-                                  .Attr<int64_t>("window"));
+                                  .Attr<int64_t>("window")
+                                  .Attr<int64_t>("prompt"));

@@ -57,7 +57,7 @@ void Share(ffi::ThreadPool pool, int64_t items, std::function<void(int64_t)> run
 
 struct Matrix {
   const float* data;
-  int64_t stride;  // from row to row
+  int64_t stride;      // from row to row
   int64_t across = 1;  // from column to column; 1 where it is a second factor
 };
 
