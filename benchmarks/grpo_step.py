@@ -4,10 +4,10 @@
 
 In: a Hugging Face folder and a file of JSON lines with "question", of which each step
 takes the next --questions. Out: a JSON line a step, {"step", "seconds",
-"generate_seconds", "update_seconds", "completion_tokens", "peak_rss_gb"}, after all
-shapes are compiled and one step is taken. Questions stand in the model's own chat
-template, temperature 1, natural EOS, AdamW, β 0.04, μ 1; an output's reward is its
-share of digits, so that groups differ whatever the model knows. With --trl, TRL's
+"generate_seconds", "update_seconds", "completion_tokens", "peak_rss_gb"}, after one
+step is taken and without the time that compiling takes. Questions stand in the model's
+own chat template, temperature 1, natural EOS, AdamW, β 0.04, μ 1; an output's reward is
+its share of digits, so that groups differ whatever the model knows. With --trl, TRL's
 GRPOTrainer of that interpreter then does the same on the same machine, and a last line
 gives the ratios.
 """
@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from lines import show
-
-ROW_LENGTHS = 8  # of which each step takes the one that fits best
 
 # What the other interpreter runs. TRL generates all outputs at once and trains on
 # micro-batches of `micro` outputs, its fastest here that its memory allows.
@@ -88,7 +86,7 @@ def parse() -> argparse.Namespace:
     add("--max-new", dest="new", type=int, default=128, help="tokens of an output")
     add("--steps", type=int, default=3)
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
-    add("--row-length", dest="length", type=int, default=1536, help="of a row at most")
+    add("--row-length", dest="length", type=int, default=2048, help="of a row at most")
     add("--rows", type=int, default=1, help="packed rows in memory at a time")
     add(
         "--no-remat",
@@ -144,7 +142,7 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, A
         pack,
     )
     from grpo_jax.data import Example
-    from grpo_jax.packing import fitting_length, row_lengths
+    from grpo_jax.packing import fitting_length
     from grpo_jax.prompts import encode_prompt
     from grpo_jax.rollout import bucket
     from grpo_jax.tokenizer import Tokenizer
@@ -179,11 +177,7 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, A
     ]
     for asked in {bucket(max(map(len, asked))): asked for asked in by_step}.values():
         sample(asked, jax.random.key(flags.seed))
-    steps = {}
-    for length in row_lengths(flags.length, ROW_LENGTHS):
-        like = Sample(tokens=[0, 0], mask=[0, 1], advantages=0.0, logps=[0.0, 0.0])
-        batch = pack([like], length=length, **layout).with_capacity(capacity)
-        steps[length] = update.lower(state, reference, batch).compile()
+    steps: dict[int, Any] = {}
     found = []
     for step, asked in enumerate(by_step):
         begin = time.perf_counter()
@@ -203,10 +197,12 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, A
             )
             for i, t in enumerate(tokens)
         ]
-        length = fitting_length(
-            samples, longest=flags.length, choices=ROW_LENGTHS, **layout
-        )
+        length = fitting_length(samples, longest=flags.length, **layout)
         batch = pack(samples, length=length, **layout).with_capacity(capacity)
+        packed = time.perf_counter()
+        if length not in steps:
+            steps[length] = update.lower(state, reference, batch).compile()
+        compiling = time.perf_counter() - packed
         state, metrics = steps[length](state, reference, batch)
         metrics = jax.device_get(metrics)
         end = time.perf_counter()
@@ -215,15 +211,15 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, A
         found.append(
             show(
                 step=step,
-                seconds=end - begin,
+                seconds=end - begin - compiling,
                 generate_seconds=sampled - begin,
-                update_seconds=end - sampled,
+                update_seconds=end - sampled - compiling,
                 completion_tokens=int(out.lengths.sum()),
                 peak_rss_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
                 loss=float(metrics["loss"]),
                 kl=float(metrics["kl"]),
                 rows=int(batch.used),
-                padding=float((batch.segment_ids[: batch.used] == 0).mean()),
+                padding=float(batch.padding),
             )
         )
     return found

@@ -107,7 +107,6 @@ def main() -> None:
     for g, (batch, tokens) in batches.items():
         spent = statistics.median(times[g])
         speed = tokens / spent
-        rows = np.asarray(batch.segment_ids)[: int(batch.used)]
         show(
             case="update" if g == flags.group else "group",
             G=g,
@@ -116,7 +115,7 @@ def main() -> None:
             tokens_per_second=speed,
             gflops=6 * weights * speed / 1e9,
             share_of_peak=6 * weights * speed / best,
-            padding=float((rows == 0).mean()),
+            padding=float(batch.padding),
         )
 
 

@@ -41,6 +41,6 @@ def get_config() -> Config:
             remat="ffn",  # on a CPU computing again is faster than keeping
         ),
         data=DataSettings(train="gsm8k", eval="gsm8k", max_prompt_tokens=256),
-        optimizer=OptimizerSettings(micro_rows=1, row_length=1536, row_lengths=8),
+        optimizer=OptimizerSettings(micro_rows=1, row_length=2048, row_lengths=16),
         eval=EvalSettings(questions=50, samples=0, batch=50),
     )

@@ -97,6 +97,12 @@ class Batch:
         }
         return dataclasses.replace(self, **take)
 
+    @property
+    def padding(self) -> Any:
+        """The share of the used micro-batches' positions that holds nothing."""
+        _, rows, length = self.tokens.shape
+        return 1 - (self.segment_ids > 0).sum() / (self.used * rows * length)
+
     def with_capacity(self, capacity: int) -> Batch:
         """The same with A = capacity, so that every batch of a run has one shape."""
         missing = capacity - self.tokens.shape[0]
@@ -172,7 +178,7 @@ def fitting_length(
     samples: Sequence[Sample],
     *,
     longest: int,
-    choices: int = 8,
+    choices: int = 16,
     rows: int = 1,
     share_prompts: bool = False,
     together: int = 1,
@@ -187,25 +193,60 @@ def fitting_length(
 
     >>> samples = [Sample(tokens=[0] * 33, mask=[1] * 33)] * 3
     >>> fitting_length(samples, longest=64), fitting_length(samples, longest=32)
-    (36, 32)
+    (34, 32)
     """
-    shortest = max(
-        sum(len(s.tokens) - 1 for s in samples[i : i + together])
-        for i in range(0, len(samples), together)
-    )
+    asked = _questions(samples, share_prompts, together)
+    shortest = max(question.before + question.own[0] for question in asked)
+    positions = sum(question.positions for question in asked)
     best, least = longest, 0
     for length in row_lengths(longest, choices):
         if length < shortest:
             break
+        if least and -(-positions // length) * length >= least:
+            continue
         placed = place(samples, length, True, share_prompts, together)
         size = -(-len(placed) // rows) * rows * length
-        spans = _spans(samples, placed, share_prompts)
-        filled = sum(span.stop - span.first for span in spans)
         if not least or size < least:
             best, least = length, size
-        if length == longest and filled > (1 - padding) * size:
-            break
+        if length == longest:
+            spans = _spans(samples, placed, share_prompts)
+            if sum(span.stop - span.first for span in spans) > (1 - padding) * size:
+                break
     return best
+
+
+@dataclasses.dataclass(frozen=True)
+class _Question:
+    """Samples with one prompt: the positions that it and each of them takes."""
+
+    before: int  # of the shared prompt
+    own: list[int]  # of each unit, the longest first
+    units: list[range]  # samples that stay together
+
+    @property
+    def positions(self) -> int:
+        return self.before + sum(self.own)
+
+
+def _questions(
+    samples: Sequence[Sample], share_prompts: bool, together: int
+) -> list[_Question]:
+    """In the order of their longest samples."""
+    units: dict[Any, list[range]] = {}
+    for start in range(0, len(samples), together):
+        first = samples[start]
+        prompt = tuple(first.tokens[: first.prompt]) if share_prompts else ()
+        units.setdefault(prompt or start, []).append(range(start, start + together))
+    found = []
+    for of_prompt in units.values():
+        before = _prefix(samples[of_prompt[0][0]], share_prompts)
+        sized = [
+            (sum(len(samples[i].tokens) - 1 - before for i in unit), unit)
+            for unit in of_prompt
+        ]
+        sized.sort(key=lambda pair: -pair[0])
+        found.append(_Question(before, *(list(x) for x in zip(*sized, strict=True))))
+    return sorted(found, key=lambda question: -question.own[0])
 
 
 def place(
@@ -217,7 +258,9 @@ def place(
 ) -> list[Row]:
     """Which samples stand in which row: the longest first, each where it fits first.
 
-    A shared prompt goes where its other outputs are, as long as there is room.
+    A shared prompt goes where its other outputs are, as long as there is room. Where
+    rows are left that could be saved, the questions are taken in other orders too, as
+    many as a few milliseconds allow: small batches, where a row counts, have the most.
     """
     for i, sample in enumerate(samples):
         if not 2 <= len(sample.tokens) <= length + 1:
@@ -225,36 +268,36 @@ def place(
                 f"pack: sample {i} has {len(sample.tokens)} tokens; 2 to {length + 1} "
                 "fit a row"
             )
-    prompts: dict[Any, list[range]] = {}
-    for start in range(0, len(samples), together):
-        first = samples[start]
-        prompt = tuple(first.tokens[: first.prompt]) if share_prompts else ()
-        unit = range(start, start + together)
-        prompts.setdefault(prompt or start, []).append(unit)
+    asked = _questions(samples, share_prompts, together)
+    for question in asked:
+        if question.before + question.own[0] > length:
+            raise GrpoError(
+                f"pack: {together} samples take {question.before + question.own[0]} "
+                f"positions together; {length} fit a row"
+            )
+    best = _first_fit(asked, length, share)
+    least = -(-sum(question.positions for question in asked) // length)
+    orders = min(64, 2**18 // len(samples) ** 2) if share and share_prompts else 1
+    order = np.random.default_rng(0)  # the same rows for the same samples
+    for _ in range(1, orders):
+        if len(best) <= least:
+            break
+        shuffled = [asked[i] for i in order.permutation(len(asked))]
+        best = min(best, _first_fit(shuffled, length, share), key=len)
+    return best
 
-    def own(unit: range) -> int:
-        return sum(len(samples[i].tokens) - 1 - prefix(samples[i]) for i in unit)
 
-    def prefix(sample: Sample) -> int:
-        return _prefix(sample, share_prompts)
-
+def _first_fit(asked: list[_Question], length: int, share: bool) -> list[Row]:
     rows: list[Row] = []
     room: list[int] = []
-    for units in sorted(prompts.values(), key=lambda units: -max(map(own, units))):
-        before = prefix(samples[units[0][0]])
+    for question in asked:
         here: dict[int, list[int]] = {}  # the rows with this prompt
-        for unit in sorted(units, key=own, reverse=True):
-            need = own(unit)
+        for need, unit in zip(question.own, question.units, strict=True):
             number = next((n for n in here if need <= room[n]), None)
             if number is None:
-                need += before
+                need += question.before
                 fits = (n for n, space in enumerate(room) if share and need <= space)
                 number = next(fits, len(rows))
-                if need > length:
-                    raise GrpoError(
-                        f"pack: {together} samples take {need} positions together; "
-                        f"{length} fit a row"
-                    )
                 if number == len(rows):
                     rows.append([])
                     room.append(length)

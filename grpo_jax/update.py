@@ -224,6 +224,7 @@ def make_step(
             "grad_norm": norm,
             "update/nonfinite": (~finite).astype(jnp.float32),
             "update/no_signal": (~signal).astype(jnp.float32),
+            "update/padding": batch.padding,
         }
         skipped = jnp.where(finite, 0, state.skipped + 1)
         params = lora.join(trained, frozen)

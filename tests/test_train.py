@@ -174,7 +174,7 @@ METRICS = """
     clip_ratio/region_mean completions/mean_length completions/min_length
     completions/max_length completions/clipped_ratio num_tokens step_time grad_norm
     learning_rate sampling/sampling_logp_difference/mean
-    sampling/sampling_logp_difference/max
+    sampling/sampling_logp_difference/max update/padding
 """.split()
 
 
