@@ -8,8 +8,8 @@ takes the next --questions. Out: a JSON line a step, {"step", "seconds",
 step is taken and without the time that compiling takes. Questions stand in the model's
 own chat template, temperature 1, natural EOS, AdamW, β 0.04, μ 1; an output's reward is
 its share of digits, so that groups differ whatever the model knows. With --trl, TRL's
-GRPOTrainer of that interpreter then does the same on the same machine, and a last line
-gives the ratios.
+GRPOTrainer of that interpreter does the same on the same machine, a step of each in
+turn, since machines drift, and a last line gives the ratios.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 from lines import show
 
-# What the other interpreter runs. TRL generates all outputs at once and trains on
-# micro-batches of `micro` outputs, its fastest here that its memory allows.
+# What the other interpreter runs, a step for each line that it reads. TRL generates all
+# outputs at once and trains on micro-batches of `micro` outputs, its fastest here.
 _TRL = """
 import json, sys, time, torch, transformers
 from datasets import Dataset
@@ -59,13 +60,14 @@ def timed(*args, **kwargs):
 model.generate = timed
 class Clock(transformers.TrainerCallback):
     def on_step_begin(self, *args, **kwargs):
+        sys.stdin.readline()
         spent["begin"], spent["generate"] = time.perf_counter(), 0.0
     def on_step_end(self, args, state, control, **kwargs):
         seconds = time.perf_counter() - spent["begin"]
         # Not ru_maxrss, which starts at the peak of the process that started this one.
         status = open("/proc/self/status").read().split("VmHWM:")[1]
         peak = int(status.split()[0]) / 2**20
-        print("LINE" + json.dumps({"step": state.global_step, "seconds": seconds,
+        print("LINE" + json.dumps({"step": state.global_step - 1, "seconds": seconds,
             "generate_seconds": spent["generate"],
             "update_seconds": seconds - spent["generate"],
             "completion_tokens": counted["tokens"], "peak_rss_gb": peak}), flush=True)
@@ -109,23 +111,25 @@ def main() -> None:
     wanted = flags.questions * (flags.steps + 1)
     if len(questions) < wanted:
         sys.exit(f"error: {flags.prompts}: {len(questions)} questions, {wanted} wanted")
-    ours = measure(flags, questions[:wanted])
+    sides = [measure(flags, questions[:wanted])]
     if flags.trl:
-        theirs = measure_trl(flags, questions[flags.questions : wanted])
-        speeds = [
-            statistics.median(x["completion_tokens"] / x["seconds"] for x in side)
-            for side in (ours, theirs)
-        ]
-        memory = [max(x["peak_rss_gb"] for x in side) for side in (ours, theirs)]
+        sides.append(measure_trl(flags, questions[:wanted]))
+    # A step of each in turn.
+    found = list(zip(*zip(*sides, strict=True), strict=True))
+    if flags.trl:
+        speeds = [[x["completion_tokens"] / x["seconds"] for x in y] for y in found]
+        medians = [statistics.median(x) for x in speeds]
+        memory = [max(x["peak_rss_gb"] for x in side) for side in found]
         show(
-            tokens_per_second=speeds[0],
-            trl_tokens_per_second=speeds[1],
-            ratio=speeds[0] / speeds[1],
+            tokens_per_second=medians[0],
+            trl_tokens_per_second=medians[1],
+            ratio=medians[0] / medians[1],
+            ratios=[round(a / b, 3) for a, b in zip(*speeds, strict=True)],
             memory_share=memory[0] / memory[1],
         )
 
 
-def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, Any]]:
+def measure(flags: argparse.Namespace, questions: list[str]) -> Generator[dict]:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import jax
     import jax.numpy as jnp
@@ -178,7 +182,6 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, A
     for asked in {bucket(max(map(len, asked))): asked for asked in by_step}.values():
         sample(asked, jax.random.key(flags.seed))
     steps: dict[int, Any] = {}
-    found = []
     for step, asked in enumerate(by_step):
         begin = time.perf_counter()
         out = sample(asked, jax.random.fold_in(jax.random.key(flags.seed), step))
@@ -208,45 +211,44 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> list[dict[str, A
         end = time.perf_counter()
         if not step:
             continue
-        found.append(
-            show(
-                step=step,
-                seconds=end - begin - compiling,
-                generate_seconds=sampled - begin,
-                update_seconds=end - sampled - compiling,
-                completion_tokens=int(out.lengths.sum()),
-                peak_rss_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-                loss=float(metrics["loss"]),
-                kl=float(metrics["kl"]),
-                rows=int(batch.used),
-                padding=float(batch.padding),
-            )
+        yield show(
+            step=step,
+            seconds=end - begin - compiling,
+            generate_seconds=sampled - begin,
+            update_seconds=end - sampled - compiling,
+            completion_tokens=int(out.lengths.sum()),
+            peak_rss_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            loss=float(metrics["loss"]),
+            kl=float(metrics["kl"]),
+            rows=int(batch.used),
+            padding=float(batch.padding),
         )
-    return found
 
 
-def measure_trl(flags: argparse.Namespace, questions: list[str]) -> list[dict]:
+def measure_trl(flags: argparse.Namespace, questions: list[str]) -> Generator[dict]:
     ask = {
         "model": flags.model,
         "questions": questions,
         "group": flags.group,
         "outputs": flags.questions * flags.group,
         "new": flags.new,
-        "steps": flags.steps,
+        "steps": flags.steps + 1,
         "micro": flags.micro,
         "rate": flags.rate,
         "threads": flags.threads,
     }
     command = [flags.trl, "-c", _TRL, json.dumps(ask)]
-    found = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if line.startswith("LINE"):
-                found.append(show(who="trl", **json.loads(line[4:])))
-    if process.returncode or not found:
-        sys.exit(f"error: --trl: the interpreter ended with {process.returncode}")
-    return found
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin and process.stdout
+        for step in range(flags.steps + 1):
+            print(file=process.stdin, flush=True)
+            lines = (x for x in process.stdout if x.startswith("LINE"))
+            line = next(lines, None)
+            if line is None:
+                sys.exit("error: --trl: the interpreter ended; see above")
+            if step:
+                yield show(who="trl", **json.loads(line[4:]))
 
 
 if __name__ == "__main__":
