@@ -23,6 +23,21 @@ namespace {
 
 constexpr int64_t kMost = 128;  // positions of a block at most
 constexpr int64_t kParts = 4;   // of a key head's pairs: sums do not depend on threads
+constexpr int64_t kStrip = 4 * kRows;  // queries that are trimmed together
+
+// Some queries of a pair of blocks, and its keys that any of them sees.
+struct Strip {
+  int64_t first, rows, low, keys;
+};
+
+// A pair's strips: those of one of the G queries that share a key head.
+struct Strips {
+  int64_t count = 0;
+  Strip strips[kMost / kStrip + 1];
+
+  const Strip* begin() const { return strips; }
+  const Strip* end() const { return strips + count; }
+};
 
 struct Blocks {
   int64_t heads, queries, size, width, per_row, count;  // K, M, t = s, H
@@ -33,8 +48,9 @@ struct Blocks {
   int64_t Query(int64_t n) const { return row[n] * per_row + mine[n]; }
   int64_t Key(int64_t n) const { return row[n] * per_row + theirs[n]; }
 
-  // 0 where a query of pair n may look, as `Rows.allowed` has it, and else -1e30.
-  void Seen(int64_t n, float* seen) const {
+  // 0 where a query of pair n may look, as `Rows.allowed` has it, and else -1e30; the
+  // strips that see anything.
+  Strips Seen(int64_t n, float* seen) const {
     int64_t start = row[n] * per_row * size;
     int64_t first = start + mine[n] * size, other = start + theirs[n] * size;
     int32_t before = mine[n] == theirs[n] ? 0 : size;  // all keys, or those before t
@@ -56,6 +72,22 @@ struct Blocks {
       }
       if (mine[n] == theirs[n]) out[t] = 0.0f;
     }
+    Strips found;
+    for (int64_t first = 0; first < size; first += kStrip) {
+      int64_t rows = std::min(kStrip, size - first), low = size, high = 0;
+      for (int64_t t = first; t < first + rows; ++t) {
+        const float* sees = seen + t * size;
+        int64_t a = 0, b = size;
+        while (a < low && sees[a] < 0) ++a;
+        while (b > high && sees[b - 1] < 0) --b;
+        low = std::min(low, a), high = std::max(high, b);
+      }
+      if (low >= high) continue;
+      low -= low % kLanes;  // whole vectors
+      high = std::min(size, (high + kLanes - 1) / kLanes * kLanes);
+      found.strips[found.count++] = {first, rows, low, high - low};
+    }
+    return found;
   }
 
   // Where the pairs of part i begin: at the first of a block of queries.
@@ -65,12 +97,13 @@ struct Blocks {
     return n;
   }
 
-  // Scores [M, s] of pair n for scaled queries.
-  void Scores(int64_t n, const float* scaled, const float* keys, const float* seen,
-              float* scores) const {
-    for (int64_t i = 0; i < queries; ++i)
-      std::copy_n(seen + i % size * size, size, scores + i * size);
-    Add(queries, size, width, {scaled, width}, {keys, size}, scores, size);
+  // Scores of a strip: the queries from `first` on, of [M, s].
+  void Scores(const Strip& of, int64_t first, const float* scaled, const float* keys,
+              const float* seen, float* scores) const {
+    for (int64_t t = 0; t < of.rows; ++t)
+      std::copy_n(seen + (of.first + t) * size + of.low, of.keys, scores + t * size);
+    Add(of.rows, of.keys, width, {scaled + first * width, width}, {keys + of.low, size},
+        scores, size);
   }
 
   // The queries over √H.
@@ -121,22 +154,28 @@ ffi::Error Forward(ffi::ThreadPool pool, Floats q, Floats keys, Floats values,
   Share(pool, items, [&](int64_t item) {
     int64_t begin = starts[item / of.heads], end = starts[item / of.heads + 1];
     int64_t head = item % of.heads, block = of.Query(begin) * of.heads + head;
-    std::vector<float> memory(m * (width + size + 1) + size * size);
+    std::vector<float> memory(m * (width + 1) + (kStrip + size) * size);
     float* scaled = memory.data();
-    float* scores = scaled + m * width;
-    float* total = scores + m * size;
-    float* seen = total + m;
+    float* total = scaled + m * width;
+    float* scores = total + m;
+    float* seen = scores + kStrip * size;
     float *top = all_logs + block * m, *out = all_out + block * m * width;
     of.Scale(all_q + block * m * width, scaled);
     std::fill_n(top, m, -1e30f);
     std::fill_n(out, m * width, 0.0f);
     for (int64_t n = begin; n < end; ++n) {
       int64_t other = (of.Key(n) * of.heads + head) * size * width;
-      of.Seen(n, seen);
-      of.Scores(n, scaled, k + other, seen, scores);
-      for (int64_t i = 0; i < m; ++i)
-        Soften(size, scores + i * size, width, top + i, total + i, out + i * width);
-      Add(m, width, size, {scores, size}, {v + other, width}, out, width);
+      Strips strips = of.Seen(n, seen);
+      for (int64_t g = 0; g < m; g += size)
+        for (const Strip& strip : strips) {
+          int64_t first = g + strip.first;
+          of.Scores(strip, first, scaled, k + other, seen, scores);
+          for (int64_t t = 0; t < strip.rows; ++t)
+            Soften(strip.keys, scores + t * size, width, top + first + t,
+                   total + first + t, out + (first + t) * width);
+          Add(strip.rows, width, strip.keys, {scores, size},
+              {v + other + strip.low * width, width}, out + first * width, width);
+        }
     }
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t h = 0; h < width; ++h) out[i * width + h] /= total[i];
@@ -175,11 +214,11 @@ ffi::Error Backward(ffi::ThreadPool pool, Floats q, Floats keys, Floats turned_k
         std::fill_n(to_k + at, block_size, 0.0f);
         std::fill_n(to_v + at, block_size, 0.0f);
       }
-    std::vector<float> memory(m * (width + 2 * size) + size * size);
+    std::vector<float> memory(m * width + (2 * kStrip + size) * size);
     float* scaled = memory.data();
     float* weights = scaled + m * width;
-    float* d_scores = weights + m * size;
-    float* seen = d_scores + m * size;
+    float* d_scores = weights + kStrip * size;
+    float* seen = d_scores + kStrip * size;
     int64_t begin = of.Begin(part), end = of.Begin(part + 1);
     for (int64_t n = begin; n < end; ++n) {
       int64_t block = of.Query(n) * of.heads + head, at = block * m * width;
@@ -188,21 +227,29 @@ ffi::Error Backward(ffi::ThreadPool pool, Floats q, Floats keys, Floats turned_k
         of.Scale(all_q + at, scaled);
         std::fill_n(dq + at, m * width, 0.0f);
       }
-      of.Seen(n, seen);
-      of.Scores(n, scaled, kt + other, seen, weights);
-      std::fill_n(d_scores, m * size, 0.0f);
-      Add(m, size, width, {d + at, width}, {vt + other, size}, d_scores, size);
-      for (int64_t i = 0; i < m; ++i) {
-        float log = logs[block * m + i], mean = in[block * m + i];
-        for (int64_t s = i * size; s < (i + 1) * size; ++s) {
-          weights[s] = Exp(weights[s] - log);
-          d_scores[s] = weights[s] * (d_scores[s] - mean) * scale;
+      Strips strips = of.Seen(n, seen);
+      for (int64_t g = 0; g < m; g += size)
+        for (const Strip& strip : strips) {
+          int64_t first = g + strip.first, rows = strip.rows, keys = strip.keys;
+          int64_t here = at + first * width, there = other + strip.low * width;
+          of.Scores(strip, first, scaled, kt + other, seen, weights);
+          for (int64_t t = 0; t < rows; ++t) std::fill_n(d_scores + t * size, keys, 0.0f);
+          Add(rows, keys, width, {d + here, width}, {vt + other + strip.low, size},
+              d_scores, size);
+          for (int64_t t = 0; t < rows; ++t) {
+            float log = logs[block * m + first + t], mean = in[block * m + first + t];
+            for (int64_t s = t * size; s < t * size + keys; ++s) {
+              weights[s] = Exp(weights[s] - log);
+              d_scores[s] = weights[s] * (d_scores[s] - mean) * scale;
+            }
+          }
+          Add(keys, width, rows, {weights, 1, size}, {d + here, width}, to_v + there,
+              width);
+          Add(keys, width, rows, {d_scores, 1, size}, {all_q + here, width},
+              to_k + there, width);
+          Add(rows, width, keys, {d_scores, size}, {k + there, width}, dq + here,
+              width);
         }
-      }
-      Add(size, width, m, {weights, 1, size}, {d + at, width}, to_v + other, width);
-      Add(size, width, m, {d_scores, 1, size}, {all_q + at, width}, to_k + other,
-          width);
-      Add(m, width, size, {d_scores, size}, {k + other, width}, dq + at, width);
     }
   });
   Share(pool, blocks, [&](int64_t x) {
