@@ -88,28 +88,31 @@ Matrix From(Matrix a, int64_t row, int64_t column) {
   return {a.data + row * a.stride + column * a.across, a.stride, a.across};
 }
 
-template <int M>
-void AddRows(int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t stride) {
+template <int M, bool kAdd>
+void Rows(int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t stride) {
   int64_t j = 0;
   for (; j + kWide * kLanes <= n; j += kWide * kLanes)
-    Tile<M, kWide, true>(k, a, From(b, 0, j), c + j, stride);
+    Tile<M, kWide, kAdd>(k, a, From(b, 0, j), c + j, stride);
   for (; j + kLanes <= n; j += kLanes)
-    Tile<M, 1, true>(k, a, From(b, 0, j), c + j, stride);
+    Tile<M, 1, kAdd>(k, a, From(b, 0, j), c + j, stride);
   for (; j < n; ++j)
-    for (int i = 0; i < M; ++i)
+    for (int i = 0; i < M; ++i) {
+      float sum = kAdd ? c[i * stride + j] : 0.0f;
       for (int64_t p = 0; p < k; ++p)
-        c[i * stride + j] +=
-            a.data[i * a.stride + p * a.across] * b.data[p * b.stride + j];
+        sum += a.data[i * a.stride + p * a.across] * b.data[p * b.stride + j];
+      c[i * stride + j] = sum;
+    }
 }
 
-// C [m, n] += A [m, k] · B [k, n].
+// C [m, n] = or += A [m, k] · B [k, n].
+template <bool kAdd = true>
 void Add(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c,
          int64_t stride) {
   int64_t i = 0;
   auto some = [&](auto rows) {
     constexpr int M = decltype(rows)::value;
     for (; i + M <= m; i += M)
-      AddRows<M>(n, k, From(a, i, 0), b, c + i * stride, stride);
+      Rows<M, kAdd>(n, k, From(a, i, 0), b, c + i * stride, stride);
   };
   some(std::integral_constant<int, kRows>());
   some(std::integral_constant<int, 3>());

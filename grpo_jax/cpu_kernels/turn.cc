@@ -91,15 +91,14 @@ struct Attention {
   // Room for the work of one item.
   struct Memory {
     std::vector<float> floats;
-    float *queries, *scores, *seen;
+    float *queries, *scores;
     Parts parts;
     Memory(int64_t rows, int64_t width, int64_t columns)
-        : floats(rows * (2 * width + columns + 2) + columns) {
+        : floats(rows * (2 * width + columns + 2)) {
       float* at = floats.data();
       auto take = [&](int64_t count) { return std::exchange(at, at + count); };
       queries = take(rows * width);
       scores = take(rows * columns);
-      seen = take(columns);
       parts = {take(rows), take(rows), take(rows * width)};
       std::fill_n(parts.top, rows, -1e30f);
     }
@@ -147,10 +146,9 @@ struct Attention {
     for (int64_t at = 0; at < length; at += kChunk) {
       int64_t count = std::min(kChunk, length - at);
       if (at + count <= oldest) continue;
-      for (int64_t j = 0; j < count; ++j)
-        memory.seen[j] = at + j >= oldest ? 0.0f : -1e30f;
       Look(first, m, count, {prompt_keys + of + at, prompt_size},
-           {prompt_values + of + at * width, width}, memory);
+           {prompt_values + of + at * width, width}, memory,
+           [=](int64_t j) { return at + j >= oldest; });
     }
   }
 
@@ -163,20 +161,23 @@ struct Attention {
     if (end == 0) return;
     begin = begin / kLanes * kLanes;
     end = std::min((end + kLanes - 1) / kLanes * kLanes, block);
-    for (int64_t j = begin; j < end; ++j)
-      memory.seen[j - begin] = places[j] >= oldest ? 0.0f : -1e30f;
     int64_t of = (slot * kv_heads + head) * block * width;
     Look(first, groups, end - begin, {b.keys + of + begin, block},
-         {b.values + of + begin * width, width}, memory);
+         {b.values + of + begin * width, width}, memory,
+         [=](int64_t j) { return places[begin + j] >= oldest; });
   }
 
-  // The queries from `first` on also see these n keys, and take of their values.
+  // The queries from `first` on also see those of n keys that they may, and take of
+  // their values.
+  template <typename May>
   void Look(int64_t first, int64_t m, int64_t n, Matrix keys, Matrix values,
-            const Memory& memory) const {
+            const Memory& memory, May may) const {
     Parts parts = memory.parts.From(first, width);
     float* scores = memory.scores;
-    for (int64_t i = 0; i < m; ++i) std::copy_n(memory.seen, n, scores + i * n);
-    Add(m, n, width, {memory.queries + first * width, width}, keys, scores, n);
+    Add<false>(m, n, width, {memory.queries + first * width, width}, keys, scores, n);
+    for (int64_t j = 0; j < n; ++j)
+      if (!may(j))
+        for (int64_t i = 0; i < m; ++i) scores[i * n + j] = -1e30f;
     for (int64_t i = 0; i < m; ++i)
       Soften(n, scores + i * n, width, parts.top + i, parts.total + i,
              parts.out + i * width);
