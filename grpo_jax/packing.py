@@ -101,7 +101,8 @@ class Batch:
     def padding(self) -> Any:
         """The share of the used micro-batches' positions that holds nothing."""
         _, rows, length = self.tokens.shape
-        return 1 - (self.segment_ids > 0).sum() / (self.used * rows * length)
+        places = (self.used + (self.used == 0)) * rows * length
+        return 1 - (self.segment_ids > 0).sum() / places
 
     def with_capacity(self, capacity: int) -> Batch:
         """The same with A = capacity, so that every batch of a run has one shape."""
@@ -277,9 +278,9 @@ def place(
             )
     best = _first_fit(asked, length, share)
     least = -(-sum(question.positions for question in asked) // length)
-    orders = min(64, 2**18 // len(samples) ** 2) if share and share_prompts else 1
+    orders = min(64, 2**18 // max(len(samples), 1) ** 2)
     order = np.random.default_rng(0)  # the same rows for the same samples
-    for _ in range(1, orders):
+    for _ in range(1, orders if share and share_prompts else 1):
         if len(best) <= least:
             break
         shuffled = [asked[i] for i in order.permutation(len(asked))]

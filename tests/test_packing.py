@@ -166,6 +166,12 @@ def test_questions_are_taken_in_the_order_that_saves_a_row():
     assert rows == place(samples, 10, share_prompts=True)
 
 
+def test_samples_that_teach_nothing_leave_an_empty_batch():
+    left_out = Sample(tokens=[1, 2], mask=[0, 1], prompt=1)
+    batch = pack([], length=4, share_prompts=True, of=[left_out])
+    assert (batch.used, batch.sequences, batch.padding) == (0, 1, 1)
+
+
 def test_few_outputs_take_a_row_length_that_fits_them():
     """4 groups of 8 share their prompts: 1,336 tokens for rows of 1,024 at most."""
     samples = []

@@ -406,6 +406,8 @@ ALL_AXES = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
 def assert_close(rows: list[dict], expected: list[dict]) -> None:
     for row, one in zip(timeless(rows), timeless(expected), strict=True):
         assert row.pop("stage") == one.pop("stage")
+        # More devices have more rows, and the same tokens.
+        assert row.pop("update/padding") >= one.pop("update/padding")
         assert row == pytest.approx(one, rel=1e-4, abs=1e-4)
 
 
