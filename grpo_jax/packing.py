@@ -99,7 +99,7 @@ class Batch:
 
     @property
     def padding(self) -> Any:
-        """The share of the used micro-batches' positions that holds nothing."""
+        """The share of positions in used micro-batches that is empty; 1 of none."""
         _, rows, length = self.tokens.shape
         places = (self.used + (self.used == 0)) * rows * length
         return 1 - (self.segment_ids > 0).sum() / places
