@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -347,6 +348,14 @@ def test_changed_file_is_prepared_anew(tmp_path, cache):
     write(tmp_path / "a.jsonl", {"question": "changing", "answer": "2"})
     assert data.load(path)[0].answer == "2"
     assert len(set(cache.glob("tfds/*")) - prepared) == 1
+
+
+def test_preparing_leaves_nothing_in_the_temporary_folder(tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    path = write(tmp_path / "a.jsonl", {"question": "new to it", "answer": "1"})
+    assert data.load(path)[0].answer == "1"
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_damaged_prepared_records_name_their_folder(tmp_path, cache):
