@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from grpo_jax import sharding
+from grpo_jax.products import product
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float, Int
@@ -177,7 +178,7 @@ class _Tiles:
 
     def logits(self, h, rows, temperature, number: Any) -> Float[Array, "M v"]:
         """Those of one chunk; -1e30 for tokens that an earlier tile had."""
-        z = jnp.einsum("MD,VD->MV", h, rows, preferred_element_type=jnp.float32)
+        z = product(h, rows)
         z = z / temperature
         if self.size % self.tile:
             again = self.start(number) + jnp.arange(self.tile) < number * self.tile
@@ -240,7 +241,6 @@ def _backward(tiles, residuals, cotangents):
     g_logps, g_entropy = (
         None if isinstance(g, SymbolicZero) else g for g in cotangents
     )
-    f32: Any = dict(preferred_element_type=jnp.float32)
     inputs = (hidden, targets, entropy, top, log_total, g_logps, g_entropy)
     inputs = tuple(x if x is None else _chunks(x, tiles.chunk) for x in inputs)
     like: tuple[Any, ...] = (table, inputs[0], temperature)
@@ -265,8 +265,8 @@ def _backward(tiles, residuals, cotangents):
             if warm is not None:  # Σ_v d_z is 0: not z
                 d_temperature -= (d_z * log_p).sum() / temperature
             d_z = (d_z / temperature).astype(table.dtype)
-            d_h += jnp.einsum("MV,VD->MD", d_z, rows, **f32)
-            d_rows += jnp.einsum("MV,MD->VD", d_z, h, **f32)
+            d_h += product(d_z, rows, b_along=False)
+            d_rows += product(d_z, h, a_along=False, b_along=False)
             return (d_rows, d_temperature), d_h
 
         carry = (tiles.rows(d_table, number), d_temperature)

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax import attention, sharding
 from grpo_jax.attention import Rows
 from grpo_jax.lora import A, B, Lora
+from grpo_jax.products import KEPT, linear
 
 Params = dict[str, Any]
 _INPUT = "layer_input"
@@ -36,7 +37,7 @@ REMAT = {
     "none": _policies.everything_saveable,
     "matmuls": _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable,  # their results
-        _policies.save_only_these_names("attention"),
+        _policies.save_only_these_names("attention", KEPT),
     ),
     "ffn": _policies.save_only_these_names("attention", "ffn"),  # the two widest
     "full": _policies.save_only_these_names("attention"),
@@ -131,7 +132,7 @@ class Block(nn.Module):
             # One axis of positions: over two of them XLA's CPU backward pass transposes
             # what is still to be computed, element by element.
             flat = x.reshape(-1, x.shape[-1])
-            y = jnp.einsum("MD,FD->MF", flat, weight).reshape(*x.shape[:-1], out)
+            y = linear(flat, weight).reshape(*x.shape[:-1], out)
         a = self.get_variable("params", name + A)  # not there: the base, or merged
         if a is not None:
             y += self.lora.delta(x, a, self.get_variable("params", name + B))

@@ -2,7 +2,8 @@
 
 In: arrays of a turn of the sampler, or of packed rows. Out: what `model.few_rows`,
 `cache.seeing` and the loops of `block_attention.py` give, which do the same on
-accelerators, and where there is no C++ compiler.
+accelerators, and where there is no C++ compiler; and large products where a CPU has
+bfloat16 tiles (AMX), for `products.py`.
 
 XLA computes a batch of small products on one core, in many small operations, and packs
 weights before it multiplies, which for few rows costs more than to multiply. The files
@@ -31,30 +32,47 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
-from jaxtyping import Array, Bool, Float
 
 from grpo_jax import sharding
-from grpo_jax.cache import Cache, Pair
 from grpo_jax.errors import GrpoError
 from grpo_jax.files import cache_folder
 from grpo_jax.packing import PROMPT
 
 if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
     from grpo_jax.attention import Rows
     from grpo_jax.block_attention import Pairs
+    from grpo_jax.cache import Cache, Pair
 
 log = logging.getLogger(__name__)
-_SYMBOLS = ("GrpoFewRows", "GrpoDecodeAttention")
+_SYMBOLS = ("GrpoProduct", "GrpoFewRows", "GrpoDecodeAttention")
 _SYMBOLS += ("GrpoBlocksForward", "GrpoBlocksBackward")
 _FLAGS = "-std=c++17 -O3 -march=native -fPIC -shared -w -fno-math-errno".split()
 _FLAGS += "-fno-trapping-math -fno-signed-zeros -fassociative-math".split()
 _ROWS = 16  # a multiple of these at a time
+TILED = 128  # of an axis: smaller matrices are not worth taking apart
 
 
 def fit(*arrays: Any) -> bool:
     """Whether they can be used on these: one CPU, all in float32, and a compiler."""
     floats = all(x.dtype == jnp.float32 for x in jax.tree.leaves(arrays))
     return floats and sharding.alone() and sharding.platform() == "cpu" and ready()
+
+
+def product(
+    a: Float[Array, "M K"] | Float[Array, "K M"],
+    b: Float[Array, "N K"] | Float[Array, "K N"],
+    a_along: bool,
+    b_along: bool,
+) -> Float[Array, "M N"]:
+    """Σ_k a b by bfloat16 tiles; k is a factor's last axis ("along"), or its first."""
+    (m, k), n = a.shape[:: 1 if a_along else -1], b.shape[0 if b_along else 1]
+    out = jax.ShapeDtypeStruct((m, n), jnp.float32)
+    tiles = 2 * -(-n // 32) * -(-k // 32)  # of b; 16 · 32 numbers in 3 parts each
+    memory = jax.ShapeDtypeStruct((tiles * 3072 + 64,), jnp.uint8)
+    call = jax.ffi.ffi_call("GrpoProduct", (out, memory), vmap_method="sequential")
+    return call(a, b, a_along=a_along, b_along=b_along)[0]
 
 
 def few_rows(
@@ -150,20 +168,31 @@ def blocks_backward(
     return _blocks("GrpoBlocksBackward", results, rows, pairs, *arrays)
 
 
-@functools.cache
 def ready() -> bool:
     """The library is there and XLA knows it; says once why it is not."""
+    return _library() is not None
+
+
+@functools.cache
+def tiles() -> bool:
+    """Whether this CPU has bfloat16 tiles, and this process may use them."""
+    library = _library()
+    return library is not None and library.GrpoTiles() == 1
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
     try:
         library = ctypes.cdll.LoadLibrary(str(_built()))
     except (OSError, GrpoError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         why = next((line for line in lines if "error" in line), lines[0])
         log.warning("cpu_kernels: not compiled (%s); XLA's own code is slower", why)
-        return False
+        return None
     for symbol in _SYMBOLS:
         handler = jax.ffi.pycapsule(getattr(library, symbol))
         jax.ffi.register_ffi_target(symbol, handler, platform="cpu")
-    return True
+    return library
 
 
 def _built() -> Path:

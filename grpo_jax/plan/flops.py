@@ -67,6 +67,9 @@ def foreign(equation: Any, trips: Mapping[str, float] | None) -> float:
     """Of the kernels of `cpu_kernels`, as if every slot saw all columns."""
     shapes = [x.aval.shape for x in equation.invars]
     target = equation.params["target_name"]
+    if target == "GrpoProduct":
+        depth = shapes[0][dict(equation.params["attributes"])["a_along"]]
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
     if target == "GrpoFewRows":
         (out, width), (_, rows) = shapes
         return 2.0 * out * width * rows

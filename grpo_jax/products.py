@@ -1,0 +1,77 @@
+"""Products of matrices by the fastest way there is.
+
+In: two factors, each with the axis that is summed over as its last ("along") or its
+first. Out: their product. It is XLA's, but for large ones in float32 on a CPU with
+bfloat16 tiles (AMX): these are `cpu_kernels`', of six products of bfloat16 parts, as
+accurate as XLA's and about twice as fast.
+
+Pure, jax alone. Axes: M rows, D and F width, N columns, K what is summed over.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from grpo_jax import cpu_kernels
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+KEPT = "product"  # by this name `jax.checkpoint` may keep a product of the kernel
+
+
+def linear(x: Float[Array, "M D"], weight: Float[Array, "F D"]) -> Float[Array, "M F"]:
+    """x weightᵀ.
+
+    >>> linear(jnp.ones((2, 3)), jnp.ones((5, 3))).shape
+    (2, 5)
+    """
+    if _by_tiles(x, weight, len(x), len(weight), x.shape[1]):
+        return _linear(x, weight)
+    return jnp.einsum("MD,FD->MF", x, weight)
+
+
+def product(
+    a: Array, b: Array, *, a_along: bool = True, b_along: bool = True
+) -> Float[Array, "M N"]:
+    """Σ_k a b, in float32; not to be differentiated.
+
+    Args:
+      a: [M, K] if `a_along`, else [K, M].
+      b: [N, K] if `b_along`, else [K, N].
+
+    >>> product(jnp.ones((4, 2)), jnp.ones((4, 3)), a_along=False, b_along=False)[0, 0]
+    Array(4., dtype=float32)
+    """
+    (m, k), n = a.shape[:: 1 if a_along else -1], b.shape[0 if b_along else 1]
+    if _by_tiles(a, b, m, n, k):
+        return cpu_kernels.product(a, b, a_along, b_along)
+    axes = f"{'MK' if a_along else 'KM'},{'NK' if b_along else 'KN'}->MN"
+    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
+
+
+def _by_tiles(a: Array, b: Array, *sizes: int) -> bool:
+    least = cpu_kernels.TILED
+    return min(sizes) >= least and cpu_kernels.fit(a, b) and cpu_kernels.tiles()
+
+
+@jax.custom_vjp
+def _linear(x, weight):
+    return product(x, weight)
+
+
+def _forward(x, weight):
+    return checkpoint_name(product(x, weight), KEPT), (x, weight)
+
+
+def _backward(saved, d_y):
+    x, weight = saved
+    d_x = product(d_y, weight, b_along=False)
+    return d_x, product(d_y, x, a_along=False, b_along=False)
+
+
+_linear.defvjp(_forward, _backward)

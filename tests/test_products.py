@@ -1,0 +1,238 @@
+"""Products by bfloat16 tiles: against float64, and in models against XLA's.
+
+A CPU without tiles runs this file with `plain_tiles.h` in their place.
+"""
+
+import collections
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax import cpu_kernels, products, sharding
+from grpo_jax.logprobs import token_logprobs
+from grpo_jax.model import Decoder, ModelConfig
+from grpo_jax.plan.flops import flops
+
+HERE = pathlib.Path(__file__).parent
+PLAIN = "GRPO_JAX_PLAIN_TILES"  # set where they are
+
+
+@pytest.fixture
+def tiles():
+    if not cpu_kernels.tiles():
+        pytest.skip("this CPU has no bfloat16 tiles")
+    with jax.set_mesh(sharding.make_mesh(data=1, devices=jax.devices()[:1])):
+        yield
+
+
+@contextlib.contextmanager
+def xlas_own():
+    """As if there were no tiles; what was traced with them is traced anew."""
+    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_kernels, "tiles", lambda: False)
+        yield
+    jax.clear_caches()
+
+
+def test_with_plain_tiles(tmp_path):
+    """The same tests, where a CPU can split numbers but not multiply tiles."""
+    cpus = pathlib.Path("/proc/cpuinfo")
+    if cpu_kernels.tiles() or PLAIN in os.environ:
+        pytest.skip("the tests beside this one run with tiles")
+    if not cpu_kernels.ready() or " avx512bw " not in cpus.read_text():
+        pytest.skip("no C++ compiler, or no AVX-512")
+    compiler = f"{os.environ.get('CXX', 'c++')} -include {HERE / 'plain_tiles.h'}"
+    given = {"CXX": compiler, "GRPO_JAX_CACHE": str(tmp_path), PLAIN: "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, **given},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "1 skipped" in done.stdout  # this one
+
+
+def factors(m, n, k, a_along, b_along, draw):
+    a, b = draw((m, k)), draw((n, k))
+    given = a if a_along else a.T.copy(), b if b_along else b.T.copy()
+    return a.astype(np.float64), b.astype(np.float64), given
+
+
+def computed(given, a_along, b_along):
+    return jax.jit(products.product, static_argnames=("a_along", "b_along"))(
+        *given, a_along=a_along, b_along=b_along
+    )
+
+
+LAYOUTS = pytest.mark.parametrize(
+    "a_along, b_along", [(True, True), (True, False), (False, True), (False, False)]
+)
+# of one square, with edges everywhere, of several blocks of k, of several strips
+SIZES = [(128, 128, 128), (161, 130, 145), (137, 150, 2077), (700, 190, 600)]
+
+
+@LAYOUTS
+@pytest.mark.parametrize("m, n, k", SIZES)
+def test_whole_numbers_come_out_exactly(tiles, m, n, k, a_along, b_along):
+    """Their products and sums fit into 24 bits; those of 10 bits need two parts."""
+    rng = np.random.default_rng(m)
+
+    def draw(shape):  # so few of them that no sum is larger than 2²⁴
+        some = rng.random(shape) < 16 / k
+        return np.where(some, rng.integers(-1023, 1024, shape), 0).astype(np.float32)
+
+    a, b, given = factors(m, n, k, a_along, b_along, draw)
+    assert np.abs(a).max() > 512 and (np.abs(a) @ np.abs(b.T)).max() < 2**24
+    np.testing.assert_array_equal(computed(given, a_along, b_along), a @ b.T)
+
+
+@LAYOUTS
+def test_a_product_with_the_identity_gives_the_factor_back(tiles, a_along, b_along):
+    """To the last bit: a number's three parts are all of it."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(256, 160)) * 10.0 ** rng.integers(-20, 20, (256, 160))
+    x, one = x.astype(np.float32), np.eye(160, dtype=np.float32)
+    a, b = x if a_along else x.T, one
+    np.testing.assert_array_equal(computed((a, b), a_along, b_along), x)
+    x, one = x[:160], np.eye(160, dtype=np.float32)
+    b = x.T if b_along else x
+    np.testing.assert_array_equal(computed((one, b), a_along, b_along), x)
+
+
+@pytest.mark.parametrize("m, n, k", [(256, 192, 576), (192, 256, 1536)])
+@pytest.mark.parametrize("spread", [0, 3])  # of magnitudes, in powers of e
+def test_a_product_is_as_accurate_as_xlas(tiles, m, n, k, spread):
+    rng = np.random.default_rng(k)
+
+    def draw(shape):
+        size = np.exp(spread * rng.normal(size=shape))
+        return (rng.normal(size=shape) * size).astype(np.float32)
+
+    a, b, given = factors(m, n, k, True, True, draw)
+    scale = np.abs(a) @ np.abs(b.T)
+
+    def error():
+        return np.abs(computed(given, True, True) - a @ b.T) / scale
+
+    found = error()
+    with xlas_own():
+        xla = error()
+    assert np.sqrt((found**2).mean()) < 1.2 * np.sqrt((xla**2).mean())
+    assert found.max() < 2 * xla.max()
+
+
+def test_it_is_the_same_with_any_rows_beside_and_any_number_of_threads(tiles):
+    """To the last bit: what a row gives depends on nothing else."""
+    rng = np.random.default_rng(2)
+    a, b = (rng.normal(size=s).astype(np.float32) for s in ((900, 1400), (200, 1400)))
+    whole = np.asarray(computed((a, b), True, True))
+    for rows in (slice(0, 128), slice(71, 333), slice(772, 900)):
+        part = computed((a[rows], b), True, True)
+        np.testing.assert_array_equal(part, whole[rows])
+    for columns in (slice(0, 128), slice(33, 180)):
+        part = computed((a, b[columns]), True, True)
+        np.testing.assert_array_equal(part, whole[:, columns])
+
+
+def test_what_is_not_finite_stays_in_its_row(tiles):
+    a, b = np.ones((160, 130), np.float32), np.ones((140, 130), np.float32)
+    a[3, 5], a[7, 129], a[150, 0] = np.nan, np.inf, -np.inf
+    out = np.asarray(computed((a, b), True, True))
+    bad = np.isin(np.arange(160), [3, 7, 150])
+    assert not np.isfinite(out[bad]).any()
+    np.testing.assert_array_equal(out[~bad], 130)
+
+
+def test_small_matrices_bfloat16_and_several_devices_are_xlas(tiles):
+    def kernels(a, b):
+        return str(jax.make_jaxpr(products.linear)(a, b)).count("GrpoProduct")
+
+    a, b = jnp.ones((128, 128)), jnp.ones((128, 128))
+    assert kernels(a, b) == 1
+    assert kernels(a[:127], b) == kernels(a, b[:127]) == 0
+    assert kernels(a[:, :127], b[:, :127]) == 0
+    assert kernels(*(x.astype(jnp.bfloat16) for x in (a, b))) == 0
+    with jax.set_mesh(sharding.make_mesh(data=2, devices=jax.devices()[:2])):
+        assert kernels(a, b) == 0
+
+
+def test_the_plan_counts_what_they_multiply(tiles):
+    a, b = jnp.ones((128, 130)), jnp.ones((150, 130))
+    assert flops(jax.make_jaxpr(products.linear)(a, b)) == 2 * 128 * 150 * 130
+    for along in (True, False):
+        given = (a, b) if along else (a.T, b.T)
+
+        def call(a, b, along=along):
+            return products.product(a, b, a_along=along, b_along=along)
+
+        assert flops(jax.make_jaxpr(call)(*given)) == 2 * 128 * 150 * 130
+
+
+def test_gradients_are_products(tiles):
+    """∂x = g W and ∂W = gᵀ x, in float64."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    sizes = (192, 150), (160, 150), (192, 160)
+    x, weight, g = map(jax.random.normal, keys, sizes)
+    y, back = jax.vjp(products.linear, x, weight)
+    found = y, *back(g)
+    x, weight, g = (np.asarray(each, np.float64) for each in (x, weight, g))
+    for ours, a, b in zip(found, (x, g, g.T), (weight.T, weight, x), strict=True):
+        assert (np.abs(ours - a @ b) < 2.0**-21 * (np.abs(a) @ np.abs(b))).all()
+
+
+CONFIG = ModelConfig(
+    vocab_size=300, width=128, layers=2, heads=2, kv_heads=1, head_dim=64, ffn=256
+)
+
+
+def log_likelihood(model, params, tokens):
+    def loss(params):
+        hidden = model.hidden(params, tokens)
+        logps, entropy = token_logprobs(
+            hidden[:, :-1], model.unembed(params), tokens[:, 1:]
+        )
+        return logps.mean() + 0.1 * entropy.mean()
+
+    return loss
+
+
+@pytest.mark.parametrize("remat", ["none", "matmuls", "full"])
+def test_a_model_and_its_gradient_are_xlas(tiles, remat):
+    """And what `remat` keeps is not multiplied again."""
+    model = Decoder(CONFIG, remat=remat)
+    params = model.init(jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 129), 0, 300)
+
+    def both():
+        return jax.value_and_grad(log_likelihood(model, params, tokens))
+
+    names = collections.Counter(kernels_of(jax.make_jaxpr(both())(params).jaxpr))
+    wide = 5  # of a layer's 7; k_proj and v_proj are too narrow
+    again = 4 if remat == "full" else 0  # no gradient needs the last one's result
+    of_logits = 4  # forward, again in the backward pass, to h and to the table
+    assert names["GrpoProduct"] == wide * 3 + again + of_logits, names
+    found = jax.jit(both())(params)
+    with xlas_own():
+        expected = jax.jit(both())(params)
+    for ours, xlas in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        scale = np.abs(xlas).max()
+        np.testing.assert_allclose(ours / scale, xlas / scale, rtol=0, atol=3e-6)
+
+
+def kernels_of(jaxpr):
+    """Names of the kernels that a program calls, once for each place."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "ffi_call":
+            yield equation.params["target_name"]
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from kernels_of(inner)
