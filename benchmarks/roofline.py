@@ -4,7 +4,7 @@
 
 In: numbers of slots and tokens; the model's sizes are SmolLM2-135M's. Out: JSON lines,
 all float32, measured here:
-  product   FLOP/s of a large matrix product
+  product   FLOP/s of a large matrix product, by XLA or, on AMX, `products.py`
   reading   bytes/s of all cores
   turn      by slots: the matrices' products, as the sampler computes them; the reading
             of what the rows have written and of their prompts; and the completion
@@ -86,13 +86,14 @@ def main() -> None:
     import jax
 
     from grpo_jax.model import Decoder, ModelConfig
+    from grpo_jax.products import product
 
     config = ModelConfig(**SMOLLM2)
     params = jax.jit(Decoder(config).init)(jax.random.key(0))
     weights = sum(x.size for x in jax.tree.leaves(params))
     embedding, stacked = params["embed"], params["layers"]
     layers = [{k: x[i] for k, x in stacked.items()} for i in range(config.layers)]
-    full = peak(2048)
+    full = peak(2048, product)
     show(case="product", gflops=full / 1e9, parameters=weights)
 
     arrays = list(jax.random.normal(jax.random.key(1), (30, 1 << 20)))

@@ -4,7 +4,8 @@
 
 In: a Hugging Face folder; without one, random weights of SmolLM2-135M's sizes. Out:
 JSON lines:
-  peak        FLOP/s of one float32 matrix product, N × N by N × N;
+  peak        FLOP/s of one float32 matrix product, N × N by N × N, XLA's (on AMX
+              `products.py` is faster);
   update      a GRPO update without KL on outputs of log-normal lengths: useful tokens
               and FLOP/s (6 × parameters a token, recomputation not counted), its share
               of the peak, and the padding's share of the rows;
@@ -20,6 +21,7 @@ import dataclasses
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +151,12 @@ def make_batch(flags: argparse.Namespace, group: int, most: int):
     return batch.with_capacity(flags.questions * most // flags.rows + 1), tokens
 
 
-def peak(size: int) -> float:
-    """FLOP/s of a float32 matrix product, the best of three."""
+def peak(size: int, product: Callable | None = None) -> float:
+    """FLOP/s of a float32 matrix product, XLA's or another, the best of three."""
     import jax
     import jax.numpy as jnp
 
-    product = jax.jit(jnp.matmul)
+    product = jax.jit(product or jnp.matmul)
     x = jax.random.normal(jax.random.key(0), (size, size))
     times = []
     jax.block_until_ready(product(x, x))
