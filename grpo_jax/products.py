@@ -5,7 +5,7 @@ first. Out: their product. It is XLA's, but for large ones in float32 on a CPU w
 bfloat16 tiles (AMX): these are `cpu_kernels`', of six products of bfloat16 parts, as
 accurate as XLA's and about twice as fast.
 
-Pure, jax alone. Axes: M rows, D and F width, N columns, K what is summed over.
+Pure; imports jax alone. Axes: M rows, D and F width, N columns, K what is summed over.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
 from grpo_jax import cpu_kernels
 
@@ -25,7 +26,7 @@ KEPT = "product"  # by this name `jax.checkpoint` may keep a product of the kern
 
 
 def linear(x: Float[Array, "M D"], weight: Float[Array, "F D"]) -> Float[Array, "M F"]:
-    """x weightᵀ.
+    """x weightᵀ. On tiles its gradient is there once and in reverse, as attention's.
 
     >>> linear(jnp.ones((2, 3)), jnp.ones((5, 3))).shape
     (2, 5)
@@ -38,7 +39,7 @@ def linear(x: Float[Array, "M D"], weight: Float[Array, "F D"]) -> Float[Array, 
 def product(
     a: Array, b: Array, *, a_along: bool = True, b_along: bool = True
 ) -> Float[Array, "M N"]:
-    """Σ_k a b, in float32; not to be differentiated.
+    """Σ_k a b, in float32, for use where gradients are made by hand.
 
     Args:
       a: [M, K] if `a_along`, else [K, M].
@@ -55,8 +56,10 @@ def product(
 
 
 def _by_tiles(a: Array, b: Array, *sizes: int) -> bool:
-    least = cpu_kernels.TILED
-    return min(sizes) >= least and cpu_kernels.fit(a, b) and cpu_kernels.tiles()
+    if min(sizes) < cpu_kernels.TILED or not cpu_kernels.fit(a, b):
+        return False
+    # In a shard_map results must say along which axes they vary; a kernel's do not.
+    return not jax.sharding.get_abstract_mesh().manual_axes and cpu_kernels.tiles()
 
 
 @jax.custom_vjp
@@ -65,13 +68,17 @@ def _linear(x, weight):
 
 
 def _forward(x, weight):
-    return checkpoint_name(product(x, weight), KEPT), (x, weight)
+    kept = x.value if weight.perturbed else None, weight.value if x.perturbed else None
+    return checkpoint_name(product(x.value, weight.value), KEPT), kept
 
 
-def _backward(saved, d_y):
-    x, weight = saved
-    d_x = product(d_y, weight, b_along=False)
-    return d_x, product(d_y, x, a_along=False, b_along=False)
+def _backward(kept, d_y):
+    x, weight = kept
+    if isinstance(d_y, SymbolicZero):
+        return None, None
+    d_x = None if weight is None else product(d_y, weight, b_along=False)
+    d_weight = None if x is None else product(d_y, x, a_along=False, b_along=False)
+    return d_x, d_weight
 
 
-_linear.defvjp(_forward, _backward)
+_linear.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -1,5 +1,5 @@
 // AMX's tiles in plain C++, for tests on CPUs with AVX-512 that have none:
-// CXX="g++ -include …/plain_tiles.h". The kernel is not asked for them.
+// CXX="g++ -include …/plain_tiles.h". The operating system is not asked for them.
 
 #include <immintrin.h>
 #include <unistd.h>
@@ -15,21 +15,36 @@ namespace plain {
 inline thread_local uint8_t tiles[8][16][64];
 inline thread_local bool configured = false;
 
-inline void Configure(const void*) { configured = true; }
+inline void Configure(const void* given) {
+  uint8_t bytes[64];
+  std::memcpy(bytes, given, 64);
+  if (bytes[0] != 1 || bytes[1]) __builtin_trap();  // palette, first row
+  for (int i = 0; i < 8; ++i)
+    if (bytes[16 + 2 * i] != 64 || bytes[17 + 2 * i] || bytes[48 + i] != 16)
+      __builtin_trap();
+  configured = true;
+}
 
-inline void Release() { configured = false; }
+inline void Release() {
+  std::memset(tiles, 0xff, sizeof tiles);
+  configured = false;
+}
 
-inline void Zero(int tile) { std::memset(tiles[tile], 0, sizeof tiles[tile]); }
+inline uint8_t* Row(int tile, int row) {
+  if (!configured) __builtin_trap();
+  return tiles[tile][row];
+}
+
+inline void Zero(int tile) { std::memset(Row(tile, 0), 0, sizeof tiles[tile]); }
 
 inline void Load(int tile, const void* at, int64_t stride) {
-  if (!configured) __builtin_trap();
   for (int i = 0; i < 16; ++i)
-    std::memcpy(tiles[tile][i], static_cast<const char*>(at) + i * stride, 64);
+    std::memcpy(Row(tile, i), static_cast<const char*>(at) + i * stride, 64);
 }
 
 inline void Store(int tile, void* at, int64_t stride) {
   for (int i = 0; i < 16; ++i)
-    std::memcpy(static_cast<char*>(at) + i * stride, tiles[tile][i], 64);
+    std::memcpy(static_cast<char*>(at) + i * stride, Row(tile, i), 64);
 }
 
 // The lower or upper halves of 16 pairs of bfloat16s.
@@ -47,13 +62,13 @@ __attribute__((noinline, optimize("no-associative-math"))) inline void Multiply(
     __m512 sums[2] = {};
     for (int p = 0; p < 16; ++p) {
       uint32_t pair;
-      std::memcpy(&pair, tiles[a][i] + 4 * p, 4);
-      __m512i left = _mm512_set1_epi32(pair), right = _mm512_loadu_si512(tiles[b][p]);
+      std::memcpy(&pair, Row(a, i) + 4 * p, 4);
+      __m512i left = _mm512_set1_epi32(pair), right = _mm512_loadu_si512(Row(b, p));
       for (int upper = 0; upper < 2; ++upper)
         sums[upper] = _mm512_fmadd_ps(Half(left, upper), Half(right, upper),
                                       sums[upper]);
     }
-    _mm512_storeu_ps(tiles[c][i], _mm512_loadu_ps(tiles[c][i]) + (sums[0] + sums[1]));
+    _mm512_storeu_ps(Row(c, i), _mm512_loadu_ps(Row(c, i)) + (sums[0] + sums[1]));
   }
 }
 

@@ -15,6 +15,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from grpo_jax import cpu_kernels, products, sharding
 from grpo_jax.logprobs import token_logprobs
@@ -28,6 +29,7 @@ PLAIN = "GRPO_JAX_PLAIN_TILES"  # set where they are
 @pytest.fixture
 def tiles():
     if not cpu_kernels.tiles():
+        assert PLAIN not in os.environ, "plain_tiles.h was not compiled"
         pytest.skip("this CPU has no bfloat16 tiles")
     with jax.set_mesh(sharding.make_mesh(data=1, devices=jax.devices()[:1])):
         yield
@@ -59,7 +61,7 @@ def test_with_plain_tiles(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "1 skipped" in done.stdout  # this one
+    assert " passed, 1 skipped" in done.stdout  # this one
 
 
 def factors(m, n, k, a_along, b_along, draw):
@@ -131,7 +133,7 @@ def test_a_product_is_as_accurate_as_xlas(tiles, m, n, k, spread):
     assert found.max() < 2 * xla.max()
 
 
-def test_it_is_the_same_with_any_rows_beside_and_any_number_of_threads(tiles):
+def test_it_is_the_same_with_any_rows_and_columns_beside(tiles):
     """To the last bit: what a row gives depends on nothing else."""
     rng = np.random.default_rng(2)
     a, b = (rng.normal(size=s).astype(np.float32) for s in ((900, 1400), (200, 1400)))
@@ -142,6 +144,31 @@ def test_it_is_the_same_with_any_rows_beside_and_any_number_of_threads(tiles):
     for columns in (slice(0, 128), slice(33, 180)):
         part = computed((a, b[columns]), True, True)
         np.testing.assert_array_equal(part, whole[:, columns])
+
+
+DIGEST = """
+import hashlib, jax, numpy as np
+from grpo_jax.products import product
+rng = np.random.default_rng(3)
+a, b = (rng.normal(size=s).astype(np.float32) for s in ((140, 1400), (900, 1400)))
+for x, y in ((a, b), (b, a)):
+    found = np.asarray(jax.jit(product)(x, y))
+    assert abs(found - x @ y.T).max() < 1e-3
+    print(hashlib.sha256(found.tobytes()).hexdigest())
+"""
+
+
+def test_it_is_the_same_with_any_number_of_threads(tiles):
+    def digests(cores):
+        return subprocess.run(
+            [sys.executable, "-c", DIGEST],
+            env={**os.environ, "XLA_FLAGS": "", "NPROC": str(cores)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    assert digests(1) == digests(2) == digests(7)
 
 
 def test_what_is_not_finite_stays_in_its_row(tiles):
@@ -190,6 +217,33 @@ def test_gradients_are_products(tiles):
         assert (np.abs(ours - a @ b) < 2.0**-21 * (np.abs(a) @ np.abs(b))).all()
 
 
+def test_what_is_frozen_costs_no_product(tiles):
+    x, weight = jnp.ones((128, 128)), jnp.ones((160, 128))
+
+    def counted(moving):
+        def loss(part):
+            return products.linear(*{**both, **part}.values()).sum()
+
+        both = {"x": x, "weight": weight}
+        grad = jax.make_jaxpr(jax.grad(loss))({k: both[k] for k in moving})
+        return flops(grad) / (2 * 128 * 128 * 160)
+
+    assert counted(["x", "weight"]) == 3
+    assert counted(["x"]) == counted(["weight"]) == 2
+
+
+def test_inside_a_shard_map_it_is_xlas(tiles):
+    """Whose types say along which axes a value varies; those of kernels do not."""
+    mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
+    x, weight = jnp.ones((128, 128)), jnp.ones((160, 128))
+
+    @jax.shard_map(mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
+    def slope(x, weight):
+        return jax.grad(lambda x: products.linear(x, weight).sum())(x)
+
+    np.testing.assert_array_equal(slope(x, weight), 160)
+
+
 CONFIG = ModelConfig(
     vocab_size=300, width=128, layers=2, heads=2, kv_heads=1, head_dim=64, ffn=256
 )
@@ -206,7 +260,7 @@ def log_likelihood(model, params, tokens):
     return loss
 
 
-@pytest.mark.parametrize("remat", ["none", "matmuls", "full"])
+@pytest.mark.parametrize("remat", ["none", "matmuls", "ffn", "full"])
 def test_a_model_and_its_gradient_are_xlas(tiles, remat):
     """And what `remat` keeps is not multiplied again."""
     model = Decoder(CONFIG, remat=remat)
@@ -218,7 +272,8 @@ def test_a_model_and_its_gradient_are_xlas(tiles, remat):
 
     names = collections.Counter(kernels_of(jax.make_jaxpr(both())(params).jaxpr))
     wide = 5  # of a layer's 7; k_proj and v_proj are too narrow
-    again = 4 if remat == "full" else 0  # no gradient needs the last one's result
+    # Again: all but the last, whose result no gradient needs; q_proj's and o_proj's.
+    again = {"full": 4, "ffn": 2}.get(remat, 0)
     of_logits = 4  # forward, again in the backward pass, to h and to the table
     assert names["GrpoProduct"] == wide * 3 + again + of_logits, names
     found = jax.jit(both())(params)

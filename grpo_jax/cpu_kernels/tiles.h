@@ -33,6 +33,10 @@ constexpr int kLanes = 8, kWide = 2, kRows = 4;
 #endif
 typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
+inline int64_t Threads(ffi::ThreadPool pool) {  // 0 where XLA cannot tell
+  return std::max<int64_t>(1, pool.num_threads());
+}
+
 // Runs item 0, 1, … on this thread and on those of the pool that are free. A helper
 // that comes late finds nothing left: only those at work are waited for.
 void Share(ffi::ThreadPool pool, int64_t items, std::function<void(int64_t)> run) {
@@ -48,7 +52,7 @@ void Share(ffi::ThreadPool pool, int64_t items, std::function<void(int64_t)> run
       state->done.fetch_add(1, std::memory_order_release);
     }
   };
-  int64_t helpers = std::min<int64_t>(pool.num_threads(), items) - 1;
+  int64_t helpers = std::min(Threads(pool), items) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work(); });
   work();
   while (state->done.load(std::memory_order_acquire) < items)

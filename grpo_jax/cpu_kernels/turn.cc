@@ -43,7 +43,7 @@ ffi::Error FewRows(ffi::ThreadPool pool, Floats a, Floats b,
   float* out = c->typed_data();
   if (n % 16) return ffi::Error::InvalidArgument("columns are no multiple of 16");
   constexpr int64_t kStep = 2 * kRows;
-  int64_t least = rows / (4 * pool.num_threads());  // four items a thread, or more
+  int64_t least = rows / (4 * Threads(pool));  // four items a thread, or more
   int64_t each = std::max<int64_t>(least / kStep, 1) * kStep;
   Share(pool, (rows + each - 1) / each, [=](int64_t item) {
     int64_t last = std::min(rows, (item + 1) * each);
