@@ -16,6 +16,9 @@
 
 #include "tiles.h"
 
+#if defined(__AMXBF16__) && !defined(__AMX_BF16__)  // as clang had it before 16
+#define __AMX_BF16__ 1
+#endif
 #if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
 #include <immintrin.h>
 #include <sys/syscall.h>
