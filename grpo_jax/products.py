@@ -3,7 +3,7 @@
 In: two factors, each with the axis that is summed over as its last ("along") or its
 first. Out: their product. It is XLA's, but for large ones in float32 on a CPU with
 bfloat16 tiles (AMX): these are `cpu_kernels`', of six products of bfloat16 parts, as
-accurate as XLA's and about twice as fast.
+accurate as XLA's for numbers between 1e-33 and 3.39e38, and about twice as fast.
 
 Pure; imports jax alone. Axes: M rows, D and F width, N columns, K what is summed over.
 """

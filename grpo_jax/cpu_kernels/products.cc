@@ -16,7 +16,7 @@
 
 #include "tiles.h"
 
-#if defined(__AMXBF16__) && !defined(__AMX_BF16__)  // as clang had it before 16
+#if defined(__AMXBF16__) && !defined(__AMX_BF16__)  // its name in older clangs
 #define __AMX_BF16__ 1
 #endif
 #if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
