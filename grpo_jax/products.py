@@ -22,6 +22,7 @@ from grpo_jax import cpu_kernels
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+_LEAST = 128  # of an axis: smaller matrices are not worth taking apart
 KEPT = "product"  # by this name `jax.checkpoint` may keep a product of the kernel
 
 
@@ -56,10 +57,10 @@ def product(
 
 
 def _by_tiles(a: Array, b: Array, *sizes: int) -> bool:
-    if min(sizes) < cpu_kernels.TILED or not cpu_kernels.fit(a, b):
+    if min(sizes) < _LEAST or not cpu_kernels.tiles():
         return False
     # In a shard_map results must say along which axes they vary; a kernel's do not.
-    return not jax.sharding.get_abstract_mesh().manual_axes and cpu_kernels.tiles()
+    return not jax.sharding.get_abstract_mesh().manual_axes and cpu_kernels.fit(a, b)
 
 
 @jax.custom_vjp

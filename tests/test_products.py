@@ -24,6 +24,8 @@ from grpo_jax.plan.flops import flops
 
 HERE = pathlib.Path(__file__).parent
 PLAIN = "GRPO_JAX_PLAIN_TILES"  # set where they are
+if PLAIN in os.environ:
+    cpu_kernels._cpu = lambda: "amx_bf16"
 
 
 @pytest.fixture
@@ -62,7 +64,29 @@ def test_with_plain_tiles(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed, 1 skipped" in done.stdout  # this one
+    assert " passed, 2 skipped" in done.stdout  # this one, and the next
+
+
+def test_without_tiles_nothing_is_compiled_for_a_loss(tmp_path):
+    if "amx_bf16" in cpu_kernels._cpu():
+        pytest.skip("this CPU has bfloat16 tiles")
+    done = subprocess.run(
+        [sys.executable, "-c", LOSS],
+        env={**os.environ, "XLA_FLAGS": "", "GRPO_JAX_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("(128,)\n", "")
+    assert not list(tmp_path.iterdir())
+
+
+LOSS = """
+import jax.numpy as jnp
+from grpo_jax.logprobs import token_logprobs
+hidden, unembed = jnp.ones((128, 128)), jnp.ones((128, 512))
+print(token_logprobs(hidden, unembed, jnp.zeros(128, int))[0].shape)
+"""
 
 
 def factors(m, n, k, a_along, b_along, draw):
@@ -148,8 +172,12 @@ def test_it_is_the_same_with_any_rows_and_columns_beside(tiles):
 
 
 DIGEST = """
-import hashlib, jax, numpy as np
+import hashlib, os, jax, numpy as np
+from grpo_jax import cpu_kernels
 from grpo_jax.products import product
+if "GRPO_JAX_PLAIN_TILES" in os.environ:
+    cpu_kernels._cpu = lambda: "amx_bf16"
+assert cpu_kernels.tiles()
 rng = np.random.default_rng(3)
 a, b = (rng.normal(size=s).astype(np.float32) for s in ((140, 1400), (900, 1400)))
 for x, y in ((a, b), (b, a)):

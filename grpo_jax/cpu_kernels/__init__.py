@@ -1,4 +1,4 @@
-"""What XLA's CPU code is slow at, in C++: attention, and products with few rows.
+"""What XLA's CPU code is slow at, in C++: attention, products with few rows, AMX.
 
 In: arrays of a turn of the sampler, or of packed rows. Out: what `model.few_rows`,
 `cache.seeing` and the loops of `block_attention.py` give, which do the same on
@@ -51,7 +51,6 @@ _SYMBOLS += ("GrpoBlocksForward", "GrpoBlocksBackward")
 _FLAGS = "-std=c++17 -O3 -march=native -fPIC -shared -w -fno-math-errno".split()
 _FLAGS += "-fno-trapping-math -fno-signed-zeros -fassociative-math".split()
 _ROWS = 16  # a multiple of these at a time
-TILED = 128  # of an axis: smaller matrices are not worth taking apart
 
 
 def fit(*arrays: Any) -> bool:
@@ -176,6 +175,8 @@ def ready() -> bool:
 @functools.cache
 def tiles() -> bool:
     """Whether this CPU has bfloat16 tiles, and this process may use them."""
+    if "amx_bf16" not in _cpu():  # so that nothing is compiled for their sake
+        return False
     library = _library()
     return library is not None and library.GrpoTiles() == 1
 

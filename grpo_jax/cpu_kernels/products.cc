@@ -30,7 +30,7 @@ constexpr int64_t kSide = 16;             // rows or columns of a tile
 constexpr int64_t kDepth = 32;            // what a tile has of k
 constexpr int64_t kPart = kSide * kDepth; // bfloat16s of a tile
 constexpr int64_t kTile = 3 * kPart;      // the parts of one tile stand together
-constexpr int64_t kSquare = 4 * kSide * kSide;  // sums that registers hold
+constexpr int64_t kPair = 2 * kSide;      // side of the square that registers hold
 constexpr int64_t kBlock = 32;            // tiles of k that are multiplied at a time
 constexpr int64_t kStrip = 288;           // tiles of A that a thread packs at a time
 
@@ -217,7 +217,7 @@ ffi::Error Product(ffi::ThreadPool pool, Floats left, Floats right,
   Factor a{left.typed_data(), m, depth, a_along};
   Factor b{right.typed_data(), n, depth, b_along};
   int64_t deep = Up(depth, kDepth), panel = deep * kTile;
-  int64_t pairs = Up(n, 2 * kSide);  // of B's panels
+  int64_t pairs = Up(n, kPair);  // of B's panels
   size_t place = reinterpret_cast<size_t>(memory->untyped_data());
   uint16_t* packed = Aligned<uint16_t>(memory->untyped_data());
   if (place + memory->size_bytes() < reinterpret_cast<size_t>(packed) +
@@ -227,15 +227,15 @@ ffi::Error Product(ffi::ThreadPool pool, Floats left, Floats right,
   float* c = result->typed_data();
   // Even strips of A, as many for each thread; where A has too few rows for that,
   // groups of B's columns too.
-  int64_t block = std::min(kBlock, deep), threads = Threads(pool), pair = 2 * kSide;
-  int64_t strips = Up(Up(m, kStrip / block / 2 * pair), threads) * threads;
-  int64_t rows = Up(Up(m, strips), pair) * pair;
+  int64_t block = std::min(kBlock, deep), threads = Threads(pool);
+  int64_t strips = Up(Up(m, kStrip / block / 2 * kPair), threads) * threads;
+  int64_t rows = Up(Up(m, strips), kPair) * kPair;
   strips = Up(m, rows);
   int64_t groups = std::min(pairs, Up(threads, strips));
   Share(pool, strips * groups, [=](int64_t item) {
     int64_t first = item / groups * rows, last = std::min(m, first + rows);
     int64_t group = item % groups, end = pairs * (group + 1) / groups;
-    int64_t squares = Up(last - first, 2 * kSide);
+    int64_t squares = Up(last - first, kPair);
     thread_local Room room;
     uint16_t* mine = room.Take<uint16_t>(2 * squares * block * kTile);
     Tiles tiles;
@@ -250,19 +250,19 @@ ffi::Error Product(ffi::ThreadPool pool, Floats left, Floats right,
         for (int64_t i = 0; i < squares; ++i) {
           const uint16_t* x = mine + 2 * i * wide;
           const uint16_t* y = packed + 2 * j * panel + t * kTile;
-          float* at = c + (first + i * 2 * kSide) * n + 2 * kSide * j;
-          int64_t some = std::min<int64_t>(2 * kSide, last - first - i * 2 * kSide);
-          int64_t columns = std::min<int64_t>(2 * kSide, n - 2 * kSide * j);
-          if (some == 2 * kSide && columns == 2 * kSide) {
+          float* at = c + (first + i * kPair) * n + j * kPair;
+          int64_t some = std::min(kPair, last - first - i * kPair);
+          int64_t columns = std::min(kPair, n - j * kPair);
+          if (some == kPair && columns == kPair) {
             Square(x, wide, y, panel, count, t > 0, at, n);
             continue;
           }
-          alignas(64) float edge[kSquare];
+          alignas(64) float edge[kPair * kPair];
           for (int64_t r = 0; t && r < some; ++r)
-            std::memcpy(edge + 2 * kSide * r, at + r * n, columns * sizeof(float));
-          Square(x, wide, y, panel, count, t > 0, edge, 2 * kSide);
+            std::memcpy(edge + r * kPair, at + r * n, columns * sizeof(float));
+          Square(x, wide, y, panel, count, t > 0, edge, kPair);
           for (int64_t r = 0; r < some; ++r)
-            std::memcpy(at + r * n, edge + 2 * kSide * r, columns * sizeof(float));
+            std::memcpy(at + r * n, edge + r * kPair, columns * sizeof(float));
         }
     }
   });
