@@ -2,8 +2,8 @@
 //
 // A float32 has 24 bits and a bfloat16 8, so x = x₁ + x₂ + x₃ without a rest. Of the
 // nine products of a's parts and b's six are computed; a₂b₃, a₃b₂ and a₃b₃ are less
-// than a float32 rounds away. Sums are float32's. Six products of tiles are still three
-// times as fast as one of AVX-512. Tiles take what is below 1.2e-38 for 0, so numbers
+// than a float32 rounds away. Sums are float32's. Six products of tiles are still about
+// twice as fast as one of AVX-512. Tiles take what is below 1.2e-38 for 0, so numbers
 // below some 1e-33 lose parts; what is above 3.39e38 or infinite comes out as NaN.
 //
 // GrpoProduct: C [M, N] = Σ_k A [M, k] · B [k, N]. In: A and B in float32, each with k
