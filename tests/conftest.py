@@ -19,8 +19,16 @@ os.environ["XLA_FLAGS"] = " ".join([_given, *_added]).strip()
 
 import pathlib  # noqa: E402
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+# HYPOTHESIS_PROFILE=night tries 50 times as many examples, other ones each time.
+hypothesis.settings.register_profile(
+    "ci", max_examples=200, deadline=None, derandomize=True
+)
+hypothesis.settings.register_profile("night", max_examples=10_000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling is most of what the tests cost: a second run takes half the time.
