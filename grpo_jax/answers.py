@@ -13,123 +13,17 @@ import re
 from fractions import Fraction
 
 from grpo_jax.grading import notation
+from grpo_jax.grading.brackets import boxed as boxed
 from grpo_jax.grading.expressions import TooLarge, Unreadable, rational
+from grpo_jax.grading.extraction import MAX_CHARS
+from grpo_jax.grading.extraction import extract as extract
+from grpo_jax.grading.extraction import final_part as final_part
+from grpo_jax.grading.extraction import printed as printed
+from grpo_jax.grading.extraction import stated as stated
 from grpo_jax.grading.notation import clean
 from grpo_jax.grading.structure import RELATION, Node, read
 
-MAX_CHARS = 1000  # a longer answer must be the reference letter for letter
 MAX_MEMBERS = 64  # of a list
-
-_HOPE = re.compile(r"final answer is \$(.{1,500}?)\$\.? I hope", re.S)
-_IS = re.compile(
-    r"(?:he|nal) answer is\s*:?|答案\s*(?:是|为|為|：|:)+\s*：?|答え[はは]\s*：?", re.I
-)
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\w+))|\\.|[{}]", re.S)
-_HASHES = re.compile(r"####[ \t]*([^\n]+)")
-_NOTES = re.compile(r"<<[^<>\n]{0,99}>>")  # GSM8K's calculator
-_OUTPUT = re.compile(r"```output[ \t]*\n(.*?)(?:\n?```|\Z)", re.S)
-_NUMBER = re.compile(
-    r"(?:(?<![\d\w)}])[-−])?(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)?(?:\.\d+|(?<=\d))"
-    r"(?:/\d+(?![\d.]))?(?:\s?\\?%)?"
-)
-_WIDE = str.maketrans("０１２３４５６７８９，．－％／", "0123456789,.-%/")
-
-
-def extract(text: str) -> str | None:
-    r"""The final answer that a completion states, or None.
-
-    The order of DeepSeekMath's evaluation: `final answer is $…$. I hope`, the last
-    complete `\boxed{…}`, `he answer is …` (or 答案是 …), GSM8K's `#### …`, the last
-    ```output block, the last number.
-
-    >>> extract(r"First \boxed{1}. So it is \boxed{\frac{1}{2}}."), extract("Hm.")
-    ('\\frac{1}{2}', None)
-    >>> extract("He pays 3 + 4 = 7. The answer is $7.00."), extract("so 1,234 in all")
-    ('7.00', '1,234')
-    """
-    said = stated(text)
-    if said is not None:
-        return said or None
-    if _OUTPUT.search(text):
-        return printed(text)
-    text = re.sub(_NOTES, "", text)
-    numbers = [m.group() for m in _NUMBER.finditer(text.translate(_WIDE)) if m.group()]
-    return _trim(numbers[-1]) if numbers else None
-
-
-def stated(text: str) -> str | None:
-    """The answer that a completion names as its answer; see `extract` for the order.
-
-    None where it names none, "" where it was about to: no number before that is one.
-
-    >>> stated("He answers 3. The answer is 4."), stated("so 3 in all"), stated("#### ")
-    ('4', None, '')
-    """
-    text = re.sub(_NOTES, "", text)
-    if found := _HOPE.findall(text):
-        return _trim(found[-1])
-    if boxes := [box for box in boxed(text) if box.strip()]:
-        return _trim(boxes[-1])
-    if (at := list(_IS.finditer(text))) and (said := _statement(text[at[-1].end() :])):
-        return said
-    if found := _HASHES.findall(text):
-        return _trim(found[-1])
-    return None
-
-
-def printed(text: str) -> str | None:
-    """The last line of the last ```output block; None where the program failed.
-
-    >>> printed("```output\\n1\\n2\\n```"), printed("```output\\nRuntime errors: x")
-    ('2', None)
-    """
-    found = _OUTPUT.findall(text)
-    lines = [line.strip() for line in found[-1].splitlines()] if found else []
-    lines = [line for line in lines if line]
-    if not lines or re.match(r"Runtime errors?:|Traceback|Timeout", lines[0]):
-        return None
-    return lines[-1]
-
-
-def boxed(text: str) -> list[str]:
-    r"""The contents of every complete `\boxed{…}` or `\fbox{…}`, braces balanced.
-
-    >>> boxed(r"\boxed{a_{1}}, \boxed 7, \boxed{2")
-    ['a_{1}', '7']
-    """
-    found: list[str] = []
-    opened: list[int | None] = []  # where a box's content starts; None: other braces
-    for token in _BOX.finditer(text):
-        if token[1]:
-            found.append(token[1])
-        elif token[0] == "}":
-            start = opened.pop() if opened else None
-            if start is not None:
-                found.append(text[start : token.start()])
-        elif token[0][-1] == "{" and token[0] != r"\{":
-            opened.append(token.end() if len(token[0]) > 1 else None)
-    return found
-
-
-def _statement(text: str) -> str | None:
-    """The clause after "the answer is": its formula, or all of it to the full stop."""
-    line = next((part for part in text.splitlines() if part.strip(" :：*$")), "")
-    line = line.strip().lstrip(":：").strip().strip("*").strip()
-    if formula := re.match(r"\$\$?([^$]+)\$", line) or re.match(
-        r"\\[(\[](.+?)\\[)\]]", line
-    ):
-        return _trim(formula.group(1)) or None
-    clause = re.split(r"(?<!\b[ap])(?<!\.[am])[.!](?:\s|$)|。|！", line)[0]
-    return _trim(clause.replace("**", "")) or None
-
-
-def _trim(text: str) -> str:
-    text = text.strip()
-    text = re.sub(r"(?<![apm])[.。,，;；:：]+$", "", text)
-    while len(text) > 1 and text[0] == text[-1] == "$":
-        text = text[1:-1].strip()
-    return re.sub(r"^\$(?=[\d.])", "", text).strip()
-
 
 _PLAIN = re.compile(r"(-?)\\?\$?((?:\d{1,3}(?:,\d{3})+|\d{1,30})(?:\.\d{1,11})?)\.?")
 

@@ -185,6 +185,8 @@ class Rewards:
         names = {name for e in examples for name in e.columns}
         columns = {name: [e.columns.get(name) for e in examples] for name in names}
         columns["answer"] = [e.answer for e in examples]
+        if any(e.language != "en" for e in examples):
+            columns["language"] = [e.language for e in examples]
 
         def model(prompts, completions, **columns):
             return judged

@@ -34,14 +34,23 @@ Reward = Callable[..., Any]
 
 
 def rule_reward(
-    prompts: Sequence, completions: Sequence, *, answer: Sequence[str], **columns
+    prompts: Sequence,
+    completions: Sequence,
+    *,
+    answer: Sequence[str],
+    language: Sequence[str | None] | None = None,
+    **columns,
 ) -> list[float]:
     r"""1.0 where the completion's final answer equals the reference, else 0.0.
+
+    language: in which each one's numbers are written; without it, English.
 
     >>> rule_reward(["1+1?"] * 2, [r"so \boxed{2}", "it is 3."], answer=["2", "2"])
     [1.0, 0.0]
     """
-    found = [answers.extract(_text(completion)) for completion in completions]
+    texts = [_text(completion) for completion in completions]
+    languages = [name or "en" for name in language or [None] * len(texts)]
+    found = [answers.extract(*pair) for pair in zip(texts, languages, strict=True)]
     return [float(same) for same in workers.grade(found, [str(a) for a in answer])]
 
 
@@ -54,6 +63,7 @@ def format_reward(prompts: Sequence, completions: Sequence, **columns) -> list[f
     scores = []
     for completion in completions:
         text = _text(completion)
+        text = answers.final_part(text)
         boxes = answers.boxed(text)
         one = text.count(r"\boxed") == text.count(r"\boxed{") == len(boxes) == 1
         scores.append(float(one and bool(boxes[0].strip())))

@@ -17,6 +17,7 @@ from typing import Any
 
 from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError
+from grpo_jax.grading.brackets import boxed
 
 Row = Any  # what a file holds for one example: a JSON object, or a line's columns
 
@@ -116,16 +117,8 @@ def last_boxed(text: str) -> str:
     >>> last_boxed(r"It is $\boxed 9$.")
     '9'
     """
-    start = text.rfind("\\boxed")
-    rest = text[start + len("\\boxed") :].lstrip() if start >= 0 else ""
-    if not rest.startswith("{"):
-        return rest[:1]  # TeX: without braces, the next token
-    depth = 0
-    for end, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return " ".join(rest[1:end].split())  # on one line
-    return ""
+    boxes = boxed(text[max(0, text.rfind("\\boxed")) :])
+    return " ".join(boxes[0].split()) if boxes else ""  # on one line
 
 
 # Two solutions of the published file end in an empty \\boxed{}; both come to 0.

@@ -16,17 +16,30 @@ from collections.abc import Sequence
 from grpo_jax import answers
 from grpo_jax.data import Example
 from grpo_jax.grading import workers
+from grpo_jax.grading.brackets import split
 from grpo_jax.grading.expressions import Unreadable, rational
 from grpo_jax.grading.notation import clean, quantity
 from grpo_jax.grading.paper import AND
 
+_COMMA = re.compile("[,，、和]")
 _STYLE = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|rm|bf)\b|[{}$*\\]")
 # What may follow a letter that is a whole answer: "B) 12", "B: 12", "B because …".
 _AFTER = r"(?=$|[).:：、，。]|\s+(?:is|as|since|because|which)\b)"
+_REFUSED = (
+    r"(?!\s*(?:(?:is|are|was)\s*)?(?:not\b|n't|wrong|incorrect|false|fail|不|错))"
+)
 _HINT = re.compile(
-    r"(?:故选|应选|选择|选项?|答案\s*[是为為]?|option|choice|answer)\s*[:：]?\s*"
-    r"\(?([A-H]{1,4})\)?(?![A-Za-z])",
+    r"(?:[故应就]选|选择|选项?|答案\s*[是为為]?|\b(?:option|choice|answer|choose|pick"
+    r"|select)(?:\s+(?:is|letter|option))?)\s*[:：]?\s*"
+    rf"\(?([A-H]{{1,4}})\)?(?![A-Za-z]){_REFUSED}",
     re.I,
+)
+_RIGHT = re.compile(
+    r"(?<![A-Za-z])\(?([A-H])\)?(?:(?:\s*(?:,|and|、|和|及)\s*)+\(?([A-H])\)?)?\s*"
+    r"(?:(?:is|are|must be)\s+(?:therefore\s+|thus\s+|indeed\s+|the\s+)?(?:only\s+)?"
+    r"(?:correct|right|best|answer)\b|(?:选?项)?\s*(?:是|为)?\s*(?:正确|对的))"
+    r"|\b(?:hence|therefore|thus|so)[,:]?\s+\(?([A-H])\)?\s*[.。]?\s*$",
+    re.M | re.I,
 )
 
 
@@ -43,10 +56,10 @@ def predict(text: str, example: Example, rule: str = "strict") -> str | None:
         return choice(text, len(options))
     if (count := blanks_of(example)) > 1:
         return blanks(text, count)
-    boxes = answers.boxed(text) if rule == "paper" else []
+    boxes = answers.boxed(answers.final_part(text)) if rule == "paper" else []
     if len(boxes) > 1 and "final answer is $" not in text:
         return AND.join(boxes)  # that rule looks at all of them
-    return answers.extract(text)
+    return answers.extract(text, example.language)
 
 
 def grade(
@@ -147,14 +160,30 @@ def choice(text: str, options: int) -> str | None:
     said = answers.stated(text)
     if said:
         marked = set(re.findall(rf"(?<![A-Za-z])\(([{known}])\)", said))
-        return _letters(said, known) or (marked.pop() if len(marked) == 1 else said)
-    hints = [m[1].upper() for m in _HINT.finditer(text) if set(m[1]) <= set(known)]
+        if letters := _letters(said, known) or _hinted(said, known):
+            return letters
+        return marked.pop() if len(marked) == 1 else said
+    text = answers.final_part(text)
+    if hinted := _hinted(text, known):
+        return hinted
     marks = re.findall(rf"\(([{known}])\)", text)
-    found = hints or marks
-    if not found:
-        last = text.strip().splitlines()[-1:] or [""]
-        return _letters(last[0], known)
-    return "".join(sorted(set(found[-1])))
+    if marks:
+        return marks[-1]
+    last = text.strip().splitlines()[-1:] or [""]
+    return _letters(last[0], known)
+
+
+def _hinted(text: str, known: str) -> str | None:
+    """The letters that are last called right, or else those last called an option."""
+    for pattern in (_RIGHT, _HINT):
+        found = [
+            "".join(group for group in match.groups() if group)
+            for match in pattern.finditer(text)
+        ]
+        found = [letters for letters in found if set(letters) <= set(known)]
+        if found:
+            return "".join(sorted(set(found[-1])))
+    return None
 
 
 def _letters(text: str, known: str) -> str | None:
@@ -163,7 +192,8 @@ def _letters(text: str, known: str) -> str | None:
     if several := re.fullmatch(rf"{letter}(?:(?:[\s,、;和及]|and)*{letter})*", text):
         found = re.findall(f"[{known}]", several.group())
         return "".join(sorted(set(found)))
-    one = re.match(rf"\(([{known}]{{1,4}})\)|([{known}]){_AFTER}", text)
+    letter = rf"(?:\(([{known}]{{1,4}})\)|([{known}]){_AFTER}){_REFUSED}"
+    one = re.match(letter, text)
     return one[1] or one[2] if one else None
 
 
@@ -173,6 +203,7 @@ def blanks(text: str, count: int) -> str | None:
     >>> blanks(r"\boxed{1}, then \boxed{(2, 3)}", 2), blanks(r"\boxed{5, 10}", 2)
     ('1; (2, 3)', '5; 10')
     """
+    text = answers.final_part(text)
     boxes = [box for box in answers.boxed(text) if box.strip()]
     if boxes:
         parts = split_blanks(boxes[-1])
@@ -187,13 +218,7 @@ def split_blanks(text: str) -> list[str]:
     """At semicolons, or else at the commas and 和 that no bracket encloses."""
     parts = [part for part in re.split(r"[;；]", text) if part.strip(" $")]
     if len(parts) < 2:
-        parts, depth = [""], 0
-        for char in text:
-            depth += (char in "([{") - (char in ")]}")
-            if depth <= 0 and char in ",，、和":
-                parts.append("")
-            else:
-                parts[-1] += char
+        parts = split(text, _COMMA)
     return [part.strip().strip("$.。").strip() for part in parts if part.strip(" $.。")]
 
 

@@ -10,6 +10,8 @@ import functools
 import re
 import unicodedata
 
+from grpo_jax.grading.brackets import unwrap
+
 _CJK = r"\u3040-\u30ff\u3400-\u9fff"
 _DIGITS = "零一二三四五六七八九十"
 END = "(?![A-Za-z])"  # of a LaTeX command
@@ -239,21 +241,6 @@ def clean(text: str) -> str:
     for pattern, replacement in then:
         text = re.sub("  +", " ", pattern.sub(replacement, text))
     return unwrap(text)
-
-
-def unwrap(text: str) -> str:
-    """Without the braces that enclose everything."""
-    text = text.strip()
-    while text[:1] == "{" and text[-1:] == "}":
-        depth = 0
-        for at, char in enumerate(text):
-            depth += (char == "{") - (char == "}")
-            if depth == 0 and at < len(text) - 1:
-                return text
-        if depth:
-            return text
-        text = text[1:-1].strip()
-    return text
 
 
 def plain(text: str) -> str:

@@ -17,7 +17,8 @@ from typing import Any
 
 from grpo_jax import answers
 from grpo_jax.answers import Exact, Undecided
-from grpo_jax.grading.notation import clean, quantity, unwrap
+from grpo_jax.grading.brackets import split, unwrap
+from grpo_jax.grading.notation import clean, quantity
 from grpo_jax.grading.structure import read
 
 WITHIN = 1e-3
@@ -56,20 +57,8 @@ def _list(text: str) -> list[str]:
     """The different answers of a text, in their order."""
     parts = [text] if _number(text) is not None else text.split(AND)
     if len(parts) == 1 and _number(text) is None:
-        parts = _split(text)
+        parts = split(text, ",")
     return list(dict.fromkeys(part.strip() for part in parts))
-
-
-def _split(text: str, separator: str = ",") -> list[str]:
-    """At the separators that no bracket encloses."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char in "([{") - (char in ")]}")
-        if char == separator and depth <= 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return parts
 
 
 def _same_members(given: list[str], wanted: list[str], numbers: Exact) -> bool:
@@ -129,7 +118,7 @@ def _same(prediction: str, reference: str, numbers: Exact) -> bool:
     if r"\cup" in p and r"\cup" in r:
         return _same_members(p.split(r"\cup"), r.split(r"\cup"), numbers)
     if re.fullmatch(r"[(\[].+[)\]]", p) and re.fullmatch(r"[(\[].+[)\]]", r):
-        parts = _split(p[1:-1]), _split(r[1:-1])
+        parts = split(p[1:-1], ","), split(r[1:-1], ",")
         if len(parts[0]) == len(parts[1]) > 1:
             return all(_same(a, b, numbers) for a, b in zip(*parts, strict=True))
     a, b = read(p), read(r)

@@ -7,8 +7,9 @@ in one name becomes its interval, ± two answers, ① ② a list.
 import re
 from dataclasses import dataclass
 
+from grpo_jax.grading.brackets import closes, outside, split, unwrap
 from grpo_jax.grading.expressions import Unreadable, rational
-from grpo_jax.grading.notation import END, ROW, TEXT, rules, unwrap
+from grpo_jax.grading.notation import END, ROW, TEXT, rules
 
 RELATION = re.compile(r"[<>]|\\[lg]e(?![a-z])")
 _SIGN = re.compile(r"\\(pm|mp)(?![a-z])")
@@ -151,57 +152,15 @@ def _relation(text: str, parts: list[str], signs: list[str]) -> Node:
     return Node("chain", text, tuple(map(leaf, parts)), marks)
 
 
-def closes(text: str, opening: str = "", closing: str = "") -> bool:
-    """Whether the first bracket's partner is the last character."""
-    if opening and not (text.startswith(opening) and text.endswith(closing)):
-        return False
-    depth, at = 0, 0
-    for at, token in _brackets(text):
-        depth += 1 if token in ("(", "[", "{", r"\{") else -1
-        if depth == 0:
-            return at == len(text) - len(token)
-    return False
-
-
-def _brackets(text: str):
-    for match in re.finditer(r"\\[{}]|\\.|[(){}\[\]]", text):
-        if match.group() in (r"\{", r"\}") or len(match.group()) == 1:
-            yield match.start(), match.group()
-
-
-def split(text: str, separator: str) -> list[str]:
-    """The parts between separators that no bracket encloses."""
-    parts, depth, start, at = [], 0, 0, 0
-    while at < len(text):
-        two = text[at : at + 2]
-        if depth <= 0 and text.startswith(separator, at):
-            parts.append(text[start:at])
-            at += len(separator)
-            start = at
-            continue
-        if two in (r"\{", r"\}"):
-            depth += 1 if two == r"\{" else -1
-            at += 2
-            continue
-        if text[at] in "([{":
-            depth += 1
-        elif text[at] in ")]}":
-            depth -= 1
-        at += 1
-    return [*parts, text[start:]]
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_SIDES = re.compile(r"\\(?:le|ge|ne)(?![a-z])|[<>=]")
 
 
 def join_thousands(text: str) -> str:
     """12,345 outside brackets is one number."""
-    found = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
-    joined, depth = "", 0
-    last = 0
-    for match in found.finditer(text):
-        before = text[: match.start()]
-        depth = sum(before.count(c) for c in "([") - sum(before.count(c) for c in ")]")
-        depth += before.count(r"\{") - before.count(r"\}")
-        joined += text[last : match.start()]
-        joined += match.group().replace(",", "") if depth <= 0 else match.group()
+    joined, last = "", 0
+    for match in outside(text, _THOUSANDS):
+        joined += text[last : match.start()] + match.group().replace(",", "")
         last = match.end()
     return joined + text[last:]
 
@@ -217,26 +176,9 @@ def matrix_rows(text: str) -> list[list[str]] | None:
 
 def relation_sides(text: str) -> tuple[list[str], list[str]] | None:
     """The sides and the signs of an equation or inequality, or None."""
-    sides, signs, depth, start, at = [], [], 0, 0, 0
-    while at < len(text):
-        sign = re.match(r"\\(?:le|ge|ne)(?![a-z])|[<>=]", text[at:])
-        if sign and depth <= 0:
-            sides.append(text[start:at])
-            signs.append(sign.group())
-            at += sign.end()
-            start = at
-            continue
-        if text[at] == "\\":
-            at += 1
-        elif text[at] in "([{":
-            depth += 1
-        elif text[at] in ")]}":
-            depth -= 1
-        at += 1
-    sides.append(text[start:])
-    if not signs or not all(side.strip() for side in sides):
-        return None
-    return [side.strip() for side in sides], signs
+    signs = [match.group() for match in outside(text, _SIDES)]
+    sides = [side.strip() for side in split(text, _SIDES)]
+    return (sides, signs) if signs and all(sides) else None
 
 
 _NAME_LIKE = rules(

@@ -1,0 +1,93 @@
+r"""Brackets: where a text splits, what a pair encloses, what is boxed.
+
+In: any text, in LaTeX or plain. Out: pieces of it, in one pass whatever the nesting.
+`(`, `[`, `{` and `\{` open, their partners close, and any closing one ends any opening
+one, as `[1, 2)` is an interval.
+"""
+
+import re
+from collections.abc import Iterator
+
+_BRACKET = re.compile(r"\\[{}]|\\.|[(){}\[\]]", re.S)
+_OPENING = ("(", "[", "{", r"\{")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?:\{|(\w{1,99}))|\\.|[{}]", re.S)
+
+
+def brackets(text: str) -> Iterator[tuple[int, int, int]]:
+    """(start, end, depth after it) of each bracket; a command is none."""
+    depth = 0
+    for found in _BRACKET.finditer(text):
+        if len(found.group()) == 1 or found.group() in (r"\{", r"\}"):
+            depth += 1 if found.group() in _OPENING else -1
+            yield found.start(), found.end(), depth
+
+
+def outside(text: str, pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
+    """The matches of a pattern that no bracket encloses."""
+    inside, depth = brackets(text), 0
+    start, _, after = next(inside, (len(text), 0, 0))
+    for found in pattern.finditer(text):
+        while start < found.start():
+            depth = after
+            start, _, after = next(inside, (len(text), 0, 0))
+        if depth <= 0:
+            yield found
+
+
+def split(text: str, separators: str | re.Pattern[str]) -> list[str]:
+    r"""The parts between the separators that no bracket encloses.
+
+    separators: a text, or a pattern.
+
+    >>> split(r"1, (2, 3), \{4, 5\}", ",")
+    ['1', ' (2, 3)', ' \\{4, 5\\}']
+    """
+    if isinstance(separators, str):
+        separators = re.compile(re.escape(separators))
+    parts, start = [], 0
+    for found in outside(text, separators):
+        parts.append(text[start : found.start()])
+        start = found.end()
+    return [*parts, text[start:]]
+
+
+def closes(text: str, opening: str = "", closing: str = "") -> bool:
+    """Whether the first bracket's partner is the last character."""
+    if opening and not (text.startswith(opening) and text.endswith(closing)):
+        return False
+    return next((end == len(text) for _, end, n in brackets(text) if n == 0), False)
+
+
+def unwrap(text: str) -> str:
+    """Without the braces that enclose everything."""
+    text = text.strip()
+    while text[:1] == "{" and text[-1:] == "}" and text[-2:] != r"\}" and closes(text):
+        text = text[1:-1].strip()
+    return text
+
+
+def boxed(text: str) -> list[str]:
+    r"""The contents of the complete `\boxed{…}` or `\fbox{…}`, braces balanced.
+
+    Of nested boxes the outermost complete one.
+
+    >>> boxed(r"\boxed{a_{1}}, \boxed 7, \boxed{2, \boxed{3} ")
+    ['a_{1}', '7', '3']
+    >>> boxed(r"\fbox{\fbox{4}}")
+    ['\\fbox{4}']
+    """
+    found: list[tuple[int, int]] = []
+    opened: list[int | None] = []  # where a box's content starts; None: other braces
+    starts = [at for at in (text.find(r"\boxed"), text.find(r"\fbox")) if at >= 0]
+    for token in _BOX.finditer(text, min(starts, default=len(text))):
+        if token[1]:
+            found.append(token.span(1))
+        elif token[0] == "}":
+            start = opened.pop() if opened else None
+            if start is not None:
+                while found and found[-1][0] >= start:
+                    found.pop()
+                found.append((start, token.start()))
+        elif token[0][-1] == "{" and token[0] != r"\{":
+            opened.append(token.end() if len(token[0]) > 1 else None)
+    return [text[start:end] for start, end in found]
