@@ -21,10 +21,14 @@ from grpo_jax.grading.extraction import final_part as final_part
 from grpo_jax.grading.extraction import printed as printed
 from grpo_jax.grading.extraction import stated as stated
 from grpo_jax.grading.notation import clean
-from grpo_jax.grading.structure import RELATION, Node, read
+from grpo_jax.grading.regions import is_region, region
+from grpo_jax.grading.structure import RELATION, Node, family_of, members, read
+from grpo_jax.grading.wording import changes_value
 
 MAX_MEMBERS = 64  # of a list
 
+_BEGINNING = re.compile(r"(-?)(\d*\.\d{5,})\\ldots")
+_GOES_ON = re.compile(r"\.\d+\\ldots")
 _PLAIN = re.compile(r"(-?)\\?\$?((?:\d{1,3}(?:,\d{3})+|\d{1,30})(?:\.\d{1,11})?)\.?")
 
 
@@ -46,6 +50,15 @@ class Exact:
 
     def proportional(self, a: str, b: str, positive: bool) -> bool:
         raise Undecided
+
+    def value(self, text: str) -> Fraction | None:
+        """A real constant, rounded the same way as others; None for what is none."""
+        try:
+            return rational(text)
+        except TooLarge:
+            return None
+        except Unreadable:
+            raise Undecided from None
 
     def close(self, a: str, b: str, within: float) -> bool:
         try:
@@ -72,6 +85,14 @@ def match(a: Node, b: Node, numbers: Exact) -> bool:
         return match(a.items[0], b, numbers)
     if b.kind == "set" and len(b.items) == 1:
         return match(a, b.items[0], numbers)
+    if "family" in (a.kind, b.kind):
+        return _same_family(a, b, numbers)
+    if is_region(a) or is_region(b):
+        spans = [region(node, numbers.value) for node in (a, b)]
+        if None not in spans:
+            return spans[0] == spans[1]
+        if a.kind == b.kind == "set" and {a.marks, b.marks} == {"or", "and"}:
+            return False
     if a.kind == "assign" and b.kind == "assign":
         if a.items[0].text == b.items[0].text:
             return match(a.items[1], b.items[1], numbers)
@@ -122,6 +143,21 @@ def match(a: Node, b: Node, numbers: Exact) -> bool:
     return False
 
 
+def _same_family(a: Node, b: Node, numbers: Exact) -> bool:
+    """Whether both are the same for all integers, from whichever they count."""
+    if b.kind != "family":
+        a, b = b, a
+    letter = b.marks[0]
+    if a.kind != "family":
+        known = family_of(a, letter)
+        if known is None:
+            return False
+        a = known
+    if a.marks[1:] != b.marks[1:]:
+        return False
+    return any(match(form, b.items[0], numbers) for form in members(a, letter))
+
+
 def _difference(node: Node) -> str:
     left, right = node.items
     return f"({left.text})-({right.text})"
@@ -142,9 +178,19 @@ def match_leaves(a: str, b: str, numbers: Exact) -> bool:
     """Two answers without structure: text, times, ratios, bases, units, numbers."""
     if notation.plain(a) == notation.plain(b):
         return True
+    if changes_value(a) or changes_value(b):
+        return False
     kinds = {notation.leaf_kind(a), notation.leaf_kind(b)}
     if kinds == {"text"}:
         return False
+    for one, other in ((a, b), (b, a)):
+        if begins := _BEGINNING.fullmatch(one):
+            # 1.41421… is what begins so, and nothing that ends there.
+            sign, digits = begins.groups()
+            ulp = 10.0 ** -len(digits.partition(".")[2])
+            return numbers.close(f"{sign}{digits}5", other, 0.499999 * ulp)
+        if _GOES_ON.search(one):
+            return False
     if "time" in kinds:
         return notation.same_time(a, b)
     if "base" in kinds:

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from grpo_jax.answers import Exact, Undecided
 from grpo_jax.grading.expressions import POINTS, TooLarge, Unreadable, context, value_at
-from grpo_jax.grading.notation import clean
+from grpo_jax.grading.notation import APART, OR, clean
 from grpo_jax.grading.paper import RULES
 
 MATH_VERIFY_CHARS = 400  # longer text only costs it the time limit
@@ -104,6 +104,17 @@ class Algebra(Exact):
         except Unreadable:
             raise Undecided from None
 
+    def value(self, text: str) -> Fraction | None:
+        """A real constant to 25 decimals; None for what is none."""
+        mp = context()
+        try:
+            x, y = (mp.convert(value_at(text, point, True)) for point in (0, 1))
+        except Unreadable:
+            return None
+        if x != y or mp.im(x) != 0 or not mp.isfinite(x):
+            return None
+        return Fraction(int(mp.nint(mp.re(x) * 10**25)), 10**25)
+
     def close(self, a: str, b: str, within: float) -> bool:
         """Whether two constants differ by so little; False for what is not constant."""
         try:
@@ -125,7 +136,12 @@ def decide(prediction: str, reference: str, rule: str = "strict") -> bool:
     try:
         return RULES[rule](prediction, reference, Algebra())
     except Undecided:
-        return _math_verify(clean(prediction), clean(reference))
+        plain = [_for_math_verify(text) for text in (prediction, reference)]
+        return _math_verify(*plain)
+
+
+def _for_math_verify(text: str) -> str:
+    return clean(text).replace(APART, "").replace(OR, ",")
 
 
 def _math_verify(prediction: str, reference: str) -> bool:

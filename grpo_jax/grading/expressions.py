@@ -152,11 +152,16 @@ class _Reader:
             if abs(n) * bits > 10**7:
                 raise TooLarge("power too large")
         mp = self.mp()
-        base, exponent = mp.convert(base), mp.convert(exponent)
+        odd = isinstance(exponent, Fraction) and exponent.denominator % 2
+        base, power = mp.convert(base), exponent
+        exponent = mp.convert(exponent)
         if base == 0:
             return base
         if abs(exponent * mp.log(base)) > 1e6:
             raise TooLarge("power too large")
+        if odd and mp.im(base) == 0 and mp.re(base) < 0:
+            # (-8)^{1/3} is the real root, as \sqrt[3]{-8} is.
+            return mp.power(-base, exponent) * (-1 if power.numerator % 2 else 1)
         return mp.power(base, exponent)
 
     def postfix(self, value):
@@ -246,7 +251,7 @@ class _Reader:
             self.take()
             degree = self.sum()
             self.take("]")
-        radicand = mp.convert(self.group() if self.peek() == "{" else self.atom())
+        radicand = mp.convert(self.argument())  # \sqrt57 is 7\sqrt5
         degree = mp.convert(degree)
         if mp.im(radicand) == 0 and mp.re(radicand) < 0 and degree % 2 == 1:
             return -mp.power(-radicand, 1 / degree)  # the real cube root of -2

@@ -34,7 +34,10 @@ _I_HOPE = re.compile(r"\$\.? I hope")
 _HASHES = re.compile(r"####[ \t]{0,99}([^\n]+)")
 _OUTPUT = re.compile(r"```output[ \t]{0,99}\n(.*?)(?:\n?```|\Z)", re.S)
 _MARK = r"[*_]{0,3}"  # bold, in Markdown
-_FOR = r"(?:\s(?:to|for|of)\b[^.:=\n]{1,80}?)?(?:\s?\([^()\n]{1,20}\))?"
+_FOR = (
+    r"(?:\s(?:to|for|of)\s(?:the|this|that|your|part|question|problem|exercise|[#\d(q])"
+    r"[^.:=\n]{0,80}?)?(?:\s?\([^()\n]{1,20}\))?"
+)
 _THEREFORE = (
     r"(?:\s(?:therefore|thus|then|hence|so|simply|just|indeed|also|clearly)\b,?)?"
 )
@@ -80,10 +83,11 @@ _SHORT_WORDS = 5  # of an answer in words: "all real numbers", "Friday"
 
 # ---- numbers -------------------------------------------------------------------------
 _DIGITS = r"(?:\d{1,3}(?:(?:,|\{,\}|\\[,!]|[\u00a0\u2009\u202f])\d{3})+(?!\d)|\d+)"
+_DOTS = r"(?:\.{3,}|…|\s?\\[lc]?dots)?"  # 0.333... goes on
 _FRACTION = r"\\[dtc]?frac\s?(?:\{-?\d+\}|\d)\s?(?:\{-?\d+\}|\d)"
 _NUMBER = re.compile(
     rf"(?:百分之\s?)?(?:(?<![\d\w)}}])[-−])?(?:(?<![A-Za-z_^\\\d.])\d*{_FRACTION}"
-    rf"|(?<![A-Za-z_^\d])(?<![_^]\{{)(?:{_DIGITS}(?:\.\d+)?|\.\d+)"
+    rf"|(?<![A-Za-z_^\d])(?<![_^]\{{)(?:{_DIGITS}(?:\.\d+{_DOTS})?|\.\d+)"
     r"(?::\d+(?!\d))?(?:\^\{?-?\d+\}?)?"
     r"(?:\s?(?:\\times|×|\*)\s?10\s?\^\s?\{?-?\d+\}?|e[-+]?\d+(?!\w))?"
     r"(?: \d+/\d+(?!\d|\.\d)|/\d+(?!\d|\.\d))?(?:\s?\\?%)?)"
@@ -160,7 +164,10 @@ def stated(text: str, language: str = "en") -> str | None:
         return _localized(_trim(hoped), language)
     if boxes := [box for box in boxed(text) if box.strip()]:
         return _localized(_trim(boxes[-1]), language)
+    hashes = "####" in text
     for end, spoken, sure in _statements(text):
+        if hashes and not sure:
+            continue
         window = text[end : end + _WINDOW]
         if said := _statement(window, spoken or language, sure):
             return said
@@ -284,7 +291,7 @@ def _statement(text: str, language: str, sure: bool) -> str | None:
         return _localized(_trim(formula.group(1)), language) or None
     if language[:2] in COMMA_LANGUAGES:
         line = _to_points(line)
-    clause = re.split(r"(?<!\b[ap])(?<!\.[am])[.!](?:\s|\*|$)|。|！", line)[0]
+    clause = re.split(r"(?<!\b[ap])(?<!\.[am])(?<!\.)[.!](?:\s|\*|$)|。|！", line)[0]
     clause = _without_reason(clause.replace("**", ""))
     if _NO_ANSWER.match(clause):
         return None
@@ -319,7 +326,8 @@ def _trim(text: str) -> str:
     text = text.strip()
     if len(text) > MAX_CHARS:
         return text
-    text = re.sub(r"(?<![apm])[.。,，;；:：]+$", "", text)
+    if not re.search(r"\.\d+\.{3,}$", text):  # 0.333... goes on
+        text = re.sub(r"(?<![apm])[.。,，;；:：]+$", "", text)
     while len(text) > 1 and text[0] == text[-1] == "$":
         text = text[1:-1].strip()
     return re.sub(r"^\$(?=[\d.])", "", text).strip()

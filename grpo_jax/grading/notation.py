@@ -11,12 +11,15 @@ import re
 import unicodedata
 
 from grpo_jax.grading.brackets import unwrap
+from grpo_jax.grading.wording import spell
 
 _CJK = r"\u3040-\u30ff\u3400-\u9fff"
 _DIGITS = "零一二三四五六七八九十"
 END = "(?![A-Za-z])"  # of a LaTeX command
 _TRIG = r"\\(?:sin|cos|tan|cot|sec|csc)"
 ROW = "\ue000"  # the end of a matrix row, which LaTeX writes \\
+APART = "\ue001"  # behind a comma that groups no thousands: 3, 141
+OR = r"\lor"  # between answers, or inequalities, of which any may hold
 
 _SYMBOLS = {
     "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "∙": r"\cdot ", "⋅": r"\cdot ",
@@ -25,7 +28,7 @@ _SYMBOLS = {
     "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ", "ω": r"\omega ", "φ": r"\phi ",
     "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "±": r"\pm ",
     "∓": r"\mp ", "°": r"^\circ ", "º": r"^\circ ", "−": "-", "–": "-", "—": "-",
-    "‐": "-", "ℝ": r"\mathbb{R}", "、": ",", "。": ".", "∶": ":", "′": "'", "’": "'",
+    "‐": "-", "ℝ": r"\mathbb{R}", "、": ", ", "。": ".", "∶": ":", "′": "'", "’": "'",
     "⟨": "(", "⟩": ")", "¥": r"\text{yuan}", "€": r"\text{euro}", "∠": r"\angle ",
     "£": r"\text{pound}", "△": r"\triangle ",
 }  # fmt: skip
@@ -91,6 +94,35 @@ def _styled(match: re.Match) -> str:
     return letter if constant else rf"\text{{{letter}}}"
 
 
+def _root(match: re.Match) -> str:
+    degree = {"√": "", "∛": "[3]", "∜": "[4]"}[match[1]]
+    return rf"\sqrt{degree}{{{match[2]}}}" if match[2] else rf"\sqrt{degree}"
+
+
+def _matrix(match: re.Match) -> str:
+    """A matrix in any of LaTeX's environments as pmatrix, or vmatrix between bars."""
+    before, name, body, after = match.groups()
+    bars = before == after == "|" or "v" in name.lower()
+    if name == "cases" or before == r"\{" or (not bars and "=" in body):
+        rows = [row.strip(" ,;") for row in body.replace("&=", "=").split(ROW)]
+        return ", ".join(filter(None, rows)) if "&" not in "".join(rows) else match[0]
+    name = "vmatrix" if bars else "pmatrix"
+    return rf"\begin{{{name}}}{body}\end{{{name}}}"
+
+
+def _goes_on(match: re.Match) -> str:
+    r"""0.1666… is 0.1\overline{6}; 1.41421… stays a beginning."""
+    whole, digits, repeating = match.groups()
+    for period in (1, 2, 3):
+        for start in range(len(digits) - 2 * period + 1):
+            tail = digits[start:]
+            if (tail[:period] * len(tail)).startswith(tail):
+                return rf"{whole}.{digits[:start]}\overline{{{tail[:period]}}}"
+    if repeating:
+        return rf"{whole}.\overline{{{digits}}}"
+    return rf"{whole}.{digits}\ldots "
+
+
 def _scale(match: re.Match) -> str:
     return rf"\times 10^{{{_SCALE[match[2]]}}} {match[1] or ''}"
 
@@ -133,6 +165,7 @@ def rules(*rules):
 
 TEXT = r"\\text\{[^{}]*\}"
 _STYLE = r"(text(?:bf|it|rm|normal|sf|tt|up|sc)?|mathrm|mathbf|mathit|mathsf|mbox|hbox)"
+_CR = r"\\cr(?![A-Za-z])"
 _ONE = r"(?:(\d)|\{ ?(\d+) ?\})"
 _RULES = rules(
     # Unicode to LaTeX, where NFKC would lose the meaning
@@ -140,13 +173,20 @@ _RULES = rules(
     ("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda m: f"^{{{m.group().translate(_SUPER)}}}"),
     ("[₀-₉]+", lambda m: f"_{{{m.group().translate(_SUB)}}}"),
     ("[①-⑳][①-⑳、,， ]*", _circled),
-    (r"√ ?(\d+|[a-z])", r"\\sqrt{\1}"),
-    ("√", r"\\sqrt "),
+    (r"([√∛∜]) ?(\d+|[a-z]|(?=\())", _root),
 ), rules(
     # wrappers
     (r"^\*\*([^*]*)\*\*$", r"\1"),
     (r"\\f?box(?:ed)? ?\{", "{"),
     (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z]) ?\.?", ""),
+    # matrices and systems of equations
+    (rf"{ROW} ?\[-?[\d.]+ ?(?:pt|em|ex|mm|cm)\]", ROW),
+    (r"\\([pbv]?matrix) ?\{((?:[^{}]|\{[^{}]*\})*)\}",
+     lambda m: rf"\begin{{{m[1]}}}{re.sub(_CR, ROW, m[2])}\end{{{m[1]}}}"),
+    (r"\\begin\{(\w*matrix)\*?\} ?\[[^\[\]]*\]", r"\\begin{\1}"),
+    (r"(\\begin\{array\}) ?(?:\[[tbc]\])? ?\{[^{}]*\}", r"\1"),
+    (r"(\\\{|[(\[|]?) ?\\begin\{(array|\w*matrix|cases|aligned|gathered)\*?\}"
+     r"(.*?)\\end\{\2\*?\} ?([)\]|]?)", _matrix),
     # spaces, and commas inside one number
     (r"(?<=\d)(?:\{,\}|,\\! ?|(?:\\[,!;: ]|~)+)(?=\d{3}(?!\d))", ""),
     (r"\{,\}", ","),
@@ -162,6 +202,11 @@ _RULES = rules(
     (r"\$", " "),
     # one command for each meaning
     (r"\\[dtc]frac" + END, r"\\frac"),
+    (r"(\\(?:frac|binom)) ?(\d) (?=\d)", r"\1{\2}"),
+    (r"\\(mathbb|mathbf) ?([A-Z])" + END, r"\\\1{\2}"),
+    (r"\\(?:lor|vee)" + END, r" \\lor "),
+    (r"\\(?:land|wedge)" + END, ", "),
+    (r"(?<=[)\]}]) ?U ?(?=[(\[]|\\\{)", r"\\cup "),
     (r"\\leq(?:slant)?" + END + "|<=", r"\\le "),
     (r"\\geq(?:slant)?" + END + "|>=", r"\\ge "),
     (r"\\neq" + END + "|!=", r"\\ne "),
@@ -192,12 +237,18 @@ _RULES = rules(
     (rf"([\d{_DIGITS}]{{1,9}})分之([\d{_DIGITS}]{{1,9}})", _ratio),
     (r"(?i)\\text\{[^{}]*(?:答案|answer) ?(?:is|是|为|:)+ ?([^{}]*)\}", r" \1 "),
     (r"(?i)^[^=<>]{,200}?(?:答案|answer) ?(?:is|是|为|:)+", ""),
+), rules(
     # and, or, 或 between answers
-    (r"\\text\{ ?(?:and|or|或者?|和|及|与|以及|且) ?\}", ","),
-    (r"(?<=[\d} )\]]) ?(?:\b(?:and|or)\b|或者?|以及|和|及|且) ?", ","),
+    (r",? ?\\text\{ ?(?:or|或者?) ?\}|,? ?(?<=[\d} )\],]) ?(?:\bor\b|或者?) ?",
+     r"\\lor "),
+    (r"\\text\{ ?(?:and|和|及|与|以及|且|并且) ?\}", ","),
+    (r"(?<=[\d} )\]]) ?(?:\band\b|以及|和|及|并?且) ?", ","),
     (r"\\text\{([^{}]*)\}", _listed),
     (", ?(?:, ?)+", ", "),
+    (r", ?(?=\\lor )", ""),
+    (r"(?<=\d) ?, (?=\d{3}(?!\d))", "," + APART),
     # words become prose; prose becomes one piece
+    (r"(?<![A-Za-z\\_])sqrt ?(\d+)", r"\\sqrt{\1}"),
     (r"(?<![A-Za-z\\_])(sqrt|sin|cos|tan|ln|log|pi)(?=[\d(x])", r"\\\1 "),
     (r"(?<=[\d}]) (in|[msghLlNJWVAKCF])(?=[.,]? ?$)", r"\\text{\1}"),
     (TEXT + r"|\\(?:begin|end|mathbb|mathbf|vec)\{[^{}]*\}|\\[A-Za-z]+|([A-Za-z]{2,})",
@@ -212,7 +263,15 @@ _RULES = rules(
     (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)", lambda m: m.group().replace(" ", "")),
     (rf"(?<![\d.^_}}\\A-Za-z])(\d+) ?\\frac ?{_ONE} ?{_ONE}", _mixed),
     (r"(?<![\d.^_/])(\d+)(?: |\\text\{又\} ?)(\d+) ?/ ?(\d+)(?!\d)", _mixed),
-    (r"0?\.(\d*)\\dot\{?(\d+)\}?", r"0.\1\\overline{\2}"),
+    (r"(?<=\d) (?=\d)", ","),  # 3 4 is two numbers
+    # decimals that repeat
+    (r"(?<!\d)(?=\.\d*\\(?:dot|bar|overline))", "0"),
+    (r"\.(\d*)\\dot ?\{? ?(\d+) ?\}?(?:(\d*)\\dot ?\{? ?(\d) ?\}?)?",
+     lambda m: rf".{m[1]}\overline{{{m[2]}{m[3] or ''}{m[4] or ''}}}"),
+    (r"(\.\d*)\\(?:bar|overline) ?\{? ?(\d+) ?\}?", r"\1\\overline{\2}"),
+    (r"(\d\.)\((\d+)\)$", r"\1\\overline{\2}"),
+    (r"(\d*)\.(\d+) ?(?:\\(?:l|c)?dots[bcm]?" + END + r"|\.{2,}|⋯"
+     r"|\\text\{ ?\(?(repeating|recurring|循环)[^{}]*\})", _goes_on),
     # a space stays in prose, and between a command and a letter
     (rf"({TEXT})|(\\[A-Za-z]+)? ([A-Za-z])?", lambda m: m[1] or (
         (m[2] or "") + (" " if m[2] and m[3] else "") + (m[3] or ""))),
@@ -230,17 +289,26 @@ def clean(text: str) -> str:
     >>> clean("1,000 dollars"), clean("x≥5"), clean("1.5e3")
     ('1,000\\text{dollars}', 'x\\ge5', '1.5\\times10^{3}')
     """
-    first, then = _RULES
+    first, then, last = _RULES
     for pattern, replacement in first:
         text = pattern.sub(replacement, text)
-    text = unicodedata.normalize("NFKC", text.replace("º", "°").replace("′", "'"))
+    for symbol, kept in (("º", "°"), ("′", "'"), ("，", ", ")):
+        text = text.replace(symbol, kept)
+    text = unicodedata.normalize("NFKC", text)
     for symbol, latex in _SYMBOLS.items():
         text = text.replace(symbol, latex)
-    text = text.replace(r"\\", ROW if r"\begin" in text else " ")
+    text = text.replace(r"\\", ROW if "matrix" in text or r"\begin" in text else " ")
     text = re.sub(r"\s+", " ", text).strip()  # one space: the rules count on it
-    for pattern, replacement in then:
-        text = re.sub("  +", " ", pattern.sub(replacement, text))
+    text = _apply(last, spell(_apply(then, text)))
     return unwrap(text)
+
+
+def _apply(rules: list, text: str) -> str:
+    for pattern, replacement in rules:
+        text = pattern.sub(replacement, text)
+        while "  " in text:
+            text = text.replace("  ", " ")
+    return text
 
 
 def plain(text: str) -> str:

@@ -8,10 +8,13 @@ import re
 from dataclasses import dataclass
 
 from grpo_jax.grading.brackets import closes, outside, split, unwrap
-from grpo_jax.grading.expressions import Unreadable, rational
-from grpo_jax.grading.notation import END, ROW, TEXT, rules
+from grpo_jax.grading.notation import APART, END, OR, ROW, TEXT, rules
 
-RELATION = re.compile(r"[<>]|\\[lg]e(?![a-z])")
+RELATION = re.compile(r"[<>]|\\(?:[lgn]e)(?![a-z])")
+_REALS = (
+    r"\mathbb{R}", r"\mathbf{R}", r"\R", r"\text{R}", r"\text{all real numbers}",
+    r"\text{all reals}", r"\text{实数集}", r"\text{全体实数}", r"\text{一切实数}",
+)  # fmt: skip
 _SIGN = re.compile(r"\\(pm|mp)(?![a-z])")
 
 
@@ -20,8 +23,10 @@ class Node:
     """One part of an answer.
 
     kind: leaf | set (unordered) | tuple | matrix | assign (name, value) |
-    equation (two sides) | chain (of inequalities). marks: a tuple's brackets, an
-    inequality's signs. An interval is a tuple of its ends; x > 1 is (1, infinity).
+    equation (two sides) | chain (of inequalities) | family (over an integer).
+    marks: a tuple's brackets, an inequality's signs; of a set "{}" where it is written
+    so, or where it is a region how its parts are joined: or, and, either; a family's
+    letter and domain. An interval is a tuple of its ends; x > 1 is (1, infinity).
     """
 
     kind: str
@@ -35,45 +40,41 @@ def read(text: str, *, thousands: bool = True) -> Node:
     text = unwrap(text)
     if thousands:
         text = join_thousands(text)
+    text = text.replace(APART, "")
     if re.fullmatch(r"\\(emptyset|varnothing)|\\\{\\\}", text):
         return Node("set", r"\emptyset")
-    if text in (r"\mathbb{R}", r"\R", r"\text{all real numbers}", r"\text{all reals}"):
+    if text in _REALS:
         return Node("tuple", text, (leaf(r"-\infty"), leaf(r"\infty")), "()")
+    if family := _family(text):
+        return family
     if inner := re.fullmatch(r"(?:[A-Za-z](?:_\w)?)\\in(?![a-z])(.+)", text):
         return read(inner.group(1), thousands=thousands)
-    if cells := matrix_rows(text):
-        rows = tuple(Node("tuple", "", tuple(map(read, row)), "[]") for row in cells)
-        return Node("matrix", text, rows)
-    for separator in (";", ","):
+    if matrix := _matrix(text):
+        return matrix
+    for separator in (OR, ";", ","):
         parts = split(text, separator)
         if len(parts) > 1:
-            nodes: tuple[Node, ...] = ()
-            for part in filter(None, parts):
-                node = read(part, thousands=thousands)
-                two = node.kind == "set" and _SIGN.search(part)  # ±1, ±2 are four
-                nodes += node.items if two else (node,)
-            return _both(text, nodes) or Node("set", text, nodes)
+            return _list(text, [p for p in parts if p], separator, thousands)
     if len(parts := split(text, r"\cup")) > 1:
-        return Node("set", text, tuple(read(part) for part in parts))
+        nodes = tuple(read(part) for part in parts)
+        if all(node.marks == "{}" for node in nodes):
+            return Node("set", text, tuple(i for n in nodes for i in n.items), "{}")
+        return Node("set", text, nodes, "or")
+    if len(parts := split(text, r"\cap")) > 1:
+        return Node("set", text, tuple(read(part) for part in parts), "and")
     if text.startswith(r"\{") and closes(text, r"\{", r"\}"):
-        inner_text = text[2:-2]
-        if builder := re.match(
-            r"[A-Za-z](?:\\in\\mathbb\{[RCZ]\})?(?:\\mid|\||:)", text[2:]
-        ):
-            return read(inner_text[builder.end() :])
-        inside = read(inner_text, thousands=False)
-        if inside.kind == "set":
-            return Node("set", text, inside.items)
-        return Node("set", text, (inside,))
+        return _braces(text[2:-2])
     if complement := re.fullmatch(
-        r"\\mathbb\{R\}(?:\\setminus|\\backslash|-)\\\{([^,]+)\\\}", text
+        r"\\mathbb\{R\}(?:\\setminus|\\backslash|-)\\\{(.+)\\\}", text
     ):
-        return _all_but(text, leaf(complement.group(1)))
+        return _all_but(text, complement.group(1))
     if text[:1] in "([" and text[-1:] in ")]" and closes(text):
         parts = split(text[1:-1], ";")
         parts = parts if len(parts) > 1 else split(text[1:-1], ",")
         if len(parts) > 1:
             inside = tuple(read(part, thousands=False) for part in parts)
+            if text[0] == "[" and (rows := _rows_of_lists(inside)):
+                return Node("matrix", text, rows)
             return Node("tuple", text, inside, text[0] + text[-1])
         if text[0] == "(" and text[-1] == ")":
             return read(text[1:-1], thousands=thousands)
@@ -88,29 +89,117 @@ def read(text: str, *, thousands: bool = True) -> Node:
     return leaf(text)
 
 
+def _list(text: str, parts: list[str], separator: str, thousands: bool) -> Node:
+    """Answers beside each other; inequalities of one name are a region together."""
+    unequal = re.match(r"[A-Za-z]\\ne", parts[0])
+    if unequal and separator == "," and not any(map(RELATION.search, parts[1:])):
+        return _all_but(text, ",".join([parts[0][unequal.end() :], *parts[1:]]))
+    nodes: tuple[Node, ...] = ()
+    for part in parts:
+        node = read(part, thousands=thousands)
+        several = node.kind == "set" and not node.marks  # ±1, ±2 are four
+        named = all(item.kind == "assign" for item in node.items)
+        opened = _SIGN.search(part) or (separator == OR and not named)
+        nodes += node.items if several and opened else (node,)
+    marks = ""
+    relations = [bool(RELATION.search(part)) for part in parts]
+    if len({name for part in parts for name in re.findall(_NAME, part)}) <= 1:
+        if separator == OR and any(node.kind in ("tuple", "set") for node in nodes):
+            marks = "or"
+        elif separator == "," and all(relations):
+            marks = "either"
+    return Node("set", text, nodes, marks)
+
+
+def _braces(inner: str) -> Node:
+    """A set: its members, or what a condition says."""
+    builder = re.match(r"[A-Za-z](?:\\in\\mathbb\{[RCZ]\})?(?:\\mid|\||:)", inner)
+    if builder:
+        return read(inner[builder.end() :])
+    text = rf"\{{{inner}\}}"
+    inside = read(inner, thousands=False)
+    if inside.kind == "set" and not inside.marks:
+        return Node("set", text, inside.items, "{}")
+    return Node("set", text, (inside,), "{}")
+
+
 def leaf(text: str) -> Node:
     return Node("leaf", text)
 
 
-def _all_but(text: str, hole: Node) -> Node:
-    low = Node("tuple", "", (leaf(r"-\infty"), hole), "()")
-    return Node("set", text, (low, Node("tuple", "", (hole, leaf(r"\infty")), "()")))
+def _all_but(text: str, holes: str) -> Node:
+    node = read(holes, thousands=False)
+    gaps = []
+    for hole in node.items if node.kind == "set" else (node,):
+        low = Node("tuple", "", (leaf(r"-\infty"), hole), "()")
+        high = Node("tuple", "", (hole, leaf(r"\infty")), "()")
+        gaps.append(Node("set", text, (low, high), "or"))
+    return gaps[0] if len(gaps) == 1 else Node("set", text, tuple(gaps), "and")
 
 
-def _both(text: str, nodes: tuple[Node, ...]) -> Node | None:
-    """x > 1, x < 5 is (1, 5): two half-lines that overlap are meant together."""
-    halves = [n for n in nodes if n.kind == "tuple" and RELATION.search(n.text)]
-    above = [n for n in halves if n.items[1].text == r"\infty"]
-    below = [n for n in halves if n.items[0].text == r"-\infty"]
-    if len(nodes) != 2 or len(above) != 1 or len(below) != 1:
+# ---- families: x = k\pi, k an integer ------------------------------------------------
+_SETS = (
+    r"(?:\\(?:mathbb|mathbf|text)\{([ZN])\}|[ \\]?([ZN]))(?:[\^_]\{?([+*])\}?|([+*]))?"
+)
+_INTEGER = (
+    r"[^{}]*?(positive|natural|non-?negative|正|自然)?"
+    r"[^{}]*?(?:integers?|numbers?|整数|数)"
+)  # fmt: skip
+_DOMAIN = re.compile(
+    r"(?:[,;:|]|\\mid)?\(?(?:\\text\{[^{}]*\})?(?:"
+    rf"([A-Za-z])\\in{_SETS}"
+    r"|([A-Za-z])=0,\\pm1(?:,\\pm2)?(?:,\\pm3)?,?(?:\\[lc]?dots|\.\.\.)"
+    rf"|([A-Za-z])\\text\{{{_INTEGER}\}}"
+    rf"|\\text\{{(?:where|for|with|when|对|其中)?{_INTEGER}\}}([A-Za-z])"
+    r")\)?$"
+)
+SHIFTS = 3  # of its integer, by which two families may differ
+
+
+def _family(text: str) -> Node | None:
+    found = _DOMAIN.search(text)
+    if not found or not found.start():
         return None
-    low, high = above[0].items[0], below[0].items[1]
-    try:
-        if rational(low.text) >= rational(high.text):
-            return None
-    except Unreadable:
+    name, *sets, counted, worded, words, words_before, before = found.groups()
+    letter = name or counted or worded or before
+    domain = sets[0] or sets[1] or "Z"
+    if sets[2] or sets[3] or (words or words_before) in ("positive", "正"):
+        domain = "N+"
+    elif words or words_before:
+        domain = "N"
+    rest = text[: found.start()]
+    if (
+        letter not in _letters(rest)
+        or rest.count("(") != rest.count(")")
+        and "[" not in rest
+    ):
         return None
-    return Node("tuple", text, (low, high), above[0].marks[0] + below[0].marks[1])
+    return Node("family", text, (read(rest),), letter + domain)
+
+
+def _letters(text: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
+
+
+def members(family: Node, letter: str) -> list[Node]:
+    """The same family, counted from other integers, and down as well as up."""
+    old, domain, rest = family.marks[0], family.marks[1:], family.items[0].text
+    forms = [letter]
+    if domain == "Z":
+        steps = range(-SHIFTS, SHIFTS + 1)
+        forms = [f"({s}{letter}{j:+d})" for j in steps for s in ("", "-")]
+        forms.sort(key=lambda form: form != f"({letter}+0)")
+
+    def put(form: str) -> str:
+        return re.sub(rf"(\\[A-Za-z]+)|{old}", lambda m: m[1] or form, rest)
+
+    return [read(put(form)) for form in forms]
+
+
+def family_of(node: Node, letter: str) -> Node | None:
+    """An answer whose integer is not said to be one, as a family in that letter."""
+    usual = letter in "knm" and letter in _letters(node.text)
+    return Node("family", node.text, (node,), letter + "Z") if usual else None
 
 
 def _relation(text: str, parts: list[str], signs: list[str]) -> Node:
@@ -125,7 +214,7 @@ def _relation(text: str, parts: list[str], signs: list[str]) -> Node:
         return Node("equation", text, (leaf(parts[0]), leaf(parts[-1])))
     if signs == [r"\ne"]:
         if names[0] and not names[1]:
-            return _all_but(text, leaf(parts[1]))
+            return _all_but(text, parts[1])
         return Node("chain", text, tuple(map(leaf, parts)), "!")
     short = {"<": "<", ">": ">", r"\le": "l", r"\ge": "g"}
     marks = "".join(short.get(sign, "?") for sign in signs)
@@ -165,13 +254,54 @@ def join_thousands(text: str) -> str:
     return joined + text[last:]
 
 
-def matrix_rows(text: str) -> list[list[str]] | None:
-    """The entries of one LaTeX matrix that is the whole text."""
-    found = re.fullmatch(r"\\begin\{([bBp]?matrix)\}(.*)\\end\{\1\}", text, re.S)
-    if not found or r"\begin" in found.group(2):
+_MATRIX = re.compile(
+    r"(.*?)\\begin\{([pv]matrix)\}(.*)\\end\{\2\}(\^\{?(?:T|\\text\{T\}|\\top|\\prime|')\}?)?",
+    re.S,
+)
+
+
+def _matrix(text: str) -> Node | None:
+    """One matrix with what it is multiplied by; the determinant between bars."""
+    if listed := re.fullmatch(r"([(\[].*[)\]])\^\{?(?:T|\\text\{T\}|\\top)\}?", text):
+        row = read(listed[1])
+        if row.kind == "tuple" and closes(listed[1]):
+            cells = tuple(Node("tuple", "", (item,), "[]") for item in row.items)
+            return Node("matrix", text, cells)
+    found = _MATRIX.fullmatch(text)
+    if not found or r"\begin" in found[1] + found[3]:
         return None
-    rows = [row for row in found.group(2).split(ROW) if row.strip()]
-    return [[cell for cell in row.split("&")] for row in rows]
+    factor, name, body, transposed = found.groups()
+    cells = [row.split("&") for row in body.split(ROW) if row.strip()]
+    if name == "vmatrix":
+        return leaf(f"{factor}({_determinant(cells)})")
+    if re.search(r"[-+]$|[=<>]", factor[1:]):
+        return None
+    factor = "-1" if factor == "-" else factor
+    if factor:
+        cells = [[f"({factor})({cell})" for cell in row] for row in cells]
+    if transposed and len({len(row) for row in cells}) == 1:
+        cells = [list(column) for column in zip(*cells, strict=True)]
+    rows = tuple(Node("tuple", "", tuple(map(read, row)), "[]") for row in cells)
+    return Node("matrix", text, rows)
+
+
+def _determinant(cells: list[list[str]]) -> str:
+    if len(cells) > 4 or any(len(row) != len(cells) for row in cells):
+        return r"\text{determinant}"
+    if len(cells) == 1:
+        return cells[0][0]
+    terms = []
+    for n, cell in enumerate(cells[0]):
+        minor = [row[:n] + row[n + 1 :] for row in cells[1:]]
+        terms.append(f"{'-' if n % 2 else '+'}({cell})({_determinant(minor)})")
+    return "".join(terms)
+
+
+def _rows_of_lists(items: tuple[Node, ...]) -> tuple[Node, ...] | None:
+    """[[1,2],[3,4]] is a matrix."""
+    lists = all(item.kind == "tuple" and item.marks == "[]" for item in items)
+    same = len({len(item.items) for item in items}) == 1
+    return items if lists and same else None
 
 
 def relation_sides(text: str) -> tuple[list[str], list[str]] | None:
@@ -181,6 +311,7 @@ def relation_sides(text: str) -> tuple[list[str], list[str]] | None:
     return (sides, signs) if signs and all(sides) else None
 
 
+_NAME = r"(?<!\\)(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
 _NAME_LIKE = rules(
     (TEXT + r"|\\(?:angle|triangle|mathbf|vec)" + END, "w"),
     (r"_(?:\{[^{}]*\}|\w)|\^\{-1\}(?=\()", ""),
