@@ -23,6 +23,7 @@ from grpo_jax.grading.extraction import stated as stated
 from grpo_jax.grading.notation import clean
 from grpo_jax.grading.regions import is_region, region
 from grpo_jax.grading.structure import RELATION, Node, family_of, members, read
+from grpo_jax.grading.units import quantity
 from grpo_jax.grading.wording import changes_value
 
 MAX_MEMBERS = 64  # of a list
@@ -195,7 +196,7 @@ def match_leaves(a: str, b: str, numbers: Exact) -> bool:
         return notation.same_time(a, b)
     if "base" in kinds:
         return notation.same_base(a, b)
-    quantities = [notation.quantity(a), notation.quantity(b)]
+    quantities = [quantity(a), quantity(b)]
     (x, unit_x), (y, unit_y) = quantities
     if unit_x and unit_y and unit_x != unit_y:
         return False

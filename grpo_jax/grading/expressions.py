@@ -152,16 +152,15 @@ class _Reader:
             if abs(n) * bits > 10**7:
                 raise TooLarge("power too large")
         mp = self.mp()
-        odd = isinstance(exponent, Fraction) and exponent.denominator % 2
-        base, power = mp.convert(base), exponent
-        exponent = mp.convert(exponent)
         if base == 0:
-            return base
+            return mp.convert(base)
+        odd = isinstance(exponent, Fraction) and exponent.denominator in range(3, 99, 2)
+        sign = -1 if odd and exponent.numerator % 2 else 1
+        base, exponent = mp.convert(base), mp.convert(exponent)
         if abs(exponent * mp.log(base)) > 1e6:
             raise TooLarge("power too large")
         if odd and mp.im(base) == 0 and mp.re(base) < 0:
-            # (-8)^{1/3} is the real root, as \sqrt[3]{-8} is.
-            return mp.power(-base, exponent) * (-1 if power.numerator % 2 else 1)
+            return sign * mp.power(-base, exponent)  # the real root, as \sqrt[3]{-8}
         return mp.power(base, exponent)
 
     def postfix(self, value):
@@ -246,16 +245,14 @@ class _Reader:
         raise Unreadable(f"unknown command \\{name}")
 
     def root(self):
-        mp, degree = self.mp(), Fraction(2)
+        self.mp()
+        degree = Fraction(2)
         if self.peek() == "[":
             self.take()
             degree = self.sum()
             self.take("]")
-        radicand = mp.convert(self.argument())  # \sqrt57 is 7\sqrt5
-        degree = mp.convert(degree)
-        if mp.im(radicand) == 0 and mp.re(radicand) < 0 and degree % 2 == 1:
-            return -mp.power(-radicand, 1 / degree)  # the real cube root of -2
-        return mp.power(radicand, 1 / degree)
+        radicand = self.argument()  # \sqrt57 is 7\sqrt5
+        return self.raise_to(radicand, _divide(Fraction(1), degree))
 
     def function(self, name: str):
         mp = self.mp()

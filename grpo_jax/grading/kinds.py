@@ -18,8 +18,9 @@ from grpo_jax.data import Example
 from grpo_jax.grading import workers
 from grpo_jax.grading.brackets import split
 from grpo_jax.grading.expressions import Unreadable, rational
-from grpo_jax.grading.notation import clean, quantity
+from grpo_jax.grading.notation import clean
 from grpo_jax.grading.paper import AND
+from grpo_jax.grading.units import quantity
 
 _COMMA = re.compile("[,，、和]")
 _STYLE = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|rm|bf)\b|[{}$*\\]")

@@ -2,7 +2,7 @@ r"""One spelling for answers: Unicode, LaTeX, units, times and bases in plain ru
 
 In: an answer as a model or a data set writes it. Out: `clean` text without spaces
 (prose stays inside `\text{…}`), and small questions about cleaned text that
-`answers` asks: where a list splits, what is a name, which unit a quantity has.
+`answers` asks: whether it is text, a time, a base or a ratio.
 The rules are applied in order, each to the whole text.
 """
 
@@ -11,12 +11,12 @@ import re
 import unicodedata
 
 from grpo_jax.grading.brackets import unwrap
-from grpo_jax.grading.wording import spell
+from grpo_jax.grading.units import TEXT, UNIT_NAMES
+from grpo_jax.grading.wording import NUMERALS, spell
 
 _CJK = r"\u3040-\u30ff\u3400-\u9fff"
 _DIGITS = "零一二三四五六七八九十"
 END = "(?![A-Za-z])"  # of a LaTeX command
-_TRIG = r"\\(?:sin|cos|tan|cot|sec|csc)"
 ROW = "\ue000"  # the end of a matrix row, which LaTeX writes \\
 APART = "\ue001"  # behind a comma that groups no thousands: 3, 141
 OR = r"\lor"  # between answers, or inequalities, of which any may hold
@@ -46,33 +46,9 @@ _WORDS = {
         "sqrt sin cos tan cot sec csc ln log lg exp arcsin arccos arctan sinh cosh tanh"
     ).split()},
 }  # fmt: skip
-_NUMERALS = {
-    word: str(n) for n, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen "
-        "fourteen fifteen sixteen seventeen eighteen nineteen twenty".split())
-} | {char: str(n) for n, char in enumerate(_DIGITS)} | {"两": "2"}  # fmt: skip
-# One name for each unit; "square" and "cubic" become powers in `_unit`.
-_UNITS = {
-    "cm": "cm centimeter centimetre 厘米 公分", "m": "m meter metre 米",
-    "mm": "mm millimeter millimetre 毫米", "km": "km kilometer kilometre 千米 公里",
-    "dm": "dm decimeter decimetre 分米", "in": "in inch inches 英寸",
-    "ft": "ft foot feet 英尺", "yd": "yd yard 码", "mi": "mi mile 英里",
-    "kg": "kg kilogram 千克 公斤", "g": "g gram 克", "mg": "mg milligram 毫克",
-    "t": "t ton tonne 吨", "lb": "lb lbs pound", "oz": "oz ounce",
-    "l": "l liter litre 升", "ml": "ml milliliter millilitre 毫升",
-    "s": "s sec second 秒 秒钟", "min": "min minute 分 分钟", "h": "h hr hour 小时 时",
-    "day": "day 天 日", "week": "week 周 星期", "month": "month 月 个月",
-    "year": "year yr 年", "dollar": "dollar usd buck 美元", "cent": "cent ¢ 美分",
-    "yuan": "yuan rmb 元 块 块钱 人民币", "euro": "euro eur 欧元",
-    "degree": r"degree deg 度 ^\circ", "°C": r"^\circc celsius 摄氏度 degreescelsius",
-    "°F": r"^\circf fahrenheit degreesfahrenheit", "%": "% percent pct",
-    "mph": "mph mi/h", "person": "person people 人",
-    "": "unit 单位 approximately about around total approx 约 大约 共 一共",
-}  # fmt: skip
-_UNIT_NAMES = {name: unit for unit, names in _UNITS.items() for name in names.split()}
 # Short words that are prose; other runs of up to three letters are products: abc.
 _SHORT = {
-    name for name in _UNIT_NAMES if re.fullmatch("[a-z]{2,3}", name) and name != "in"
+    name for name in UNIT_NAMES if re.fullmatch("[a-z]{2,3}", name) and name != "in"
 } | set("yes no odd am pm sq per all hrs".split())
 
 
@@ -128,7 +104,7 @@ def _scale(match: re.Match) -> str:
 
 
 def _ratio(match: re.Match) -> str:  # 五分之二 is two fifths
-    bottom, top = (_NUMERALS.get(part, part) for part in match.groups())
+    bottom, top = (NUMERALS.get(part, part) for part in match.groups())
     return rf"\frac{{{top}}}{{{bottom}}}"
 
 
@@ -163,7 +139,6 @@ def rules(*rules):
     return [(re.compile(pattern), replacement) for pattern, replacement in rules]
 
 
-TEXT = r"\\text\{[^{}]*\}"
 _STYLE = r"(text(?:bf|it|rm|normal|sf|tt|up|sc)?|mathrm|mathbf|mathit|mathsf|mbox|hbox)"
 _CR = r"\\cr(?![A-Za-z])"
 _ONE = r"(?:(\d)|\{ ?(\d+) ?\})"
@@ -317,7 +292,7 @@ def plain(text: str) -> str:
     if re.search(rf"[A-Za-z{_CJK}]$", text.strip(" .,;:!?")):
         text = re.sub(r"[\s.,;:!?'\"]+$|^the\s+|(?<=.)条件[.]?$", "", text.strip())
     word = re.sub(r"(?<!\\)\{(\w)\}", r"\1", re.sub(r"\s+", "", text))
-    word = _NUMERALS.get(word.lower(), word)
+    word = NUMERALS.get(word.lower(), word)
     lone = re.fullmatch(r"\(?([A-Ja-j])\)?", word)
     if lone:
         return lone.group(1).lower()
@@ -360,58 +335,5 @@ def same_base(a: str, b: str) -> bool:
         digit, _, base = text.partition("_")
         base = re.sub(r"\\text|[{}\s]", "", base).lower()
         digits.append(digit)
-        bases.append(_NUMERALS.get(base, base))
+        bases.append(NUMERALS.get(base, base))
     return digits[0] == digits[1] and (bases[0] == bases[1] or not all(bases))
-
-
-def quantity(text: str) -> tuple[str, str]:
-    r"""The expression and its unit's one name ("" if it has none).
-
-    >>> quantity(r"15\text{centimeters}^2"), quantity(r"20%"), quantity(r"60^\circ")
-    (('15', 'cm^2'), ('20', '%'), ('60', 'degree'))
-    """
-    rest, units = text, []
-    if lead := re.match(rf"(-?)({TEXT})(?=[-\d.(\\])", rest):
-        units.append(lead[2][6:-1])
-        rest = lead[1] + rest[lead.end() :]
-    for _ in range(3):  # 50\text{cm}/\text{s}^2
-        end = _UNIT_END.search(rest)
-        trigonometric = end and "circ" in end.group() and re.search(_TRIG, rest)
-        if not end or end.start() == 0 or trigonometric:
-            break
-        units.insert(0, re.sub(r"\\text\{([^{}]*)\}", r"\1", end.group()))
-        rest = rest[: end.start()]
-    if units and any(unit.startswith("/") for unit in units):
-        units = ["".join(units)]
-    if word := re.fullmatch(r"\\text\{(.*)\}", rest):
-        rest = _NUMERALS.get(word.group(1).lower(), rest)
-    names = [name for name in map(_unit, units) if name]
-    return rest, "%" if "%" in names else "*".join(names)
-
-
-_UNIT_END = re.compile(
-    rf"(?:%|\^\\circ[CF]?|\^\{{\\circ\}}[CF]?|/?{TEXT}(?:\^\{{?[23]\}}?)?)$"
-)
-
-
-def _unit(words: str) -> str:
-    words = words.lower().replace("{", "").replace("}", "").strip(" .")
-    power = ""
-    if found := re.search(r"\^?([23])$", words):
-        power, words = found.group(1), words[: found.start()].strip()
-    for pattern, n in (
-        (r"^(square|sq\.?|平方)\s*|\s*squared$", "2"),
-        (r"^(cubic|cu\.?|立方)\s*|\s*cubed$", "3"),
-    ):
-        if re.search(pattern, words):
-            power, words = n, re.sub(pattern, "", words).strip()
-    words = re.sub(r"\s+per\s+|\s*/\s*|每", "/", words)
-    names = []
-    for word in words.split("/"):
-        word = re.sub(r"^(of|the|a|an)\s+", "", word.strip())
-        compact = re.sub(r"[\s.]+", "", word)
-        single = compact[:-1] if compact.endswith("s") and len(compact) > 2 else compact
-        names.append(_UNIT_NAMES.get(compact, _UNIT_NAMES.get(single, single)))
-    unit = "/".join(names)
-    unit = _UNIT_NAMES.get(unit, unit)
-    return unit + (f"^{power}" if power and unit else "")

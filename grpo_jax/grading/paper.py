@@ -18,8 +18,9 @@ from typing import Any
 from grpo_jax import answers
 from grpo_jax.answers import Exact, Undecided
 from grpo_jax.grading.brackets import split, unwrap
-from grpo_jax.grading.notation import clean, quantity
+from grpo_jax.grading.notation import clean
 from grpo_jax.grading.structure import read
+from grpo_jax.grading.units import quantity
 
 WITHIN = 1e-3
 AND = r"\text{ and }"  # between the answers of a completion with several

@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass
 
 from grpo_jax.grading.brackets import closes, outside, split, unwrap
-from grpo_jax.grading.notation import APART, END, OR, ROW, TEXT, rules
+from grpo_jax.grading.notation import APART, END, OR, ROW, rules
+from grpo_jax.grading.units import TEXT
 
 RELATION = re.compile(r"[<>]|\\(?:[lgn]e)(?![a-z])")
 _REALS = (

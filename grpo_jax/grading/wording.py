@@ -18,6 +18,7 @@ _CHINESE = {char: n for n, char in enumerate("零一二三四五六七八九")} 
     "两": 2,
     "〇": 0,
 }
+NUMERALS = {word: str(n) for word, n in (_ENGLISH | _CHINESE | {"十": 10}).items()}
 _POWERS = {"十": 10, "百": 100, "千": 1000, "万": 10_000}
 _SPELLED = (
     rf"(?:{'|'.join(_TENS)})[- ](?:{'|'.join(_ONES[1:10])})\b"
