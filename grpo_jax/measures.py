@@ -6,7 +6,7 @@ In: which of a question's samples are right, and what they answer. Out: numbers 
 
 import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -104,7 +104,7 @@ def each_pass_at_k(correct: Sequence[int], samples: int, k: int) -> list[float]:
     return [1 - math.comb(samples - int(c), k) / total for c in correct]
 
 
-def majority(predictions: Sequence[str | None], right: Sequence[bool]) -> bool:
+def majority(predictions: Sequence[Hashable], right: Sequence[bool]) -> bool:
     """maj@k: is the answer given most often right? The first one wins a tie.
 
     >>> majority(["4", "5", "5", None], [True, False, False, False])
@@ -116,7 +116,7 @@ def majority(predictions: Sequence[str | None], right: Sequence[bool]) -> bool:
     return right[predictions.index(votes.most_common(1)[0][0])]
 
 
-def maj_at_k(predictions: Sequence[str | None], right: Sequence[bool], k: int) -> float:
+def maj_at_k(predictions: Sequence[Hashable], right: Sequence[bool], k: int) -> float:
     """maj@k of one question: the mean over as many separate sets of k as there are.
 
     >>> maj_at_k(["4", "4", "5", "5"], [True, True, False, False], k=2)

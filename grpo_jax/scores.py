@@ -9,6 +9,7 @@ and maj@k: the bootstrap's, over questions.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def score(
         result["program"] = _accuracy(graded("strict", True)[1])
     if samples > 1:
         result["samples"] = samples
-        result |= _at_k([_vote(p) for p in given], right)
+        result |= _at_k(votes(examples, given, right), right)
     return Score(result, right)
 
 
@@ -102,8 +103,8 @@ def _accuracy(right: np.ndarray) -> Result:
     return {"accuracy": accuracy, "ci95": measures.interval(right.mean(1))}
 
 
-def _at_k(votes: Sequence[str | None], right: np.ndarray) -> Result:
-    n, samples = right.shape
+def _at_k(votes: Sequence[Sequence[int | None]], right: np.ndarray) -> Result:
+    samples = right.shape[1]
     counts = right.sum(1).astype(int).tolist()
     powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     result: Result = {"pass@k": {}, "pass@k_ci95": {}, "maj@k": {}, "maj@k_ci95": {}}
@@ -114,23 +115,79 @@ def _at_k(votes: Sequence[str | None], right: np.ndarray) -> Result:
 
     for k in powers:
         put("pass@k", k, measures.each_pass_at_k(counts, samples, k))
-    rows = [votes[i * samples : (i + 1) * samples] for i in range(n)]
     good = (right > 0).tolist()
     for k in dict.fromkeys([*powers, samples]):
-        each = [measures.maj_at_k(v, r, k) for v, r in zip(rows, good, strict=True)]
+        each = [measures.maj_at_k(v, r, k) for v, r in zip(votes, good, strict=True)]
         put("maj@k", k, each)
     return result
 
 
-def _vote(prediction: str | None) -> str | None:
-    """One spelling for 1/2, 0.5 and $0.50, so that they are one vote."""
-    if prediction is None or len(prediction) > answers.MAX_CHARS:
+MOST_ANSWERS = 64  # different wrong ones of a question that are compared
+
+
+def votes(
+    examples: Sequence[Example], given: Sequence[str | None], right: np.ndarray
+) -> list[list[int | None]]:
+    """What each prediction votes for: equal ones, however they are written, for one.
+
+    given: the predictions of all questions, side by side. right: [questions, samples];
+    the right ones vote for the reference. None: it votes for nothing.
+
+    >>> said = ["5", "3 cm", "5", "x=3", "3", None]
+    >>> votes([Example("?", "3")], said, np.array([[0, 1, 0, 1, 1, 0]]))
+    [[1, 0, 1, 0, 0, None]]
+    """
+    samples = right.shape[1]
+
+    def vote(places: Sequence[int]) -> list[list[int | None]]:
+        answered, pairs = [], []
+        for i in places:
+            said = given[i * samples : (i + 1) * samples]
+            spelled = [p if p is None else _spelled(p) for p in said]
+            wrong = [s for s, good in zip(spelled, right[i], strict=True) if not good]
+            distinct = [s for s in dict.fromkeys(wrong) if s is not None]
+            answered.append((spelled, distinct))
+            # Where none is right, no vote can be.
+            compared = distinct[:MOST_ANSWERS] if right[i].any() else []
+            pairs += [(i, *pair) for pair in itertools.combinations(compared, 2)]
+        same = _equal([(examples[i], a, b) for i, a, b in pairs])
+        equal = {pair for pair, is_same in zip(pairs, same, strict=True) if is_same}
+        found = []
+        for i, (spelled, distinct) in zip(places, answered, strict=True):
+            number: dict[str, int] = {}
+            for n, answer in enumerate(distinct):
+                first = (a for a in distinct[:n] if (i, a, answer) in equal)
+                number[answer] = next((number[a] for a in first), n + 1)
+            row = zip(spelled, right[i], strict=True)
+            found.append(
+                [None if s is None else 0 if good else number[s] for s, good in row]
+            )
+        return found
+
+    return hosts.divide(vote, range(len(examples)))
+
+
+def _equal(asked: Sequence[tuple[Example, str, str]]) -> list[bool]:
+    """Whether two predictions for an example are the same answer."""
+    references, predictions = [], []
+    for example, a, b in asked:
+        options = len(kinds.options_of(example))
+        if kinds.is_letters(b, options):  # a letter is asked for with its options
+            a, b = b, a
+        references.append(dataclasses.replace(example, answer=a))
+        predictions.append(b)
+    return kinds.grade(references, predictions)
+
+
+def _spelled(prediction: str) -> str:
+    """One spelling for 1/2, 0.5 and $0.50."""
+    if len(prediction) > answers.MAX_CHARS:
         return prediction
     text = clean(prediction)
     try:
         return str(rational(text))
     except (Unreadable, RecursionError):
-        return text
+        return prediction
 
 
 def paired(first: Score, second: Score) -> Result:

@@ -17,6 +17,7 @@ from grpo_jax import asking, completions, evaluate, measures, published, scores,
 from grpo_jax.completions import Completion
 from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError
+from grpo_jax.grading import kinds
 from grpo_jax.measures import majority, mcnemar, pass_at_k, wilson
 from grpo_jax.model import Decoder, ModelConfig
 from grpo_jax.tokenizer import Tokenizer
@@ -90,6 +91,54 @@ def test_scores_of_samples_by_hand():
     assert result["maj@k"] == {"1": 0.5, "2": ((1 + 0) + (0 + 1)) / 4, "4": 0.5}
     low, high = result["pass@k_ci95"]["2"]
     assert low == 0.5 and high == 1.0  # of two questions: the worse or the better one
+
+
+@pytest.mark.parametrize(
+    "boxes, reference, votes, right",
+    [
+        (["5", r"3\text{ cm}", "5", "x=3", "3"], "3", [1, 0, 1, 0, 0], True),
+        # equal wrong ones are one vote too, and may outvote the right ones
+        (["5", "x=5", r"5\text{ cm}", "3", "3"], "3", [1, 1, 1, 0, 0], False),
+        (["0.5", r"\frac12", "1/2", "3", "3"], "3", [1, 1, 1, 0, 0], False),
+        ([r"\sqrt{8}", "7", r"2\sqrt2", "8", "8"], "8", [1, 2, 1, 0, 0], False),
+        ([r"\sqrt{8}", "7", r"\sqrt2", "8", "8"], "8", [1, 2, 3, 0, 0], True),
+        (["(1,2)", "(2,1)", "1,2", "2,1", "3", "3"], "3", [1, 2, 3, 3, 0, 0], False),
+        (["500", "5", "50", "3", "3"], "3", [1, 2, 3, 0, 0], True),
+        (["3", "3", r"\{4,5\}", "5,4", "4,5"], "3", [0, 0, 1, 1, 1], False),
+        (["5", r"5\text{ m}", r"5\text{ cm}", "3", "3"], "3", [1, 1, 1, 0, 0], False),
+        ([r"5\text{ m}", r"5\text{ cm}", "3", "3"], "3", [1, 2, 0, 0], True),
+    ],
+)
+def test_a_majority_is_of_equal_answers(boxes, reference, votes, right):
+    example = Example("?", reference)
+    answered = said(*(f"\\boxed{{{box}}}" for box in boxes))
+    result = scores.score([example], [answered]).result
+    assert result["maj@k"][str(len(boxes))] == right
+    graded = np.array([[vote == 0 for vote in votes]])
+    assert scores.votes([example], boxes, graded) == [votes]
+
+
+def test_an_option_and_its_value_are_one_vote():
+    options = {"options": ["1", "2", "3", "4"]}
+    example = Example("?", "A", columns=options)
+    given = ["B", "2.0", "2", "A", "1", "C"]
+    right = np.array([[0, 0, 0, 1, 1, 0]])
+    assert scores.votes([example], given, right) == [[1, 1, 1, 0, 0, 3]]
+
+
+def test_no_votes_are_compared_where_none_is_right(monkeypatch):
+    asked = []
+
+    def count(examples, predictions):
+        asked.append(len(examples))
+        return [False] * len(examples)
+
+    monkeypatch.setattr(kinds, "grade", count)
+    given = [str(n) for n in range(100)]
+    (votes,) = scores.votes([Example("?", "no")], given, np.zeros((1, 100)))
+    assert votes == list(range(1, 101))
+    scores.votes([Example("?", "0")], given, np.eye(1, 100))
+    assert asked == [0, 64 * 63 // 2]  # not 99 with 98 others
 
 
 def test_a_question_that_is_too_long_counts_as_wrong():
