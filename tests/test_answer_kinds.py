@@ -135,6 +135,8 @@ under 7 # 7
 8\text{ divided by }2 = 4
 8\text{ over }3 = \frac83
 5 minus 2 = 3
+3个半 # 3
+3个半 = 3.5
 -- what stays a unit
 7\text{ cm squared} = 7\text{ cm}^2
 7 square meters = 7
@@ -185,6 +187,12 @@ x>1, y>2 # x>2
 3 or 5 # 3
 1, 2, or 3 = 1,2,3
 p=5,q=2 or p=7,q=2 = (5,2),(7,2)
+|x|>3 = x<-3 \text{ or } x>3
+|x|>3 # -3<x<3
+|x|\ge 3 # x<-3 \text{ or } x>3
+|x-1|<2 = (-1,3)
+|x-1|<2 # (-3,1)
+2>|x+1| = -3<x<1
 -- powers and roots
 (x-2)^{1/3} = \sqrt[3]{x-2}
 (x-2)^{1/3} # \sqrt{x-2}
@@ -356,6 +364,28 @@ sqrt(57) = \sqrt{57}
 3,\!141 = 3141
 3\,141 = 3141
 100, 200 = 100,200
+-- numbers and nothing in words
+二十五 = 25
+二十五 # 205
+二百零五 = 205
+两个 = 2
+三十元 = 30
+三角形 # 3
+百分之二十五 = 25\%
+三分之一 = \frac13
+\text{twenty-five} = 25
+\text{twenty-five} # 205
+\text{no solution} = \emptyset
+\text{no solution} = \text{No solutions}
+无解 = \text{no real solutions}
+无解 # 0
+空集 = \varnothing
+-- combinations as Chinese textbooks write them
+C_5^2 = 10
+C_{10}^{3} = 120
+C_5^2 # 20
+\mathrm{A}_5^2 = 20
+A_5^2 # 10
 """
 
 

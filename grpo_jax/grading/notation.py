@@ -130,6 +130,10 @@ def _merged(match: re.Match) -> str:
     return re.sub(r"\} ?\\text\{", " ", match.group())
 
 
+def _at(match: re.Match, first: int = 1) -> str:
+    return match[first] or match[first + 1]
+
+
 def _mixed(match: re.Match) -> str:
     top, bottom = (group for group in match.groups()[1:] if group is not None)
     return rf"({match[1]}+\frac{{{top}}}{{{bottom}}})"
@@ -141,6 +145,9 @@ def rules(*rules):
 
 _STYLE = r"(text(?:bf|it|rm|normal|sf|tt|up|sc)?|mathrm|mathbf|mathit|mathsf|mbox|hbox)"
 _CR = r"\\cr(?![A-Za-z])"
+_CHOOSE_C, _CHOOSE_A = (
+    rf"(?<![A-Za-z\\}}])(?:{x}|\\(?:mathrm|text|rm) ?\{{{x}\}}) ?" for x in "CA"
+)  # C_5^2 and A_5^2, as Chinese textbooks write combinations and permutations
 _ONE = r"(?:(\d)|\{ ?(\d+) ?\})"
 _RULES = rules(
     # Unicode to LaTeX, where NFKC would lose the meaning
@@ -151,7 +158,8 @@ _RULES = rules(
     (r"([√∛∜]) ?(\d+|[a-z]|(?=\())", _root),
 ), rules(
     # wrappers
-    (r"^\*\*([^*]*)\*\*$", r"\1"),
+    (r"^(\*\*|`)([^*`]*)\1$", r"\2"),
+    (r"^ ?(?:\\(?:approx|sim|simeq)(?![A-Za-z])|≈|~)", ""),
     (r"\\f?box(?:ed)? ?\{", "{"),
     (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z]) ?\.?", ""),
     # matrices and systems of equations
@@ -197,6 +205,9 @@ _RULES = rules(
     (r"\\operatorname\*?\{(\w+)\}", r" \1 "),
     (r"\{([^{}\\]*)\\choose([^{}\\]*)\}", r"\\binom{\1}{\2}"),
     (r"\\[dt]binom" + END, r"\\binom"),
+    (rf"{_CHOOSE_C}_{_ONE}\^{_ONE}", lambda m: rf"\binom{{{_at(m)}}}{{{_at(m, 3)}}}"),
+    (rf"{_CHOOSE_A}_{_ONE}\^{_ONE}",
+     lambda m: rf"\frac{{{_at(m)}!}}{{({_at(m)}-{_at(m, 3)})!}}"),
     (r"\\" + _STYLE + r" ?\{ ?([A-Za-z\d]) ?\}", _styled),
     (r"\\" + _STYLE + r" ?\{([^{}]*)\}", r"\\text{\2}"),
     (r"\\(?:over(?:line|(?:left)?rightarrow)|vec)\{([A-Z]+)\}", r"\1"),

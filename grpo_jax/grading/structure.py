@@ -138,6 +138,22 @@ def _all_but(text: str, holes: str) -> Node:
     return gaps[0] if len(gaps) == 1 else Node("set", text, tuple(gaps), "and")
 
 
+def _absolute(text: str, parts: list[str], marks: str) -> Node | None:
+    """|x-1| < 2 is (-1, 3), and |x| > 3 the two half-lines outside."""
+    outside = re.fullmatch(r"\|[^|]*\|", parts[-1])
+    size, limit = (parts[-1], parts[0]) if outside else (parts[0], parts[-1])
+    found = re.fullmatch(r"\|[A-Za-z]((?:[-+][^|]+)?)\|", size)
+    if len(parts) != 2 or not found or has_unknown(limit + found[1]):
+        return None
+    closed = marks == "l"
+    low, high = (leaf(f"{sign}({limit})-(0{found[1]})") for sign in ("-", ""))
+    if not outside:
+        return Node("tuple", text, (low, high), "[]" if closed else "()")
+    left = Node("tuple", "", (leaf(r"-\infty"), low), "(]" if closed else "()")
+    right = Node("tuple", "", (high, leaf(r"\infty")), "[)" if closed else "()")
+    return Node("set", text, (left, right), "or")
+
+
 # ---- families: x = k\pi, k an integer ------------------------------------------------
 _SETS = (
     r"(?:\\(?:mathbb|mathbf|text)\{([ZN])\}|[ \\]?([ZN]))(?:[\^_]\{?([+*])\}?|([+*]))?"
@@ -224,10 +240,8 @@ def _relation(text: str, parts: list[str], signs: list[str]) -> Node:
         marks = marks[::-1].replace(">", "<").replace("g", "l")
     if not set(marks) <= set("<l"):
         return Node("chain", text, tuple(map(leaf, parts)), marks)
-    size = re.fullmatch(r"\|([A-Za-z])\|", parts[0])
-    if len(parts) == 2 and size and not has_unknown(parts[1]):
-        ends = (leaf(f"-({parts[1]})"), leaf(parts[1]))
-        return Node("tuple", text, ends, {"<": "()", "l": "[]"}[marks])
+    if (inside := _absolute(text, parts, marks)) is not None:
+        return inside
     closing, opening = {"<": ")", "l": "]"}, {"<": "(", "l": "["}
     constant = [not has_unknown(part) for part in parts]
     if len(parts) == 3 and names[1] and constant[0] and constant[2]:

@@ -30,7 +30,7 @@ _UNITS = {
 }  # fmt: skip
 UNIT_NAMES = {name: unit for unit, names in _UNITS.items() for name in names.split()}
 _UNIT_END = re.compile(
-    rf"(?:%|\^\\circ[CF]?|\^\{{\\circ\}}[CF]?|/?{TEXT}(?:\^\{{?[23]\}}?)?)$"
+    rf"(?:%|\^\\circ ?[CF]?|\^\{{\\circ\}} ?[CF]?|/?{TEXT}(?:\^\{{?[23]\}}?)?)$"
 )
 
 

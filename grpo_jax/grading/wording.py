@@ -25,6 +25,11 @@ _SPELLED = (
     rf"|(?:{'|'.join(reversed(_ONES))}|{'|'.join(_TENS)})\b"
     rf"|[{''.join(_CHINESE)}十百千万]+"
 )
+# What Chinese counts with, where it is the end of the answer: 两个, 三十元.
+_COUNTED = (
+    "(?:[个只条张本支件名位次倍岁人元块米克吨升天年页棵头辆台袋箱盒瓶组种根把颗粒间层度"
+    "月周秒]|厘米|千米|公里|千克|公斤|小时|分钟)$"
+)
 _PARTS = {
     name: n for n, name in enumerate(
         "half third fourth fifth sixth seventh eighth ninth tenth".split(), 2)
@@ -105,7 +110,11 @@ _RULES = [
          rf"|正负|^ ?\+ ?/? ?-){_N}", r"\\pm "),
     _sub(rf"(?<![A-Za-z\\])(?:negative|minus|负|零下) ?({_SPELLED})",
          lambda m: f"-{_spelled(m[1])}"),
-    _sub(rf"^ ?({_SPELLED}) ?$", lambda m: _spelled(m[1])),
+    _sub(rf"^ ?({_SPELLED})(?= ?$|{_COUNTED})", lambda m: _spelled(m[1])),
+    _sub(rf"百分之([{''.join(_CHINESE)}十百]+)", lambda m: f"{_spelled(m[1])}%"),
+    _sub(r"^ ?(\d+)(个|天|年|小时)?半", r"\1.5\2"),
+    _sub(r"^(?:.{0,12}(?:方程|不等式))?(?:no (?:real )?solutions?(?: exists?)?"
+         r"|(?:the )?empty set|无(?:实数?)?解|无实根|空集)$", r"\\emptyset "),
     _sub(r"(?:负|negative |minus )(?:无穷大?|infinity)", r"-\\infty "),
     _sub(r"(?:正|positive )?(?:无穷大?|infinity)", r"\\infty "),
     _sub(rf"(?<![A-Za-z\\])(?:negative|minus) ?{_N}|(?:负|零下) ?{_N}", "-"),
@@ -164,7 +173,7 @@ _WORDS = re.compile(
     r"|reciprocal|opposite|negation|half|halves|twice|double|triple|thrice|ths?\b|third"
     r"|times|multiplied|divided|over|between|infinity|than|least|most|up to|imum of"
     r"|exceed|above|below|under|not|unequal|all real| (?:and|or) |\d ?\+ ?$|^ ?\+"
-    r"|\d to \d|[负正零下无穷根号的乘除大小等于不多少高低超过足到满未至以上内介起码‰]|"
+    r"|\bto\b|solution|empty|[解集根半负正零下无穷根号的乘除大小等于不多少高低超过足到满未至以上内介起码‰]|"
     + _SPELLED,
     re.I,
 )
