@@ -21,10 +21,11 @@ import tokenizers
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from grpo_jax import lora, sharding
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, one_line
+from grpo_jax.files import read_json
 from grpo_jax.hf import config as hf_config
 from grpo_jax.hf.folders import find_folder, new_folder, write_json
-from grpo_jax.hf.tensors import Source, Stored, read_folder, read_json, write_folder
+from grpo_jax.hf.tensors import Source, Stored, read_folder, write_folder
 from grpo_jax.model import Decoder, ModelConfig, Params
 
 # Our names of a layer's weights -> theirs, after "model.layers.{i}."
@@ -187,7 +188,8 @@ def check_names(folder: Path, config: ModelConfig, stored: dict[str, Stored]) ->
         if name not in known and not name.endswith("rotary_emb.inv_freq")  # a constant
     ]
     told = [
-        f"{len(names)} {what} ({', '.join(names[:5])}{', …' * (len(names) > 5)})"
+        f"{len(names)} {what} ({', '.join(map(one_line, names[:5]))}"
+        f"{', …' * (len(names) > 5)})"
         for names, what in ((missing, "missing"), (unknown, "unknown"))
         if names
     ]
