@@ -113,6 +113,10 @@ def read_json(file: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(value, dict):
         raise GrpoError(f"{file}: not a JSON object; download it again")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise GrpoError(f"{file}: holds a lone surrogate (\\ud8…); remove it") from None
     return value
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tokenizers
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from grpo_jax import lora, sharding
@@ -27,6 +26,7 @@ from grpo_jax.hf import config as hf_config
 from grpo_jax.hf.folders import find_folder, new_folder, write_json
 from grpo_jax.hf.tensors import Source, Stored, read_folder, write_folder
 from grpo_jax.model import Decoder, ModelConfig, Params
+from grpo_jax.tokenizer import open_tokenizer
 
 # Our names of a layer's weights -> theirs, after "model.layers.{i}."
 LAYER = {
@@ -211,14 +211,11 @@ def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
     file = folder / "tokenizer.json"
     if not file.exists():
         return
-    try:
-        vocabulary = tokenizers.Tokenizer.from_file(str(file)).get_vocab()
-    except Exception as error:  # the package raises plain Exceptions
-        raise GrpoError(f"{file}: broken ({error}); download it again") from None
+    vocabulary = open_tokenizer(file).get_vocab()
     if vocabulary and max(vocabulary.values()) >= config.vocab_size:
         token, highest = max(vocabulary.items(), key=lambda item: item[1])
         raise GrpoError(
-            f"{file}: token {token!r} has id {highest}, the embedding has only "
+            f"{file}: token {one_line(repr(token))} has id {highest}, the embedding has only "
             f"{config.vocab_size} rows; take the tokenizer of this model"
         )
 
