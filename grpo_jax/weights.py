@@ -178,7 +178,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_names(folder: Path, config: ModelConfig, stored: dict[str, Stored]) -> None:
-    """Faults 20 and 21: every tensor is there, known, and of the right shape."""
+    """Refuses tensors that are missing, unknown or of another shape, by name."""
     expected = tensor_shapes(config)
     known = {*expected, TOP["unembed"]} if config.tied else set(expected)
     missing = [name for name in expected if name not in stored]
@@ -207,7 +207,7 @@ def check_names(folder: Path, config: ModelConfig, stored: dict[str, Stored]) ->
 
 
 def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
-    """Fault 24: a token beyond the embedding would silently read another's row."""
+    """A token beyond the embedding would silently read another's row."""
     file = folder / "tokenizer.json"
     if not file.exists():
         return
@@ -215,8 +215,8 @@ def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
     if vocabulary and max(vocabulary.values()) >= config.vocab_size:
         token, highest = max(vocabulary.items(), key=lambda item: item[1])
         raise GrpoError(
-            f"{file}: token {one_line(repr(token))} has id {highest}, the embedding has only "
-            f"{config.vocab_size} rows; take the tokenizer of this model"
+            f"{file}: token {one_line(repr(token))} has id {highest}, the embedding "
+            f"has only {config.vocab_size} rows; take the tokenizer of this model"
         )
 
 
@@ -225,7 +225,7 @@ def _read(
 ) -> None:
     """The part between `ends` into `out`, some rows at a time, so that little is held.
 
-    Fault 26: NaN or infinity, seen in the exponent's bits.
+    NaN and infinity are refused; they are seen in the exponent's bits.
     """
     rows = max(1, BLOCK // max(1, out[:1].size))
     columns = [slice(*pair) for pair in ends[1:]]

@@ -230,7 +230,8 @@ def _window(c: Mapping[str, Any], kind: str, where: str) -> int | None:
         _refuse(where, "layer_types", types, "a list of names is")
     if len(types) != layers:
         raise GrpoError(
-            f"{where}: layer_types names {len(types)} layers, num_hidden_layers={layers}"
+            f"{where}: layer_types names {len(types)} layers, "
+            f"num_hidden_layers={layers}"
         )
     if set(types) == {"full_attention"}:
         return None
