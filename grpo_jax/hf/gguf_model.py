@@ -136,9 +136,7 @@ class GgufModel:
             "intermediate_size": self._get("ARCH.feed_forward_length", int),
             "num_hidden_layers": self._get("ARCH.block_count", int),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._get(
-                "ARCH.attention.head_count_kv", int, heads
-            ),
+            "num_key_value_heads": kv_heads,
             "head_dim": self._get("ARCH.attention.key_length", int, head_dim),
             "hidden_act": "silu",
             "max_position_embeddings": self._get("ARCH.context_length", int),

@@ -83,7 +83,7 @@ def _unpickle(data: bytes, file: Path, storage: Callable[[Any], _Storage]) -> An
     """
     stack: list[Any] = []
     marks: list[int] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
 
     def above_mark() -> list[Any]:
         start = marks.pop()
