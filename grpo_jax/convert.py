@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from grpo_jax.errors import GrpoError
+from grpo_jax.hf.config import from_hf
 from grpo_jax.hf.folders import find_folder, new_folder, write_json
 from grpo_jax.hf.gguf_model import GgufModel
-from grpo_jax.hf.tensors import Source, read_folder, write_folder
+from grpo_jax.hf.tensors import Source, Stored, write_folder
 from grpo_jax.hf.torch_bin import INDEX, read_bin_folder
 from grpo_jax.weights import check_names, model_config
 
@@ -30,13 +31,22 @@ KEPT = (".json", ".jinja", ".model", ".txt", ".md")  # beside the weights
 def convert_gguf(file: Path, out: Path) -> None:
     """Writes the Hugging Face folder `out` from a GGUF file, weights in float32."""
     model = GgufModel(file)
+    config = model.config()
+    tensors = dict(model.tensors())
+    check_names(file, from_hf(config, str(file)), tensors)
     with new_folder(out) as folder:
-        write_json(folder / "config.json", model.config())
+        write_json(folder / "config.json", config)
         write_json(folder / "generation_config.json", model.generation_config())
         write_json(folder / "tokenizer_config.json", model.tokenizer_config())
         model.tokenizer().save(str(folder / "tokenizer.json"))
-        write_folder(folder, dict(model.tensors()))
-        check_names(folder, model_config(folder), read_folder(folder))
+        write_folder(folder, _sources(tensors))
+
+
+def _sources(stored: dict[str, Stored]) -> dict[str, Source]:
+    return {
+        name: Source(np.dtype(t.dtype), t.shape, lambda t=t: t[...])
+        for name, t in stored.items()
+    }
 
 
 def convert_bin(source: Path, out: Path) -> None:
@@ -60,13 +70,7 @@ def convert_bin(source: Path, out: Path) -> None:
         for file in source.iterdir():
             if file.suffix in KEPT and file.name != INDEX or "LICENSE" in file.name:
                 shutil.copyfile(file, folder / file.name)
-        write_folder(
-            folder,
-            {
-                name: Source(np.dtype(t.dtype), t.shape, lambda t=t: t[...])
-                for name, t in stored.items()
-            },
-        )
+        write_folder(folder, _sources(stored))
 
 
 def find_gguf(package: str) -> Path:

@@ -13,3 +13,14 @@ class GrpoError(ValueError):
     ...
     grpo_jax.errors.GrpoError: config.group_size: 1 is below 2; set it to 2 or more
     """
+
+
+def one_line(error: object) -> str:
+    r"""What another library says is wrong, or a name from a file, for a message.
+
+    >>> one_line("bad value\n  at line 3")
+    'bad value at line 3'
+    """
+    text = " ".join(str(error).split())
+    text = "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return text if len(text) <= 200 else text[:199] + "…"

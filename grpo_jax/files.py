@@ -1,15 +1,21 @@
 """Files that are whole: a reader, or the next start, never finds half of one.
 
 In: a path and its text. Out: the file, new; or what was there before, where the disk is
-full or the process is killed. And where what can be made again is kept.
+full or the process is killed. JSON that is read with a limit on its size and depth. And
+where what can be made again is kept.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, one_line
+
+LARGEST = 1 << 27  # bytes of a JSON file; the largest tokenizer.json has 2^25
+DEEPEST = 64  # lists and objects in one another; what walks them may recurse
 
 
 def write_whole(
@@ -41,3 +47,82 @@ def cache_folder(*parts: str) -> Path:
             "GRPO_JAX_CACHE to a folder that can be written"
         ) from None
     return path
+
+
+def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
+    """The value of a JSON text, which is nested at most `DEEPEST` deep.
+
+    unique: refuse an object with a repeated key, of which json keeps the last.
+
+    Raises:
+      ValueError: not JSON (json.JSONDecodeError, with the place), or out of bounds.
+
+    >>> parse_json("[" * 100 + "]" * 100)
+    Traceback (most recent call last):
+    ...
+    ValueError: lists and objects are nested more than 64 deep
+    """
+    too_deep = f"lists and objects are nested more than {DEEPEST} deep"
+    try:
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return value
+    raise ValueError(too_deep)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"{key[:80]!r} is there twice")
+        seen[key] = value
+    return seen
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder.
+
+    Raises:
+      GrpoError: no such file, a git-LFS pointer, not a JSON object, a repeated key,
+        larger than `LARGEST` or nested deeper than `DEEPEST`.
+    """
+    try:
+        with open(file, "rb") as handle:
+            raw = handle.read(LARGEST + 1)
+    except OSError as error:
+        raise GrpoError(f"{file}: {error.strerror}") from None
+    refuse_pointer(file, raw[:64])
+    if len(raw) > LARGEST:
+        raise GrpoError(f"{file}: more than {LARGEST} bytes; download it again")
+    try:
+        value = parse_json(raw, unique=True)
+    except ValueError as error:
+        reason = one_line(error)
+        raise GrpoError(
+            f"{file}: not valid JSON ({reason}); download it again"
+        ) from None
+    if not isinstance(value, dict):
+        raise GrpoError(f"{file}: not a JSON object; download it again")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise GrpoError(f"{file}: holds a lone surrogate (\\ud8…); remove it") from None
+    return value
+
+
+def refuse_pointer(file: Path, head: bytes) -> None:
+    if head.startswith(b"version https://git-lfs"):
+        raise GrpoError(
+            f"{file}: a git-LFS pointer, not the file itself; run `git lfs pull` in "
+            "its folder or download it again"
+        )

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.data import Example
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, one_line
+from grpo_jax.files import parse_json
 from grpo_jax.grading.brackets import boxed
 
 Row = Any  # what a file holds for one example: a JSON object, or a line's columns
+LONGEST = 1 << 26  # bytes of a line; more is no row, and is not read into memory
 
 
 # -- the rows of each file ---------------------------------------------------------
@@ -34,21 +36,24 @@ def _decode(path: Path, number: int, line: bytes) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), 1):
+            if len(line) > LONGEST:
+                raise GrpoError(f"{path}:{number}: longer than {LONGEST} bytes")
             if line.strip():
                 yield number, _decode(path, number, line).rstrip("\r\n")
 
 
 def _parse(path: Path, number: int, text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         line = number + error.lineno - 1
         raise GrpoError(
             f"{path}:{line}: not valid JSON ({error.msg}, column {error.colno})"
         ) from None
-    except (ValueError, RecursionError) as error:  # huge integers, deep nesting
-        raise GrpoError(f"{path}:{number}: not readable as JSON ({error})") from None
+    except ValueError as error:  # huge integers, deep nesting
+        told = one_line(error)
+        raise GrpoError(f"{path}:{number}: not readable as JSON ({told})") from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Row]]:
@@ -127,7 +132,7 @@ _MATH_BLANKS = ("train/number_theory/7115.json", "train/number_theory/7117.json"
 
 def math_(row: Row) -> Example:
     solution = _text(row, "solution")
-    name = row["unique_id"] if "unique_id" in row else row["id"]
+    name = _text(row, "unique_id" if "unique_id" in row else "id")
     if name in _MATH_BLANKS:
         solution = solution.replace("\\boxed{}", "\\boxed{0}")
     answer = _text(row, "answer") if "answer" in row else last_boxed(solution)
@@ -244,7 +249,8 @@ def _label(label: Any, options: list[str]) -> str:
     letters = re.sub(r"[\s,]", "", str(label))
     known = "ABCDEFGH"[: len(options)]
     if not letters or not set(letters) <= set(known):
-        raise ValueError(f"the answer {label!r} is none of the options {known}")
+        told = one_line(repr(label))
+        raise ValueError(f"the answer {told} is none of the options {known}")
     return letters
 
 
@@ -270,7 +276,8 @@ def _chat(messages: Any) -> dict[str, str]:
     else:
         names = ["question", "solution"]
     if roles not in (["user"], ["user", "assistant"]):
-        raise ValueError(f"field 'messages' has the roles {roles}; {shape}")
+        told = one_line(repr(roles))
+        raise ValueError(f"field 'messages' has the roles {told}; {shape}")
     return {
         name: _text(message, "content")
         for name, message in zip(names, messages, strict=False)

@@ -23,7 +23,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import tokenizers
 
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, one_line
+from grpo_jax.files import LARGEST, read_json, refuse_pointer
 
 FILES = (  # what belongs to the tokenizer in a Hugging Face folder
     "tokenizer.json",
@@ -79,7 +80,7 @@ class Tokenizer:
         by_file = self.bos_id is not None and first == [self.bos_id]
         self.adds_bos: bool = by_file if adds_bos is None else adds_bos
         known = tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size: int = max(known.values()) + 1  # the highest id + 1
+        self.vocab_size: int = max(known.values(), default=-1) + 1  # the highest id + 1
 
     # -- making one ----------------------------------------------------------------
 
@@ -123,27 +124,29 @@ class Tokenizer:
             )
         config = _read(folder / "tokenizer_config.json")
         special = _special(_read(folder / "special_tokens_map.json") | config)
-        generation, model = (
-            _read(folder / name) for name in ("generation_config.json", "config.json")
-        )
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the package raises nothing narrower
-            raise GrpoError(f"{file}: not a tokenizer file ({error})") from None
+        tokenizer = open_tokenizer(file)
         eos_ids: list[int] = []
         if name := special.get("eos_token"):
             if (eos_id := tokenizer.token_to_id(name)) is None:
-                raise GrpoError(f"{folder}: its eos_token {name!r} is not in {file}")
+                told = one_line(repr(name))
+                raise GrpoError(f"{folder}: its eos_token {told} is not in {file}")
             eos_ids.append(eos_id)
-        for source in (generation, model):
-            found = source.get("eos_token_id")
+        sources = [folder / n for n in ("generation_config.json", "config.json")]
+        for source, values in [(source, _read(source)) for source in sources]:
+            found = values.get("eos_token_id")
             if found is not None:
-                eos_ids += found if isinstance(found, list) else [found]
+                eos_ids += _token_ids(source, "eos_token_id", found, tokenizer)
                 break
         if not eos_ids:
             raise GrpoError(
                 f"{folder}: no EOS token in tokenizer_config.json, config.json or "
                 "generation_config.json; add eos_token to the first"
+            )
+        adds_bos = config.get("add_bos_token")
+        if adds_bos not in (True, False, None):
+            raise GrpoError(
+                f"{folder / 'tokenizer_config.json'}: add_bos_token="
+                f"{one_line(repr(adds_bos))} is not true or false"
             )
         pad = special.get("pad_token")
         template = _template(folder, config)
@@ -152,7 +155,7 @@ class Tokenizer:
             special=special,
             eos_ids=eos_ids,
             pad_id=None if pad is None else tokenizer.token_to_id(pad),
-            adds_bos=config.get("add_bos_token"),
+            adds_bos=adds_bos,
             chat_template=template,
             files={
                 name: (folder / name).read_bytes()
@@ -327,17 +330,53 @@ class Tokenizer:
         return f"cannot encode {text[:40]!r}: character {unknown!r} is not in it"
 
 
+def open_tokenizer(file: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.json.
+
+    Raises:
+      GrpoError: it cannot be read, is a git-LFS pointer or not a tokenizer file.
+    """
+    try:
+        with open(file, "rb") as handle:
+            raw = handle.read(LARGEST + 1)
+    except OSError as error:
+        raise GrpoError(f"{file}: {error.strerror}") from None
+    refuse_pointer(file, raw[:64])
+    if len(raw) > LARGEST:
+        raise GrpoError(f"{file}: more than {LARGEST} bytes; download it again")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(raw)
+        tokenizer.no_truncation()  # some files ask for it: it loses text silently
+        tokenizer.no_padding()
+        tokenizer.encode("")  # where a damaged post-processor shows
+        return tokenizer
+    except Exception as error:  # the package raises nothing narrower
+        reason = one_line(error)
+    except BaseException as error:  # pyo3's PanicException, of an assertion in Rust
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = one_line(error)
+    raise GrpoError(f"{file}: not a tokenizer file ({reason}); download it again")
+
+
+def _token_ids(
+    file: Path, key: str, value: Any, tokenizer: tokenizers.Tokenizer
+) -> list[int]:
+    """An id or a list of ids, each of a token that there is."""
+    found = value if isinstance(value, list) else [value]
+    for item in found:
+        whole = type(item) is int and 0 <= item < 2**32
+        if not whole or tokenizer.id_to_token(item) is None:
+            raise GrpoError(
+                f"{file}: {key}={one_line(repr(item))} is not the id of a token; put "
+                "those there that end an answer"
+            )
+    return found
+
+
 def _read(path: Path) -> dict[str, Any]:
     """A JSON object from a file that may be absent."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise GrpoError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise GrpoError(f"{path}: expected a JSON object")
-    return content
+    return read_json(path) if path.is_file() else {}
 
 
 def _special(config: dict[str, Any]) -> dict[str, str]:
@@ -354,9 +393,22 @@ def _special(config: dict[str, Any]) -> dict[str, str]:
 def _template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text("utf-8")
+        try:
+            text = file.read_bytes()
+            refuse_pointer(file, text[:64])
+            return text.decode("utf-8").replace("\r\n", "\n")
+        except OSError as error:
+            raise GrpoError(f"{file}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise GrpoError(f"{file}: not UTF-8 ({error.reason})") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        by_name = {entry["name"]: entry["template"] for entry in template}
-        template = by_name.get("default")
+        named = [entry for entry in template if isinstance(entry, dict)]
+        default = [e.get("template") for e in named if e.get("name") == "default"]
+        template = default[-1] if default else None
+    if template is not None and not isinstance(template, str):
+        raise GrpoError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is "
+            f"{type(template).__name__}; expected text, or a list of name and template"
+        )
     return template

@@ -17,15 +17,16 @@ from typing import Any
 
 import jax
 import numpy as np
-import tokenizers
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from grpo_jax import lora, sharding
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, one_line
+from grpo_jax.files import read_json
 from grpo_jax.hf import config as hf_config
 from grpo_jax.hf.folders import find_folder, new_folder, write_json
-from grpo_jax.hf.tensors import Source, Stored, read_folder, read_json, write_folder
+from grpo_jax.hf.tensors import Source, Stored, read_folder, write_folder
 from grpo_jax.model import Decoder, ModelConfig, Params
+from grpo_jax.tokenizer import open_tokenizer
 
 # Our names of a layer's weights -> theirs, after "model.layers.{i}."
 LAYER = {
@@ -177,7 +178,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_names(folder: Path, config: ModelConfig, stored: dict[str, Stored]) -> None:
-    """Faults 20 and 21: every tensor is there, known, and of the right shape."""
+    """Refuses tensors that are missing, unknown or of another shape, by name."""
     expected = tensor_shapes(config)
     known = {*expected, TOP["unembed"]} if config.tied else set(expected)
     missing = [name for name in expected if name not in stored]
@@ -187,7 +188,8 @@ def check_names(folder: Path, config: ModelConfig, stored: dict[str, Stored]) ->
         if name not in known and not name.endswith("rotary_emb.inv_freq")  # a constant
     ]
     told = [
-        f"{len(names)} {what} ({', '.join(names[:5])}{', …' * (len(names) > 5)})"
+        f"{len(names)} {what} ({', '.join(map(one_line, names[:5]))}"
+        f"{', …' * (len(names) > 5)})"
         for names, what in ((missing, "missing"), (unknown, "unknown"))
         if names
     ]
@@ -205,19 +207,16 @@ def check_names(folder: Path, config: ModelConfig, stored: dict[str, Stored]) ->
 
 
 def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
-    """Fault 24: a token beyond the embedding would silently read another's row."""
+    """A token beyond the embedding would silently read another's row."""
     file = folder / "tokenizer.json"
     if not file.exists():
         return
-    try:
-        vocabulary = tokenizers.Tokenizer.from_file(str(file)).get_vocab()
-    except Exception as error:  # the package raises plain Exceptions
-        raise GrpoError(f"{file}: broken ({error}); download it again") from None
+    vocabulary = open_tokenizer(file).get_vocab()
     if vocabulary and max(vocabulary.values()) >= config.vocab_size:
         token, highest = max(vocabulary.items(), key=lambda item: item[1])
         raise GrpoError(
-            f"{file}: token {token!r} has id {highest}, the embedding has only "
-            f"{config.vocab_size} rows; take the tokenizer of this model"
+            f"{file}: token {one_line(repr(token))} has id {highest}, the embedding "
+            f"has only {config.vocab_size} rows; take the tokenizer of this model"
         )
 
 
@@ -226,7 +225,7 @@ def _read(
 ) -> None:
     """The part between `ends` into `out`, some rows at a time, so that little is held.
 
-    Fault 26: NaN or infinity, seen in the exponent's bits.
+    NaN and infinity are refused; they are seen in the exponent's bits.
     """
     rows = max(1, BLOCK // max(1, out[:1].size))
     columns = [slice(*pair) for pair in ends[1:]]

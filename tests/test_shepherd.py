@@ -176,7 +176,7 @@ def test_json_lines_round_trip(tmp_path):
         ({"ends": [1, 3]}, "from the prompt's end 2"),
         ({"labels": [1.0]}, "2 step ends and 1 labels"),
         ({"labels": [0.5, 1.5]}, r"not all in \[0, 1\]"),
-        ({"labels": None}, "not iterable"),
+        ({"labels": None}, "field 'labels' does not hold int or float"),
     ],
 )
 def test_a_damaged_line_is_refused_with_its_number(tmp_path, change, message):

@@ -188,7 +188,7 @@ def test_damaged_folders_are_refused_with_the_file(tmp_path):
         Tokenizer.from_folder(tmp_path)
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n"
     (tmp_path / "tokenizer.json").write_text(pointer)
-    with pytest.raises(GrpoError, match="tokenizer.json: not a tokenizer file"):
+    with pytest.raises(GrpoError, match="tokenizer.json: a git-LFS pointer"):
         Tokenizer.from_folder(tmp_path)
     folder = write_folder(tmp_path / "a", byte_level(), {"eos_token": "<|im_end|>"})
     (folder / "config.json").write_text("{")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, one_line
 from grpo_jax.model import ModelConfig, RopeScaling
 
 ARCHITECTURES = {
@@ -59,8 +59,19 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": _COMMON | _QWEN,
     "qwen3": _COMMON | _QWEN | {"head_dim": 128},
 }
-_WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-_WHOLE += ("num_attention_heads", "max_position_embeddings")
+# The most that is taken for a mistake in the file rather than a model.
+_MOST = {
+    "vocab_size": 10**8,
+    "hidden_size": 10**6,
+    "intermediate_size": 10**7,
+    "num_hidden_layers": 10**4,
+    "num_attention_heads": 10**5,
+    "num_key_value_heads": 10**5,
+    "head_dim": 10**5,
+    "max_position_embeddings": 2**31 - 1,
+    "sliding_window": 2**31 - 1,
+    "max_window_layers": 10**9,
+}
 
 
 def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -78,17 +89,11 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
     grpo_jax.errors.GrpoError: config.json: rope_scaling.rope_type='yarn' is not ...
     """
     kind = config.get("model_type")
-    names = config.get("architectures") or [ARCHITECTURES.get(str(kind))]
-    if kind not in ARCHITECTURES:
-        raise GrpoError(
-            f"{where}: model_type={kind!r} is not supported; "
-            f"{', '.join(ARCHITECTURES)} are"
-        )
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        _refuse(where, "model_type", kind, f"{', '.join(ARCHITECTURES)} are")
+    names = config.get("architectures") or [ARCHITECTURES[kind]]
     if names != [ARCHITECTURES[kind]]:
-        raise GrpoError(
-            f"{where}: architectures={names!r} is not supported; "
-            f"['{ARCHITECTURES[kind]}'] is"
-        )
+        _refuse(where, "architectures", names, f"['{ARCHITECTURES[kind]}'] is")
     c = _DEFAULTS[kind] | {k: v for k, v in config.items() if v is not None}
     for key in ("sliding_window", "num_key_value_heads"):
         c[key] = config.get(key, c[key])  # null means something: none, and all heads
@@ -97,11 +102,15 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
     for key in ("quantization_config", "num_experts", "num_local_experts"):
         if c.get(key):
             _refuse(where, key, c[key], "unquantised dense models are")
-    for key in _WHOLE:
-        if not isinstance(c[key], int) or c[key] < 1:
-            raise GrpoError(f"{where}: {key}={c[key]!r} is not a positive whole number")
+    for key in _MOST:
+        if c.get(key) is not None:
+            _check_whole(where, key, c[key], least=int(key != "max_window_layers"))
+    for key, default in _DEFAULTS[kind].items():
+        if isinstance(default, bool) and not isinstance(c[key], bool):
+            _refuse(where, key, c[key], "true and false are")
+    _check_number(where, "rms_norm_eps", c["rms_norm_eps"], most=1)
     heads = c["num_attention_heads"]
-    kv_heads = c["num_key_value_heads"] or heads
+    kv_heads = heads if c["num_key_value_heads"] is None else c["num_key_value_heads"]
     if heads % kv_heads:
         raise GrpoError(
             f"{where}: num_attention_heads={heads} is not a multiple of "
@@ -112,24 +121,27 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
             f"{where}: hidden_size={c['hidden_size']} is not a multiple of "
             f"num_attention_heads={heads} and there is no head_dim"
         )
+    head_dim = c["head_dim"] or c["hidden_size"] // heads
+    if head_dim % 2:
+        _refuse(where, "head_dim", head_dim, "even ones are, whose halves RoPE turns")
     theta, scaling = _rope(c, where)
     # Mistral's and Qwen2's code has no such switch, so their files may say anything.
-    bias = bool(c["attention_bias"]) and kind in ("llama", "qwen3")
+    bias = c["attention_bias"] and kind in ("llama", "qwen3")
     return ModelConfig(
         vocab_size=c["vocab_size"],
         width=c["hidden_size"],
         layers=c["num_hidden_layers"],
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=c["head_dim"] or c["hidden_size"] // heads,
+        head_dim=head_dim,
         ffn=c["intermediate_size"],
         norm_eps=float(c["rms_norm_eps"]),
         rope_theta=theta,
         rope_scaling=scaling,
-        tied=bool(c["tie_word_embeddings"]),
+        tied=c["tie_word_embeddings"],
         qkv_bias=bias or kind == "qwen2",
         out_bias=bias,
-        mlp_bias=bool(c["mlp_bias"]) and kind == "llama",
+        mlp_bias=c["mlp_bias"] and kind == "llama",
         qk_norm=kind == "qwen3",
         sliding_window=_window(c, kind, where),
         max_positions=c["max_position_embeddings"],
@@ -137,41 +149,68 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
 
 
 def _refuse(where: str, key: str, value: Any, instead: str) -> NoReturn:
-    raise GrpoError(f"{where}: {key}={value!r} is not supported; {instead}")
+    told = one_line(repr(value))
+    raise GrpoError(f"{where}: {key}={told} is not supported; {instead}")
+
+
+def _check_whole(where: str, key: str, value: Any, least: int = 1) -> None:
+    most = _MOST[key]
+    if type(value) is not int or not least <= value <= most:
+        raise GrpoError(
+            f"{where}: {key}={one_line(repr(value))} is not a whole number from "
+            f"{least} to {most}"
+        )
+
+
+def _check_number(where: str, key: str, value: Any, most: float = 1e12) -> None:
+    if type(value) not in (int, float) or not 0 < value <= most:
+        raise GrpoError(
+            f"{where}: {key}={one_line(repr(value))} is not a number above 0 and at "
+            f"most {most:g}"
+        )
 
 
 def _rope(c: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """rope_theta and the scaling, from `rope_parameters` or from the older keys."""
     group = "rope_parameters" if c.get("rope_parameters") else "rope_scaling"
     rope = c.get(group) or {}
+    if not isinstance(rope, Mapping):
+        _refuse(where, group, rope, "an object with rope_type is")
     if any(isinstance(value, Mapping) for value in rope.values()):
         _refuse(where, group, rope, "one RoPE for all layers is")
-    theta = float(rope.get("rope_theta") or c["rope_theta"])
+    theta = rope.get("rope_theta")
+    theta = c["rope_theta"] if theta is None else theta
+    _check_number(where, "rope_theta", theta)
     partial = rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         _refuse(where, "partial_rotary_factor", partial, "1.0 is")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
-        return theta, None
+        return float(theta), None
     if kind not in ("linear", "llama3"):
         _refuse(where, f"{group}.rope_type", kind, "'default', 'linear', 'llama3' are")
     keys = ["factor"]
     if kind == "llama3":
         keys += ["low_freq_factor", "high_freq_factor"]
     for key in keys:
-        if not isinstance(rope.get(key), (int, float)):
-            raise GrpoError(
-                f"{where}: {group}.{key}={rope.get(key)!r}: {kind} RoPE needs a number"
-            )
+        _check_number(where, f"{group}.{key}", rope.get(key))
     if kind == "linear":
-        return theta, RopeScaling(kind=kind, factor=float(rope["factor"]))
+        return float(theta), RopeScaling(kind=kind, factor=float(rope["factor"]))
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    if not low < high:
+        _refuse(where, f"{group}.high_freq_factor", high, f"above {low} is")
     original = rope.get("original_max_position_embeddings")
-    return theta, RopeScaling(
+    if original is None:
+        original = c["max_position_embeddings"]
+    key = f"{group}.original_max_position_embeddings"
+    if type(original) is not int or not 1 <= original <= 2**31 - 1:
+        _refuse(where, key, original, "a whole number above 0 is")
+    return float(theta), RopeScaling(
         kind=kind,
         factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_positions=original or c["max_position_embeddings"],
+        low_freq_factor=float(low),
+        high_freq_factor=float(high),
+        original_max_positions=original,
     )
 
 
@@ -187,6 +226,13 @@ def _window(c: Mapping[str, Any], kind: str, where: str) -> int | None:
         "sliding_attention" if window and i >= full else "full_attention"
         for i in range(layers)
     ]
+    if not isinstance(types, list) or not all(isinstance(t, str) for t in types):
+        _refuse(where, "layer_types", types, "a list of names is")
+    if len(types) != layers:
+        raise GrpoError(
+            f"{where}: layer_types names {len(types)} layers, "
+            f"num_hidden_layers={layers}"
+        )
     if set(types) == {"full_attention"}:
         return None
     if set(types) == {"sliding_attention"} and window:

@@ -7,6 +7,8 @@ and its companions. Needs the package gguf.
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,9 +25,10 @@ from tokenizers import (
     processors,
 )
 
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, one_line
 from grpo_jax.hf.config import ARCHITECTURES
-from grpo_jax.hf.tensors import Source
+from grpo_jax.hf.gguf_file import read_gguf
+from grpo_jax.hf.tensors import Stored
 
 # llama.cpp's names -> Hugging Face's; a layer's come after "blk.{i}."
 _TOP = {
@@ -63,64 +66,82 @@ class GgufModel:
     """An open GGUF file; its methods give the parts of a Hugging Face folder."""
 
     def __init__(self, file: Path) -> None:
-        try:
-            import gguf
-        except ImportError:
-            raise GrpoError(
-                f"{file}: the package gguf is needed to read it; pip install gguf"
-            ) from None
         self.file = file
-        try:
-            self._reader = gguf.GGUFReader(file)
-        except (OSError, ValueError, IndexError, KeyError) as error:
-            raise GrpoError(f"{file}: not a whole GGUF file ({error})") from None
-        self._dequantize = gguf.dequantize
+        self._gguf = read_gguf(file)
         self._arch = "general"
-        self._arch = self._get("ARCH.architecture")
+        self._arch = self._get("ARCH.architecture", str)
         if self._arch not in ("llama", "qwen2", "qwen3"):
             self._refuse("general.architecture", self._arch, "llama, qwen2, qwen3 are")
-        if self._get("tokenizer.ggml.model") != "gpt2":
-            kind = self._get("tokenizer.ggml.model")
+        kind = self._get("tokenizer.ggml.model", str)
+        if kind != "gpt2":
             self._refuse("tokenizer.ggml.model", kind, "gpt2 (byte-level BPE) is")
 
-    def _get(self, key: str, *default: Any) -> Any:
-        field = self._reader.get_field(key.replace("ARCH", self._arch, 1))
-        if field is None and not default:
-            raise GrpoError(f"{self.file}: the key {key} is missing")
-        value = default[0] if field is None else field.contents()
+    def _get(self, key: str, kind: type, *default: Any) -> Any:
+        key = key.replace("ARCH", self._arch, 1)
+        if key not in self._gguf.values:
+            if not default:
+                raise GrpoError(f"{self.file}: the key {key} is missing")
+            return default[0]
+        value = self._gguf.values[key]
+        if type(value) is not kind:
+            told = f"{kind.__name__} is, not {type(value).__name__}"
+            self._refuse(key, value, told)
         # eps and theta are float32: 1e-05 and not 9.999999747378752e-06
-        return float(str(np.float32(value))) if isinstance(value, float) else value
+        return float(str(np.float32(value))) if kind is float else value
+
+    def _list(self, key: str, kind: type, *default: Any) -> list[Any]:
+        values = self._get(key, list, *default)
+        if any(type(value) is not kind for value in values):
+            self._refuse(key, values, f"a list of {kind.__name__} is")
+        return values
+
+    def _tokens(self) -> list[str]:
+        return self._list("tokenizer.ggml.tokens", str)
+
+    def _token_id(self, key: str, *default: Any) -> Any:
+        """An id that there is a token for."""
+        key = f"tokenizer.ggml.{key}_token_id"
+        found, count = self._get(key, int, *default), len(self._tokens())
+        if found is not None and not 0 <= found < count:
+            self._refuse(key, found, f"an id below {count} is")
+        return found
 
     def _refuse(self, key: str, value: Any, instead: str) -> NoReturn:
-        raise GrpoError(f"{self.file}: {key}={value!r} is not supported; {instead}")
+        told = one_line(repr(value))
+        raise GrpoError(
+            f"{self.file}: {one_line(key)}={told} is not supported; {instead}"
+        )
 
     def config(self) -> dict[str, Any]:
         """config.json."""
-        names = {tensor.name for tensor in self._reader.tensors}
+        names = self._gguf.tensors
         if "rope_freqs.weight" in names:
             self._refuse("rope_freqs", "…", "convert from the model's safetensors")
-        scaling = self._get("ARCH.rope.scaling.type", "none")
+        scaling = self._get("ARCH.rope.scaling.type", str, "none")
         if scaling not in ("none", "linear"):
             self._refuse("rope.scaling.type", scaling, "none and linear are")
         rope = None
         if scaling == "linear":
-            rope = {"type": scaling, "factor": self._get("ARCH.rope.scaling.factor")}
-        heads = self._get("ARCH.attention.head_count")
-        width = self._get("ARCH.embedding_length")
+            rope = {"type": scaling}
+            rope["factor"] = self._get("ARCH.rope.scaling.factor", float)
+        heads = self._get("ARCH.attention.head_count", int)
+        width = self._get("ARCH.embedding_length", int)
+        kv_heads = self._get("ARCH.attention.head_count_kv", int, heads)
+        head_dim = width // heads if heads > 0 else None
         return {
             "architectures": [ARCHITECTURES[self._arch]],
             "model_type": self._arch,
-            "vocab_size": len(self._get("tokenizer.ggml.tokens")),
+            "vocab_size": len(self._tokens()),
             "hidden_size": width,
-            "intermediate_size": self._get("ARCH.feed_forward_length"),
-            "num_hidden_layers": self._get("ARCH.block_count"),
+            "intermediate_size": self._get("ARCH.feed_forward_length", int),
+            "num_hidden_layers": self._get("ARCH.block_count", int),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._get("ARCH.attention.head_count_kv", heads),
-            "head_dim": self._get("ARCH.attention.key_length", width // heads),
+            "num_key_value_heads": kv_heads,
+            "head_dim": self._get("ARCH.attention.key_length", int, head_dim),
             "hidden_act": "silu",
-            "max_position_embeddings": self._get("ARCH.context_length"),
-            "rms_norm_eps": self._get("ARCH.attention.layer_norm_rms_epsilon"),
-            "rope_theta": self._get("ARCH.rope.freq_base", 10000.0),
+            "max_position_embeddings": self._get("ARCH.context_length", int),
+            "rms_norm_eps": self._get("ARCH.attention.layer_norm_rms_epsilon", float),
+            "rope_theta": self._get("ARCH.rope.freq_base", float, 10000.0),
             "rope_scaling": rope,
             "attention_bias": self._arch == "llama" and "blk.0.attn_q.bias" in names,
             "tie_word_embeddings": "output.weight" not in names,
@@ -133,45 +154,57 @@ class GgufModel:
         return {"_from_model_config": True, **self._token_ids()}
 
     def _token_ids(self) -> dict[str, Any]:
-        eos = self._get("tokenizer.ggml.eos_token_id")
-        ends = sorted({eos, self._get("tokenizer.ggml.eot_token_id", eos)})
+        eos = self._token_id("eos")
+        ends = sorted({eos, self._token_id("eot", eos)})
         return {
-            "bos_token_id": self._get("tokenizer.ggml.bos_token_id", None),
+            "bos_token_id": self._token_id("bos", None),
             "eos_token_id": ends if len(ends) > 1 else eos,
-            "pad_token_id": self._get("tokenizer.ggml.padding_token_id", None),
+            "pad_token_id": self._token_id("padding", None),
         }
 
-    def tensors(self) -> Iterator[tuple[str, Source]]:
+    def tensors(self) -> Iterator[tuple[str, Stored]]:
         """The weights, dequantised to float32 one by one as they are read."""
-        heads = {"attn_q": self._get("ARCH.attention.head_count")}
-        heads["attn_k"] = self._get("ARCH.attention.head_count_kv", heads["attn_q"])
-        for tensor in self._reader.tensors:
-            stem, _, kind = tensor.name.rpartition(".")
+        heads = {"attn_q": self._get("ARCH.attention.head_count", int)}
+        heads["attn_k"] = self._get(
+            "ARCH.attention.head_count_kv", int, heads["attn_q"]
+        )
+        for its_name, stored in self._gguf.tensors.items():
+            stem, _, kind = its_name.rpartition(".")
             name = _TOP.get(stem)
-            if stem.startswith("blk."):
-                _, layer, stem = stem.split(".", 2)
+            if layer := re.fullmatch(r"blk\.([0-9]+)\.([a-z_]+)", stem):
+                stem = layer[2]
                 if stem in _LAYER:
-                    name = f"model.layers.{layer}.{_LAYER[stem]}"
+                    name = f"model.layers.{layer[1]}.{_LAYER[stem]}"
             if name is None or kind not in ("weight", "bias"):
-                self._refuse("tensor", tensor.name, "only dense decoders are")
-            permuted = heads.get(stem) if self._arch == "llama" else None
+                self._refuse("tensor", its_name, "only dense decoders are")
+            if self._arch == "llama" and stem in heads:
 
-            def read(tensor=tensor, permuted=permuted) -> np.ndarray:
-                array = self._dequantize(tensor.data, tensor.tensor_type)
-                array = np.asarray(array, np.float32)
-                return unpermute(array, permuted) if permuted else array
+                def read(index: Any, whole=stored.read, heads=heads[stem]):
+                    return unpermute(whole(...), heads)[index]
 
-            shape = tuple(int(size) for size in reversed(tensor.shape))
-            yield f"{name}.{kind}", Source(np.dtype(np.float32), shape, read)
+                stored = dataclasses.replace(stored, read=read)
+            yield f"{name}.{kind}", stored
 
     def tokenizer(self) -> Tokenizer:
         """tokenizer.json: byte-level BPE after the file's pre-tokenizer."""
-        pre = self._get("tokenizer.ggml.pre", "default")
-        tokens = self._get("tokenizer.ggml.tokens")
-        types = self._get("tokenizer.ggml.token_type", [1] * len(tokens))
+        pre = self._get("tokenizer.ggml.pre", str, "default")
+        tokens = self._tokens()
+        types = self._list("tokenizer.ggml.token_type", int, [1] * len(tokens))
+        if len(types) != len(tokens):
+            told = f"{len(tokens)} are, one for each token"
+            self._refuse("tokenizer.ggml.token_type", f"{len(types)} types", told)
         kinds = list(zip(tokens, types, strict=True))
-        vocab = {token: i for i, (token, kind) in enumerate(kinds) if kind != _UNUSED}
-        merges = [tuple(m.split(" ")) for m in self._get("tokenizer.ggml.merges")]
+        used = [(token, i) for i, (token, kind) in enumerate(kinds) if kind != _UNUSED]
+        vocab = dict(used)
+        if len(vocab) < len(used):
+            twice = next(token for token, i in used if vocab[token] != i)
+            self._refuse("tokenizer.ggml.tokens", twice, "each token once is")
+        merges = []
+        for merge in self._list("tokenizer.ggml.merges", str):
+            left, space, right = merge.partition(" ")
+            if not space or not {left, right, left + right} <= vocab.keys():
+                self._refuse("tokenizer.ggml.merges", merge, "two tokens of one are")
+            merges.append((left, right))
         llama3 = pre == "llama-bpe"
         tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=llama3))
         if pre == "qwen2":
@@ -186,8 +219,8 @@ class GgufModel:
                     if its_kind == kind
                 ]
             )
-        if self._get("tokenizer.ggml.add_bos_token", llama3):
-            bos = self._get("tokenizer.ggml.bos_token_id")
+        if self._get("tokenizer.ggml.add_bos_token", bool, llama3):
+            bos = self._token_id("bos")
             tokenizer.post_processor = processors.TemplateProcessing(
                 single=[tokens[bos], "$A"],
                 pair=[tokens[bos], "$A", "$B"],
@@ -220,17 +253,17 @@ class GgufModel:
 
     def tokenizer_config(self) -> dict[str, Any]:
         """tokenizer_config.json: the named special tokens and the chat template."""
-        tokens = self._get("tokenizer.ggml.tokens")
+        tokens = self._tokens()
         ids = {
-            "bos_token": self._get("tokenizer.ggml.bos_token_id", None),
-            "eos_token": self._get("tokenizer.ggml.eos_token_id"),
-            "unk_token": self._get("tokenizer.ggml.unknown_token_id", None),
-            "pad_token": self._get("tokenizer.ggml.padding_token_id", None),
+            "bos_token": self._token_id("bos", None),
+            "eos_token": self._token_id("eos"),
+            "unk_token": self._token_id("unknown", None),
+            "pad_token": self._token_id("padding", None),
         }
-        template = self._get("tokenizer.chat_template", None)
+        template = self._get("tokenizer.chat_template", str, None)
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": self._get("ARCH.context_length"),
+            "model_max_length": self._get("ARCH.context_length", int),
             "clean_up_tokenization_spaces": False,
             **{name: tokens[i] for name, i in ids.items() if i is not None},
             **({"chat_template": template} if template else {}),

@@ -1,4 +1,4 @@
-"""Tensors in files: where each one lies, slices of it, and writing them back.
+"""Tensors in files: what each file holds, slices of it, and writing them back.
 
 In: a Hugging Face folder. Out: {name: Stored}, each readable in slices, or one line
 that says which file is broken and how. Writing streams one tensor at a time.
@@ -6,18 +6,22 @@ that says which file is broken and how. Writing streams one tensor at a time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, one_line
+from grpo_jax.files import read_json, refuse_pointer
 
 MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -35,10 +39,9 @@ class Stored:
     """A tensor in a file; `stored[index]` reads that slice and nothing else."""
 
     file: Path
-    offset: int  # bytes
     dtype: np.dtype | str  # a str where no NumPy type is known for the file's code
     shape: tuple[int, ...]
-    strides: tuple[int, ...] | None = None  # in elements; None: C order
+    read: Callable[[Any], np.ndarray]  # a copy of the numbers at an index
 
     def __getitem__(self, index: Any) -> np.ndarray:
         if isinstance(self.dtype, str):
@@ -46,17 +49,7 @@ class Stored:
                 f"{self.file}: numbers of type {self.dtype} are not supported; "
                 f"{', '.join(DTYPES)} are"
             )
-        if 0 in self.shape:
-            return np.zeros(self.shape, self.dtype)[index]
-        if self.strides is None:
-            view = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
-        else:
-            pairs = zip(self.shape, self.strides, strict=True)
-            end = 1 + sum((size - 1) * stride for size, stride in pairs)
-            flat = np.memmap(self.file, self.dtype, "r", self.offset, (end,))
-            steps = tuple(stride * self.dtype.itemsize for stride in self.strides)
-            view = np.lib.stride_tricks.as_strided(flat, self.shape, steps)
-        return np.array(view[index])  # a copy, so that the mapped pages can go
+        return self.read(index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,86 +65,56 @@ class Source:
         return self.dtype.itemsize * int(np.prod(self.shape))
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; a repeated key is refused, not silently dropped."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen = {}
-        for key, value in pairs:
-            if key in seen:
-                raise GrpoError(f"{file}: {key} is there twice; download it again")
-            seen[key] = value
-        return seen
-
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, held open no longer than one read: its pages can then go."""
     try:
-        raw = file.read_bytes()
+        with safetensors.safe_open(file, "np") as opened:
+            yield opened
     except OSError as error:
-        raise GrpoError(f"{file}: {error.strerror}") from None
-    refuse_pointer(file, raw[:64])
-    try:
-        value = json.loads(raw, object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise GrpoError(f"{file}: not JSON ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise GrpoError(f"{file}: not a JSON object; download it again")
-    return value
+        raise GrpoError(f"{file}: {error.strerror or one_line(error)}") from None
+    except safetensors.SafetensorError as error:
+        raise GrpoError(f"{file}: {_what_is_wrong(file, error)}") from None
 
 
-def refuse_pointer(file: Path, head: bytes) -> None:
-    if head.startswith(b"version https://git-lfs"):
-        raise GrpoError(
-            f"{file}: a git-LFS pointer, not the file itself; run `git lfs pull` in "
-            "its folder or download it again"
-        )
+def _what_is_wrong(file: Path, error: Exception) -> str:
+    with open(file, "rb") as handle:
+        head = handle.read(64)
+    refuse_pointer(file, head)
+    # A header of 128, 384, … bytes also begins with the two bytes of a pickle.
+    header = head[3:9] == b"\0\0\0\0\0{"
+    if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] < b"\6"):
+        if not header:
+            return (
+                "a pickle (torch.save), not safetensors, and not opened; name it "
+                "pytorch_model.bin and run python -m grpo_jax.convert"
+            )
+    size = file.stat().st_size
+    told = one_line(error).removeprefix("Error while deserializing header: ")
+    return f"truncated or not safetensors ({told}; {size} bytes); download it again"
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file, checked against its length.
+    """The tensors of one safetensors file, in the order of their numbers.
+
+    The package checks that they cover the file: no hole, no overlap, nothing behind.
 
     Raises:
       GrpoError: truncated, a git-LFS pointer, a pickle, or not safetensors at all.
     """
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as handle:
-            head = handle.read(64)
-            length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else 0
-            refuse_pointer(file, head)
-            if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] < b"\6"):
-                raise GrpoError(
-                    f"{file}: a pickle (torch.save), not safetensors, and not opened; "
-                    "name it pytorch_model.bin and run python -m grpo_jax.convert"
-                )
-            handle.seek(8)
-            raw = handle.read(length) if length <= min(size, 1 << 28) else b""
-    except OSError as error:
-        raise GrpoError(f"{file}: {error.strerror}") from None
-    broken = GrpoError(
-        f"{file}: truncated or not safetensors ({size} bytes); download it again"
-    )
-    if not length or (len(raw) < length and head[8:9] != b"{") or raw[:1] != b"{":
-        raise broken
-    try:
-        header = json.loads(raw, object_pairs_hook=list)
-        entries = [(name, dict(entry)) for name, entry in header]
-        tensors: dict[str, Stored] = {}
-        for name, entry in entries:
-            if name == "__metadata__":
-                continue
-            start, end = entry["data_offsets"]
-            code, shape = entry["dtype"], tuple(entry["shape"])
-            if name in tensors:
-                raise GrpoError(f"{file}: tensor {name} is there twice")
-            dtype = DTYPES.get(code, code)
-            if 8 + length + end > size or not 0 <= start <= end:
-                raise broken
-            if not isinstance(dtype, str):
-                if end - start != dtype.itemsize * int(np.prod(shape, dtype=object)):
-                    raise broken
-            tensors[name] = Stored(file, 8 + length + start, dtype, shape)
-    except (ValueError, KeyError, TypeError) as error:
-        raise error if isinstance(error, GrpoError) else broken from None
+    tensors = {}
+    with _opened(file) as opened:
+        for name in opened.offset_keys():
+            part = opened.get_slice(name)
+            code, shape = part.get_dtype(), tuple(part.get_shape())
+            read = functools.partial(_read_slice, file, name)
+            tensors[name] = Stored(file, DTYPES.get(code, code), shape, read)
     return tensors
+
+
+def _read_slice(file: Path, name: str, index: Any) -> np.ndarray:
+    with _opened(file) as opened:
+        return opened.get_slice(name)[index]
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -160,15 +123,18 @@ def read_index(index: Path) -> dict[str, str]:
     if not isinstance(where, dict) or not where:
         raise GrpoError(f"{index}: no weight_map; download it again")
     for name, file in where.items():
-        if not re.fullmatch(r"[\w.+-]+", str(file)) or ".." in file:
+        plain = isinstance(file, str) and re.fullmatch(r"[\w.+-]{1,200}", file)
+        if not plain or ".." in file:
             raise GrpoError(
-                f"{index}: {name} is said to be in {file!r}, which is not a plain file "
-                "name; do not use this folder"
+                f"{index}: {one_line(name)} is said to be in {one_line(repr(file))}, "
+                "which is not a plain file name; do not use this folder"
             )
-        if not (index.parent / file).exists():
+    for file in sorted(set(where.values())):
+        if not (index.parent / file).is_file():
+            name = next(name for name in where if where[name] == file)
             raise GrpoError(
-                f"{index.parent / file}: this file is missing; it holds {name} among "
-                "others; download it again"
+                f"{index.parent / file}: this file is missing; it holds "
+                f"{one_line(name)} among others; download it again"
             )
     return where
 
@@ -182,8 +148,8 @@ def merge(
         for name, stored in read(file).items():
             if name in tensors:
                 raise GrpoError(
-                    f"{file.parent}: tensor {name} is in {tensors[name].file.name} and "
-                    f"in {file.name}; remove one"
+                    f"{file.parent}: tensor {one_line(name)} is in "
+                    f"{tensors[name].file.name} and in {file.name}; remove one"
                 )
             tensors[name] = stored
     return tensors
@@ -213,7 +179,8 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     tensors = merge(files, read_header)
     for name, file in where.items():
         if name not in tensors or tensors[name].file.name != file:
-            raise GrpoError(f"{folder / file}: {name} is not in it, as {INDEX} says")
+            told = f"{one_line(name)} is not in it, as {INDEX} says"
+            raise GrpoError(f"{folder / file}: {told}; download both again")
     return tensors
 
 

@@ -13,11 +13,13 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from grpo_jax.errors import GrpoError
 from grpo_jax.files import write_whole
+from grpo_jax.rows import check_text, json_lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,21 +66,37 @@ def read(
     items = []
     for number, row in read_rows(path):
         try:
-            lists = {k: tuple(row[k]) for k in ("tokens", "ends", "labels")}
-            item = Labelled(**lists, prompt=row["prompt"], id=row["id"])
+            lists = {
+                "tokens": _list(row, "tokens", int),
+                "ends": _list(row, "ends", int),
+                "labels": _list(row, "labels", int, float),
+            }
+            (prompt,) = _list({"prompt": [row["prompt"]]}, "prompt", int)
+            (name,) = _list({"id": [row["id"]]}, "id", str)
+            item = Labelled(**lists, prompt=prompt, id=name)
         except KeyError as error:
             raise GrpoError(f"{path}:{number}: no field {error}") from None
         except (TypeError, ValueError) as error:
             raise GrpoError(f"{path}:{number}: {error}") from None
-        if vocab_size is not None and not 0 <= max(item.tokens) < vocab_size:
+        known = range(2**31 if vocab_size is None else vocab_size)
+        if unknown := [token for token in item.tokens if token not in known]:
             raise GrpoError(
-                f"{path}:{number}: token {max(item.tokens)} is not one of this "
-                f"tokenizer's {vocab_size}; label with the model that you train"
+                f"{path}:{number}: token {unknown[0]} is not one of this tokenizer's "
+                f"{len(known)}; label with the model that you train"
             )
         items.append(item)
     if not items:
         raise GrpoError(f"{path}: no labelled sequence in it")
     return items
+
+
+def _list(row: dict, key: str, *kinds: type) -> tuple[Any, ...]:
+    """A field that is a list of such values; a bool is no number."""
+    values = row[key]
+    if not isinstance(values, list) or any(type(v) not in kinds for v in values):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"field {key!r} does not hold {names}")
+    return tuple(values)
 
 
 def replay(
@@ -153,6 +171,8 @@ def read_math_shepherd(path: str | os.PathLike[str]) -> list[Solution]:
     solutions = []
     for number, row in read_rows(path):
         try:
+            if not isinstance(row["input"], str) or not isinstance(row["label"], str):
+                raise ValueError("`input` or `label` is not text")
             question, steps, labels = _marked(row["input"], row["label"])
         except KeyError as error:
             raise GrpoError(f"{path}:{number}: no field {error}") from None
@@ -184,16 +204,13 @@ def _marked(text: str, label: str) -> tuple[str, tuple[str, ...], tuple[float, .
 def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict]]:
     """The objects of a JSON-lines file with their line numbers."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GrpoError(f"{path}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise GrpoError(f"{path}:{number}: not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise GrpoError(f"{path}:{number}: expected an object with fields")
-        yield number, row
+        for number, row in json_lines(Path(path)):
+            if not isinstance(row, dict):
+                raise GrpoError(f"{path}:{number}: expected an object with fields")
+            try:
+                check_text(row)
+            except ValueError as error:
+                raise GrpoError(f"{path}:{number}: {error}") from None
+            yield number, row
+    except OSError as error:
+        raise GrpoError(f"{path}: cannot be read ({error.strerror})") from None

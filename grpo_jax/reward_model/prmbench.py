@@ -73,6 +73,9 @@ def read(path: str | Path) -> Bench:
     modified, kinds, dropped = [], [], 0
     for number, row in read_rows(path):
         try:
+            for key in ("original_process", "modified_process", "error_steps"):
+                if not isinstance(row[key], list):
+                    raise TypeError(f"{key} is not a list")
             steps = tuple(map(str, row["original_process"]))
             name, question = str(row["idx"]), str(row["original_question"])
             right = Solution(question, steps, (1.0,) * len(steps), name)
