@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from small_runs import ROOT
+from xla_flags import xla_flags
 
 CACHE = str(ROOT / ".pytest_cache" / "jax")  # as in conftest.py
 
@@ -38,12 +39,10 @@ def free_port() -> int:
 def launch(
     command: list[str], devices: int, folder: Path = ROOT, **environment: str
 ) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    flags += " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     environment |= {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        "XLA_FLAGS": flags,
+        "XLA_FLAGS": xla_flags(devices),
         "JAX_COMPILATION_CACHE_DIR": CACHE,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
