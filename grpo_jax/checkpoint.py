@@ -187,8 +187,9 @@ class Checkpoints:
             )
         except OSError as error:
             raise self._error(_first_line(error)) from error
-        own = not jax.distributed.is_initialized()  # it has a handler of its own
-        if own and threading.current_thread() is threading.main_thread():
+        if jax.distributed.is_initialized():  # it has a handler of its own
+            hosts.listen()
+        elif threading.current_thread() is threading.main_thread():
             self._old_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         return self
 

@@ -71,6 +71,11 @@ class Dataset(Sequence[Example]):
         if not self._ends or not self._ends[-1]:
             raise GrpoError(f"data {name!r}: the set is empty; give one with rows")
 
+    @property
+    def digest(self) -> list[str]:
+        """Of each part what its rows were read from, such as a file's SHA-256."""
+        return [getattr(part, "digest", "") or repr(part) for part in self._parts]
+
     def __len__(self) -> int:
         return self._ends[-1]
 

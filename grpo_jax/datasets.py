@@ -158,6 +158,7 @@ class Prepared:
 
     def __init__(self, name: str, folder: Path):
         self.name = name
+        self.digest = folder.name  # the SHA-256 of its source
         builder: Any = tfds.builder_from_directory(folder / "questions" / VERSION)
         self.first_empty = dict(builder.info.metadata or {})
         self._records = builder.as_data_source("rows")

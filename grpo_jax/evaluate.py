@@ -47,8 +47,8 @@ from grpo_jax.comparison import (
 )
 from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError
-from grpo_jax.files import write_whole
-from grpo_jax.hf.folders import find_folder
+from grpo_jax.files import digest, write_whole
+from grpo_jax.hf.folders import agree_on_folder, find_folder
 from grpo_jax.model import Decoder, Params
 from grpo_jax.report import update
 from grpo_jax.run import Preempted, load_run, read_config
@@ -247,17 +247,20 @@ def published_modes(flags: argparse.Namespace) -> list[str]:
 def check(flags: argparse.Namespace) -> None:
     """Refuses before a model is loaded what would end the evaluation hours later."""
     for name in flags.sets:
-        data.load(name, "test", data_dir=flags.data_dir, require=("answer",))
+        rows = data.load(name, "test", data_dir=flags.data_dir, require=("answer",))
+        hosts.agree(f"set {name}", {"rows": rows.digest})
         if flags.few_shot:
             shots.prompt(name, Example("?"), data_dir=flags.data_dir)
     for path in flags.models:
         if is_given(path):
             read_given(path, flags)
+            hosts.agree(path, {"completions": digest(path)})
             continue
         if is_workdir(path):
             read_config(Path(path))
         else:
             find_folder(path, only="config.json")
+            agree_on_folder(path)
         for mode in flags.mode:
             asking.find_mode(Settings(mode=mode))
 

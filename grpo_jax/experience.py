@@ -55,7 +55,8 @@ def load_questions(run: Run) -> Prompts:
             f"rl: {dropped} of {dropped + len(kept)} questions are longer than "
             f"data.max_prompt_tokens {config.data.max_prompt_tokens} and left out"
         )
-    hosts.agree("data.train", {"questions": [(e.answer, ids) for e, ids in kept]})
+    asked = [ids for _, ids in kept]
+    hosts.agree("data.train", {"rows": examples.digest, "prompts": asked})
     return kept
 
 

@@ -7,6 +7,7 @@ where what can be made again is kept.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -33,6 +34,30 @@ def write_whole(
     fresh = file.with_name(file.name + ".tmp")
     fresh.write_text(text, encoding="utf-8", errors=errors)
     fresh.replace(file)
+
+
+def digest(file: str | os.PathLike[str], part: int = 1 << 20) -> str:
+    """SHA-256 of the content, and of large files of size, first and last `part` bytes.
+
+    An empty text where there is no such file.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "a"
+    ...     write_whole(file, "abc")
+    ...     digest(file)[:8], digest(folder)
+    ('ba7816bf', '')
+    """
+    if not os.path.isfile(file):
+        return ""
+    with open(file, "rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if size <= 16 * part:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+        sha = hashlib.sha256(f"{size} ".encode() + opened.read(part))
+        opened.seek(-part, os.SEEK_END)
+        sha.update(opened.read())
+    return sha.hexdigest()
 
 
 def cache_folder(*parts: str) -> Path:

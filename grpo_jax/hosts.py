@@ -16,6 +16,7 @@ waits for no program, and may be a text.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -23,13 +24,13 @@ import sys
 import threading
 import time
 import traceback
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 
 from grpo_jax.errors import GrpoError
+from grpo_jax.rendezvous import meet
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -133,11 +134,11 @@ def divide(work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> li
 
 
 def agree(what: str, values: Mapping[str, Any]) -> None:
-    """Refuse where a process has other values than process 0 (fault 42)."""
+    """Refuse where a process has other values than process 0, by their hashes."""
     if _state().client is None:
         return
-    sums = {name: zlib.crc32(repr(value).encode()) for name, value in values.items()}
-    told = exchange(sums)
+    texts = {name: repr(value).encode() for name, value in values.items()}
+    told = exchange({name: hashlib.sha256(t).hexdigest() for name, t in texts.items()})
     for number, other in enumerate(told):
         names = [n for n in told[0] | other if told[0].get(n) != other.get(n)]
         if names:
@@ -156,10 +157,33 @@ def stopping() -> bool:
     """
     global _stop
     if _state().client is not None and not _stop:
-        from jax.experimental import multihost_utils
-
-        _stop = multihost_utils.reached_preemption_sync_point(next(_polls))
+        listen()
+        _stop = _state().preemption_sync_manager.reached(next(_polls))
     return _stop
+
+
+class _OwnCounter:
+    """jax's preemption manager, which only `stopping` asks whether to stop.
+
+    On SIGTERM the manager has all processes stop at the call whose number is one above
+    the highest that any has come to. This holds while the numbers grow: Orbax would ask
+    with its own, the training steps, and set a call that is already past.
+    """
+
+    def __init__(self, manager: Any):
+        self.reached = manager.reached_sync_point
+        self.shutdown = manager.shutdown
+
+    def reached_sync_point(self, number: int) -> bool:
+        """What others hear: `Checkpoints` tells Orbax when to save."""
+        return False
+
+
+def listen() -> None:
+    """Makes `stopping` the only one that asks jax whether to stop."""
+    state = _state()
+    if not isinstance(state.preemption_sync_manager, _OwnCounter):
+        state.preemption_sync_manager = _OwnCounter(state.preemption_sync_manager)
 
 
 @contextlib.contextmanager
@@ -217,7 +241,12 @@ def _start(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
                 f"--coordinator {coordinator} --num_processes {processes} --process_id "
                 f"{number}: host:port, and a number from 0 to {processes - 1}, please"
             )
-    local = (coordinator or "").startswith(("127.0.0.1:", "localhost:"))
+    bind = None
+    if coordinator:
+        local = coordinator.startswith(("127.0.0.1:", "localhost:"))
+        own = coordinator if local else f"[::]:{coordinator.rpartition(':')[2]}"
+        bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", own)
+        meet(coordinator, processes, number, bind=bind, wait=wait)
     late = threading.Timer(wait, _nobody_came, (wait,))
     late.daemon = True
     late.start()
@@ -228,7 +257,7 @@ def _start(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
             number,
             initialization_timeout=wait + 60,  # jax's own end is an abort
             heartbeat_timeout_seconds=heartbeat,
-            coordinator_bind_address=coordinator if local else None,
+            coordinator_bind_address=bind,
             # Told everything, jax has nothing to look up, and takes all local devices.
             cluster_detection_method="deactivate" if coordinator else None,
         )

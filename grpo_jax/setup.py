@@ -15,9 +15,16 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from grpo_jax import lora, sharding
-from grpo_jax.config import Config, OptimizerSettings, generations, lora_targets
+from grpo_jax import hosts, lora, sharding
+from grpo_jax.config import (
+    Config,
+    OptimizerSettings,
+    generations,
+    lora_targets,
+    reward_names,
+)
 from grpo_jax.errors import GrpoError
+from grpo_jax.files import digest
 from grpo_jax.methods import METHODS
 from grpo_jax.model import Decoder, ModelConfig, Params
 from grpo_jax.reward_model.model import RewardModel
@@ -82,6 +89,25 @@ def make_model(config: Config) -> tuple[Decoder, Tokenizer]:
         model_config = declared_config(config, tokenizer.vocab_size)
     tokenizer.check_fits(model_config.vocab_size)
     return make_decoder(config, model_config), tokenizer
+
+
+def agree_on_files(config: Config) -> None:
+    """Refuses processes that read other files than process 0, of a model or rewards.
+
+    Their data sets are compared where they are read.
+    """
+    if hosts.count() == 1:
+        return
+    if config.model.path:
+        from grpo_jax.hf.folders import agree_on_folder
+
+        agree_on_folder(config.model.path, config.model.revision or None)
+    files = [name.rpartition(":")[0] for name in reward_names(config)]
+    files = [name for name in files if name.endswith(".py")]
+    if config.reward_model.labels:
+        files.append(config.reward_model.labels)
+    found = {name: digest(Path(name).expanduser()) for name in files}
+    hosts.agree("rewards", found)
 
 
 def make_decoder(config: Config, model_config: ModelConfig) -> Decoder:

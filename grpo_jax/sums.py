@@ -48,6 +48,7 @@ def load(name: str, split: str) -> Indexed[Example]:
 
 class _Sums:
     def __init__(self, variant: str, split: str):
+        self.digest = f"{variant}/{split}"  # its rows follow from that
         self.variant, self.split = variant.removeprefix("tool-"), split
         self.solve = solve if variant == self.variant else solve_by_program
 

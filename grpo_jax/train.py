@@ -140,6 +140,7 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
         sharding.regroup(mesh, config.mesh.decode_tensor or config.mesh.tensor)
     if config.model.path and config.model.vocab_size:  # a large model: say what it is
         hosts.say(setup.describe_state(config))
+    setup.agree_on_files(config)
     model, tokenizer = setup.make_model(config)
     several = f" of {hosts.count()} processes" if hosts.count() > 1 else ""
     hosts.say(

@@ -5,16 +5,11 @@ A test of one device names it; meshes, shard_map and pmap find eight.
 
 import os
 
+from xla_flags import xla_flags
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile many small programs and run each once: unoptimised ones are ready in a
-# fifth of the time.
-_FLAGS = (
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-)
 _given = os.environ.get("XLA_FLAGS", "")
-_added = [flag for flag in _FLAGS if flag.partition("=")[0] not in _given]
+_added = [flag for flag in xla_flags(8).split() if flag.partition("=")[0] not in _given]
 os.environ["XLA_FLAGS"] = " ".join([_given, *_added]).strip()
 
 import pathlib  # noqa: E402

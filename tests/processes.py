@@ -8,8 +8,26 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from small_runs import ROOT
+from xla_flags import xla_flags
 
 CACHE = str(ROOT / ".pytest_cache" / "jax")  # as in conftest.py
+
+# A program that runs `what` as process `number` of `count`, as a command would.
+TALK = """
+import os, sys
+from grpo_jax import hosts
+from grpo_jax.errors import GrpoError
+port, count, number, what = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4]
+try:
+    given = (f"127.0.0.1:{port}", count, number) if port else ()
+    with hosts.together(*given, wait=8, heartbeat=8):
+        try:
+            exec(what)
+        except GrpoError as error:
+            sys.exit(f"error: {error}")
+except GrpoError as error:
+    sys.exit(f"error: {error}")
+"""
 
 
 def free_port() -> int:
@@ -21,12 +39,10 @@ def free_port() -> int:
 def launch(
     command: list[str], devices: int, folder: Path = ROOT, **environment: str
 ) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    flags += " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     environment |= {
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": flags,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "XLA_FLAGS": xla_flags(devices),
         "JAX_COMPILATION_CACHE_DIR": CACHE,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -38,6 +54,17 @@ def launch(
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def talk(what: str, count: int, numbers=None) -> list[subprocess.Popen]:
+    return start_as(what, [(count, i) for i in (numbers or range(count))])
+
+
+def start_as(what: str, told: list[tuple[int, int]]) -> list[subprocess.Popen]:
+    """Processes of one run, each with the count and the number that it was told."""
+    port = str(free_port())
+    command = ["-c", TALK, port]
+    return [launch([*command, str(n), str(i), what], devices=1) for n, i in told]
 
 
 def slurm_of(count: int) -> list[dict[str, str]]:

@@ -18,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from xla_flags import xla_flags
 
 from grpo_jax.checkpoint import Checkpoints, checksum, lock
 from grpo_jax.errors import GrpoError
 
 ROOT = Path(__file__).resolve().parent.parent
-# As in conftest: a child must compile what its parent does, to the same bits.
-CHEAP = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def make_state(seed=0):
@@ -433,7 +432,7 @@ def launch(code, devices=1):
     """Starts Python beside this file; its standard output is a pipe of lines."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {CHEAP}",
+        "XLA_FLAGS": xla_flags(devices),  # as in conftest: to the same bits
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     return subprocess.Popen(

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
-from processes import finish, free_port, launch, slurm_of
+from processes import TALK, finish, free_port, launch, slurm_of, start_as, talk
 from small_runs import ROOT, SMALL, write_questions
 
 from grpo_jax import hosts
@@ -34,31 +34,6 @@ def test_shares_are_everything_once_and_nearly_equal(items, group, of):
 
 
 # -- what processes tell each other, and their end ------------------------------------
-
-TALK = """
-import os, sys
-from grpo_jax import hosts
-from grpo_jax.errors import GrpoError
-port, count, number, what = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4]
-try:
-    given = (f"127.0.0.1:{port}", count, number) if port else ()
-    with hosts.together(*given, wait=8, heartbeat=8):
-        try:
-            exec(what)
-        except GrpoError as error:
-            sys.exit(f"error: {error}")
-except GrpoError as error:
-    sys.exit(f"error: {error}")
-"""
-
-
-def talk(what: str, count: int, numbers=None) -> list[subprocess.Popen]:
-    port = str(free_port())
-    return [
-        launch(["-c", TALK, port, str(count), str(i), what], devices=1)
-        for i in (range(count) if numbers is None else numbers)
-    ]
-
 
 TELL = """
 asked = []
@@ -115,7 +90,7 @@ def test_the_end_of_one_is_the_end_of_all():
     assert "stopped sending heartbeats" in left.err or "process 0 of 2" in left.err
     (late,) = finish(alone)
     assert late.code == 1 and "started" not in late.out
-    assert re.match(r"error: not all processes came within 8 s", late.err), late.err
+    assert re.match(r"error: no process 0 came within 8 s", late.err), late.err
     assert time.monotonic() - began < 60
 
 
@@ -127,6 +102,26 @@ def test_a_cluster_says_which_process_is_which():
     assert (alone.code, alone.out) == (0, "[0]\n"), alone.err
     for process in finish(two):
         assert (process.code, process.out) == (0, "[0, 1]\n"), process.err
+
+
+def test_wrong_counts_and_numbers_end_in_one_line():
+    """Two counts, one number twice, two processes 0: none hangs, none ends in C++."""
+    what = "print(hosts.exchange(hosts.index()))"
+    counts = start_as(what, [(2, 0), (3, 1)])
+    twice = start_as(what, [(3, 0), (3, 1), (3, 1)])
+    firsts = start_as(what, [(2, 0), (2, 0)])
+    for process in finish(counts):
+        line = "error: process 1 was told --num_processes 3, and process 0 2; give all"
+        assert process.err.startswith(line) and process.err.count("\n") == 1
+        assert (process.code, process.out) == (1, "")
+    for process in finish(twice):
+        line = "error: --process_id 1 was given to two processes; give each of the 3"
+        assert process.err.startswith(line) and process.err.count("\n") == 1
+        assert (process.code, process.out) == (1, "")
+    told = [process.err for process in finish(firsts)]
+    assert all(line.count("\n") == 1 for line in told)
+    assert sum("process 0 cannot listen at 127.0.0.1:" in line for line in told) == 1
+    assert sum("within 8 s (--wait): process 1 of 2 did not" in x for x in told) == 1
 
 
 def test_an_address_in_parts_is_refused():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from xla_flags import OPTIONS
 
 from grpo_jax.model import Decoder, default_positions
 from grpo_jax.weights import load_pretrained
@@ -26,10 +27,7 @@ FAMILIES = [
 # These programs run once: five times less time to compile, the same arithmetic.
 quick_jit = functools.partial(
     jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_cpu_use_fusion_emitters": False,
-    },
+    compiler_options=OPTIONS,
 )
 logits_of = quick_jit(Decoder.logits, static_argnums=0)
 

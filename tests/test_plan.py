@@ -128,6 +128,30 @@ def test_collectives_of_a_compiled_program_in_its_loops():
         hlo.collectives(text, 8)
 
 
+def test_groups_in_each_form_that_xla_writes():
+    """Of 16 devices: newer versions name a mesh's axes, and parts of them."""
+    forms = {
+        "{{0,1,2,3},{4,5,6,7},{8,9,10,11},{12,13,14,15}}": 4,
+        "[2,8]<=[16]": 8,
+        "[8,2]<=[4,2,2]T(0,2,1)": 2,
+        "{}": 16,
+        "mesh['a'=4,'b'=4] {'b'}": 4,
+        "mesh['a'=2,'b'=8] {'a','b'}": 16,
+        "mesh['a'=2,'b'=8], device_ids=([8,2]T(1,0)) {'b':(2)4}": 4,
+        "mesh['a'=8,'b'=2] {'a':(1)2,'b'}": 4,
+    }
+    for form, size in forms.items():
+        sent = hlo.collectives(gather(form), 16)
+        assert sent == {"all-gather": 32 * (size - 1) / size}, form
+    with pytest.raises(ValueError, match="not known"):
+        hlo.collectives(gather("other['a'=4] {'a'}"), 16)
+
+
+def gather(groups: str) -> str:
+    line = f"%x = f32[8]{{0}} all-gather(%y), replica_groups={groups}, dimensions={{0}}"
+    return f"ENTRY main (y: f32[4]) -> f32[8] {{\n  {line}\n}}"
+
+
 TPU_TEXT = """
 body.1 (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
   %p = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)

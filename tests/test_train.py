@@ -26,6 +26,7 @@ import pytest
 from report_cases import Page
 from small_runs import ROOT, SMALL, dotted, small_config, write_questions
 from tensorboardX.proto import event_pb2
+from xla_flags import xla_flags
 
 from grpo_jax import evaluate, export
 from grpo_jax.checkpoint import lock
@@ -85,9 +86,8 @@ def overrides(here: Path) -> dict[str, object]:
 
 def start(here: Path, name: str, *flags: str, **environment: str) -> subprocess.Popen:
     """train.py on one device, as a process (group) of its own."""
-    compiler = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     environment |= {
-        "XLA_FLAGS": compiler,
+        "XLA_FLAGS": xla_flags(),
         "JAX_COMPILATION_CACHE_DIR": CACHE,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -17,9 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from grpo_jax import hosts
 from grpo_jax.errors import GrpoError
+from grpo_jax.files import digest
 
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "LICENSE*"]
+_READ = ["*.json", "*.safetensors", "*.jinja"]
+_WANTED = [*_READ, "LICENSE*"]
 
 
 def find_folder(
@@ -65,6 +68,15 @@ def find_folder(
             f"could not be fetched ({reason[:120]}); {by_hand}"
         ) from error
     return find_folder(found)
+
+
+def agree_on_folder(path: str | os.PathLike[str], revision: str | None = None) -> None:
+    """Refuses processes whose folder holds other files than that of process 0."""
+    if hosts.count() == 1:
+        return
+    folder = find_folder(path, revision)
+    files = [file for pattern in _READ for file in folder.glob(pattern)]
+    hosts.agree(str(path), {file.name: digest(file) for file in files})
 
 
 @contextlib.contextmanager

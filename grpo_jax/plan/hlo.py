@@ -9,6 +9,7 @@ written (`jax.named_scope`), and the caller says how often those run.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping
 
@@ -219,12 +220,26 @@ def _step(module: Module, body: str, index: int) -> int | None:
 
 
 def group_size(instruction: Instruction, devices: int) -> int:
-    """How many devices take part together."""
+    """How many devices take part together.
+
+    XLA writes groups as a list of lists, as their shape (an iota), or in newer
+    versions as axes of a mesh, `'a'`, or `'a':(1)2` for a part of one.
+
+    Raises:
+      ValueError: a form that this does not know.
+    """
     text = instruction.text
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
         return int(found.group(2))
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return len(found.group(1).split(","))
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
+        mesh, axes = found.groups()
+        of = dict(re.findall(r"'([^']*)'=(\d+)", mesh))
+        parts = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", axes)
+        return math.prod(int(part or of[name]) for name, part in parts)
+    if found := re.search(r"replica_groups=(?!\{\})\S+", text):
+        raise ValueError(f"{instruction.name}: {found.group()}: a form not known here")
     return devices
 
 

@@ -1,0 +1,186 @@
+"""Processes meet before jax starts: all are there, each once, and agree how many.
+
+In: the address of process 0, how many processes there are and which this is. Out:
+nothing, once all have come; else the same line in every process that did.
+
+jax itself waits for as many as process 0 was told, and takes two with one number for
+one that has restarted: a run with a wrong flag hangs, or ends in C++. Here process 0
+listens at the coordinator's address, which jax takes over when all have come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+
+from grpo_jax.errors import GrpoError
+
+_OURS = "grpo_jax"  # begins every line; another word is another program's
+
+
+def meet(
+    coordinator: str, processes: int, number: int, *, bind: str, wait: float
+) -> None:
+    """Returns when all processes are there.
+
+    Args:
+      coordinator: host:port of process 0, as the others reach it.
+      bind: host:port where process 0 listens.
+      wait: seconds for all to come.
+
+    Raises:
+      GrpoError: one is missing, two have the same number, two were told different
+        counts; nobody answers as process 0, or one whose run has begun.
+    """
+    deadline = time.monotonic() + wait
+    if number == 0:
+        _receive(bind, processes, wait, deadline)
+    else:
+        _report(coordinator, processes, number, wait, deadline)
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _receive(bind: str, processes: int, wait: float, deadline: float) -> None:
+    """Process 0: hears all others, then tells them to begin, or why not."""
+    came: dict[int, socket.socket] = {}
+    others: list[socket.socket] = []  # of whom the run has no place
+    error = ""
+    with _listen(bind) as listener, contextlib.ExitStack() as open_ones:
+        while len(came) < processes - 1 or not all(map(_is_there, came.values())):
+            peer = _next(listener, deadline)
+            came = {i: other for i, other in came.items() if _is_there(other)}
+            if peer is None:
+                away = [i for i in range(1, processes) if i not in came]
+                error = error or (
+                    f"not all processes came within {wait:g} s (--wait): "
+                    f"{_numbers(away)} of {processes} did not; look at their logs, and "
+                    "at --coordinator, --num_processes and --process_id"
+                )
+                break
+            open_ones.enter_context(peer)
+            hello = _hear(peer)
+            if hello is None:
+                continue
+            number, count = hello
+            wrong = ""
+            if count != processes:
+                wrong = (
+                    f"process {number} was told --num_processes {count}, and process 0 "
+                    f"{processes}; give all the same"
+                )
+            elif number == 0 or number in came:
+                wrong = (
+                    f"--process_id {number} was given to two processes; give each of "
+                    f"the {processes} its own, from 0 to {processes - 1}"
+                )
+            if wrong:
+                others.append(peer)
+                if not error:  # those who are about to come are told too
+                    deadline = min(deadline, time.monotonic() + 2)
+                error = error or wrong
+            else:
+                came[number] = peer
+        for peer in [*came.values(), *others]:
+            with contextlib.suppress(OSError):
+                peer.sendall(f"{_OURS} {error}\n".encode())
+    if error:
+        raise GrpoError(error)
+
+
+def _listen(bind: str) -> socket.socket:
+    host, port = _split(bind)
+    everywhere = host in ("", "::")
+    try:
+        if everywhere and socket.has_dualstack_ipv6():
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=512
+            )
+        host = "" if everywhere else host
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        why = str(error.strerror or error).partition(" (while")[0]
+        raise GrpoError(
+            f"process 0 cannot listen at {bind} ({why}); end what does (another "
+            "process 0?), or take another port in --coordinator"
+        ) from None
+
+
+def _next(listener: socket.socket, deadline: float) -> socket.socket | None:
+    try:
+        listener.settimeout(max(0.01, deadline - time.monotonic()))
+        return listener.accept()[0]
+    except TimeoutError:
+        return None
+
+
+def _hear(peer: socket.socket) -> tuple[int, int] | None:
+    """What a process says of itself; None for whoever else comes by."""
+    try:
+        word, number, count = _line(peer, 2.0).split()
+        hello = int(number), int(count)
+        return hello if word == _OURS and 0 <= hello[0] < hello[1] else None
+    except (OSError, ValueError):
+        return None
+
+
+def _line(peer: socket.socket, seconds: float) -> str:
+    """A line of at most 1,000 bytes; "" where the other side has gone."""
+    peer.settimeout(max(0.01, seconds))
+    with peer.makefile("rb") as file:
+        return file.readline(1000).decode("utf-8", "replace")
+
+
+def _is_there(peer: socket.socket) -> bool:
+    """Whether it still waits; one that was stopped and started again does not."""
+    peer.setblocking(False)
+    try:
+        return bool(peer.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        peer.setblocking(True)
+
+
+def _report(
+    coordinator: str, processes: int, number: int, wait: float, deadline: float
+) -> None:
+    """Every other process: goes to process 0, and waits until it says to begin."""
+    answer, there = "", False
+    while not answer and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            there = False
+            with socket.create_connection(_split(coordinator), timeout=5) as peer:
+                there = True
+                peer.sendall(f"{_OURS} {number} {processes}\n".encode())
+                # A little longer than process 0, which knows who is missing.
+                answer = _line(peer, deadline + 1 - time.monotonic())
+        if not answer:
+            time.sleep(0.2)
+    word, _, error = answer.strip().partition(" ")
+    if word == _OURS:
+        if error:
+            raise GrpoError(error)
+        return
+    if answer:
+        raise GrpoError(
+            f"--coordinator {coordinator}: its run has begun without this process, or "
+            f"another program answers there; is --process_id {number} given twice?"
+        )
+    who = "not all processes" if there else "no process 0"
+    raise GrpoError(
+        f"{who} came within {wait:g} s (--wait); look at the others' logs, and at "
+        f"--coordinator ({coordinator}), --num_processes and --process_id"
+    )
+
+
+def _numbers(away: list[int]) -> str:
+    shown = ", ".join(map(str, away[:8])) + ", …" * (len(away) > 8)
+    return f"process{'es' * (len(away) > 1)} {shown}"
