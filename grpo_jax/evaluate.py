@@ -34,6 +34,7 @@ from grpo_jax import (
     tables,
 )
 from grpo_jax.asking import Settings
+from grpo_jax.claim import read_config
 from grpo_jax.comparison import (
     Measured,
     Result,
@@ -51,7 +52,7 @@ from grpo_jax.files import write_whole
 from grpo_jax.hf.folders import find_folder
 from grpo_jax.model import Decoder, Params
 from grpo_jax.report import update
-from grpo_jax.run import Preempted, load_run, read_config
+from grpo_jax.run import Preempted, load_run
 from grpo_jax.tokenizer import Tokenizer
 
 # Flags that say which process this is, and nothing of what is measured.

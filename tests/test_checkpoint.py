@@ -19,7 +19,8 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax.checkpoint import Checkpoints, checksum, lock
+from grpo_jax.checkpoint import Checkpoints, lock
+from grpo_jax.checksums import checksum
 from grpo_jax.errors import GrpoError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,7 @@ def make_state(seed=0):
         "layers": [{"kernel": jnp.asarray(normal((33, 65), np.float32))}] * 2,
         "embed": jnp.asarray(normal((50, 8)), jnp.bfloat16),
         "a.b": jnp.float32(-0.0),
-        "a": {"b": jnp.array([jnp.nan, jnp.inf, 1e-42])},
+        "a": {"b": jnp.array([3.4e38, -3.4e38, 1e-42])},
     }
     optimiser = optax.adamw(optax.constant_schedule(1e-3))
     return {
