@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: demo test lint paper smollm2 install clean
+.PHONY: demo test lint chaos soak paper smollm2 install clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +24,16 @@ paper: install
 # GRPO_JAX_DATA=folder adds the tests on real data.
 test: install
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# 20 kill -9 of the demo, and of two processes, at random moments; CHAOS=--seed=1 for
+# others. What they end with must be what an undisturbed run ends with.
+chaos: install
+	$(BIN)/python tests/chaos.py $(CHAOS)
+	$(BIN)/python tests/chaos.py --processes 2 $(CHAOS)
+
+# 2,000 small steps, watched for memory, files, programs and time that grow.
+soak: install
+	JAX_PLATFORMS=cpu $(BIN)/python tests/soak.py $(SOAK)
 
 lint: install
 	$(BIN)/ruff check .

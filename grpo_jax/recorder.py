@@ -61,6 +61,7 @@ class Recorder:
         self._claim: Callable[[], None] | None = claim
         self._board: _Board | None = None
         self._wandb: Any = None
+        self._stages: set[str] = set()  # whose steps W&B has been told of
         self._next_report = 0.0
 
     def __enter__(self) -> Recorder:
@@ -95,6 +96,9 @@ class Recorder:
             self._board = _Board(self.workdir / "tensorboard")
         self._board.write(step, numbers)
         if self._wandb is not None:
+            if stage not in self._stages:  # W&B's own count of steps never goes back
+                self._wandb.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+                self._stages.add(stage)
             self._wandb.log({f"{stage}/step": step, **numbers})
 
     def write_samples(self, stage: str, step: int, samples: Mapping[str, Any]) -> None:
@@ -241,7 +245,7 @@ def _start_wandb(project: str, workdir: Path, config: Any) -> Any:
     try:
         if not file.exists():
             write_whole(file, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8])
-        run = wandb.init(
+        return wandb.init(
             project=project,
             dir=str(workdir),
             name=workdir.resolve().name,
@@ -257,11 +261,6 @@ def _start_wandb(project: str, workdir: Path, config: Any) -> Any:
             f"Weights & Biases did not start ({' '.join(str(error).split())}); set "
             "WANDB_MODE=offline, or leave WANDB_PROJECT out"
         ) from None
-    # Its own count of steps never goes back; a resumed run's does.
-    for stage in ("sft", "rl", "reward*"):
-        run.define_metric(f"{stage}/step", hidden=True)
-        run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-    return run
 
 
 def progress(stage: str, start: int, steps: int, unit: str = "step") -> tqdm.tqdm:
