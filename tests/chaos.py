@@ -78,6 +78,7 @@ class Kill:
     number: int
     share: float  # of the phase's usual time
     victim: int | None  # None is all of them
+    warned: bool = False  # SIGTERM comes first, too late for a step to end and be saved
 
 
 def plan(kills: int, processes: int, seed: int, steps: Mapping[str, int]) -> list[Kill]:
@@ -216,14 +217,17 @@ def disturbed(
     for kill in kills:
         start = Start(folder, settings, processes)
         victims = range(processes) if kill.victim is None else [kill.victim]
-        number = 0
+        entered = 0
         for _, phase in start.phases(victims[0]):
-            number += phase == kill.phase
-            if number == kill.number:
+            entered += phase == kill.phase
+            if entered == kill.number:
                 break
         time.sleep(kill.share * usual.get(kill.phase, 0.1))
-        for victim in victims:
-            start.processes[victim].send_signal(signal.SIGKILL)
+        signals = [signal.SIGTERM] * kill.warned + [signal.SIGKILL]
+        for number in signals:
+            for victim in victims:
+                start.processes[victim].send_signal(number)
+            time.sleep(0.002)
         began = time.monotonic()
         sessions = [process.pid for process in start.processes]
         codes = start.close(90)

@@ -54,7 +54,7 @@ class Watch:
         self.moments: list[Moment] = []
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def _heard(self, event: str, seconds: float, **about: Any) -> None:
+    def _heard(self, event: str, duration_secs: float, **about: Any) -> None:
         self.programs += event == "/jax/core/compile/backend_compile_duration"
 
     def look(self, seconds: float) -> None:

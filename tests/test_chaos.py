@@ -1,5 +1,7 @@
 """The short forms of `make chaos` and `make soak`."""
 
+import re
+
 import chaos
 from chaos import Kill
 from small_runs import SMALL
@@ -18,10 +20,10 @@ SETTINGS = SMALL | {
 
 
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
-    """kill -9 in a save, in the rewards and in the last evaluation."""
+    """kill -9 in a save, after a SIGTERM too short before, in the last evaluation."""
     kills = [
         Kill("save", 2, 0.5, None),
-        Kill("reward", 3, 0.5, None),
+        Kill("reward", 6, 0.0, None, warned=True),
         Kill("evaluation", 2, 0.5, None),
     ]
     said = []
@@ -33,6 +35,11 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
         say=lambda text, flush: said.append(text),
     )
     assert sum(text.startswith("kill ") for text in said) == 3, said
+    # What was saved before the grace period that was too short stands: of step 4, or
+    # where that was still being written of step 2.
+    assert "after rl 5;" in said[2]
+    log = (tmp_path / "killed.0.log").read_text()
+    assert re.search("rl: resumed at step [24] of 6", log), log
 
 
 def test_nothing_grows_in_a_run(tmp_path):

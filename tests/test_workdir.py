@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import resource
 import shutil
 import struct
@@ -332,8 +333,16 @@ def test_a_line_that_does_not_fit_is_one_line(file, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def train_in_a_process(here: Path, workdir: Path) -> subprocess.CompletedProcess:
-    plain, wanted = flatten(Config()), flatten(config_of(here))
+def train_in_a_process(
+    here: Path, workdir: Path, memory: int | None = None, **changes
+) -> subprocess.CompletedProcess:
+    """train.py, with at most so many bytes of address space."""
+
+    def limit():
+        if memory:
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+
+    plain, wanted = flatten(Config()), flatten(config_of(here, **changes))
     changed = {name: v for name, v in wanted.items() if v != plain[name]}
     flags = [f"--config.{name}={value}" for name, value in changed.items()]
     return subprocess.run(
@@ -349,6 +358,7 @@ def train_in_a_process(here: Path, workdir: Path) -> subprocess.CompletedProcess
         capture_output=True,
         text=True,
         check=False,
+        preexec_fn=limit,
     )
 
 
@@ -387,6 +397,17 @@ def test_a_full_disk_ends_a_run_in_one_line(here, small_disk):
     again = train_in_a_process(here, disk / "run")
     assert again.returncode == 0, again.stderr
     assert "resumed at step" in again.stdout
+
+
+def test_no_memory_ends_a_run_in_one_line(here, tmp_path):
+    """64 GiB of weights in 16: the size, and what to turn down."""
+    large = {"model__width": 64, "model__ffn": 2**28}
+    full = train_in_a_process(here, tmp_path / "run", memory=2**34, **large)
+    assert full.returncode == 1
+    told = r"error: out of memory \(.*allocating 68719476736 bytes.*\); .*Lower optim"
+    assert re.search(told, full.stderr), full.stderr
+    assert "Traceback" not in full.stderr
+    assert not (tmp_path / "run/config.json").exists()  # smaller, it may start there
 
 
 # -- Weights & Biases ------------------------------------------------------------------
