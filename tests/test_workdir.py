@@ -232,6 +232,22 @@ def test_a_directory_of_an_earlier_version_goes_on(here, done, tmp_path):
     goes_on(config_of(here), workdir, done, accept_changes=True)
 
 
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_a_run_that_diverges_saves_nothing_of_it(stage, here, done, tmp_path):
+    """An infinite rate, which no config may hold: the parameters are NaN at once."""
+    workdir = tmp_path / "run"
+    config = config_of(here)
+    if stage == "sft":
+        config.sft.learning_rate = float("inf")
+    else:
+        copied(done, workdir)
+        shutil.rmtree(workdir / "checkpoints/rl")
+        config.learning_rate = float("inf")
+    told = refusal(config, workdir, accept_changes=True)
+    assert re.search(rf"{stage}: step 2 is not saved: params/\S+ .*is not finite", told)
+    assert steps(workdir, stage) == []
+
+
 # -- lines -----------------------------------------------------------------------------
 
 GOOD = b'{"step": 1, "stage": "rl", "reward": 0.5}'
