@@ -23,22 +23,30 @@ import jax.numpy as jnp
 from grpo_jax.errors import GrpoError
 
 
-@jax.jit
 def checksum(x: jax.Array) -> jax.Array:
     """Σ_i h(bits of element i, i) as a uint32 scalar, whatever `x` is sharded over.
 
     >>> int(checksum(jnp.array([1.0, 2.0]))) != int(checksum(jnp.array([2.0, 1.0])))
     True
     """
+    return _examine(x)[0]
+
+
+@jax.jit
+def _examine(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(checksum, whether all of it is finite), scalars, where `x` lives."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.stack([x.real, x.imag], -1)
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
-    info = jnp.finfo if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo
-    width = min(info(x.dtype).bits, 32)  # 64 bits: a last axis of two words
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    width = min((jnp.finfo if floating else jnp.iinfo)(x.dtype).bits, 32)
     bits = jax.lax.bitcast_convert_type(x, f"uint{width}").astype(jnp.uint32)
+    finite = jnp.isfinite(x) if floating else jnp.ones(x.shape, bool)
+    if bits.ndim > x.ndim:  # 64 bits: a last axis of two words
+        finite = jnp.broadcast_to(finite[..., None], bits.shape)
     index = jnp.uint32(0)
     for axis in range(bits.ndim):
         stride = math.prod(bits.shape[axis + 1 :]) % 2**32
@@ -47,15 +55,13 @@ def checksum(x: jax.Array) -> jax.Array:
     h = bits ^ (index * jnp.uint32(0x9E3779B9))
     h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)  # an odd factor loses no bit
     h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
-    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
-
-
-@jax.jit
-def _examine(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(checksum, whether all of it is finite), in one program where `x` lives."""
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        return checksum(x), jnp.bool_(True)
-    return checksum(x), jnp.isfinite(x).all()
+    # One reduction of both reads the leaf once.
+    return jax.lax.reduce(
+        (h ^ (h >> 16), finite),
+        (jnp.uint32(0), jnp.bool_(True)),
+        lambda a, b: (a[0] + b[0], a[1] & b[1]),
+        tuple(range(bits.ndim)),
+    )
 
 
 def flatten(tree: Any) -> dict[str, Any]:
