@@ -110,12 +110,12 @@ class Start:
             where = f"127.0.0.1:{free_port()}"
             command += [f"--coordinator={where}", f"--num_processes={processes}"]
             command += ["--heartbeat=10", "--wait=120"]
-        # As in the tests' own processes: programs that are ready soon.
-        compiler = "--xla_backend_optimization_level=0"
+        flags = os.environ.get("XLA_FLAGS", "").split()  # those of pytest compile fast
+        flags = [flag for flag in flags if "device_count" not in flag]
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": f"{compiler} --xla_force_host_platform_device_count=1",
+            "XLA_FLAGS": " ".join(flags),
             "JAX_COMPILATION_CACHE_DIR": CACHE,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
