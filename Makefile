@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: demo test newest lint paper smollm2 install clean
+.PHONY: demo test newest lint chaos soak paper smollm2 install clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,16 @@ newest:
 	    tests/test_losses.py tests/test_plan.py::test_groups_in_each_form_that_xla_writes \
 	    tests/test_plan.py::test_collectives_of_a_compiled_program_in_its_loops \
 	    tests/test_train.py::test_a_run_writes_down_what_it_did
+
+# 20 kill -9 of the demo, and of two processes, at random moments; CHAOS=--seed=1 for
+# others. What they end with must be what an undisturbed run ends with.
+chaos: install
+	$(BIN)/python tests/chaos.py $(CHAOS)
+	$(BIN)/python tests/chaos.py --processes 2 $(CHAOS)
+
+# 2,000 small steps, watched for memory, files, programs and time that grow.
+soak: install
+	JAX_PLATFORMS=cpu $(BIN)/python tests/soak.py $(SOAK)
 
 lint: install
 	$(BIN)/ruff check .

@@ -70,6 +70,7 @@ def main() -> None:
             arguments += [f"--config.sft_steps={flags.sft_steps}"]
             arguments += [f"--config.reward_model.questions={flags.labelled}"]
             arguments += [f"--config.reward_model.steps={flags.reward_steps}"]
+            arguments += ["--accept_changes"]  # what is copied is another run's
             trains = label in (OUTCOME, PROCESS) and not seed
             (first if trains else then).append((runs[label][-1], arguments))
     for workdir, _ in first + then:
@@ -208,8 +209,9 @@ def collect(runs: dict[str, list[Path]], flags: argparse.Namespace) -> Json:
 def pass_and_majority(workdir: Path, flags: argparse.Namespace) -> Json:
     """pass@K and maj@K of a run's newest model at temperature 1."""
     from grpo_jax.asking import Settings
+    from grpo_jax.claim import read_config
     from grpo_jax.comparison import measure
-    from grpo_jax.run import load_run, read_config
+    from grpo_jax.run import load_run
 
     file = workdir / "pass.json"
     if file.exists():

@@ -3,10 +3,6 @@
 In: a pytree of jax arrays (typed PRNG keys too), on one device or over the mesh of
 many processes, and a JSON dictionary. Out: one folder a step, written by Orbax while
 training goes on, with a checksum a leaf; the same state again, or one line why not.
-
-A checksum is Σ_i h(bits of element i, i) modulo 2**32, computed where the array lives.
-An integer sum does not depend on its order, so neither does the checksum on the mesh;
-h is a bijection of the bits, so one changed element always changes the sum.
 """
 
 from __future__ import annotations
@@ -16,7 +12,6 @@ import fcntl
 import gc
 import json
 import logging
-import math
 import os
 import signal
 import sys
@@ -34,6 +29,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from grpo_jax import hosts
+from grpo_jax.checksums import and_more, describe, flatten, kind
 from grpo_jax.errors import GrpoError
 
 
@@ -55,73 +51,32 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
     if jax.distributed.is_initialized() and jax.process_index() != 0:
         yield workdir
         return
+
+    def closed(error: OSError) -> GrpoError:
+        why = f"cannot be written ({error.strerror})"
+        return GrpoError(f"workdir {workdir}: {why}; choose another")
+
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        handle = open(workdir / ".lock", "a+")
+        handle = open(workdir / ".lock", "ab+", buffering=0)
     except OSError as error:
-        why = f"cannot be written ({error.strerror})"
-        raise GrpoError(f"workdir {workdir}: {why}; choose another") from None
+        raise closed(error) from None
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             handle.seek(0)
+            holder = (handle.read() or b"unknown").decode(errors="replace")
             raise GrpoError(
-                f"workdir {workdir}: in use by process {handle.read() or 'unknown'} "
-                f"({error.strerror}); wait for it, stop it, or choose another"
+                f"workdir {workdir}: in use by process {holder} ({error.strerror}); "
+                "wait for it, stop it, or choose another"
             ) from None
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
+        try:
+            handle.truncate(0)
+            handle.write(str(os.getpid()).encode())
+        except OSError as error:
+            raise closed(error) from None
         yield workdir
-
-
-@jax.jit
-def checksum(x: jax.Array) -> jax.Array:
-    """Σ_i h(bits of element i, i) as a uint32 scalar, whatever `x` is sharded over.
-
-    >>> int(checksum(jnp.array([1.0, 2.0]))) != int(checksum(jnp.array([2.0, 1.0])))
-    True
-    """
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        x = jnp.stack([x.real, x.imag], -1)
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    info = jnp.finfo if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo
-    width = min(info(x.dtype).bits, 32)  # 64 bits: a last axis of two words
-    bits = jax.lax.bitcast_convert_type(x, f"uint{width}").astype(jnp.uint32)
-    index = jnp.uint32(0)
-    for axis in range(bits.ndim):
-        stride = math.prod(bits.shape[axis + 1 :]) % 2**32
-        place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        index = index + place * jnp.uint32(stride)
-    h = bits ^ (index * jnp.uint32(0x9E3779B9))
-    h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)  # an odd factor loses no bit
-    h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
-    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    """The leaves by name, such as `params/layers/0/kernel`."""
-    leaves: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name in leaves:
-            raise GrpoError(f"state: two leaves are named {name}; rename one")
-        leaves[name] = leaf
-    return leaves
-
-
-def _describe(leaves: dict[str, Any]) -> dict[str, list[Any]]:
-    """What is kept of each leaf beside its elements."""
-    # One at a time: on forced CPU devices, programs with collectives block each other.
-    return {name: [_kind(x), int(checksum(x))] for name, x in leaves.items()}
-
-
-def _kind(x: Any) -> str:
-    return f"{x.dtype}{list(x.shape)}"
 
 
 def _crc32(record: dict[str, Any]) -> int:
@@ -148,6 +103,7 @@ class Checkpoints:
         every: `save` writes at the steps that this divides.
         keep: how many checkpoints stay, the newest ones.
         clean: remove what a killed run left half-written; not where one may be live.
+        objection: of a checkpoint's metadata, why it is not to be restored, or "".
 
     >>> import tempfile
     >>> state = {"w": jnp.arange(3.0), "key": jax.random.key(0)}
@@ -161,13 +117,20 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, every: int, keep=2, clean=True
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        every: int,
+        keep: int = 2,
+        clean: bool = True,
+        objection: Callable[[dict[str, Any]], str] = lambda metadata: "",
     ):
         if min(every, keep) < 1:
             raise GrpoError(f"checkpoints: every={every} or keep={keep} is below 1")
         local = "://" not in str(directory)
         self._directory = os.path.abspath(directory) if local else str(directory)
         self._every, self._keep, self._clean = every, keep, clean
+        self._objection = objection
         self._here: int | None = None  # the step last saved or restored
         self._pending: Any = None
         self._preempted = False
@@ -223,8 +186,9 @@ class Checkpoints:
         Returns when the arrays are copied (they may be donated then) and writes in the
         background; the next call raises what failed there. A step that this object
         has just saved or restored is not written again.
-        Raises `GrpoError` when a write failed, when steps run backwards, and when the
-        directory holds another run's checkpoints, from which this one did not start.
+        Raises `GrpoError` when a write failed, when steps run backwards, when a number
+        is not finite, and when the directory holds another run's checkpoints, from
+        which this one did not start.
         """
         due = force or step % self._every == 0
         if due or not self._orbax.is_saving_in_progress():
@@ -233,15 +197,22 @@ class Checkpoints:
             return False
         if step < (self._here or 0):
             raise self._error(f"step {step} comes after {self._here}; steps must grow")
-        self._set_aside()
-        leaves = _flatten(state)
+        leaves = flatten(state)
         for name, x in leaves.items():
             if not isinstance(x, jax.Array) or not x.size:
                 raise GrpoError(
                     f"state: {name} is {type(x).__name__} {getattr(x, 'shape', '')}, "
                     "not a jax array with elements; convert it or leave it out"
                 )
-        record = {"step": step, "metadata": metadata, "leaves": _describe(leaves)}
+        described, broken = describe(leaves)
+        if broken:
+            raise self._error(
+                f"step {step} is not saved: {and_more(broken)} is not finite; finished "
+                f"steps: {self._known() or 'none'}. Lower the learning rate, or "
+                "compute in float32"
+            )
+        self._set_aside()
+        record = {"step": step, "metadata": metadata, "leaves": described}
         record = json.loads(json.dumps(record))  # as it will be read: 1 becomes "1"
         kept = {"record": record, "crc32": _crc32(record)}
         save = self._orbax.save_async
@@ -268,7 +239,9 @@ class Checkpoints:
         step = known[-1] if step is None else step
         if step not in known:
             raise self._error(f"no step {step}; there are {known}")
-        record, wanted = self._record(step), _flatten(abstract)
+        record, wanted = self._record(step), flatten(abstract)
+        if why := self._objection(record["metadata"]):
+            raise self._error(f"step {step} {why}")
         if lines := _difference(record["leaves"], wanted):
             shown = "; ".join(lines[:6]) + ("; …" if len(lines) > 6 else "")
             raise self._error(f"step {step}: {len(lines)} leaves differ: {shown}")
@@ -276,10 +249,12 @@ class Checkpoints:
         loaded = self._read(step, lambda: self._orbax.load(step, targets))
         leaves = {name: _settle(loaded.pop(name), x) for name, x in wanted.items()}
         # types too: a lost file may turn a PRNG key into plain integers
-        found = _describe(leaves)
+        found, broken = describe(leaves)
         if bad := [name for name in found if found[name] != record["leaves"][name]]:
-            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-            raise self._damaged(step, f"the checksum of {bad[0]}{more} does not match")
+            what = f"the checksum of {and_more(bad)} does not match"
+            raise self._damaged(step, what)
+        if broken:
+            raise self._damaged(step, f"{and_more(broken)} is not finite")
         state = jax.tree.unflatten(jax.tree.structure(abstract), leaves.values())
         self._here = step
         return step, state, record["metadata"]
@@ -395,7 +370,7 @@ def _difference(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     lines = [f"{n}: only in the checkpoint" for n in saved if n not in wanted]
     lines += [f"{n}: not in the checkpoint" for n in wanted if n not in saved]
     return lines + [
-        f"{n}: {saved[n][0]} in the checkpoint, {_kind(x)} in this run"
+        f"{n}: {saved[n][0]} in the checkpoint, {kind(x)} in this run"
         for n, x in wanted.items()
-        if n in saved and saved[n][0] != _kind(x)
+        if n in saved and saved[n][0] != kind(x)
     ]

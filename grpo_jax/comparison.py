@@ -161,6 +161,7 @@ def compare(run: Run, models: Mapping[str, Params]) -> Result:
     while weights and settings stay the same. results.json is written whole after every
     set; the sets that are still to come stand in it without figures.
     """
+    run.recorder.begin()
     config, settings = run.config, settings_of(run.config)
     steps = {"instruct": config.sft_steps, "rl": config.rl_steps}
     results: Result = {

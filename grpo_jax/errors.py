@@ -24,3 +24,18 @@ def one_line(error: object) -> str:
     text = " ".join(str(error).split())
     text = "".join(c if c.isprintable() else "\ufffd" for c in text)
     return text if len(text) <= 200 else text[:199] + "…"
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What says, in one line, that memory ran out, with the size; "" is another error.
+
+    GPUs and TPUs raise RESOURCE_EXHAUSTED, a CPU an internal error, NumPy MemoryError.
+
+    >>> out_of_memory(RuntimeError("INTERNAL: Out of memory allocating 64 bytes.\\n…"))
+    'INTERNAL: Out of memory allocating 64 bytes.'
+    """
+    text = str(error)
+    known = "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
+    if not known and not isinstance(error, MemoryError):
+        return ""
+    return (text.splitlines() or [type(error).__name__])[0]

@@ -34,6 +34,7 @@ from grpo_jax import (
     tables,
 )
 from grpo_jax.asking import Settings
+from grpo_jax.claim import read_config
 from grpo_jax.comparison import (
     Measured,
     Result,
@@ -46,12 +47,12 @@ from grpo_jax.comparison import (
     write_json,
 )
 from grpo_jax.data import Example
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, out_of_memory
 from grpo_jax.files import digest, write_whole
 from grpo_jax.hf.folders import agree_on_folder, find_folder
 from grpo_jax.model import Decoder, Params
 from grpo_jax.report import update
-from grpo_jax.run import Preempted, load_run, read_config
+from grpo_jax.run import Preempted, load_run
 from grpo_jax.tokenizer import Tokenizer
 
 # Flags that say which process this is, and nothing of what is measured.
@@ -165,9 +166,8 @@ def run(flags: argparse.Namespace) -> None:
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not (what := out_of_memory(error)):
             raise
-        what = str(error).splitlines()[0]
         sys.exit(f"error: out of memory ({what}); {smaller(flags)}")
 
 

@@ -20,7 +20,7 @@ DEEPEST = 64  # lists and objects in one another; what walks them may recurse
 
 
 def write_whole(
-    file: str | os.PathLike[str], text: str, errors: str = "strict"
+    file: str | os.PathLike[str], text: str | bytes, errors: str = "strict"
 ) -> None:
     """All of the text, in a file of its own that then takes the name.
 
@@ -32,7 +32,12 @@ def write_whole(
     """
     file = Path(file)
     fresh = file.with_name(file.name + ".tmp")
-    fresh.write_text(text, encoding="utf-8", errors=errors)
+    whole = text.encode("utf-8", errors) if isinstance(text, str) else text
+    try:
+        fresh.write_bytes(whole)
+    except OSError:  # what a full disk holds of it is in the way of others
+        fresh.unlink(missing_ok=True)
+        raise
     fresh.replace(file)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,10 +19,9 @@ import optax
 
 from grpo_jax import hosts, lora, setup, sharding
 from grpo_jax.checkpoint import Checkpoints
-from grpo_jax.checks import check_fields
-from grpo_jax.config import Config, flatten, from_dict, to_json
+from grpo_jax.claim import Claim, read_config
+from grpo_jax.config import Config
 from grpo_jax.errors import GrpoError
-from grpo_jax.files import write_whole
 from grpo_jax.model import Decoder, Params
 from grpo_jax.recorder import Recorder, progress
 from grpo_jax.reward_model.model import RewardModel
@@ -48,6 +46,7 @@ class Run:
     model: Decoder
     tokenizer: Tokenizer
     recorder: Recorder
+    claim: Claim
 
     def key(self, stage: str, step: int) -> jax.Array:
         return setup.key(self.config.seed, stage, step)
@@ -60,7 +59,10 @@ class Run:
     def checkpoints(self, stage: str, *, clean: bool = True) -> Checkpoints:
         folder = self.workdir / "checkpoints" / stage
         every, keep = self.config.checkpoint_every, self.config.checkpoints_kept
-        return Checkpoints(folder, every=every, keep=keep, clean=clean)
+        objection = functools.partial(self.claim.objection, stage)
+        return Checkpoints(
+            folder, every=every, keep=keep, clean=clean, objection=objection
+        )
 
     def begin(self, stage: str, params: Params) -> Params:
         """A stage's start: with LoRA, adapters of its own (`lora.begin`).
@@ -98,7 +100,9 @@ class Run:
     # π_ref of iteration i, where the method iterates (section 4.1.4).
 
     def references(self, iteration: int) -> Checkpoints:
-        return Checkpoints(self._reference_folder(iteration), every=1)
+        folder, stage = self._reference_folder(iteration), f"reference-{iteration}"
+        objection = functools.partial(self.claim.objection, stage)
+        return Checkpoints(folder, every=1, objection=objection)
 
     def _reference_folder(self, iteration: int) -> Path:
         return self.workdir / "checkpoints" / f"reference-{iteration}"
@@ -115,56 +119,10 @@ class Run:
             return checkpoints.restore(like)[1]
 
     def save_reference(self, iteration: int, params: Params) -> Params:
+        origin = self.claim.origin(f"reference-{iteration}")
         with self.references(iteration) as checkpoints:
-            checkpoints.save(iteration, params, {"seed": self.config.seed}, force=True)
+            checkpoints.save(iteration, params, origin, force=True)
         return params
-
-
-def claim(config: Config, workdir: Path, *, accept_changes: bool) -> None:
-    """Write config.json, or refuse if the directory's differs (fault 8)."""
-    file = workdir / "config.json"
-    if hosts.first():
-        _claim(config, file, accept_changes)
-    hosts.exchange("claimed")
-    if not file.exists():
-        raise GrpoError(
-            f"workdir {workdir}: process {hosts.index()} does not see what process 0 "
-            "writes there; choose a folder on a disk that all of them share"
-        )
-
-
-def _claim(config: Config, file: Path, accept_changes: bool) -> None:
-    if file.exists() and not accept_changes:
-        before, now = flatten(read_config(file.parent)), flatten(config)
-        changed = [k for k in now if before[k] != now[k] and not is_harmless(k)]
-        if changed:
-            shown = ", ".join(f"{k} {before[k]!r} → {now[k]!r}" for k in changed[:8])
-            raise GrpoError(
-                f"{file}: this run was started with another config ({shown}); take "
-                "another --workdir, or add --accept_changes"
-            )
-    write_whole(file, to_json(config))
-
-
-def is_harmless(name: str) -> bool:
-    """Whether a field may change between two starts of the same run."""
-    return name.startswith(("mesh.", "checkpoint")) or name == "data.dir"
-
-
-def read_config(workdir: Path) -> Config:
-    file = workdir / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise GrpoError(f"{file}: no such file; is this a work directory?") from None
-    except json.JSONDecodeError as error:
-        raise GrpoError(f"{file}: not valid JSON ({error})") from None
-    try:
-        config = from_dict(values)
-        check_fields(config)
-    except GrpoError as error:  # of a field that another version had, or had otherwise
-        raise GrpoError(f"{file}: {error}; change it there") from None
-    return config
 
 
 def run_stage(
@@ -214,7 +172,7 @@ def run_stage(
                 bar.update()
                 stop = checkpoints.preempted()
                 force = stop or step + 1 == end
-                metadata = {"stage": stage, "seed": run.config.seed}
+                metadata = run.claim.origin(stage)
                 saved = force or (step + 1) % run.config.checkpoint_every == 0
                 if saved:
                     metadata |= keep()
@@ -256,7 +214,8 @@ def open_run(workdir: Path) -> Run:
     config = read_config(workdir)
     model, tokenizer = setup.make_model(config)
     mesh = sharding.make_mesh(fsdp=-1)
-    return Run(config, workdir, mesh, model, tokenizer, Recorder(workdir))
+    claim = Claim(config, workdir, accept_changes=True)  # it is only read
+    return Run(config, workdir, mesh, model, tokenizer, Recorder(workdir), claim)
 
 
 def load_adapters(workdir: str | Path) -> tuple[lora.Lora, list[Params], str]:

@@ -10,6 +10,7 @@ pods, SLURM, Kubernetes, Open MPI) says by itself which process is which; elsewh
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from ml_collections import config_flags
 
 from grpo_jax.checks import validate
 from grpo_jax.config import Config, flatten, unknown_field
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, out_of_memory
 
 USAGE = "usage: python train.py --config FILE [--workdir DIR] [--config.name=value …]"
 
@@ -57,17 +58,23 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(config: Config) -> None:
     """`train`, whose errors become one line."""
+    workdir = _WORKDIR.value or f"runs/{config.name}"
     try:
-        workdir = folder(_WORKDIR.value or f"runs/{config.name}")
-        train(config, workdir, accept_changes=_ACCEPT.value)
+        train(config, folder(workdir), accept_changes=_ACCEPT.value)
     except GrpoError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.exit(
+            f"error: {error.filename or workdir}: {error.strerror}; the last "
+            "checkpoint stands. Make room there; the same command goes on from it"
+        )
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on from the last checkpoint")
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not (what := out_of_memory(error)):
             raise
-        what = str(error).splitlines()[0]
         sys.exit(f"error: out of memory ({what}); {smaller(config)}")
 
 
@@ -131,6 +138,7 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
 
     from grpo_jax import comparison, hosts, rl, run, setup, sft, sharding, tables
     from grpo_jax.checkpoint import lock
+    from grpo_jax.claim import Claim
     from grpo_jax.recorder import Recorder
 
     versions = {"jax": jax.__version__, "workdir": str(workdir)}
@@ -148,13 +156,15 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
         f"{jax.default_backend()} device(s){several}, written to {workdir}"
     )
     with lock(workdir), jax.set_mesh(mesh):
-        run.claim(config, workdir, accept_changes=accept_changes)
-        with Recorder(workdir, config) as recorder:
-            here = run.Run(config, workdir, mesh, model, tokenizer, recorder)
+        claim = Claim(config, workdir, accept_changes=accept_changes)
+        claim.check()
+        recorder = Recorder(workdir, config, claim.write)
+        here = run.Run(config, workdir, mesh, model, tokenizer, recorder, claim)
+        comparison.check_sets(here)
+        with_rl = config.method != "sft" and config.rl_steps
+        prepared = rl.prepare(here) if with_rl else None
+        with recorder:
             try:
-                comparison.check_sets(here)
-                with_rl = config.method != "sft" and config.rl_steps
-                prepared = rl.prepare(here) if with_rl else None
                 with_sft = config.sft_steps > 0
                 start = lambda: setup.initial_params(config, model, mesh)  # noqa: E731
                 instruct = (lambda: sft.train(here, start)) if with_sft else start

@@ -20,7 +20,9 @@ import optax
 import pytest
 from xla_flags import xla_flags
 
-from grpo_jax.checkpoint import Checkpoints, checksum, lock
+from grpo_jax import checkpoint
+from grpo_jax.checkpoint import Checkpoints, lock
+from grpo_jax.checksums import checksum, describe
 from grpo_jax.errors import GrpoError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +35,7 @@ def make_state(seed=0):
         "layers": [{"kernel": jnp.asarray(normal((33, 65), np.float32))}] * 2,
         "embed": jnp.asarray(normal((50, 8)), jnp.bfloat16),
         "a.b": jnp.float32(-0.0),
-        "a": {"b": jnp.array([jnp.nan, jnp.inf, 1e-42])},
+        "a": {"b": jnp.array([3.4e38, -3.4e38, 1e-42])},
     }
     optimiser = optax.adamw(optax.constant_schedule(1e-3))
     return {
@@ -139,6 +141,35 @@ def test_leaves_that_cannot_be_kept_are_refused_by_name(tmp_path):
             with pytest.raises(GrpoError, match=why):
                 checkpoints.save(1, bad, {})
         assert checkpoints.steps() == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_numbers_that_are_not_finite_are_not_saved(dtype, bad, tmp_path):
+    state = {"a": jnp.ones((3, 5), dtype), "n": jnp.arange(3), "key": jax.random.key(0)}
+    broken = state | {"a": state["a"].at[2, 1].set(bad)}
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        assert checkpoints.save(1, state, {})
+        with pytest.raises(GrpoError) as error:
+            checkpoints.save(2, broken, {})
+        told = "step 2 is not saved: a is not finite; finished steps: [1]. Lower the le"
+        assert told in str(error.value) and "\n" not in str(error.value)
+        assert checkpoints.steps() == [1]
+        assert bits(checkpoints.restore(state)[1]) == bits(state)
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_restored(tmp_path, monkeypatch):
+    """As an earlier version may have written it; its checksum is right."""
+    state = {"a": jnp.ones(4), "b": jnp.ones(4)}
+    broken = state | {"b": jnp.array([1.0, jnp.nan, 1.0, 1.0])}
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        checkpoints.save(1, state, {})
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "describe", lambda x: (describe(x)[0], []))
+            checkpoints.save(2, broken, {})
+        with pytest.raises(GrpoError, match=r"step 2 .*b is not finite\).*: \[1\]"):
+            checkpoints.restore(state)
+        assert checkpoints.restore(state, 1)[0] == 1
 
 
 # --- the checksum --------------------------------------------------------------------

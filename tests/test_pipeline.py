@@ -20,6 +20,7 @@ import pytest
 from small_runs import SMALL, dotted, small_config, write_questions
 
 from grpo_jax import credit, programs, rl, setup, sharding
+from grpo_jax.claim import Claim
 from grpo_jax.experience import Experience, read
 from grpo_jax.objectives import grpo_objective
 from grpo_jax.pipeline import Pipeline
@@ -68,7 +69,8 @@ def opened(folder: Path, name: str, **changes):
     (folder / name).mkdir(exist_ok=True)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh), Recorder(folder / name) as recorder:
-        yield Run(config, folder / name, mesh, model, tokenizer, recorder)
+        claim = Claim(config, folder / name)
+        yield Run(config, folder / name, mesh, model, tokenizer, recorder, claim)
 
 
 def initial(run: Run):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax import sharding
+from grpo_jax.claim import Claim
 from grpo_jax.config import Config, ModelSettings, to_json
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, ModelConfig
@@ -219,7 +220,8 @@ def start_run(workdir, recorder):
     (workdir / "config.json").write_text(to_json(config))
     decoder, tokenizer = make_model(config)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return Run(config, workdir, mesh, decoder, tokenizer, recorder)
+    claim = Claim(config, workdir)
+    return Run(config, workdir, mesh, decoder, tokenizer, recorder, claim)
 
 
 def toy(n, seed):

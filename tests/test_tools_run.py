@@ -27,6 +27,7 @@ from grpo_jax import (
     sharding,
     tables,
 )
+from grpo_jax.claim import Claim
 from grpo_jax.errors import GrpoError
 from grpo_jax.experience import Experience, read
 from grpo_jax.recorder import Recorder
@@ -76,7 +77,8 @@ def opened(folder: Path, recital, name: str, **changes):
     (folder / name).mkdir(exist_ok=True)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh), Recorder(folder / name) as recorder:
-        yield Run(config, folder / name, mesh, recital[0], TOKENIZER, recorder)
+        claim = Claim(config, folder / name)
+        yield Run(config, folder / name, mesh, recital[0], TOKENIZER, recorder, claim)
 
 
 def teach(folder: Path, recital, name: str, **changes):

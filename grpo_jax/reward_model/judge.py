@@ -122,6 +122,7 @@ class Judges:
             new = labelled.read(files[-1], vocab_size=size)
         else:
             new = self._new(iteration, policy)
+            self.run.recorder.begin()
             if hosts.first():
                 labelled.write(files[-1], new)
         before = [labelled.read(f, vocab_size=size) for f in files[:-1]]

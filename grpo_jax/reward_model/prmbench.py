@@ -29,6 +29,7 @@ import jax
 import numpy as np
 
 from grpo_jax import sharding
+from grpo_jax.claim import Claim
 from grpo_jax.config import Config, ModelSettings, OptimizerSettings
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, Params
@@ -205,7 +206,8 @@ def train_small(
     )
     workdir.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(mesh), Recorder(workdir, config) as recorder:
-        run = Run(config, workdir, mesh, decoder, tokenizer, recorder)
+        claim = Claim(config, workdir)
+        run = Run(config, workdir, mesh, decoder, tokenizer, recorder, claim)
 
         def start() -> Params:
             policy = decoder.init(run.key("init", 0))

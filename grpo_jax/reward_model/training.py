@@ -21,7 +21,6 @@ import jax
 import optax
 
 from grpo_jax import data, sharding
-from grpo_jax.checkpoint import Checkpoints
 from grpo_jax.config import OptimizerSettings
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Params
@@ -134,7 +133,7 @@ def load_reward_model(
     if not folder.is_dir():
         raise GrpoError(f"{folder}: no such folder; train a reward model there first")
     optimizer, _ = Settings().optimizer()  # its state has the same shape whatever it is
-    with Checkpoints(folder, every=1, clean=False) as checkpoints:
+    with run.checkpoints(stage, clean=False) as checkpoints:
         if not checkpoints.steps():
             raise GrpoError(f"{folder}: no finished checkpoint in it")
         _, state, _ = checkpoints.restore(run.abstract_state(stage, optimizer))

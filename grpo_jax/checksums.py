@@ -1,0 +1,91 @@
+"""What tells one state from another: of each leaf its kind, a checksum, and whether it
+is finite.
+
+In: a pytree of jax arrays (typed PRNG keys too), on one device or over a mesh. Out: a
+JSON dictionary by leaf, computed where the arrays live.
+
+A checksum is Σ_i h(bits of element i, i) modulo 2**32, computed where the array lives.
+An integer sum does not depend on its order, so neither does the checksum on the mesh;
+h is a bijection of the bits, so one changed element always changes the sum.
+
+The same pass over a leaf tells whether its numbers are finite: a state that is not is
+neither saved nor restored.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.errors import GrpoError
+
+
+def checksum(x: jax.Array) -> jax.Array:
+    """Σ_i h(bits of element i, i) as a uint32 scalar, whatever `x` is sharded over.
+
+    >>> int(checksum(jnp.array([1.0, 2.0]))) != int(checksum(jnp.array([2.0, 1.0])))
+    True
+    """
+    return _examine(x)[0]
+
+
+@jax.jit
+def _examine(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(checksum, whether all of it is finite), scalars, where `x` lives."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag], -1)
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    width = min((jnp.finfo if floating else jnp.iinfo)(x.dtype).bits, 32)
+    bits = jax.lax.bitcast_convert_type(x, f"uint{width}").astype(jnp.uint32)
+    finite = jnp.isfinite(x) if floating else jnp.ones(x.shape, bool)
+    if bits.ndim > x.ndim:  # 64 bits: a last axis of two words
+        finite = jnp.broadcast_to(finite[..., None], bits.shape)
+    index = jnp.uint32(0)
+    for axis in range(bits.ndim):
+        stride = math.prod(bits.shape[axis + 1 :]) % 2**32
+        place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        index = index + place * jnp.uint32(stride)
+    h = bits ^ (index * jnp.uint32(0x9E3779B9))
+    h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)  # an odd factor loses no bit
+    h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
+    # One reduction of both reads the leaf once.
+    return jax.lax.reduce(
+        (h ^ (h >> 16), finite),
+        (jnp.uint32(0), jnp.bool_(True)),
+        lambda a, b: (a[0] + b[0], a[1] & b[1]),
+        tuple(range(bits.ndim)),
+    )
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """The leaves by name, such as `params/layers/0/kernel`."""
+    leaves: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in leaves:
+            raise GrpoError(f"state: two leaves are named {name}; rename one")
+        leaves[name] = leaf
+    return leaves
+
+
+def describe(leaves: dict[str, Any]) -> tuple[dict[str, list[Any]], list[str]]:
+    """What is kept of each leaf beside its elements; the leaves that are not finite."""
+    # One at a time: on forced CPU devices, programs with collectives block each other.
+    found = {name: [int(value) for value in _examine(x)] for name, x in leaves.items()}
+    described = {name: [kind(x), found[name][0]] for name, x in leaves.items()}
+    return described, [name for name, (_, finite) in found.items() if not finite]
+
+
+def and_more(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def kind(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}"
