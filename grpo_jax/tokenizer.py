@@ -10,6 +10,7 @@ in a question: a question cannot end its own turn or open another one.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import os
@@ -23,6 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import tokenizers
 
+from grpo_jax import chat_templates
 from grpo_jax.errors import GrpoError
 
 FILES = (  # what belongs to the tokenizer in a Hugging Face folder
@@ -69,12 +71,15 @@ class Tokenizer:
         self._files = files or {}  # the original ones, for `save`
         self.special_tokens = special
         self.chat_template = chat_template
-        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
+        # What a chat template's clock shows: one moment for all prompts of a run.
+        self.now = datetime.datetime.now()
+        _flag_special(tokenizer, special.values())
+        _flag_special(tokenizer, map(tokenizer.id_to_token, eos_ids), added_only=True)
+        turn_end = self._turn_end()
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, *turn_end]))
         self.bos_id: int | None = self.token_id(special.get("bos_token"))
         self.pad_id: int = self.eos_id if pad_id is None else pad_id
-        added = tokenizer.get_added_tokens_decoder().values()
-        names = sorted({t.content for t in added if t.special}, key=len, reverse=True)
-        self.special_pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self.special_pattern = _pattern(tokenizer)
         first = tokenizer.encode("").ids[:1]  # with what the file itself adds
         by_file = self.bos_id is not None and first == [self.bos_id]
         self.adds_bos: bool = by_file if adds_bos is None else adds_bos
@@ -112,7 +117,8 @@ class Tokenizer:
 
         The ids that end a completion: the tokenizer's own eos_token first, then those
         of generation_config.json (or, without it, of config.json).
-        Raises GrpoError if tokenizer.json is missing or damaged and if there is no EOS.
+        A token that the chat template puts behind an answer is one more.
+        Raises GrpoError if a file is missing or damaged and if there is no EOS.
         """
         folder = Path(path)
         file = folder / "tokenizer.json"
@@ -123,9 +129,6 @@ class Tokenizer:
             )
         config = _read(folder / "tokenizer_config.json")
         special = _special(_read(folder / "special_tokens_map.json") | config)
-        generation, model = (
-            _read(folder / name) for name in ("generation_config.json", "config.json")
-        )
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises nothing narrower
@@ -135,10 +138,10 @@ class Tokenizer:
             if (eos_id := tokenizer.token_to_id(name)) is None:
                 raise GrpoError(f"{folder}: its eos_token {name!r} is not in {file}")
             eos_ids.append(eos_id)
-        for source in (generation, model):
-            found = source.get("eos_token_id")
-            if found is not None:
-                eos_ids += found if isinstance(found, list) else [found]
+        for source in ("generation_config.json", "config.json"):
+            declared = _read(folder / source).get("eos_token_id")
+            if found := _ids(declared, tokenizer, folder / source):
+                eos_ids += found
                 break
         if not eos_ids:
             raise GrpoError(
@@ -200,6 +203,34 @@ class Tokenizer:
         """The id that closes an answer in training (`eos_ids` all end a completion)."""
         return self.eos_ids[0]
 
+    def _turn_end(self) -> list[int]:
+        """The token that the chat template puts behind an answer, where it has one.
+
+        A model of such chats ends its turns with it, whatever eos_token says.
+        """
+        if self.chat_template is None:
+            return []
+        chat = [
+            {"role": "user", "content": "1+1=?"},
+            chat_templates.ended({"role": "assistant", "content": "2"}),
+        ]
+        try:
+            rendered = chat_templates.render(
+                self.chat_template, self.special_tokens, [(chat, False)], self.now
+            )[0]
+        except GrpoError:  # raised where a chat is rendered, if one ever is
+            return []
+        if not rendered.ends:
+            return []
+        after = rendered.text[rendered.ends[-1] :]
+        for found in _pattern(self._tokenizer, special=False).finditer(after):
+            # One that no file calls special may be any word; but not right here.
+            first = not after[: found.start()].strip()
+            if first or _pattern(self._tokenizer).fullmatch(found[0]):
+                _flag_special(self._tokenizer, [found[0]])
+                return [i for i in [self.token_id(found[0])] if i is not None]
+        return []
+
     def token_id(self, token: str | None) -> int | None:
         """The id of a token's text, None if there is no such token."""
         return None if token is None else self._tokenizer.token_to_id(token)
@@ -230,7 +261,10 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of some ids; skip_special leaves special tokens out."""
+        """The text of some ids; skip_special leaves out special tokens and those that
+        end a completion."""
+        if skip_special:
+            ids = (i for i in ids if i not in self.eos_ids)
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -320,13 +354,61 @@ class Tokenizer:
         return f"cannot encode {text[:40]!r}: character {unknown!r} is not in it"
 
 
+def _pattern(
+    tokenizer: tokenizers.Tokenizer, *, special: bool = True
+) -> re.Pattern[str]:
+    """Matches the special tokens, or all that were added to the vocabulary."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    names = {
+        t.content for t in added if t.special or not (special or t.content.isspace())
+    }
+    longest_first = sorted(names, key=lambda name: (-len(name), name))
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _flag_special(
+    tokenizer: tokenizers.Tokenizer,
+    names: Iterable[str | None],
+    *,
+    added_only: bool = False,
+) -> None:
+    """Makes tokens of the vocabulary special, as transformers does with named ones.
+
+    Some files list eos_token as an ordinary word: then a question could write it, and
+    an answer would show it.
+    """
+    added = {t.content: t for t in tokenizer.get_added_tokens_decoder().values()}
+    for name in names:
+        token = added.get(name or "")
+        if token is None and name and not added_only:
+            if tokenizer.token_to_id(name) is not None:
+                token = tokenizers.AddedToken(name, normalized=False)
+        if token is not None and not token.special:
+            token.special = True
+            tokenizer.add_special_tokens([token])
+
+
+def _ids(value: Any, tokenizer: tokenizers.Tokenizer, file: Path) -> list[int]:
+    """eos_token_id of a config: an id, several, or none."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    known = set(tokenizer.get_vocab(with_added_tokens=True).values()) if ids else ()
+    for i in ids:
+        if type(i) is not int or i not in known:
+            raise GrpoError(
+                f"{file}: eos_token_id {value!r}: {i!r} is not the id of a token; "
+                f"tokenizer.json has {size}"
+            )
+    return ids
+
+
 def _read(path: Path) -> dict[str, Any]:
     """A JSON object from a file that may be absent."""
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GrpoError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise GrpoError(f"{path}: expected a JSON object")
@@ -347,9 +429,18 @@ def _special(config: dict[str, Any]) -> dict[str, str]:
 def _template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text("utf-8")
+        try:
+            return file.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise GrpoError(f"{file}: not UTF-8 text ({error})") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        by_name = {entry["name"]: entry["template"] for entry in template}
+        named = [entry for entry in template if isinstance(entry, dict)]
+        by_name = {entry.get("name"): entry.get("template") for entry in named}
         template = by_name.get("default")
+    if template is not None and not isinstance(template, str):
+        raise GrpoError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is neither a text nor "
+            "a list of {name, template}"
+        )
     return template
