@@ -79,7 +79,13 @@ def encode_prompt(
     [3, 5, 4, 6]
     """
     parts = _prompt_parts(tokenizer, example, template, instruction)
-    return _bos(tokenizer, template) + tokenizer.encode_parts(parts)[0]
+    ids = _bos(tokenizer, template) + tokenizer.encode_parts(parts)[0]
+    if not ids:
+        raise GrpoError(
+            f"data {example.id!r}: its prompt is empty by the template {template}; "
+            "change data.template or the row"
+        )
+    return ids
 
 
 def encode_sft(
@@ -119,10 +125,7 @@ def encode_sft(
     else:
         ids, offsets = tokenizer.encode_parts(answer.parts)
         start = 0
-    mask = [
-        0 if any(a - start < y and b - start > x for x, y in answer.not_learned) else 1
-        for a, b in offsets
-    ]
+    mask = [int(answer.learned(a - start, b - start)) for a, b in offsets]
     if not answer.closed:
         ids, mask = [*ids, tokenizer.eos_id], [*mask, 1]
     prompt_ids = _bos(tokenizer, template) + prompt_ids
@@ -234,8 +237,16 @@ class _Answer:
     """What follows a prompt in an SFT row."""
 
     parts: list[Part]
-    not_learned: list[tuple[int, int]]  # stretches of the parts' text
-    closed: bool = False  # it ends with the token that ends a turn
+    tools: list[tuple[int, int]]  # what a tool wrote, in the parts' text
+    gaps: list[tuple[int, int]]  # what {% generation %} leaves out
+    closed: bool  # it ends with the token that ends a turn
+
+    def learned(self, start: int, end: int) -> bool:
+        """Whether the loss covers a token at this place of the text."""
+        return not (
+            any(start < y and end > x for x, y in self.tools)
+            or any(start >= x and end <= y for x, y in self.gaps)
+        )
 
 
 def _answered(
@@ -249,7 +260,7 @@ def _answered(
     if template != "chat":
         prompt = _prompt_parts(tokenizer, example, template, instruction)
         answer = " " + target if template == "deepseekmath" else target
-        return prompt, _Answer([(answer, False)], _tool_outputs(answer))
+        return prompt, _Answer([(answer, False)], _tool_outputs(answer), [], False)
     target = unmarked(target)
     messages = _messages(tokenizer, example, instruction)
     said = _message(tokenizer, "assistant", target)
@@ -282,9 +293,9 @@ def _answered(
     gaps = list(zip(edges[::2], edges[1::2], strict=True)) if blocks else []
     return prompt, _Answer(
         _parts(tokenizer, whole, start, end if close is None else close[1]),
-        [(x - start, min(y, end) - start) for x, y in gaps if x < y]
-        + _tool_outputs(whole.text[start:end]),
-        closed=close is not None,
+        _tool_outputs(whole.text[start:end]),
+        [(x - start, y - start) for x, y in gaps if x < y],
+        close is not None,
     )
 
 
@@ -300,7 +311,7 @@ def _direct(tokenizer: Tokenizer, prompt: str, target: str, after: Rendered) -> 
     parts: list[Part] = [(target, False)]
     if close is not None:
         parts.append((after.text[end : close[1]], True))
-    return _Answer(parts, _tool_outputs(target), closed=close is not None)
+    return _Answer(parts, _tool_outputs(target), [], close is not None)
 
 
 def _end_of_turn(

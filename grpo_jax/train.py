@@ -132,6 +132,7 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     from grpo_jax import comparison, hosts, rl, run, setup, sft, sharding, tables
     from grpo_jax.checkpoint import lock
     from grpo_jax.recorder import Recorder
+    from grpo_jax.start_time import start_time
 
     versions = {"jax": jax.__version__, "workdir": str(workdir)}
     hosts.agree("config", flatten(config) | versions)
@@ -147,6 +148,8 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
         f"{jax.default_backend()} device(s){several}, written to {workdir}"
     )
     with lock(workdir), jax.set_mesh(mesh):
+        again = not (workdir / "config.json").exists()
+        tokenizer.now = start_time(workdir, keep=True, again=again)
         run.claim(config, workdir, accept_changes=accept_changes)
         with Recorder(workdir, config) as recorder:
             here = run.Run(config, workdir, mesh, model, tokenizer, recorder)
