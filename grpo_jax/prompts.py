@@ -125,7 +125,9 @@ def encode_sft(
     else:
         ids, offsets = tokenizer.encode_parts(answer.parts)
         start = 0
-    mask = [int(answer.learned(a - start, b - start)) for a, b in offsets]
+    mask = [1] * len(ids)
+    if answer.tools or answer.gaps:
+        mask = [int(answer.learned(a - start, b - start)) for a, b in offsets]
     if not answer.closed:
         ids, mask = [*ids, tokenizer.eos_id], [*mask, 1]
     prompt_ids = _bos(tokenizer, template) + prompt_ids
@@ -264,13 +266,16 @@ def _answered(
     target = unmarked(target)
     messages = _messages(tokenizer, example, instruction)
     said = _message(tokenizer, "assistant", target)
+    ends_before_spaces = [([*messages, ended(said, before_spaces=True)], False)]
+    if target == target.rstrip():
+        ends_before_spaces = []  # the end itself
     opened, whole, *marked = _render(
         tokenizer,
         [
             (messages, True),
             ([*messages, said], False),
             ([*messages, ended(said)], False),
-            ([*messages, ended(said, before_spaces=True)], False),
+            *ends_before_spaces,
         ],
     )
     start = len(opened.text)

@@ -97,8 +97,8 @@ MISTRAL = r"""{{- bos_token }}
     {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}
         {{- raise_exception('user and assistant must take turns') }}
     {%- elif m.role == 'user' %}
-        {{- '[INST] ' ~ (before if loop.last or loop.index0 == rest | length - 2 else '')
-            ~ m.content ~ ' [/INST]' }}
+        {%- set first = loop.last or loop.index0 == rest | length - 2 %}
+        {{- '[INST] ' ~ (before if first else '') ~ m.content ~ ' [/INST]' }}
     {%- else %}{{ ' ' ~ m.content | trim ~ eos_token }}{% endif %}
 {%- endfor %}"""
 
@@ -113,10 +113,10 @@ GENERATION = r"""{%- for m in messages %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
-_CHATML = dict(bos=None, eos="<|im_end|>", end="<|im_end|>", others=("<|im_start|>",))
-_THINKS = dict(_CHATML, words=("<think>", "</think>"))
+_CHATML = Form(CHATML, None, "<|im_end|>", "<|im_end|>", ("<|im_start|>",))
+_THINKS = dataclasses.replace(_CHATML, words=("<think>", "</think>"))
 FORMS = {
-    "chatml": Form(CHATML, **_CHATML),
+    "chatml": _CHATML,
     "llama3": Form(
         LLAMA3,
         bos="<|begin_of_text|>",
@@ -132,7 +132,7 @@ FORMS = {
         others=("<start_of_turn>",),
         system=False,
     ),
-    "qwen3": Form(QWEN3, **_THINKS),
+    "qwen3": dataclasses.replace(_THINKS, template=QWEN3),
     "deepseek": Form(
         DEEPSEEK,
         bos="<｜begin▁of▁sentence｜>",
@@ -148,7 +148,7 @@ FORMS = {
         words=("<think>", "</think>"),
     ),
     "mistral": Form(MISTRAL, bos="<s>", eos="</s>", end="</s>"),
-    "generation": Form(GENERATION, **_THINKS),
+    "generation": dataclasses.replace(_THINKS, template=GENERATION),
 }
 
 
@@ -182,10 +182,15 @@ def settings(form: Form) -> dict[str, str]:
 
 def make(form: Form) -> Tokenizer:
     inner = byte_level(form)
-    eos_id = inner.token_to_id(form.eos)
-    special = settings(form)
-    template = form.template
-    return Tokenizer(inner, special=special, eos_ids=[eos_id], chat_template=template)
+    eos_ids = [i for i in [inner.token_to_id(form.eos)] if i is not None]
+    special, template = settings(form), form.template
+    return Tokenizer(inner, special=special, eos_ids=eos_ids, chat_template=template)
+
+
+def token(tokenizer: Tokenizer, text: str) -> int:
+    found = tokenizer.token_id(text)
+    assert found is not None
+    return found
 
 
 TOKENIZERS = {name: make(form) for name, form in FORMS.items()}

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from chat_cases import CHATS, FORMS, QWEN3, TOKENIZERS, Form, make
+from chat_cases import CHATS, FORMS, QWEN3, TOKENIZERS, Form, make, token
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -111,7 +111,7 @@ def test_thoughts_that_a_template_drops_are_learned():
 def test_thoughts_are_the_models_own_tokens_where_they_are_special():
     form = replace(FORMS["qwen3"], words=(), others=("<|im_start|>", "<think>"))
     tokenizer = make(replace(form, others=(*form.others, "</think>")))
-    opening = tokenizer.token_id("<think>")
+    opening = token(tokenizer, "<think>")
     solution = "<think>\n1\n</think>\n\n2"
     tokens, _ = encode_sft(tokenizer, said(solution), **NONE)
     assert learned(tokenizer, said(solution)) == solution + form.end
@@ -152,19 +152,8 @@ def answer_of(form: str, text: str) -> str:
     return text
 
 
-WORDS = [
-    "in",
-    " th",
-    "2.",
-    "\n",
-    "\n\n",
-    " ",
-    "é",
-    "题",
-    "<think>",
-    "</think>",
-    "[INST]",
-]
+WORDS = ["in", " th", "2.", "\n", "\n\n", " ", "é", "题", "[INST]", "<think>"]
+WORDS += ["</think>"]
 ENDS = sorted({name for form in FORMS.values() for name in (form.end, *form.others)})
 TEXTS = st.lists(st.sampled_from(WORDS + ENDS), min_size=1).map("".join)
 
@@ -183,7 +172,7 @@ def test_any_chat_in_any_form(name, system, question, solution):
     tokens, mask = encode_sft(tokenizer, example, **NONE)
     assert tokens[: len(prompt)] == prompt and not any(mask[: len(prompt)])
     answer = tokenizer.decode(tokens[len(prompt) :], skip_special=False)
-    end = tokenizer.token_id(form.end)
+    end = token(tokenizer, form.end)
     assert tokens.count(end) - prompt.count(end) == 1 and tokens[-1] == end
     if name == "generation":
         thoughts = "<think>\n\n</think>\n"
@@ -196,7 +185,7 @@ def test_any_chat_in_any_form(name, system, question, solution):
         assert answer == answer_of(name, solution) + form.end
     honest = encode_prompt(tokenizer, Example("1", columns=columns and {"system": "1"}))
     for special in (form.end, *form.others):
-        i = tokenizer.token_id(special)
+        i = token(tokenizer, special)
         assert prompt.count(i) == honest.count(i) - (
             0 if system or not form.system else EACH_TURN[name].count(special)
         )
@@ -223,8 +212,8 @@ def test_the_token_that_ends_a_turn_is_learned_and_ends_completions(tmp_path):
     for words in ((), ("<|im_end|>",)):  # special, or a mere word of the vocabulary
         form = replace(form, words=words, end=form.eos if words else form.end)
         tokenizer = make(form)
-        turn_end = tokenizer.token_id("<|im_end|>")
-        assert tokenizer.eos_ids == (tokenizer.token_id("<|endoftext|>"), turn_end)
+        turn_end = token(tokenizer, "<|im_end|>")
+        assert tokenizer.eos_ids == (token(tokenizer, "<|endoftext|>"), turn_end)
         tokens, mask = encode_sft(tokenizer, said("It is 2."), **NONE)
         assert tokens[-1] == turn_end and mask[-1] == 1
         assert tokenizer.decode(tokens[-3:]).endswith("2.")
@@ -239,13 +228,13 @@ def test_a_line_break_of_the_vocabulary_ends_no_turn():
     """Some vocabularies have white space and words among their added tokens."""
     template = "{% for m in messages %}{{ m.content }}\n\nEnd of 2{% endfor %}"
     tokenizer = make(Form(template, None, "</s>", "</s>", words=("\n\n", "2")))
-    assert tokenizer.eos_ids == (tokenizer.token_id("</s>"),)
+    assert tokenizer.eos_ids == (token(tokenizer, "</s>"),)
     assert learned(tokenizer, said("It is 2.")) == "It is 2.</s>"
 
 
 def test_a_template_that_fails_is_no_matter_until_a_chat_is_rendered():
     tokenizer = make(replace(FORMS["chatml"], template="{{ raise_exception('no') }}"))
-    assert tokenizer.eos_ids == (tokenizer.token_id("<|im_end|>"),)
+    assert tokenizer.eos_ids == (token(tokenizer, "<|im_end|>"),)
     assert encode_prompt(tokenizer, said("2"), template="deepseekmath")
     with pytest.raises(GrpoError, match="chat template: no$"):
         encode_prompt(tokenizer, said("2"))
@@ -261,9 +250,7 @@ def test_a_prompt_without_a_token_is_refused():
 
 
 def test_the_clock_shows_the_tokenizers_time_and_chance_is_none():
-    template = (
-        "{{ strftime_now('%d %b %Y') }}, {{ range(10**5) | random }}{{ lipsum() }}"
-    )
+    template = "{{ strftime_now('%d %b %Y') }}, {{ range(999) | random }}{{ lipsum() }}"
     tokenizer = make(replace(FORMS["chatml"], template=template))
     tokenizer.now = NOW
     text = render_chat(tokenizer, HELLO)
@@ -344,8 +331,8 @@ def test_hostile_templates_are_one_line(template, message):
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+        "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2,
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}"
         "{{ f(60) }}",
         "{{ 9 ** (9 ** 9) }}",  # one operation, which Python itself cannot stop
     ],
@@ -396,9 +383,8 @@ def test_threads_get_their_own_texts():
 
 
 def test_marks_that_a_template_writes_itself_are_no_places_of_the_text():
-    rendered = chat_templates.Rendered.read(
-        "\ufdd3a\ufdd0<s>\ufdd1\ufdd2b\ufdd2c\ufdd3"
-    )
+    marked = "\ufdd3a\ufdd0<s>\ufdd1\ufdd2b\ufdd2c\ufdd3"
+    rendered = chat_templates.Rendered.read(marked)
     assert rendered.text == "a<s>bc"
     assert rendered.quotes == {1} and rendered.ends == (4,)
     assert rendered.blocks == ((5, 6),)
