@@ -24,7 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import tokenizers
 
-from grpo_jax import chat_templates
+from grpo_jax import chat_templates, tokenizer_files
 from grpo_jax.errors import GrpoError
 
 FILES = (  # what belongs to the tokenizer in a Hugging Face folder
@@ -127,8 +127,11 @@ class Tokenizer:
                 f"{file}: no such file; get it from the model's page, or make it with "
                 "transformers: AutoTokenizer.from_pretrained(…).save_pretrained(…)"
             )
-        config = _read(folder / "tokenizer_config.json")
-        special = _special(_read(folder / "special_tokens_map.json") | config)
+        config = tokenizer_files.read_json(folder / "tokenizer_config.json")
+        special = tokenizer_files.special_tokens(
+            tokenizer_files.read_json(folder / "special_tokens_map.json") | config
+        )
+        template = tokenizer_files.chat_template(folder, config)
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises nothing narrower
@@ -139,8 +142,8 @@ class Tokenizer:
                 raise GrpoError(f"{folder}: its eos_token {name!r} is not in {file}")
             eos_ids.append(eos_id)
         for source in ("generation_config.json", "config.json"):
-            declared = _read(folder / source).get("eos_token_id")
-            if found := _ids(declared, tokenizer, folder / source):
+            declared = tokenizer_files.read_json(folder / source).get("eos_token_id")
+            if found := tokenizer_files.token_ids(declared, tokenizer, folder / source):
                 eos_ids += found
                 break
         if not eos_ids:
@@ -149,7 +152,6 @@ class Tokenizer:
                 "generation_config.json; add eos_token to the first"
             )
         pad = special.get("pad_token")
-        template = _template(folder, config)
         return cls(
             tokenizer,
             special=special,
@@ -386,61 +388,3 @@ def _flag_special(
         if token is not None and not token.special:
             token.special = True
             tokenizer.add_special_tokens([token])
-
-
-def _ids(value: Any, tokenizer: tokenizers.Tokenizer, file: Path) -> list[int]:
-    """eos_token_id of a config: an id, several, or none."""
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    size = tokenizer.get_vocab_size(with_added_tokens=True)
-    known = set(tokenizer.get_vocab(with_added_tokens=True).values()) if ids else ()
-    for i in ids:
-        if type(i) is not int or i not in known:
-            raise GrpoError(
-                f"{file}: eos_token_id {value!r}: {i!r} is not the id of a token; "
-                f"tokenizer.json has {size}"
-            )
-    return ids
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that may be absent."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise GrpoError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise GrpoError(f"{path}: expected a JSON object")
-    return content
-
-
-def _special(config: dict[str, Any]) -> dict[str, str]:
-    """eos_token, bos_token …: written as text or as an object with `content`."""
-    special = {}
-    for key, value in config.items():
-        if key.endswith("_token") and isinstance(value, dict):
-            value = value.get("content")
-        if key.endswith("_token") and isinstance(value, str):
-            special[key] = value
-    return special
-
-
-def _template(folder: Path, config: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise GrpoError(f"{file}: not UTF-8 text ({error})") from None
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = [entry for entry in template if isinstance(entry, dict)]
-        by_name = {entry.get("name"): entry.get("template") for entry in named}
-        template = by_name.get("default")
-    if template is not None and not isinstance(template, str):
-        raise GrpoError(
-            f"{folder / 'tokenizer_config.json'}: chat_template is neither a text nor "
-            "a list of {name, template}"
-        )
-    return template
