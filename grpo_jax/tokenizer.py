@@ -14,7 +14,6 @@ import datetime
 import functools
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import tokenizers
 
-from grpo_jax import chat_templates, tokenizer_files
 from grpo_jax.errors import GrpoError
+from grpo_jax.special_tokens import flag_special, pattern, turn_end
 
 FILES = (  # what belongs to the tokenizer in a Hugging Face folder
     "tokenizer.json",
@@ -73,13 +72,13 @@ class Tokenizer:
         self.chat_template = chat_template
         # What a chat template's clock shows: one moment for all prompts of a run.
         self.now = datetime.datetime.now()
-        _flag_special(tokenizer, special.values())
-        _flag_special(tokenizer, map(tokenizer.id_to_token, eos_ids), added_only=True)
-        turn_end = self._turn_end()
-        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, *turn_end]))
+        flag_special(tokenizer, special.values())
+        flag_special(tokenizer, map(tokenizer.id_to_token, eos_ids), added_only=True)
+        ends = [*eos_ids, *turn_end(tokenizer, chat_template, special, self.now)]
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
         self.bos_id: int | None = self.token_id(special.get("bos_token"))
         self.pad_id: int = self.eos_id if pad_id is None else pad_id
-        self.special_pattern = _pattern(tokenizer)
+        self.special_pattern = pattern(tokenizer)
         first = tokenizer.encode("").ids[:1]  # with what the file itself adds
         by_file = self.bos_id is not None and first == [self.bos_id]
         self.adds_bos: bool = by_file if adds_bos is None else adds_bos
@@ -116,9 +115,9 @@ class Tokenizer:
         """The tokenizer of a Hugging Face folder.
 
         The ids that end a completion: the tokenizer's own eos_token first, then those
-        of generation_config.json (or, without it, of config.json).
-        A token that the chat template puts behind an answer is one more.
-        Raises GrpoError if a file is missing or damaged and if there is no EOS.
+        of generation_config.json (or, without it, of config.json), then the one that
+        the chat template puts behind an answer.
+        Raises GrpoError if tokenizer.json is missing or damaged and if there is no EOS.
         """
         folder = Path(path)
         file = folder / "tokenizer.json"
@@ -127,11 +126,11 @@ class Tokenizer:
                 f"{file}: no such file; get it from the model's page, or make it with "
                 "transformers: AutoTokenizer.from_pretrained(…).save_pretrained(…)"
             )
-        config = tokenizer_files.read_json(folder / "tokenizer_config.json")
-        special = tokenizer_files.special_tokens(
-            tokenizer_files.read_json(folder / "special_tokens_map.json") | config
+        config = _read(folder / "tokenizer_config.json")
+        special = _special(_read(folder / "special_tokens_map.json") | config)
+        generation, model = (
+            _read(folder / name) for name in ("generation_config.json", "config.json")
         )
-        template = tokenizer_files.chat_template(folder, config)
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises nothing narrower
@@ -141,10 +140,10 @@ class Tokenizer:
             if (eos_id := tokenizer.token_to_id(name)) is None:
                 raise GrpoError(f"{folder}: its eos_token {name!r} is not in {file}")
             eos_ids.append(eos_id)
-        for source in ("generation_config.json", "config.json"):
-            declared = tokenizer_files.read_json(folder / source).get("eos_token_id")
-            if found := tokenizer_files.token_ids(declared, tokenizer, folder / source):
-                eos_ids += found
+        for source in (generation, model):
+            found = source.get("eos_token_id")
+            if found is not None:
+                eos_ids += found if isinstance(found, list) else [found]
                 break
         if not eos_ids:
             raise GrpoError(
@@ -152,6 +151,7 @@ class Tokenizer:
                 "generation_config.json; add eos_token to the first"
             )
         pad = special.get("pad_token")
+        template = _template(folder, config)
         return cls(
             tokenizer,
             special=special,
@@ -204,34 +204,6 @@ class Tokenizer:
     def eos_id(self) -> int:
         """The id that closes an answer in training (`eos_ids` all end a completion)."""
         return self.eos_ids[0]
-
-    def _turn_end(self) -> list[int]:
-        """The token that the chat template puts behind an answer, where it has one.
-
-        A model of such chats ends its turns with it, whatever eos_token says.
-        """
-        if self.chat_template is None:
-            return []
-        chat = [
-            {"role": "user", "content": "1+1=?"},
-            chat_templates.ended({"role": "assistant", "content": "2"}),
-        ]
-        try:
-            rendered = chat_templates.render(
-                self.chat_template, self.special_tokens, [(chat, False)], self.now
-            )[0]
-        except GrpoError:  # raised where a chat is rendered, if one ever is
-            return []
-        if not rendered.ends:
-            return []
-        after = rendered.text[rendered.ends[-1] :]
-        for found in _pattern(self._tokenizer, special=False).finditer(after):
-            # One that no file calls special may be any word; but not right here.
-            first = not after[: found.start()].strip()
-            if first or _pattern(self._tokenizer).fullmatch(found[0]):
-                _flag_special(self._tokenizer, [found[0]])
-                return [i for i in [self.token_id(found[0])] if i is not None]
-        return []
 
     def token_id(self, token: str | None) -> int | None:
         """The id of a token's text, None if there is no such token."""
@@ -356,35 +328,36 @@ class Tokenizer:
         return f"cannot encode {text[:40]!r}: character {unknown!r} is not in it"
 
 
-def _pattern(
-    tokenizer: tokenizers.Tokenizer, *, special: bool = True
-) -> re.Pattern[str]:
-    """Matches the special tokens, or all that were added to the vocabulary."""
-    added = tokenizer.get_added_tokens_decoder().values()
-    names = {
-        t.content for t in added if t.special or not (special or t.content.isspace())
-    }
-    longest_first = sorted(names, key=lambda name: (-len(name), name))
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that may be absent."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise GrpoError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise GrpoError(f"{path}: expected a JSON object")
+    return content
 
 
-def _flag_special(
-    tokenizer: tokenizers.Tokenizer,
-    names: Iterable[str | None],
-    *,
-    added_only: bool = False,
-) -> None:
-    """Makes tokens of the vocabulary special, as transformers does with named ones.
+def _special(config: dict[str, Any]) -> dict[str, str]:
+    """eos_token, bos_token …: written as text or as an object with `content`."""
+    special = {}
+    for key, value in config.items():
+        if key.endswith("_token") and isinstance(value, dict):
+            value = value.get("content")
+        if key.endswith("_token") and isinstance(value, str):
+            special[key] = value
+    return special
 
-    Some files list eos_token as an ordinary word: then a question could write it, and
-    an answer would show it.
-    """
-    added = {t.content: t for t in tokenizer.get_added_tokens_decoder().values()}
-    for name in names:
-        token = added.get(name or "")
-        if token is None and name and not added_only:
-            if tokenizer.token_to_id(name) is not None:
-                token = tokenizers.AddedToken(name, normalized=False)
-        if token is not None and not token.special:
-            token.special = True
-            tokenizer.add_special_tokens([token])
+
+def _template(folder: Path, config: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text("utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        by_name = {entry["name"]: entry["template"] for entry in template}
+        template = by_name.get("default")
+    return template
