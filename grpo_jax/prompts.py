@@ -191,11 +191,21 @@ def _prompt_parts(
         messages = _messages(tokenizer, example, instruction)
         rendered = _render(tokenizer, [(messages, True)])[0]
         return _parts(tokenizer, rendered, 0, len(rendered.text))
-    head = [(f"{system}\n\n", False)] if system else []
+    parts: list[Part] = [(f"{system}\n\n", False)] if system else []
+    turns = _turns(example)
     if template == "plain":
-        return [*head, (text, False)]
+        if turns:
+            raise GrpoError(
+                f"data {example.id!r}: its messages are several turns, which the "
+                "template plain does not have; use chat or deepseekmath"
+            )
+        return [*parts, (text, False)]
     if template == "deepseekmath":
-        return [*head, ("User: ", True), (text, False), ("\n\nAssistant:", True)]
+        eos = tokenizer.decode([tokenizer.eos_id], skip_special=False)
+        for role, said in turns:
+            name, end = ("User", "\n\n") if role == "user" else ("Assistant", eos)
+            parts += [(f"{name}: ", True), (said, False), (end, True)]
+        return [*parts, ("User: ", True), (text, False), ("\n\nAssistant:", True)]
     raise GrpoError(f"template {template!r}: use {', '.join(TEMPLATES)}")
 
 
@@ -206,12 +216,20 @@ def _system(example: Example) -> str:
     return system
 
 
+def _turns(example: Example) -> list[tuple[str, str]]:
+    """(role, text) of what was said before the question: user, assistant, …"""
+    turns = example.columns.get("messages") or ()
+    return [(turn["role"], turn["content"]) for turn in turns]
+
+
 def _messages(
     tokenizer: Tokenizer, example: Example, instruction: str
 ) -> list[Message]:
     """What is said before the answer, with marks at special tokens."""
-    said = {"system": _system(example), "user": content(example, instruction)}
-    return [_message(tokenizer, role, text) for role, text in said.items() if text]
+    system, question = _system(example), content(example, instruction)
+    said = [("system", system)] if system else []
+    said += [*_turns(example), ("user", question)]
+    return [_message(tokenizer, role, text) for role, text in said]
 
 
 def _message(tokenizer: Tokenizer, role: str, text: str) -> Message:

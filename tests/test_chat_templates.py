@@ -120,6 +120,44 @@ def test_thoughts_are_the_models_own_tokens_where_they_are_special():
     assert opening not in encode_prompt(tokenizer, asked, **NONE)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_earlier_turns_are_read_and_the_last_answer_is_learned(form):
+    """As transformers renders the whole chat; with the end that closes each turn."""
+    name, tokenizer = form, TOKENIZERS[form]
+    end = FORMS[name].end
+    turns = [
+        {"role": "user", "content": f"1+1?{end}"},
+        {"role": "assistant", "content": f"<think>\nx\n</think>\n\n2{end}"},
+    ]
+    example = Example("2+2?", solution="4", columns={"messages": turns})
+    one = Example("2+2?", solution="4")
+    chat = [*turns, {"role": "user", "content": "2+2?"}]
+    tokens, mask = encode_sft(tokenizer, example, **NONE)
+    prompt = encode_prompt(tokenizer, example, **NONE)
+    assert tokenizer.decode(prompt, skip_special=False) == render_chat(tokenizer, chat)
+    assert tokens[: len(prompt)] == prompt and not any(mask[: len(prompt)])
+    assert learned(tokenizer, example) == learned(tokenizer, one)
+    # The ends that the texts write are none.
+    honest = encode_prompt(tokenizer, one, **NONE).count(token(tokenizer, end))
+    each = 2 if end in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>") else 1
+    assert prompt.count(token(tokenizer, end)) == honest + each
+
+
+def test_earlier_turns_in_deepseekmaths_prompt():
+    tokenizer = TOKENIZERS["deepseek"]
+    turns = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2"}]
+    example = Example("3?", solution="4", columns={"messages": turns, "system": "S"})
+    how = NONE | {"template": "deepseekmath"}
+    tokens, mask = encode_sft(tokenizer, example, **how)
+    eos = FORMS["deepseek"].eos
+    written = f"S\n\nUser: 1?\n\nAssistant: 2{eos}User: 3?\n\nAssistant: 4{eos}"
+    assert tokenizer.decode(tokens, skip_special=False) == written
+    assert sum(mask) == 3 and tokens.count(tokenizer.eos_id) == 2  # " ", "4", the EOS
+    assert tokens[:-3] == encode_prompt(tokenizer, example, **how)
+    with pytest.raises(GrpoError, match="several turns.*use chat or deepseekmath"):
+        encode_prompt(tokenizer, example, template="plain")
+
+
 def test_a_tools_output_is_not_learned_in_a_trimmed_answer():
     solution = "\n```python\nprint(2)\n```\n```output\n2\n```\nIt is 2.\n"
     cut_off = "\n```python\nprint(2)\n```\n```output\n2"
