@@ -53,6 +53,7 @@ from grpo_jax.hf.folders import agree_on_folder, find_folder
 from grpo_jax.model import Decoder, Params
 from grpo_jax.report import update
 from grpo_jax.run import Preempted, load_run
+from grpo_jax.start_time import start_time
 from grpo_jax.tokenizer import Tokenizer
 
 # Flags that say which process this is, and nothing of what is measured.
@@ -312,6 +313,8 @@ def by_asking(
 ) -> Iterator[tuple[str, Measured]]:
     """A model answers every set in every mode."""
     model, params, tokenizer, template, instruction = load(path)
+    if not is_workdir(path):
+        tokenizer.now = start_time(Path(flags.out), keep=True)
     folder = Path(flags.out, "completions", re.sub(r"[^A-Za-z0-9_.+-]+", "_", label))
     base = Settings(
         template=flags.template or template,

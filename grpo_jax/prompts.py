@@ -4,25 +4,18 @@ In: an `Example` and a `Tokenizer`.
 Out: `encode_prompt`, the ids of q; `encode_sft`, ids with the mask of the tokens that
 the loss covers: the answer and its EOS, never the prompt, never what a tool wrote.
 
-Templates: "chat" is the model's own (jinja2, in its sandbox), "deepseekmath" the one of
+Templates: "chat" is the model's own (`chat_templates.py`), "deepseekmath" the one of
 DeepSeekMath ("User: …\n\nAssistant:"), "plain" the question as it is.
 """
 
 from __future__ import annotations
 
-import datetime
-import functools
-import json
+import dataclasses
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-
+from grpo_jax import chat_templates
+from grpo_jax.chat_templates import Message, Rendered, ended, quoted, unmarked
 from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError
 from grpo_jax.tokenizer import Tokenizer
@@ -47,9 +40,8 @@ Part = tuple[str, bool]  # text, and whether special tokens are parsed in it
 _TOOL_OUTPUT = re.compile(
     r"^[ \t]*```output([ \t]*\n.*?(?:^[ \t]*```[ \t]*$\n?|\Z))", re.M | re.S
 )
-# Noncharacters of Unicode, which no text holds: they mark places in a rendering.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-_NO_MARKS = {ord(_OPEN): None, ord(_CLOSE): None}
+# A tag that a prompt ends with, such as <think>: the answer does not write it again.
+_OPENED = re.compile(r"([<\[][^<>\[\]\s]{1,32}[>\]])\s*\Z")
 
 
 def content(example: Example, instruction: str = "cot") -> str:
@@ -87,7 +79,13 @@ def encode_prompt(
     [3, 5, 4, 6]
     """
     parts = _prompt_parts(tokenizer, example, template, instruction)
-    return _bos(tokenizer, template) + tokenizer.encode_parts(parts)[0]
+    ids = _bos(tokenizer, template) + tokenizer.encode_parts(parts)[0]
+    if not ids:
+        raise GrpoError(
+            f"data {example.id!r}: its prompt is empty by the template {template}; "
+            "change data.template or the row"
+        )
+    return ids
 
 
 def encode_sft(
@@ -110,32 +108,30 @@ def encode_sft(
     ...            instruction="none")
     ([3, 5, 4, 6, 7, 2], [0, 0, 0, 0, 1, 1])
     """
-    prompt = _prompt_parts(tokenizer, example, template, instruction)
-    prompt_ids = tokenizer.encode_parts(prompt)[0]
-    bos = _bos(tokenizer, template)
     target = example.solution or example.answer
     if not target.strip():
-        return bos + prompt_ids, [0] * len(bos + prompt_ids)
-    before, after = _around_answer(tokenizer, example, template, instruction)
-    answer: list[Part] = [(before, True), (target, False)]
+        ids = encode_prompt(
+            tokenizer, example, template=template, instruction=instruction
+        )
+        return ids, [0] * len(ids)
+    prompt, answer = _answered(tokenizer, example, template, instruction, target)
+    prompt_ids = tokenizer.encode_parts(prompt)[0]
     # With the prompt before it, as some tokenizers put a space where a text begins;
     # alone, where prompt and answer would melt into one token.
-    ids, offsets = tokenizer.encode_parts([*prompt, *answer])
+    ids, offsets = tokenizer.encode_parts([*prompt, *answer.parts])
     start = sum(len(text) for text, _ in prompt)
     if ids[: len(prompt_ids)] == prompt_ids:
         ids, offsets = ids[len(prompt_ids) :], offsets[len(prompt_ids) :]
     else:
-        ids, offsets = tokenizer.encode_parts(answer)
+        ids, offsets = tokenizer.encode_parts(answer.parts)
         start = 0
-    start += len(before)
-    tool = [found.span(1) for found in _TOOL_OUTPUT.finditer(target)]
-    mask = [
-        0 if any(a - start < end and b - start > begin for begin, end in tool) else 1
-        for a, b in offsets
-    ]
-    end = _end_of_turn(tokenizer, after)
-    prompt_ids = bos + prompt_ids
-    return prompt_ids + ids + end, [0] * len(prompt_ids) + mask + [1] * len(end)
+    mask = [1] * len(ids)
+    if answer.tools or answer.gaps:
+        mask = [int(answer.learned(a - start, b - start)) for a, b in offsets]
+    if not answer.closed:
+        ids, mask = [*ids, tokenizer.eos_id], [*mask, 1]
+    prompt_ids = _bos(tokenizer, template) + prompt_ids
+    return prompt_ids + ids, [0] * len(prompt_ids) + mask
 
 
 def encode_prompts(
@@ -190,107 +186,193 @@ def _prompt_parts(
     tokenizer: Tokenizer, example: Example, template: str, instruction: str
 ) -> list[Part]:
     text = content(example, instruction)
+    system = _system(example)
     if template == "chat":
-        # Special tokens in what the data says are marked, and read back as plain text.
-        messages = _messages(example, text)
-        for message in messages:
-            message["content"] = tokenizer.special_pattern.sub(
-                rf"{_OPEN}\g<0>{_CLOSE}", message["content"].translate(_NO_MARKS)
-            )
-        rendered = render_chat(tokenizer, messages, add_generation_prompt=True)
-        pieces = re.split(f"{_OPEN}(.*?){_CLOSE}", rendered, flags=re.S)
-        return [(piece, i % 2 == 0) for i, piece in enumerate(pieces)]
-    system = example.columns.get("system")
-    head = [(f"{system}\n\n", False)] if system else []
+        messages = _messages(tokenizer, example, instruction)
+        rendered = _render(tokenizer, [(messages, True)])[0]
+        return _parts(tokenizer, rendered, 0, len(rendered.text))
+    parts: list[Part] = [(f"{system}\n\n", False)] if system else []
+    turns = _turns(example)
     if template == "plain":
-        return [*head, (text, False)]
+        if turns:
+            raise GrpoError(
+                f"data {example.id!r}: its messages are several turns, which the "
+                "template plain does not have; use chat or deepseekmath"
+            )
+        return [*parts, (text, False)]
     if template == "deepseekmath":
-        return [*head, ("User: ", True), (text, False), ("\n\nAssistant:", True)]
+        eos = tokenizer.decode([tokenizer.eos_id], skip_special=False)
+        for role, said in turns:
+            name, end = ("User", "\n\n") if role == "user" else ("Assistant", eos)
+            parts += [(f"{name}: ", True), (said, False), (end, True)]
+        return [*parts, ("User: ", True), (text, False), ("\n\nAssistant:", True)]
     raise GrpoError(f"template {template!r}: use {', '.join(TEMPLATES)}")
 
 
-def _messages(example: Example, text: str) -> list[dict[str, str]]:
-    system = example.columns.get("system")
-    head = [{"role": "system", "content": system}] if system else []
-    return [*head, {"role": "user", "content": text}]
+def _system(example: Example) -> str:
+    system = example.columns.get("system") or ""
+    if not isinstance(system, str):
+        raise GrpoError(f"data {example.id!r}: its system prompt is not a text")
+    return system
 
 
-def _around_answer(
-    tokenizer: Tokenizer, example: Example, template: str, instruction: str
-) -> tuple[str, str]:
-    """What a template writes between its prompt and the answer, and after that."""
-    if template == "plain":
-        return "", ""
-    if template == "deepseekmath":
-        return " ", ""
-    messages = _messages(example, content(example, instruction))
-    prompt = render_chat(tokenizer, messages, add_generation_prompt=True)
-    messages.append({"role": "assistant", "content": _OPEN})
-    whole = render_chat(tokenizer, messages, add_generation_prompt=False)
-    before, mark, after = whole.removeprefix(prompt).partition(_OPEN)
-    if not mark or not whole.startswith(prompt):
-        return "", ""  # its finished turns look otherwise: the answer goes on directly
-    return before, after
+def _turns(example: Example) -> list[tuple[str, str]]:
+    """(role, text) of what was said before the question: user, assistant, …"""
+    turns = example.columns.get("messages") or ()
+    return [(turn["role"], turn["content"]) for turn in turns]
 
 
-def _end_of_turn(tokenizer: Tokenizer, after: str) -> list[int]:
-    """What closes the turn, up to the first id that ends a completion."""
-    ids = tokenizer.encode(after, parse_special=True)
-    ends = [i for i, token in enumerate(ids) if token in tokenizer.eos_ids]
-    return ids[: ends[0] + 1] if ends else [tokenizer.eos_id]
+def _messages(
+    tokenizer: Tokenizer, example: Example, instruction: str
+) -> list[Message]:
+    """What is said before the answer, with marks at special tokens."""
+    system, question = _system(example), content(example, instruction)
+    said = [("system", system)] if system else []
+    said += [*_turns(example), ("user", question)]
+    return [_message(tokenizer, role, text) for role, text in said]
+
+
+def _message(tokenizer: Tokenizer, role: str, text: str) -> Message:
+    return quoted({"role": role, "content": text}, tokenizer.special_pattern)
+
+
+def _parts(
+    tokenizer: Tokenizer, rendered: Rendered, start: int, end: int
+) -> list[Part]:
+    """A stretch of a chat, where special tokens that the data wrote are plain text."""
+    parts: list[Part] = []
+    for found in tokenizer.special_pattern.finditer(rendered.text, start, end):
+        if found.start() in rendered.quotes:
+            parts.append((rendered.text[start : found.start()], True))
+            parts.append((found[0], False))
+            start = found.end()
+    return [*parts, (rendered.text[start:end], True)]
+
+
+# -- the answer --------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """What follows a prompt in an SFT row."""
+
+    parts: list[Part]
+    tools: list[tuple[int, int]]  # what a tool wrote, in the parts' text
+    gaps: list[tuple[int, int]]  # what {% generation %} leaves out
+    closed: bool  # it ends with the token that ends a turn
+
+    def learned(self, start: int, end: int) -> bool:
+        """Whether the loss covers a token at this place of the text."""
+        return not (
+            any(start < y and end > x for x, y in self.tools)
+            or any(start >= x and end <= y for x, y in self.gaps)
+        )
+
+
+def _answered(
+    tokenizer: Tokenizer,
+    example: Example,
+    template: str,
+    instruction: str,
+    target: str,
+) -> tuple[list[Part], _Answer]:
+    """The parts of a prompt, and of the answer behind it."""
+    if template != "chat":
+        prompt = _prompt_parts(tokenizer, example, template, instruction)
+        answer = " " + target if template == "deepseekmath" else target
+        return prompt, _Answer([(answer, False)], _tool_outputs(answer), [], False)
+    target = unmarked(target)
+    messages = _messages(tokenizer, example, instruction)
+    said = _message(tokenizer, "assistant", target)
+    ends_before_spaces = [([*messages, ended(said, before_spaces=True)], False)]
+    if target == target.rstrip():
+        ends_before_spaces = []  # the end itself
+    opened, whole, *marked = _render(
+        tokenizer,
+        [
+            (messages, True),
+            ([*messages, said], False),
+            ([*messages, ended(said)], False),
+            *ends_before_spaces,
+        ],
+    )
+    start = len(opened.text)
+    prompt = _parts(tokenizer, opened, 0, start)
+    known = [m for m in marked if m.ends]
+    if not whole.text.startswith(opened.text) or _squeezed(target) not in _squeezed(
+        whole.text[start:]
+    ):
+        # Finished turns look otherwise, or lose some of the answer, such as its
+        # thoughts: the answer goes on directly.
+        after = known[0] if known else opened
+        return prompt, _direct(tokenizer, opened.text, target, after)
+    ends = [m.ends[-1] for m in known if m.text == whole.text]
+    end = max([start, *ends[:1]])
+    close = _end_of_turn(tokenizer, whole, end)
+    if not ends:
+        end = len(whole.text) if close is None else close[0]
+    blocks = [(x, y) for x, y in whole.blocks if x < end and y > start]
+    edges = [start, *(place for block in blocks for place in block), end]
+    gaps = list(zip(edges[::2], edges[1::2], strict=True)) if blocks else []
+    return prompt, _Answer(
+        _parts(tokenizer, whole, start, end if close is None else close[1]),
+        _tool_outputs(whole.text[start:end]),
+        [(x - start, y - start) for x, y in gaps if x < y],
+        close is not None,
+    )
+
+
+def _direct(tokenizer: Tokenizer, prompt: str, target: str, after: Rendered) -> _Answer:
+    """The answer as it is behind the prompt, and what closes a turn elsewhere."""
+    opened = _OPENED.search(prompt)
+    if opened and target.lstrip().startswith(opened[1]):
+        target = target.lstrip().removeprefix(opened[1])
+        if prompt.endswith("\n"):
+            target = target.removeprefix("\n")
+    end = after.ends[-1] if after.ends else len(after.text)
+    close = _end_of_turn(tokenizer, after, end)
+    parts: list[Part] = [(target, False)]
+    if close is not None:
+        parts.append((after.text[end : close[1]], True))
+    return _Answer(parts, _tool_outputs(target), [], close is not None)
+
+
+def _end_of_turn(
+    tokenizer: Tokenizer, rendered: Rendered, start: int
+) -> tuple[int, int] | None:
+    """Where the first token stands that ends a completion, written by the template."""
+    for found in tokenizer.special_pattern.finditer(rendered.text, start):
+        if found.start() not in rendered.quotes:
+            if tokenizer.token_id(found[0]) in tokenizer.eos_ids:
+                return found.span()
+    return None
+
+
+def _tool_outputs(text: str) -> list[tuple[int, int]]:
+    return [found.span(1) for found in _TOOL_OUTPUT.finditer(text)]
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def render_chat(
     tokenizer: Tokenizer,
-    messages: list[dict[str, str]],
+    messages: Sequence[Message],
     *,
     add_generation_prompt: bool = True,
 ) -> str:
     """The text of a chat by the model's own template, as transformers renders it."""
+    return _render(tokenizer, [(messages, add_generation_prompt)])[0].text
+
+
+def _render(
+    tokenizer: Tokenizer, chats: Sequence[tuple[Sequence[Message], bool]]
+) -> list[Rendered]:
     if tokenizer.chat_template is None:
         raise GrpoError(
             "tokenizer: it has no chat template; use the template deepseekmath or plain"
         )
-    try:
-        return _compile(tokenizer.chat_template).render(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **tokenizer.special_tokens,
-        )
-    except Exception as error:  # a template is a program: it can raise anything
-        raise GrpoError(f"chat template: {error}") from error
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %}…{% endgeneration %}, which some templates put round answers."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@functools.lru_cache(8)
-def _compile(template: str) -> jinja2.Template:
-    """A template with what transformers gives it, in a sandbox: it may be anyone's."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_Generation, jinja2.ext.loopcontrols],
+    return chat_templates.render(
+        tokenizer.chat_template, tokenizer.special_tokens, chats, tokenizer.now
     )
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    def now(form: str) -> str:
-        return datetime.datetime.now().strftime(form)
-
-    environment.filters["tojson"] = tojson  # jinja2's own escapes HTML
-    extras = {"raise_exception": raise_exception, "strftime_now": now}
-    return environment.from_string(template, extras)

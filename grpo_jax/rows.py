@@ -261,40 +261,49 @@ def gaokao_mathcloze(row: Row) -> Example:
     return Example(question, "; ".join(answers), language="zh", columns=columns)
 
 
-def _chat(messages: Any) -> dict[str, str]:
-    """question, solution and system of a chat of one turn."""
-    shape = "expected [system,] user[, assistant], each with role and content"
+def _chat(messages: Any) -> dict[str, Any]:
+    """The last question of a chat, its answer, the system prompt, and what was said
+    before them."""
+    shape = (
+        "expected [system,] user[, assistant, user, …][, assistant], each with role "
+        "and content"
+    )
     if not isinstance(messages, list):
         raise TypeError(f"field 'messages' is {kind(messages)}; {shape}")
-    roles = []
+    turns: list[dict[str, str]] = []
     for message in messages:
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
             raise ValueError(f"field 'messages': {shape}")
-        roles.append(message["role"])
-    if roles[:1] == ["system"]:
-        roles, names = roles[1:], ["system", "question", "solution"]
-    else:
-        names = ["question", "solution"]
-    if roles not in (["user"], ["user", "assistant"]):
+        turns.append({"role": message["role"], "content": _text(message, "content")})
+    roles = [turn["role"] for turn in turns]
+    system = roles[:1] == ["system"]
+    expected = ("user", "assistant")
+    said = turns[system:]
+    if not said or any(t["role"] != expected[i % 2] for i, t in enumerate(said)):
         told = one_line(repr(roles))
         raise ValueError(f"field 'messages' has the roles {told}; {shape}")
-    return {
-        name: _text(message, "content")
-        for name, message in zip(names, messages, strict=False)
-    }
+    fields: dict[str, Any] = {"system": turns[0]["content"]} if system else {}
+    if len(said) % 2 == 0:
+        fields["solution"] = said.pop()["content"]
+    fields["question"] = said.pop()["content"]
+    return fields | ({"before": said} if said else {})
 
 
 def local_row(row: Row) -> Example:
     """A row of a user's own file: these names and no guesses at others."""
     used = ("messages", "question", "answer", "solution", "language", "id")
     columns = _rest(row, *used)
-    fields = {"question": "", "solution": ""}
+    fields: dict[str, Any] = {"question": "", "solution": ""}
+    if columns.get("system") is not None:
+        columns["system"] = _text(row, "system")
     if "messages" in row:
         if "question" in row:
             raise ValueError("has both 'question' and 'messages'; keep one")
         fields |= _chat(row["messages"])
         if "system" in fields:
             columns["system"] = fields["system"]
+        if "before" in fields:
+            columns["messages"] = fields["before"]
     else:
         fields["question"] = _text(row, "question")
     if "solution" in row:

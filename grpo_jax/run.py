@@ -25,6 +25,7 @@ from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, Params
 from grpo_jax.recorder import Recorder, progress
 from grpo_jax.reward_model.model import RewardModel
+from grpo_jax.start_time import start_time
 from grpo_jax.tokenizer import Tokenizer
 from grpo_jax.update import TrainState
 
@@ -213,6 +214,7 @@ def open_run(workdir: Path) -> Run:
     """A run that is there already, on all devices, to be read."""
     config = read_config(workdir)
     model, tokenizer = setup.make_model(config)
+    tokenizer.now = start_time(workdir)
     mesh = sharding.make_mesh(fsdp=-1)
     claim = Claim(config, workdir, accept_changes=True)  # it is only read
     return Run(config, workdir, mesh, model, tokenizer, Recorder(workdir), claim)

@@ -10,10 +10,10 @@ in a question: a question cannot end its own turn or open another one.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import tokenizers
 
 from grpo_jax.errors import GrpoError, one_line
 from grpo_jax.files import LARGEST, read_json, refuse_pointer
+from grpo_jax.special_tokens import flag_special, pattern, turn_end
 
 FILES = (  # what belongs to the tokenizer in a Hugging Face folder
     "tokenizer.json",
@@ -70,12 +71,15 @@ class Tokenizer:
         self._files = files or {}  # the original ones, for `save`
         self.special_tokens = special
         self.chat_template = chat_template
-        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
+        # What a chat template's clock shows: one moment for all prompts of a run.
+        self.now = datetime.datetime.now()
+        flag_special(tokenizer, special.values())
+        flag_special(tokenizer, map(tokenizer.id_to_token, eos_ids), added_only=True)
+        ends = [*eos_ids, *turn_end(tokenizer, chat_template, special, self.now)]
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
         self.bos_id: int | None = self.token_id(special.get("bos_token"))
         self.pad_id: int = self.eos_id if pad_id is None else pad_id
-        added = tokenizer.get_added_tokens_decoder().values()
-        names = sorted({t.content for t in added if t.special}, key=len, reverse=True)
-        self.special_pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self.special_pattern = pattern(tokenizer)
         first = tokenizer.encode("").ids[:1]  # with what the file itself adds
         by_file = self.bos_id is not None and first == [self.bos_id]
         self.adds_bos: bool = by_file if adds_bos is None else adds_bos
@@ -112,7 +116,8 @@ class Tokenizer:
         """The tokenizer of a Hugging Face folder.
 
         The ids that end a completion: the tokenizer's own eos_token first, then those
-        of generation_config.json (or, without it, of config.json).
+        of generation_config.json (or, without it, of config.json), then the one that
+        the chat template puts behind an answer.
         Raises GrpoError if tokenizer.json is missing or damaged and if there is no EOS.
         """
         folder = Path(path)
@@ -233,15 +238,11 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of some ids.
-
-        skip_special: without special tokens, and without the ids at its end that end a
-        completion, special or not.
-        """
-        ids = list(ids)
-        while skip_special and ids and ids[-1] in self.eos_ids:
-            ids.pop()
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
+        """The text of some ids; skip_special leaves out special tokens and those that
+        end a completion."""
+        if skip_special:
+            ids = (i for i in ids if i not in self.eos_ids)
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What each id adds to the text, special tokens too; joined they are the text.

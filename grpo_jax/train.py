@@ -140,6 +140,7 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     from grpo_jax.checkpoint import lock
     from grpo_jax.claim import Claim
     from grpo_jax.recorder import Recorder
+    from grpo_jax.start_time import start_time
 
     versions = {"jax": jax.__version__, "workdir": str(workdir)}
     hosts.agree("config", flatten(config) | versions)
@@ -158,6 +159,8 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     with lock(workdir), jax.set_mesh(mesh):
         claim = Claim(config, workdir, accept_changes=accept_changes)
         claim.check()
+        again = not (workdir / "config.json").exists()
+        tokenizer.now = start_time(workdir, keep=True, again=again)
         recorder = Recorder(workdir, config, claim.write)
         here = run.Run(config, workdir, mesh, model, tokenizer, recorder, claim)
         comparison.check_sets(here)

@@ -221,9 +221,28 @@ def test_chat_messages(tmp_path):
         ("1+1?", "2", ""),
     ]
     assert [e.columns for e in rows] == [{"system": "Be brief."}, {}, {}]
-    write(tmp_path / "b.jsonl", {"messages": turns + turns[1:]})
-    with pytest.raises(GrpoError, match=r"b.jsonl:1: row 0 .*'user', 'assistant', 'us"):
-        data.load(str(tmp_path / "b.jsonl"))
+
+
+@pytest.mark.parametrize("system", [True, False])
+def test_chats_of_several_turns(system, tmp_path):
+    """The last question and its answer, behind all that was said before them."""
+    roles = ["user", "assistant"] * 2
+    said = [{"role": role, "content": f"{i}"} for i, role in enumerate(roles, 1)]
+    brief = {"role": "system", "content": "Be brief."}
+    head = [brief] if system else []
+    path = write(
+        tmp_path / "a.jsonl",
+        {"messages": head + said},
+        {"messages": head + said[:3], "answer": "4"},
+    )
+    for row, solution in zip(data.load(path)[:], ["4", ""], strict=True):
+        assert (row.question, row.solution) == ("3", solution)
+        assert row.columns["messages"] == said[:2]
+        assert row.columns.get("system") == ("Be brief." if system else None)
+    for i, turns in enumerate([said[1:], said[:1] * 2, [*said, brief], [brief], []]):
+        bad = write(tmp_path / f"{i}.jsonl", {"messages": turns, "answer": "4"})
+        with pytest.raises(GrpoError, match=r"jsonl:1: row 0 .*roles .*expected \[sys"):
+            data.load(bad)
 
 
 def test_missing_answers_are_refused_where_they_are_needed(tmp_path):

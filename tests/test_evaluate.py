@@ -318,11 +318,14 @@ def command(model, questions, monkeypatch):
     return [*words, "--instruction", "none"]
 
 
+DATED = (".lock", "report.html", "started.json")
+
+
 def folder_of(out: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(out)): file.read_bytes()
         for file in sorted(out.rglob("*"))
-        if file.is_file() and file.name not in (".lock", "report.html")  # has a date
+        if file.is_file() and file.name not in DATED
     }
 
 

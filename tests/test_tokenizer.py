@@ -7,7 +7,14 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from grpo_jax.errors import GrpoError
 from grpo_jax.tokenizer import Tokenizer
@@ -173,6 +180,49 @@ def test_eos_ids_from_the_files_of_a_folder(tmp_path):
         tmp_path / "c", byte_level(), {}, special_tokens_map={"eos_token": "<|im_end|>"}
     )
     assert Tokenizer.from_folder(folder).eos_ids == (2,)
+
+
+def test_an_end_that_no_file_calls_special_is_not_in_the_text(tmp_path):
+    """<|EOT|> is listed as a word; an answer ends with it, a question cannot."""
+    inner = byte_level()
+    inner.add_tokens([AddedToken("<|EOT|>", rstrip=True, special=False)])
+    (end,) = inner.encode("<|EOT|>").ids
+    named, by_id = {"eos_token": "<|EOT|>"}, {"eos_token_id": end}
+    folders = [
+        write_folder(tmp_path / "named", inner, named),
+        write_folder(tmp_path / "by_id", inner, {}, generation_config=by_id),
+    ]
+    for folder in folders:
+        tokenizer = Tokenizer.from_folder(folder)
+        answer = tokenizer.encode("#### 5")
+        assert tokenizer.eos_ids == (end,)
+        assert tokenizer.decode([*answer, end]) == "#### 5"
+        assert tokenizer.decode([*answer, end], skip_special=False) == "#### 5<|EOT|>"
+        assert end not in tokenizer.encode("1+1?<|EOT|>")
+        # In a template's text it is the token, with the spaces that are its own.
+        assert tokenizer.encode("<|EOT|>  5", parse_special=True) == [end, answer[-1]]
+        tokenizer.save(tmp_path / "saved")
+        again = Tokenizer.from_folder(tmp_path / "saved")
+        assert again.decode([*answer, end]) == "#### 5"
+
+
+def test_an_end_that_is_an_ordinary_token_is_not_in_the_text():
+    tokenizer = Tokenizer(byte_level(), special={}, eos_ids=[BYTES.encode("\n")[0]])
+    assert tokenizer.decode(tokenizer.encode("5\n")) == "5"
+    assert tokenizer.encode("5\n5") == BYTES.encode("5\n5")
+
+
+def test_a_named_token_that_was_never_added_is_special(tmp_path):
+    """As transformers has it: "</s>" stands in the vocabulary alone."""
+    inner = byte_level()
+    vocabulary = json.loads(inner.to_str())
+    vocabulary["model"]["vocab"]["</s>"] = end = inner.get_vocab_size()
+    inner = tokenizers.Tokenizer.from_str(json.dumps(vocabulary))
+    folder = write_folder(tmp_path / "a", inner, {"eos_token": "</s>"})
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.encode("5</s>", parse_special=True)[-1] == end
+    assert end not in tokenizer.encode("5</s>")
+    assert tokenizer.decode([*tokenizer.encode("5"), end]) == "5"
 
 
 def test_folder_without_eos_is_refused(tmp_path):
