@@ -64,9 +64,12 @@ def check_rows(config: Config, prompt: int) -> None:
     row, most = config.optimizer.row_length, config.max_new_tokens
     longest = prompt + most_tokens(generations(config), most) - 1
     if row and row < longest:
+        output = f"an output of {most}"
+        if turns := generations(config):
+            output = f"{turns} generations with their outputs"
         raise GrpoError(
             f"config.optimizer.row_length: {row}; a prompt of {prompt} tokens and "
-            f"{generations(config)} generations with their outputs may take {longest}"
+            f"{output} may take {longest}; raise it, or set 0"
         )
 
 
@@ -224,8 +227,7 @@ class Experience:
             self.interpreter = Interpreter(run.config.tools.timeout)
         self.questions = load_questions(run)
         self.rewards = Rewards(run.config, [example for example, _ in self.questions])
-        if self.interpreter is not None:
-            check_rows(run.config, max(len(ids) for _, ids in self.questions))
+        check_rows(run.config, max(len(ids) for _, ids in self.questions))
         size, seed = run.config.questions_per_step, run.config.seed
         own = run.config.own()
         # DAPO: each further rollout of a step has questions of its own.

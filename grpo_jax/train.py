@@ -158,8 +158,10 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     versions = {"jax": jax.__version__, "workdir": str(workdir)}
     hosts.agree("config", flatten(config) | versions)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    if mesh.size > 1:  # refused here, not at the first rollout
-        sharding.regroup(mesh, config.mesh.decode_tensor or config.mesh.tensor)
+    # Refused here, not at the first rollout, and not when SFT is done.
+    sharding.regroup(mesh, config.mesh.decode_tensor or mesh.shape["tensor"])
+    there = sharding.to_devices(0.0, jax.NamedSharding(mesh, sharding.P()))
+    sharding.move(there, config.model.reference_memory)
     if config.model.path and config.model.vocab_size:  # a large model: say what it is
         hosts.say(setup.describe_state(config))
     model, tokenizer = setup.make_model(config)
