@@ -1,10 +1,10 @@
-"""What a config may hold: choices, bounds, and what does not go together.
+"""Whether a run can start with a config: its fields, and what does not go together.
 
 In: a `Config`. Out: the same, or one line that names the field (faults 1 to 6).
 """
 
-import difflib
-from typing import Any
+import dataclasses
+from typing import Any, get_type_hints
 
 from grpo_jax.config import (
     Config,
@@ -13,101 +13,11 @@ from grpo_jax.config import (
     lora_targets,
     reward_names,
     reward_weights,
+    set_names,
 )
 from grpo_jax.errors import GrpoError
+from grpo_jax.fields import COUNT, check_value
 from grpo_jax.methods import METHODS, OWN_FIELDS
-
-_CHOICES: dict[str, tuple[str | int, ...]] = {
-    "method": tuple(METHODS),
-    "kl_estimator": ("k1", "k2", "k3", "k3_unbiased"),
-    "aggregate": ("sequence_mean", "token_mean", "constant"),
-    "importance": ("token", "sequence"),
-    "surrogate": ("clip", "cispo"),
-    "advantage_scale": ("group", "batch", "none"),
-    "advantage_baseline": ("mean", "leave_one_out", "batch"),
-    "reward_normalization": ("sum", "each"),
-    "max_staleness": (0, 1),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.param_dtype": ("float32", "bfloat16"),
-    "model.cache_dtype": ("", "float32", "bfloat16"),
-    "model.remat": ("none", "matmuls", "ffn", "full", "offload"),
-    "model.reference_memory": ("device", "host"),
-    "data.template": ("chat", "deepseekmath", "plain"),
-    "data.instruction": ("cot", "tool", "none"),
-    "sft.schedule": ("constant", "linear", "cosine"),
-    "sft.aggregate": ("sequence_mean", "token_mean"),
-    "optimizer.schedule": ("constant", "linear", "cosine"),
-}
-# name → the least value allowed, and whether that value itself is
-_BOUNDS: dict[str, tuple[float, bool]] = {
-    "sft_steps": (0, True),
-    "rl_steps": (0, True),
-    "questions_per_step": (1, True),
-    "group_size": (1, True),
-    "max_new_tokens": (1, True),
-    "learning_rate": (0, False),
-    "temperature": (0, False),
-    "kl_coef": (0, True),
-    "clip_low": (0, False),
-    "clip_high": (0, False),
-    "delta": (1, False),
-    "updates_per_rollout": (1, True),
-    "entropy_coef": (0, True),
-    "importance_cap": (0, False),
-    "overlong_buffer": (0, True),
-    "dynamic_sampling": (0, True),
-    "dpo_beta": (0, False),
-    "gae_gamma": (0, True),
-    "gae_lambda": (0, True),
-    "value_clip": (0, False),
-    "value_learning_rate": (0, False),
-    "iterations": (1, True),
-    "replay": (0, True),
-    "checkpoint_every": (1, True),
-    "checkpoints_kept": (1, True),
-    "model.vocab_size": (0, True),
-    "model.layers": (0, True),
-    "model.width": (0, True),
-    "model.heads": (0, True),
-    "model.kv_heads": (0, True),
-    "model.lora_rank": (0, True),
-    "model.lora_alpha": (0, False),
-    "model.ffn": (0, True),
-    "data.max_prompt_tokens": (1, True),
-    "sft.learning_rate": (0, False),
-    "sft.warmup_steps": (0, True),
-    "sft.batch_size": (1, True),
-    "sft.batch_rows": (0, True),
-    "sft.row_length": (2, True),
-    "sft.micro_rows": (1, True),
-    "optimizer.warmup_steps": (0, True),
-    "optimizer.b1": (0, True),
-    "optimizer.b2": (0, True),
-    "optimizer.weight_decay": (0, True),
-    "optimizer.max_grad_norm": (0, False),
-    "optimizer.micro_rows": (1, True),
-    "optimizer.row_length": (0, True),
-    "optimizer.row_lengths": (1, True),
-    "optimizer.max_skipped": (1, True),
-    "optimizer.max_sampling_gap": (0, False),
-    "rewards.timeout": (0, False),
-    "tools.generations": (0, True),
-    "tools.timeout": (0, False),
-    "tools.rows": (0, True),
-    "reward_model.questions": (1, True),
-    "reward_model.samples": (1, True),
-    "reward_model.completions": (1, True),
-    "reward_model.steps": (1, True),
-    "reward_model.batch_size": (1, True),
-    "reward_model.learning_rate": (0, False),
-    "mesh.decode_tensor": (0, True),
-    "mesh.slots": (0, True),
-    "eval.questions": (0, True),
-    "eval.samples": (0, True),
-    "eval.temperature": (0, False),
-    "eval.batch": (1, True),
-    "eval.every": (0, True),
-}
 
 
 def validate(config: Config) -> Config:
@@ -138,6 +48,12 @@ def validate(config: Config) -> Config:
                 f"config.model.width: {config.model.width} is not a multiple of twice "
                 f"the heads, {config.model.heads}"
             )
+        if config.model.heads % (config.model.kv_heads or config.model.heads):
+            raise GrpoError(
+                f"config.model.kv_heads: {config.model.kv_heads} does not divide the "
+                f"heads, {config.model.heads}"
+            )
+    _validate_sizes(config)
     lora_targets(config)
     if not config.sft_steps and not config.model.path:
         raise GrpoError(
@@ -149,31 +65,59 @@ def validate(config: Config) -> Config:
         raise GrpoError(
             f"config.rewards.weights: {len(weights)} for {len(names)} functions"
         )
+    if config.eval.every and not set_names(config):
+        raise GrpoError(
+            f"config.eval.every: {config.eval.every}, but data.eval names no set; name "
+            "one, or leave eval.every out"
+        )
     return config
+
+
+def _validate_sizes(config: Config) -> None:
+    """Products of fields, and sizes that others bound."""
+    outputs = config.questions_per_step * config.group_size
+    tokens = outputs * config.max_new_tokens * max(1, generations(config))
+    if tokens > COUNT:
+        raise GrpoError(
+            f"config.max_new_tokens: {config.max_new_tokens} for each of {outputs} "
+            f"outputs a step are more than {COUNT:,} tokens; lower it, "
+            "questions_per_step or group_size"
+        )
+    own, steps = config.own(), config.rl_steps
+    if steps * own.get("updates_per_rollout", 1) > COUNT:
+        raise GrpoError(
+            f"config.updates_per_rollout: more than {COUNT:,} updates in {steps} steps"
+        )
+    if steps and own.get("iterations", 1) > steps:
+        raise GrpoError(
+            f"config.iterations: {own['iterations']} do not fit into {steps} rl_steps; "
+            "an iteration has one at least"
+        )
+    mesh = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if 0 in mesh or mesh.count(-1) > 1:
+        raise GrpoError(
+            f"config.mesh: data, fsdp and tensor are {mesh}; each is 1 or more, "
+            "and one may be -1"
+        )
 
 
 def check_fields(config: Config) -> dict[str, Any]:
     """Each field for itself, as `flatten` gives them; raises `GrpoError` of one."""
-    flat = flatten(config)
-    for name, value in flat.items():
-        if isinstance(value, float) and value != value:
-            raise GrpoError(f"config.{name}: NaN is not a value")
-    for name, choices in _CHOICES.items():
-        if flat[name] is not None and flat[name] not in choices:
-            known = [str(choice) for choice in choices]
-            near = difflib.get_close_matches(str(flat[name]), known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise GrpoError(
-                f"config.{name}: {flat[name]!r} is not one of {', '.join(known)}{hint}"
-            )
-    for name, (least, allowed) in _BOUNDS.items():
-        value = flat[name]
-        if value is not None and (value < least or (value == least and not allowed)):
-            bound = f"{least} or more" if allowed else f"above {least}"
-            raise GrpoError(
-                f"config.{name}: {value} is out of range; {bound} is needed"
-            )
-    return flat
+    _check_fields(config)
+    return flatten(config)
+
+
+def _check_fields(part: Any, prefix: str = "") -> None:
+    hints = get_type_hints(type(part))
+    for field in dataclasses.fields(part):
+        name, value = prefix + field.name, getattr(part, field.name)
+        if not dataclasses.is_dataclass(hints[field.name]):
+            check_value(name, value, hints[field.name], field.metadata)
+        elif isinstance(value, hints[field.name]):
+            _check_fields(value, f"{name}.")
+        else:
+            wanted = hints[field.name].__name__
+            raise GrpoError(f"config.{name}: {value!r} is not a {wanted}")
 
 
 def _validate_method(config: Config) -> None:
@@ -202,6 +146,13 @@ def _validate_method(config: Config) -> None:
     if method.loss == "sft" and config.aggregate == "constant":
         raise GrpoError("config.aggregate: 'constant' is for GRPO's and PPO's losses")
     judged = method.coefficient == "process" or "model" in reward_names(config)
+    r = config.reward_model
+    made = not r.labels or config.own().get("iterations", 1) > 1
+    if judged and made and r.questions * r.samples < r.batch_size:
+        raise GrpoError(
+            f"config.reward_model.questions: {r.questions} with {r.samples} output(s) "
+            f"each are fewer than reward_model.batch_size, {r.batch_size}"
+        )
     if generations(config) and judged:
         raise GrpoError(
             "config.tools.generations: a reward model is trained on outputs without "

@@ -18,7 +18,7 @@ from typing import Any
 from grpo_jax import asking, completions, hosts, scores, sources
 from grpo_jax.asking import Settings
 from grpo_jax.completions import KINDS, Completion
-from grpo_jax.config import Config, generations
+from grpo_jax.config import Config, generations, set_names
 from grpo_jax.data import Example
 from grpo_jax.files import write_whole
 from grpo_jax.model import Decoder, Params
@@ -107,11 +107,6 @@ def grade(
 
 
 # -- a run's own comparison ------------------------------------------------------------
-
-
-def set_names(config: Config) -> list[str]:
-    names = config.data.eval.replace(",", "+").split("+")
-    return [name.strip() for name in names if name.strip()]
 
 
 def settings_of(config: Config) -> Settings:

@@ -2,21 +2,21 @@
 
 In: a small Python file in configs/ whose `get_config()` returns a `Config`, and
 `--config.name=value` on the command line. Out: a checked `Config`; the loops hand its
-values on as keyword arguments, and nothing below them knows it. `checks.py` refuses
-what no run can start with.
+values on as keyword arguments, and nothing below them knows it. A field states its own
+choices and bounds (`fields.py`); `checks.py` refuses what does not go together.
 
 Fields that belong to some methods are None and then take the method's own default
 (`methods.py`); one that is set and that the method would ignore is refused.
 """
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from grpo_jax.errors import GrpoError
+from grpo_jax.fields import COEFFICIENT, COUNT, ROWS, TOKENS, number, one_of, other_name
 from grpo_jax.methods import METHODS
 
 
@@ -25,24 +25,28 @@ class ModelSettings:
     path: str = ""  # Hugging Face folder or hub name; "" makes a new model
     revision: str = ""  # of the hub name
     hint: str = ""  # what to do where the folder is missing
-    dtype: str = "float32"  # of the computation: float32 | bfloat16
-    param_dtype: str = "float32"  # of the weights
-    reference_memory: str = "device"  # where π_ref and π_sft wait: device | host
-    cache_dtype: str = ""  # of the sampler's keys and values; "" is dtype
-    # What the backward pass recomputes of a layer, to save memory: none | matmuls (all
-    # but the matrix products) | ffn (all but the feed-forward's two widest) | full |
-    # offload (full, with the layer's input in host memory)
-    remat: str = "none"
-    lora_rank: int = 0  # r of LoRA's adapters (float32), which alone train; 0 is none
-    lora_alpha: float = 16.0  # α: they are scaled by α/r
+    dtype: str = one_of("float32", "bfloat16")  # of the computation
+    param_dtype: str = one_of("float32", "bfloat16")  # of the weights
+    # Where π_ref and π_sft wait.
+    reference_memory: str = one_of("device", "host")
+    # Of the sampler's keys and values; "" is dtype.
+    cache_dtype: str = one_of("", "float32", "bfloat16")
+    # What the backward pass recomputes of a layer, to save memory. matmuls: all but the
+    # matrix products; ffn: all but the feed-forward's two widest; offload: full, with
+    # the layer's input in host memory.
+    remat: str = one_of("none", "matmuls", "ffn", "full", "offload")
+    # r of LoRA's adapters (float32), which alone train; 0 is none.
+    lora_rank: int = number(0, 0, 2**16)
+    # α: they are scaled by α/r.
+    lora_alpha: float = number(16.0, above=0, most=COEFFICIENT)
     lora_targets: str = "q,k,v,o,gate,up,down"  # the projections that have them
     # The sizes of a new model, or those that model.path is expected to have (0: any).
-    vocab_size: int = 0  # a new model has its tokenizer's
-    layers: int = 0
-    width: int = 0
-    heads: int = 0
-    kv_heads: int = 0  # 0: heads
-    ffn: int = 0
+    vocab_size: int = number(0, 0, 2**24)  # a new model has its tokenizer's
+    layers: int = number(0, 0, 2**12)
+    width: int = number(0, 0, 2**18)
+    heads: int = number(0, 0, 2**12)
+    kv_heads: int = number(0, 0, 2**12)  # 0: heads
+    ffn: int = number(0, 0, 2**20)
     tied: bool = True  # of a new model
 
 
@@ -53,21 +57,23 @@ class DataSettings:
     eval: str = "gsm8k"  # the sets of the comparison; "a+b" or "a,b" is two of them
     sft: str = ""  # worked examples for the Instruct stage
     in_domain: str = ""  # which of `eval` RL trained on; "" is `train`
-    template: str = "chat"  # chat | deepseekmath | plain
-    instruction: str = "cot"  # cot | tool | none
-    max_prompt_tokens: int = 512  # longer questions are dropped and counted
+    template: str = one_of("chat", "deepseekmath", "plain")
+    instruction: str = one_of("cot", "tool", "none")
+    # Longer questions are dropped and counted.
+    max_prompt_tokens: int = number(512, 1, TOKENS)
 
 
 @dataclass(slots=True, kw_only=True)
 class SftSettings:
-    learning_rate: float = 5e-5
-    schedule: str = "constant"  # constant | linear | cosine
-    warmup_steps: int = 0
-    batch_size: int = 256  # examples a step
-    batch_rows: int = 0  # instead: rows of examples concatenated at random (the paper)
-    row_length: int = 4096  # tokens of a packed row
-    micro_rows: int = 1  # rows in memory at a time
-    aggregate: str = "sequence_mean"  # sequence_mean | token_mean
+    learning_rate: float = number(5e-5, above=0, most=1)
+    schedule: str = one_of("constant", "linear", "cosine")
+    warmup_steps: int = number(0, 0, COUNT)
+    batch_size: int = number(256, 1, ROWS)  # examples a step
+    # Instead: rows of examples concatenated at random (the paper).
+    batch_rows: int = number(0, 0, ROWS)
+    row_length: int = number(4096, 2, TOKENS)  # tokens of a packed row
+    micro_rows: int = number(1, 1, ROWS)  # rows in memory at a time
+    aggregate: str = one_of("sequence_mean", "token_mean")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,106 +81,127 @@ class RewardSettings:
     # rule | format | model | module:function, comma-separated; "" is the method's own
     functions: str = ""
     weights: str = ""  # one each, comma-separated; "" is 1 each
-    timeout: float = 60.0  # seconds a batch; what is not back counts as wrong
+    # Seconds a batch; what is not back counts as wrong.
+    timeout: float = number(60.0, above=0, most=1e6)
 
 
 @dataclass(slots=True, kw_only=True)
 class ToolSettings:
     # Generations of an output, each of max_new_tokens, whose programs are run; None is
     # the paper's 2 where data.instruction is tool, else 0: nothing is run.
-    generations: int | None = None
-    timeout: float = 10.0  # seconds of a program
-    rows: int = 0  # outputs whose keys and values are kept at a time; 0 is all
+    generations: int | None = number(None, 0, 1000)
+    timeout: float = number(10.0, above=0, most=1e6)  # seconds of a program
+    # Outputs whose keys and values are kept at a time; 0 is all.
+    rows: int = number(0, 0, COUNT)
 
 
 @dataclass(slots=True, kw_only=True)
 class RewardModelSettings:
     labels: str = ""  # a JSON-lines file of labelled steps; "" makes Math-Shepherd's
-    questions: int = 2048  # whose outputs are labelled
-    samples: int = 1  # outputs of each question
-    completions: int = 8  # K, sampled from the end of each step
+    questions: int = number(2048, 1, COUNT)  # whose outputs are labelled
+    samples: int = number(1, 1, ROWS)  # outputs of each question
+    completions: int = number(8, 1, ROWS)  # K, sampled from the end of each step
     soft: bool = False  # the share of right completions, instead of whether any is
-    steps: int = 500  # updates on the labels, again in each iteration
-    batch_size: int = 64  # labelled outputs a step
-    learning_rate: float = 2e-5
+    steps: int = number(500, 1, COUNT)  # updates on the labels, again in each iteration
+    batch_size: int = number(64, 1, ROWS)  # labelled outputs a step
+    learning_rate: float = number(2e-5, above=0, most=1)
 
 
 @dataclass(slots=True, kw_only=True)
 class OptimizerSettings:
-    schedule: str = "constant"  # of the RL stage
-    warmup_steps: int = 0
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    # Of the RL stage.
+    schedule: str = one_of("constant", "linear", "cosine")
+    warmup_steps: int = number(0, 0, COUNT)
+    b1: float = number(0.9, 0, below=1)
+    b2: float = number(0.95, 0, below=1)
+    weight_decay: float = number(0.0, 0, 10)
+    max_grad_norm: float = number(1.0, above=0, most=1e9)
     master: bool = True  # float32 copies of bfloat16 weights, which the updates move
-    micro_rows: int = 1  # packed rows in memory at a time
-    row_length: int = 0  # tokens of a packed row; 0 fits the longest sample
+    micro_rows: int = number(1, 1, ROWS)  # packed rows in memory at a time
+    # Tokens of a packed row; 0 fits the longest sample.
+    row_length: int = number(0, 0, TOKENS)
     # Lengths that may be compiled, down to half of it: less padding in small steps.
-    row_lengths: int = 1
-    max_skipped: int = 5  # non-finite updates in a row before the run stops
-    max_sampling_gap: float = 0.5  # nats between sampler and trainer, on average
+    row_lengths: int = number(1, 1, 256)
+    # Non-finite updates in a row before the run stops.
+    max_skipped: int = number(5, 1, COUNT)
+    # Nats between sampler and trainer, on average.
+    max_sampling_gap: float = number(0.5, above=0, most=COEFFICIENT)
 
 
 @dataclass(slots=True, kw_only=True)
 class EvalSettings:
-    questions: int = 0  # of each set; 0 is all
-    samples: int = 1  # completions a question at `temperature`; 0 leaves that out
-    temperature: float = 1.0
-    batch: int = 64  # completions decoded at a time, at most
-    every: int = 0  # RL steps between evaluations of the first set; 0 is never
+    questions: int = number(0, 0, COUNT)  # of each set; 0 is all
+    # Completions a question at `temperature`; 0 leaves that out.
+    samples: int = number(1, 0, ROWS)
+    temperature: float = number(1.0, 0.01, 100)
+    batch: int = number(64, 1, ROWS)  # completions decoded at a time, at most
+    # RL steps between evaluations of the first set; 0 is never.
+    every: int = number(0, 0, COUNT)
 
 
 @dataclass(slots=True, kw_only=True)
 class MeshSettings:
-    data: int = 1
-    fsdp: int = -1  # -1 is what the other two leave of the devices
-    tensor: int = 1
-    decode_tensor: int = 0  # the same while outputs are sampled; 0 is tensor
-    slots: int = 0  # outputs decoded at a time; 0 is a quarter, at least 128 a group
+    data: int = number(1, -1, ROWS)
+    fsdp: int = number(-1, -1, ROWS)  # -1 is what the other two leave of the devices
+    tensor: int = number(1, -1, ROWS)
+    # The same while outputs are sampled; 0 is tensor.
+    decode_tensor: int = number(0, 0, ROWS)
+    # Outputs decoded at a time; 0 is a quarter, at least 128 a group.
+    slots: int = number(0, 0, ROWS)
 
 
 @dataclass(slots=True, kw_only=True)
 class Config:
     name: str = "run"  # the work directory is runs/<name>
-    seed: int = 0
-    method: str = "grpo"  # a row of methods.py
-    sft_steps: int = 0  # the Instruct stage; 0 starts from model.path
-    rl_steps: int = 0
-    questions_per_step: int = 16
-    group_size: int = 64  # G
-    max_new_tokens: int = 1024
-    learning_rate: float = 1e-6  # of the RL stage
-    temperature: float = 1.0  # of the samples that are trained on
+    seed: int = number(0, 0, 2**32 - 1)
+    method: str = one_of(*METHODS, default="grpo")  # a row of methods.py
+    sft_steps: int = number(0, 0, COUNT)  # the Instruct stage; 0 starts from model.path
+    rl_steps: int = number(0, 0, COUNT)
+    questions_per_step: int = number(16, 1, ROWS)
+    group_size: int = number(64, 1, ROWS)  # G
+    max_new_tokens: int = number(1024, 1, TOKENS)
+    learning_rate: float = number(1e-6, above=0, most=1)  # of the RL stage
+    temperature: float = number(1.0, 0.01, 100)  # of the samples that are trained on
     # Fields of some methods; None is the method's own default.
-    kl_coef: float | None = None  # β
-    clip_low: float | None = None  # ε
-    clip_high: float | None = None
-    delta: float | None = None  # two-sided clip: the bound on ρ where Â < 0
-    kl_estimator: str | None = None  # k1 | k2 | k3 | k3_unbiased
-    aggregate: str | None = None  # sequence_mean | token_mean | constant
-    importance: str | None = None  # token | sequence
-    surrogate: str | None = None  # clip | cispo
-    advantage_scale: str | None = None  # group | batch | none
-    advantage_baseline: str | None = None  # mean | leave_one_out | batch
-    reward_normalization: str | None = None  # sum | each: summed first or normalised
-    updates_per_rollout: int | None = None  # μ
-    max_staleness: int | None = None  # 0 | 1: updates that π_sampler may lag π_old
-    entropy_coef: float | None = None  # of an entropy bonus
-    importance_cap: float | None = None  # C: weights min(π_old/π_sampler, C)
+    kl_coef: float | None = number(None, 0, COEFFICIENT)  # β
+    clip_low: float | None = number(None, above=0, most=1)  # ε
+    clip_high: float | None = number(None, above=0, most=COEFFICIENT)
+    # Two-sided clip: the bound on ρ where Â < 0.
+    delta: float | None = number(None, above=1, most=COEFFICIENT)
+    kl_estimator: str | None = one_of("k1", "k2", "k3", "k3_unbiased", default=None)
+    aggregate: str | None = one_of(
+        "sequence_mean", "token_mean", "constant", default=None
+    )
+    importance: str | None = one_of("token", "sequence", default=None)
+    surrogate: str | None = one_of("clip", "cispo", default=None)
+    advantage_scale: str | None = one_of("group", "batch", "none", default=None)
+    advantage_baseline: str | None = one_of(
+        "mean", "leave_one_out", "batch", default=None
+    )
+    # Summed first, or each normalised first.
+    reward_normalization: str | None = one_of("sum", "each", default=None)
+    updates_per_rollout: int | None = number(None, 1, 1000)  # μ
+    # Updates that π_sampler may lag π_old.
+    max_staleness: int | None = one_of(0, 1, default=None)
+    entropy_coef: float | None = number(None, 0, COEFFICIENT)  # of an entropy bonus
+    # C: weights min(π_old/π_sampler, C).
+    importance_cap: float | None = number(None, above=0, most=COEFFICIENT)
     mask_truncated: bool | None = None  # outputs that were cut off teach nothing
-    overlong_buffer: int | None = None  # last tokens before the limit that cost reward
-    dynamic_sampling: int | None = None  # further rollouts to replace tied groups
-    dpo_beta: float | None = None
+    # Last tokens before the limit that cost reward.
+    overlong_buffer: int | None = number(None, 0, COUNT)
+    # Further rollouts to replace tied groups.
+    dynamic_sampling: int | None = number(None, 0, 1000)
+    dpo_beta: float | None = number(None, above=0, most=COEFFICIENT)
     length_normalized: bool | None = None  # DPO's Δ of means over tokens, not of sums
-    gae_gamma: float | None = None
-    gae_lambda: float | None = None
-    value_clip: float | None = None
-    value_learning_rate: float | None = None
-    iterations: int | None = None  # of iterative GRPO
-    replay: float | None = None  # share of old labels in the reward model's next data
-    checkpoint_every: int = 50
-    checkpoints_kept: int = 2
+    gae_gamma: float | None = number(None, 0, 1)
+    gae_lambda: float | None = number(None, 0, 1)
+    value_clip: float | None = number(None, above=0, most=COEFFICIENT)
+    value_learning_rate: float | None = number(None, above=0, most=1)
+    iterations: int | None = number(None, 1, 1000)  # of iterative GRPO
+    # Share of old labels in the reward model's next data.
+    replay: float | None = number(None, 0, 1)
+    checkpoint_every: int = number(50, 1, COUNT)
+    checkpoints_kept: int = number(2, 1, COUNT)
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     sft: SftSettings = field(default_factory=SftSettings)
@@ -219,6 +246,12 @@ def generations(config: Config) -> int:
     return config.tools.generations
 
 
+def set_names(config: Config) -> list[str]:
+    """The sets of the comparison."""
+    names = config.data.eval.replace(",", "+").split("+")
+    return [name.strip() for name in names if name.strip()]
+
+
 def reward_names(config: Config) -> list[str]:
     names = config.rewards.functions or METHODS[config.method].reward
     return [n.strip() for n in names.split(",") if n.strip()]
@@ -228,11 +261,17 @@ def reward_weights(config: Config) -> list[float]:
     if not config.rewards.weights:
         return [1.0] * len(reward_names(config))
     try:
-        return [float(w) for w in config.rewards.weights.split(",") if w.strip()]
+        weights = [float(w) for w in config.rewards.weights.split(",") if w.strip()]
     except ValueError:
         raise GrpoError(
             f"config.rewards.weights: {config.rewards.weights!r} are not numbers"
         ) from None
+    if not all(abs(weight) <= COEFFICIENT for weight in weights) or not any(weights):
+        raise GrpoError(
+            f"config.rewards.weights: {config.rewards.weights!r}: finite numbers are "
+            f"needed, of {COEFFICIENT:g} at most and one of them not 0"
+        )
+    return weights
 
 
 def lora_targets(config: Config) -> tuple[str, ...]:
@@ -273,23 +312,25 @@ def from_dict(values: Mapping[str, Any], kind: type = Config, where: str = "") -
     """
     hints = get_type_hints(kind)
     arguments: dict[str, Any] = {}
+    if not isinstance(values, Mapping):
+        raise GrpoError(f"config{where and '.' + where[:-1]}: not an object of fields")
     for name, value in values.items():
         if name not in hints:
-            raise GrpoError(unknown_field(where + name, kind, where))
+            raise GrpoError(unknown_field(where + name))
         if dataclasses.is_dataclass(hints[name]):
             value = from_dict(value, hints[name], f"{where}{name}.")  # type: ignore
         arguments[name] = value
     return kind(**arguments)
 
 
-def unknown_field(name: str, kind: type = Config, where: str = "") -> str:
-    """The one line that refuses an unknown key, with the nearest one."""
-    known = (
-        list(flatten(kind()))
-        if not where
-        else [f.name for f in dataclasses.fields(kind)]
-    )
-    last = name.removeprefix(where)
-    near = difflib.get_close_matches(last, known, 1, 0.4)
-    hint = f"; did you mean config.{where}{near[0]}?" if near else ""
-    return f"config.{name}: no such field{hint}"
+def unknown_field(name: str) -> str:
+    """The one line that refuses an unknown key, with the one that was probably meant.
+
+    >>> unknown_field("num_generations")
+    'config.num_generations: no such field; did you mean config.group_size?'
+    """
+    name, known = " ".join(name.split()), list(flatten(Config()))
+    inner = [field for field in known if field.startswith(f"{name}.")]
+    if inner:
+        return f"config.{name}: set one of its fields, such as config.{inner[0]}"
+    return f"config.{name}: no such field{other_name(name, known)}"

@@ -15,11 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Int
 
+from grpo_jax.arguments import check_request, check_token_ids
 from grpo_jax.cache import Cache, grow
 from grpo_jax.decoding import Ends, Rollouts, append, decode, start
 from grpo_jax.errors import GrpoError
 from grpo_jax.model import Decoder, Params
-from grpo_jax.rollout import as_ids, as_stops, bucket, first_rows, ragged
+from grpo_jax.rollout import (
+    as_ids,
+    as_stops,
+    bucket,
+    first_rows,
+    ragged,
+)
 from grpo_jax.sampling import Sampling
 
 
@@ -133,7 +140,10 @@ def continue_rollouts(
             f"continue_rollouts: {len(appended)} lists of tokens for {rows} rows; "
             "give None for a row that is left alone"
         )
-    lists = [ids or [] for ids in appended]
+    vocab_size = model.config.vocab_size
+    check_request("continue_rollouts", vocab_size, max_new_tokens, eos_id)
+    lists = [[] if ids is None else ids for ids in appended]
+    check_token_ids("continue_rollouts", lists, vocab_size, what="row")
     longest = max(map(len, lists))
     width = bucket(longest) if longest else 0
     slots = rollouts.cache.token.shape[0]

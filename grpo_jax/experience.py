@@ -25,7 +25,7 @@ from grpo_jax.interpreter import Interpreter
 from grpo_jax.model import Params
 from grpo_jax.packing import Sample
 from grpo_jax.prompts import encode_prompts
-from grpo_jax.rewards import Calls, Scores, resolve, score
+from grpo_jax.rewards import Calls, Scores, check_calls, resolve, score
 from grpo_jax.rollout import generate
 from grpo_jax.run import Run
 from grpo_jax.tools import most_tokens, solve, text_of
@@ -65,9 +65,12 @@ def check_rows(config: Config, prompt: int) -> None:
     row, most = config.optimizer.row_length, config.max_new_tokens
     longest = prompt + most_tokens(generations(config), most) - 1
     if row and row < longest:
+        output = f"an output of {most}"
+        if turns := generations(config):
+            output = f"{turns} generations with their outputs"
         raise GrpoError(
             f"config.optimizer.row_length: {row}; a prompt of {prompt} tokens and "
-            f"{generations(config)} generations with their outputs may take {longest}"
+            f"{output} may take {longest}; raise it, or set 0"
         )
 
 
@@ -164,7 +167,7 @@ def _of_tools(arrays: dict[str, Any], i: int, n: int) -> dict[str, Any]:
 class Rewards:
     """The reward functions that a config names, applied to outputs."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, questions: Sequence[Example]):
         # A process reward model judges by step; what the rule says is then only shown.
         names = reward_names(config) or ["rule"]
         self.weights = reward_weights(config) or [1.0]
@@ -176,6 +179,9 @@ class Rewards:
         # of `Scores.by_function`: the punishment of length is one of them
         self.all_weights = [*self.weights, 1.0] if self.buffer else self.weights
         self.calls = Calls()
+        # Of all questions: a function gets the same columns at every step.
+        self.columns = sorted({name for e in questions for name in e.columns})
+        check_calls([f for f in self.functions if f], [*self.columns, "answer"])
 
     @property
     def asks_model(self) -> bool:
@@ -183,8 +189,9 @@ class Rewards:
 
     def __call__(self, outputs: Sequence[Output], judged: np.ndarray | None) -> Scores:
         examples = [o.example for o in outputs]
-        names = {name for e in examples for name in e.columns}
-        columns = {name: [e.columns.get(name) for e in examples] for name in names}
+        columns: dict[str, list[Any]] = {
+            name: [e.columns.get(name) for e in examples] for name in self.columns
+        }
         columns["answer"] = [e.answer for e in examples]
         if any(e.language != "en" for e in examples):
             columns["language"] = [e.language for e in examples]
@@ -217,13 +224,13 @@ class Experience:
     """A step's outputs and scores; the same for the same step, parameters and seed."""
 
     def __init__(self, run: Run):
-        self.run, self.rewards = run, Rewards(run.config)
+        self.run = run
         self.interpreter: Interpreter | None = None
         if generations(run.config):  # refused here where no sandbox works
             self.interpreter = Interpreter(run.config.tools.timeout)
         self.questions = load_questions(run)
-        if self.interpreter is not None:
-            check_rows(run.config, max(len(ids) for _, ids in self.questions))
+        self.rewards = Rewards(run.config, [example for example, _ in self.questions])
+        check_rows(run.config, max(len(ids) for _, ids in self.questions))
         size, seed = run.config.questions_per_step, run.config.seed
         own = run.config.own()
         # DAPO: each further rollout of a step has questions of its own.

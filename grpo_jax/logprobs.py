@@ -72,6 +72,8 @@ def token_logprobs(
         raise ValueError(f"hidden {hidden.shape} and unembed {unembed.shape} disagree")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk} is below 1")
+    if isinstance(temperature, int | float) and not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature} is no finite number above 0")
     lead = targets.shape
     length = lead[-1] if lead else 1
     rows = math.prod(lead[:-1])

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 # all but given up must not make the loss, or Adam's second moment, infinite.
 _MAX_EXPONENT = 20.0
 
-_KL_ESTIMATORS = ("k1", "k2", "k3", "k3_unbiased")
-_IMPORTANCE = ("token", "sequence")
-_SURROGATES = ("clip", "cispo")
+KL_ESTIMATORS = ("k1", "k2", "k3", "k3_unbiased")
+IMPORTANCE = ("token", "sequence")
+SURROGATES = ("clip", "cispo")
 
 
 def _exp(x: Array) -> Array:
@@ -132,9 +132,9 @@ def grpo_loss(
     >>> float(loss)  # at ρ = 1: minus the mean advantage
     0.0
     """
-    check_choice("kl_estimator", kl_estimator, _KL_ESTIMATORS)
-    check_choice("importance", importance, _IMPORTANCE)
-    check_choice("surrogate", surrogate, _SURROGATES)
+    check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
+    check_choice("importance", importance, IMPORTANCE)
+    check_choice("surrogate", surrogate, SURROGATES)
     arrays = dict(mask=mask, old_logps=old_logps, ref_logps=ref_logps, weights=weights)
     arrays |= dict(sampler_logps=sampler_logps, entropy=entropy)
     check_shapes(logps, {**arrays, "segment_ids": segment_ids})

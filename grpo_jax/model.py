@@ -24,7 +24,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax import attention, sharding
+from grpo_jax.arguments import check_choice, check_whole
 from grpo_jax.attention import Rows
+from grpo_jax.errors import GrpoError
 from grpo_jax.lora import A, B, Lora
 from grpo_jax.products import KEPT, linear
 
@@ -86,6 +88,18 @@ class ModelConfig:
     qk_norm: bool = False  # Qwen3
     sliding_window: int | None = None  # Mistral 7B v0.1
     max_positions: int = 4096
+
+    def __post_init__(self):
+        names = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim")
+        sizes = {name: getattr(self, name) for name in (*names, "ffn")}
+        check_whole("ModelConfig", **sizes)
+        if self.heads % self.kv_heads:
+            raise GrpoError(
+                f"ModelConfig: kv_heads = {self.kv_heads} does not divide the heads, "
+                f"{self.heads}"
+            )
+        if self.head_dim % 2:
+            raise GrpoError(f"ModelConfig: head_dim = {self.head_dim} is odd")
 
 
 def rotary_frequencies(config: ModelConfig) -> Float[Array, "H/2"]:
@@ -202,6 +216,11 @@ class Decoder:
     remat: str = "none"  # a row of REMAT: what the backward pass recomputes
     lora: Lora = Lora()  # of the adapters that the parameters may hold
     decode_tensor: int = 0  # devices that share matrices to decode; 0: as parameters do
+
+    def __post_init__(self):
+        check_choice("Decoder", "dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("Decoder", "remat", self.remat, tuple(REMAT))
+        check_whole("Decoder", least=0, decode_tensor=self.decode_tensor)
 
     def init(self, key: Array, dtype: str = "float32") -> Params:
         """Fresh parameters: embed, layers {name: [L, …]}, norm, unembed unless tied.

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from grpo_jax.arguments import check_whole
 from grpo_jax.errors import GrpoError
 
 
@@ -144,7 +145,8 @@ def pack(
         losses are divided as if they were there.
 
     Raises:
-      GrpoError: a sample that does not fit a row.
+      GrpoError: a sample that does not fit a row, whose lists are not as long as its
+        tokens, or a size below 1.
 
     >>> batch = pack([Sample(tokens=[5, 6, 7], mask=[0, 1, 1]),
     ...               Sample(tokens=[8, 9], mask=[0, 1])], length=4)
@@ -154,6 +156,13 @@ def pack(
     of = samples if of is None else of
     if not of:
         raise GrpoError("pack: no samples")
+    check_whole("pack", length=length, rows=rows, together=together)
+    if len(samples) % together:
+        raise GrpoError(
+            f"pack: {len(samples)} samples are no multiple of together, {together}"
+        )
+    for i, sample in enumerate(samples):
+        _check_lists(i, sample, of[0])
     placed = place(samples, length, share, share_prompts, together)
     used = -(-len(placed) // rows)
     spans = _spans(samples, placed, share_prompts)
@@ -164,6 +173,21 @@ def pack(
         sequences=np.int32(len(of)),
         loss_tokens=np.int32(sum(np.count_nonzero(s.mask[1:]) for s in of)),
     )
+
+
+def _check_lists(i: int, sample: Sample, first: Sample) -> None:
+    """Refuses lists of other lengths, as one of a single value would count for all, and
+    fields that only some samples have, which would be dropped or NaN."""
+    n = len(sample.tokens)
+    for name in ("mask", *_FROM_SAMPLE.values()):
+        values = getattr(sample, name)
+        if (values is None) != (getattr(first, name) is None):
+            raise GrpoError(f"pack: of samples 0 and {i} only one has {name}")
+        if hasattr(values, "__len__") and len(values) != n:
+            raise GrpoError(
+                f"pack: sample {i} has {n} tokens and {len(values)} values of {name}; "
+                "one a token is needed"
+            )
 
 
 def row_lengths(longest: int, choices: int) -> list[int]:

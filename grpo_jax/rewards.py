@@ -9,7 +9,6 @@ function has nothing to say about that sample (DeepSeekMath section 4.1 uses one
 outcome reward; several may be mixed with weights).
 """
 
-import asyncio
 import importlib
 import importlib.util
 import inspect
@@ -17,8 +16,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +26,10 @@ import numpy as np
 from grpo_jax import answers, hosts
 from grpo_jax.errors import GrpoError
 from grpo_jax.grading import workers
+from grpo_jax.reward_calls import LARGEST, Call, Calls, Reward, WrongCount
 
 log = logging.getLogger(__name__)
-Reward = Callable[..., Any]
+RESERVED = ("prompts", "completions")  # what a call passes beside the data's columns
 
 
 def rule_reward(
@@ -166,52 +165,6 @@ class Scores:
         return Scores.join(parts)
 
 
-class _Call:
-    """One reward function running in a daemon thread, which exit does not wait for."""
-
-    def __init__(self, function: Reward, arguments: dict[str, Any]):
-        self.function, self.arguments = function, arguments
-        self.value: Any = None
-        self.error: Exception | None = None
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.task: asyncio.Task | None = None
-        self.done = threading.Event()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            value = self.function(**self.arguments)
-            self.value = (
-                asyncio.run(self._wait(value)) if inspect.isawaitable(value) else value
-            )
-        except asyncio.CancelledError:
-            pass
-        except BaseException as error:  # a SystemExit is the function's failure too
-            self.error = error if isinstance(error, Exception) else RuntimeError(error)
-        finally:
-            self.done.set()
-
-    async def _wait(self, value: Any) -> Any:
-        self.loop, self.task = asyncio.get_running_loop(), asyncio.current_task()
-        return await value
-
-    def cancel(self) -> None:
-        if self.loop is not None and self.task is not None and self.loop.is_running():
-            self.loop.call_soon_threadsafe(self.task.cancel)
-
-
-@dataclass
-class Calls:
-    """What a run remembers of its reward calls, to refuse past a share that raised."""
-
-    recent: deque[bool] = field(default_factory=lambda: deque(maxlen=100))
-
-    def add(self, raised: bool) -> float:
-        """Records one call; the share of the recent calls that raised."""
-        self.recent.append(raised)
-        return sum(self.recent) / len(self.recent)
-
-
 def score(
     functions: Sequence[Reward],
     weights: Sequence[float],
@@ -225,10 +178,11 @@ def score(
 ) -> Scores:
     r"""Calls every reward function at once and adds up what they return.
 
-    None, NaN, infinity or another type than a number is no value: that sample's total
-    leaves the function out, and it is counted. A function that raises gives no value
-    for the batch and is logged with one sample. One that is not back after `timeout`
-    seconds counts as wrong (0.0) and training goes on without waiting for it.
+    None, NaN, infinity, a number beyond ±1e15 or another type than a number is no
+    value: that sample's total leaves the function out, and it is counted. A function
+    that raises, or whose result does when it is read, gives no value for the batch and
+    is logged with one sample. One that is not back after `timeout` seconds counts as
+    wrong (0.0) and training goes on without waiting for it.
 
     Args:
       weights: one a function.
@@ -238,8 +192,9 @@ def score(
       calls: the run's record of calls; without it, only this call's count.
 
     Raises:
-      GrpoError: unequal lengths, a column that a function lacks, a wrong number of
-        values, or more than `max_failures` of the calls raised.
+      GrpoError: unequal lengths, a column that a function lacks or that has a name of
+        `RESERVED`, a wrong number of values, a sum beyond ±1e15, more than
+        `max_failures` of the calls raised, or none of the last 10 gave any value.
 
     >>> def long(prompts, completions, **columns):
     ...     return [len(c) if c else None for c in completions]
@@ -254,17 +209,21 @@ def score(
             f"rewards: {len(weights)} weights for {len(functions)} functions"
             f" ({', '.join(names)}); give one each"
         )
+    if not all(math.isfinite(weight) for weight in weights):
+        raise GrpoError(f"rewards: the weights {list(weights)} are not all finite")
+    if not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise GrpoError(f"rewards: timeout {timeout} is no number of seconds to wait")
     n = len(completions)
     for column, values in {"prompts": prompts, **columns}.items():
         if len(values) != n:
             raise GrpoError(
                 f"rewards: {column} has {len(values)} values for {n} completions"
             )
-    arguments = {"prompts": prompts, "completions": completions, **columns}
-    for name, function in zip(names, functions, strict=True):
-        _check_signature(name, function, arguments)
+    check_calls(functions, columns)
+    arguments = {**columns, "prompts": prompts, "completions": completions}
     until = time.monotonic() + timeout
-    running = [_Call(function, dict(arguments)) for function in functions]
+    pairs = zip(names, functions, strict=True)
+    running = [Call(name, function, arguments) for name, function in pairs]
     by_function: dict[str, np.ndarray] = {}
     errors = dict.fromkeys(names, 0)
     timeouts = 0
@@ -278,9 +237,12 @@ def score(
             log.warning("reward %s: no answer in %g s, counted as wrong", name, timeout)
             by_function[name] = np.zeros(n, np.float32)
             continue
+        if isinstance(call.error, WrongCount):
+            raise call.error
         share = calls.add(call.error is not None)
-        if call.error is None:
-            by_function[name] = _values(name, call.value, n)
+        if call.values is not None:
+            by_function[name] = call.values
+            calls.hear(name, call.values)
             continue
         errors[name] = 1
         problem = f"reward {name}: {type(call.error).__name__}: {call.error}"
@@ -298,6 +260,13 @@ def score(
     total = np.sum(
         np.where(given, table, 0.0) * np.asarray(weights, np.float64)[:, None], axis=0
     )
+    large = np.flatnonzero(~(np.abs(total) <= LARGEST))
+    if large.size:
+        raise GrpoError(
+            f"rewards: the sum of {', '.join(names)} is {total[large[0]]:g} for "
+            f"sample {large[0]}, beyond ±{LARGEST:g}; make the rewards or the weights "
+            "smaller"
+        )
     return Scores(
         rewards=np.where(given.any(axis=0), total, np.nan).astype(np.float32),
         by_function=by_function,
@@ -320,10 +289,29 @@ def _names(functions: Sequence[Reward]) -> list[str]:
     return names
 
 
+def check_calls(functions: Sequence[Reward], columns: Iterable[str]) -> None:
+    """Refuses functions that cannot be called with these columns, before any call.
+
+    Raises:
+      GrpoError: a column has a name of `RESERVED`, or a function does not take the
+        columns, or needs another.
+    """
+    columns = list(columns)
+    for name in RESERVED:
+        if name in columns:
+            raise GrpoError(
+                f"rewards: the data has a column {name!r}, which is what the functions "
+                f"get the run's own {name} by; rename the column"
+            )
+    arguments = dict.fromkeys([*RESERVED, *columns])
+    for name, function in zip(_names(functions), functions, strict=True):
+        _check_signature(name, function, arguments)
+
+
 def _check_signature(name: str, function: Reward, arguments: dict[str, Any]) -> None:
     try:
         signature = inspect.signature(function)
-    except ValueError:  # some built-in functions have none
+    except (TypeError, ValueError):  # some built-in functions have none
         return
     try:
         signature.bind(**arguments)
@@ -332,27 +320,3 @@ def _check_signature(name: str, function: Reward, arguments: dict[str, Any]) -> 
             f"reward {name}: {error}; it is called with"
             f" {', '.join(arguments)} by name, take the rest as **columns"
         ) from None
-
-
-def _values(name: str, returned: Any, n: int) -> np.ndarray:
-    """[N] floats from what a function returned, NaN for what is not a number."""
-    sized = hasattr(returned, "__len__") and hasattr(returned, "__iter__")
-    if not sized or isinstance(returned, (str, bytes, Mapping)):
-        raise GrpoError(
-            f"reward {name}: returned {type(returned).__name__}, not {n} values"
-        )
-    if len(returned) != n:
-        raise GrpoError(
-            f"reward {name}: returned {len(returned)} values for {n} completions"
-        )
-    return np.array([_number(value) for value in returned], np.float32)
-
-
-def _number(value: Any) -> float:
-    if value is None or isinstance(value, (str, bytes)):
-        return math.nan
-    try:
-        number = float(np.float32(value))  # also 0-d arrays of any library
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
-    return number if math.isfinite(number) else math.nan

@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Int
 
 from grpo_jax import sharding
+from grpo_jax.arguments import check_request, check_token_ids
 from grpo_jax.cache import Prefixes, empty
 from grpo_jax.decode_mesh import laid_out
 from grpo_jax.decoding import Ends, State, decode, start
@@ -62,6 +63,9 @@ def generate_tokens(
     Prompts without a real token, which must be the last, only fill the shape. `groups`
     are the axes of the shard_map that this is inside of, and these prompts a part.
     """
+    request = max_new_tokens, eos_id, samples, slots, cache_dtype
+    check_request("generate_tokens", model.config.vocab_size, *request)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     ends = Ends(as_ids(eos_id), stop, max_new_tokens)
     mask, total = mask != 0, tokens.shape[0] * samples
     slots = total if keep else min(total, slots or default_slots(total))
@@ -116,9 +120,7 @@ def generate_tokens(
         refill,
         rows,
         key=key,
-        sampling=Sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-        ),
+        sampling=sampling,
         ends=ends,
         widths=(slots,) if keep else widths_of(slots, sharding.platform()),
         first=jax.lax.axis_index(groups) * total if groups else 0,
@@ -324,11 +326,24 @@ def generate(
     >>> out.tokens.shape, bool((out.mask.sum(1) == out.lengths).all())
     ((4, 4), True)
     """
-    if not prompts:
+    vocab_size = model.config.vocab_size
+    request = max_new_tokens, eos_id, samples, slots, cache_dtype
+    check_request("generate", vocab_size, *request)
+    if not len(prompts):
         raise GrpoError("generate: no prompts")
+    check_token_ids("generate", prompts, vocab_size)
     empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
     if empty:
         raise GrpoError(f"generate: prompt {empty[0]} is empty")
+    # Refuses here, before anything is traced.
+    Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    stop = as_stops(stop)
+    check_token_ids("generate", stop, vocab_size, what="stop sequence")
+    if stop_table is not None and np.shape(stop_table)[:-1] != (vocab_size,):
+        raise GrpoError(
+            f"generate: stop_table has shape {np.shape(stop_table)}; a row for each of "
+            f"the {vocab_size} tokens is needed"
+        )
     layout, params = laid_out(model, params)
     groups = sharding.rows_multiple(layout) if layout else 1
     shape = shape_of(
@@ -349,7 +364,7 @@ def generate(
         top_p=float(top_p),
         min_p=float(min_p),
         eos_id=as_ids(eos_id),
-        stop=as_stops(stop),
+        stop=stop,
         cache_dtype=cache_dtype,
         keep=keep,
     )
@@ -359,6 +374,8 @@ def generate(
 
 
 def as_stops(stop: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    if isinstance(stop, str) or any(isinstance(s, str) for s in stop):
+        raise GrpoError("generate: stop holds a text; give token ids, or a stop_table")
     if not all(len(s) for s in stop):
         raise GrpoError("generate: a stop sequence is empty")
     return tuple(as_ids(s) for s in stop)

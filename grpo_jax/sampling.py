@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from grpo_jax.arguments import check_number, check_whole
 from grpo_jax.errors import GrpoError
 
+LEAST = 1e-4  # of a temperature: a logit of 1e30 is the largest that it may divide
 _BLOCK = 256  # tokens of the vocabulary summed at once when one is drawn
 _ONE = 0x3F800000  # the bits of 1.0f; those of numbers in [0, 1] grow with them
 
@@ -34,16 +36,16 @@ class Sampling:
     min_p: float = 0.0  # those at least this many times as likely as the best
 
     def __post_init__(self):
-        for name, good in (
-            ("temperature", self.temperature >= 0),
-            ("top_k", self.top_k >= 0),
-            ("top_p", 0 < self.top_p <= 1),
-            ("min_p", 0 <= self.min_p <= 1),
-        ):
-            if not good:
-                raise GrpoError(
-                    f"generate: {name} = {getattr(self, name)} is no choice"
-                )
+        check_number("generate", temperature=self.temperature)
+        if 0 < self.temperature < LEAST:
+            raise GrpoError(
+                f"generate: temperature = {self.temperature}; 0 is greedy, and between "
+                f"it and {LEAST:g} logits divided by it leave float32"
+            )
+        check_whole("generate", least=0, top_k=self.top_k)
+        check_number("generate", most=1, top_p=self.top_p, min_p=self.min_p)
+        if self.top_p == 0:
+            raise GrpoError("generate: top_p = 0; no token has so little mass")
 
     def __call__(
         self, logits: Float[Array, "N V"], keys: Array, turns: Array

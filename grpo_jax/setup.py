@@ -86,6 +86,11 @@ def make_model(config: Config) -> tuple[Decoder, Tokenizer]:
 
         alphabet = sums.TOOL_ALPHABET if generations(config) else sums.ALPHABET
         tokenizer = Tokenizer.from_alphabet(alphabet)
+        if settings.vocab_size not in (0, tokenizer.vocab_size):
+            raise GrpoError(
+                f"config.model.vocab_size: {settings.vocab_size}; a new model has its "
+                f"tokenizer's, {tokenizer.vocab_size}; leave it out, or set model.path"
+            )
         model_config = declared_config(config, tokenizer.vocab_size)
     tokenizer.check_fits(model_config.vocab_size)
     return make_decoder(config, model_config), tokenizer

@@ -104,6 +104,10 @@ class Samples:
             self.rows = data.Batches(rows, settings.batch_rows, seed=seed)
         else:
             self.batches = data.Batches(examples, settings.batch_size, seed=seed)
+            # All that the steps will take is refused now, not when its step comes.
+            epoch = -(-len(examples) // settings.batch_size)
+            for step in range(min(run.config.sft_steps, epoch)):
+                encode(run, [e for e in self.batches[step] if may_be_long(run, e)])
 
     def __getitem__(self, step: int) -> list[Sample]:
         if self.rows is None:
@@ -128,6 +132,17 @@ def concatenate(lengths: list[int], size: int, seed: int) -> list[list[int]]:
         rows[-1].append(i)
         room -= lengths[i]
     return rows
+
+
+def may_be_long(run: Run, example: data.Example) -> bool:
+    """False where an example surely fits a row: a token has a byte of text, or more."""
+    plain = (
+        run.config.data.template == "plain" and run.config.data.instruction == "none"
+    )
+    around = 8 if plain else 1024  # what a template and an instruction may add
+    system = str(example.columns.get("system", ""))
+    text = example.question + (example.solution or example.answer) + system
+    return around + len(text.encode()) > run.config.sft.row_length
 
 
 def encode(run: Run, examples: list[data.Example]) -> list[Sample]:

@@ -30,6 +30,7 @@ import jax
 import numpy as np
 
 from grpo_jax import sharding
+from grpo_jax.arguments import check_whole
 from grpo_jax.cache import of_slots
 from grpo_jax.continuation import continue_rollouts
 from grpo_jax.decode_mesh import laid_out
@@ -138,6 +139,8 @@ def solve(
         eos_id=tokenizer.eos_ids,
         stop_table=stop_table(tokenizer, (STOP,), model.config.vocab_size),
     )
+    check_whole("solve", generations=generations)
+    check_whole("solve", least=0, rows=rows)
     size = max(1, rows // samples) if rows else len(prompts)
     layout, params = laid_out(model, params)
     multiple = 1

@@ -12,8 +12,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
+import traceback
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 from absl import flags
 from ml_collections import config_flags
@@ -102,23 +106,28 @@ def smaller(config: Config) -> str:
 
 def parse(argv: list[str]) -> Config:
     """The checked config of a command line; every mistake is one line."""
+    file = ""
     for flag, value in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, inline = flag.lstrip("-").partition("=")
-        file = inline if equals else value
-        if name == "config" and not Path(file.partition(":")[0]).is_file():
+        if name != "config":
+            continue
+        file = (inline if equals else value).partition(":")[0]
+        if not Path(file).is_file():
             raise GrpoError(f"--config: {file or 'nothing'}: no such file ({USAGE})")
+    for argument in argv[1:]:
+        name = argument.lstrip("-").partition("=")[0].removeprefix("no")
+        if argument.startswith("-") and name.startswith("config."):
+            if name[7:] not in flatten(Config()):
+                raise GrpoError(unknown_field(name[7:]))
     try:
         rest = flags.FLAGS(argv)[1:]
     except flags.Error as error:
-        raise GrpoError(f"{str(error).splitlines()[0]} ({USAGE})") from None
-    except (KeyError, AttributeError):
-        for argument in argv[1:]:
-            name = argument.lstrip("-").partition("=")[0]
-            message = name.startswith("config.") and unknown_field(name[7:])
-            if message and not _is_field(name[7:]):
-                raise GrpoError(message) from None
-        raise
-    if _CONFIG.value is None:
+        if "parsing config file" in str(error):  # of a TypeError or ValueError in it
+            raise GrpoError(_in_config_file(error, file)) from None
+        raise GrpoError(f"{_first_line(error)} ({USAGE})") from None
+    except Exception as error:  # whatever the file's own code raised
+        raise GrpoError(_in_config_file(error, file)) from None
+    if not file:
         raise GrpoError(USAGE)
     if rest:
         raise GrpoError(f"{rest[0]!r}: what is this for? ({USAGE})")
@@ -127,8 +136,21 @@ def parse(argv: list[str]) -> Config:
     return validate(_CONFIG.value)
 
 
-def _is_field(name: str) -> bool:
-    return name in flatten(Config())
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _in_config_file(error: Exception, file: str) -> str:
+    """What the config file's own code raised, in one line."""
+    told = "".join(traceback.format_exception(error)).strip().splitlines()
+    lines = re.findall(rf'File "{re.escape(file)}", line (\d+)', "\n".join(told))
+    place = f"{file}:{lines[-1]}" if lines else file
+    call = re.search(r"(\w+)\.__init__\(\) got an unexpected .* '(\w+)'", told[-1])
+    if call:  # a name that is no field of the Config, or of one of its parts
+        parts = get_type_hints(Config).items()
+        names = {kind.__name__: f"{n}." for n, kind in parts if is_dataclass(kind)}
+        return f"{place}: {unknown_field(names.get(call[1], '') + call[2])}"
+    return f"--config: {place}: {told[-1]}"
 
 
 def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> None:
@@ -145,8 +167,10 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     versions = {"jax": jax.__version__, "workdir": str(workdir)}
     hosts.agree("config", flatten(config) | versions)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    if mesh.size > 1:  # refused here, not at the first rollout
-        sharding.regroup(mesh, config.mesh.decode_tensor or config.mesh.tensor)
+    # Refused here, not at the first rollout, and not when SFT is done.
+    sharding.regroup(mesh, config.mesh.decode_tensor or mesh.shape["tensor"])
+    there = sharding.to_devices(0.0, jax.NamedSharding(mesh, sharding.P()))
+    sharding.move(there, config.model.reference_memory)
     if config.model.path and config.model.vocab_size:  # a large model: say what it is
         hosts.say(setup.describe_state(config))
     setup.agree_on_files(config)

@@ -13,7 +13,9 @@ nothing to learn from, leaves parameters and optimiser state as they were.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +24,9 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax import lora
+from grpo_jax.arguments import check_choice, check_number, check_whole
+from grpo_jax.errors import GrpoError
+from grpo_jax.losses import IMPORTANCE, KL_ESTIMATORS, SURROGATES
 from grpo_jax.objectives import (
     Apply,
     Metrics,
@@ -30,8 +35,19 @@ from grpo_jax.objectives import (
     grpo_objective,
 )
 from grpo_jax.packing import Batch
+from grpo_jax.reductions import AGGREGATES
 
 Array = jax.Array
+# The options of `make_grpo_step`: numbers with the least that they may be, and choices.
+_NUMBERS = {"temperature": 1e-4, "clip_low": 0, "clip_high": 0, "delta": 0}
+_NUMBERS |= {"entropy_coef": -math.inf, "importance_cap": 0, "max_length": 1}
+_CHOICES = {
+    "kl_estimator": KL_ESTIMATORS,
+    "aggregate": AGGREGATES,
+    "importance": IMPORTANCE,
+    "surrogate": SURROGATES,
+}
+_BELOW_1 = math.nextafter(1.0, 0.0)  # a decay of 1 would divide by 0
 # Metrics that are parts of a sum; the others are means over tokens, /min or /max.
 _SUMS = ("loss", "policy_loss", "value_loss", "num_tokens", "rewards/")
 
@@ -72,6 +88,13 @@ def make_optimizer(
 
     master: weights below float32 have float32 copies, as their moments are.
     """
+    where = "make_optimizer"
+    check_whole(where, least=0, steps=steps, warmup_steps=warmup_steps)
+    check_number(where, learning_rate=learning_rate, weight_decay=weight_decay)
+    check_number(where, most=_BELOW_1, b1=b1, b2=b2)
+    check_choice(where, "schedule", schedule, ("constant", "linear", "cosine"))
+    if not max_grad_norm > 0:  # infinity clips nothing
+        raise GrpoError(f"{where}: max_grad_norm = {max_grad_norm} is not above 0")
     decay = max(steps - warmup_steps, 1)
     after = {
         "constant": optax.constant_schedule(learning_rate),
@@ -258,6 +281,9 @@ def make_grpo_step(
       parameters with LoRA adapters (`lora.begin`) only these are trained, and the
       reference None is the base without them.
 
+    Raises:
+      GrpoError: an unknown option, or a value that it does not take.
+
     >>> def apply(params, tokens, *, positions, segment_ids):
     ...     return params[tokens]                                   # a bigram model
     >>> from grpo_jax.packing import Sample, pack
@@ -271,6 +297,8 @@ def make_grpo_step(
     [0.0, 0.5, -0.5]
     """
 
+    _check_options(apply, kl_coef, options)
+
     def has_signal(batch: Batch) -> Array:
         tokens = batch.mask if kl_coef else batch.mask & (batch.advantages != 0)
         return tokens.any()
@@ -281,6 +309,30 @@ def make_grpo_step(
         has_signal=has_signal,
         state_shardings=state_shardings,
     )
+
+
+def _check_options(apply: Any, kl_coef: Any, options: dict[str, Any]) -> None:
+    """Refuses here what would otherwise be refused, or be NaN, in the first step."""
+    where = "make_grpo_step"
+    if not callable(apply):
+        raise GrpoError(f"{where}: apply is {type(apply).__name__}, not a function")
+    known = {*_NUMBERS, *_CHOICES}
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise GrpoError(f"{where}: {name} is no option of grpo_loss{hint}")
+    for name, choices in _CHOICES.items():
+        if name in options:
+            check_choice(where, name, options[name], choices)
+    for name, least in _NUMBERS.items():
+        if options.get(name) is not None:
+            check_number(where, least=least, **{name: options[name]})
+    check_number(where, kl_coef=kl_coef)
+    if options.get("surrogate") == "cispo" and options.get("clip_high") is None:
+        raise GrpoError(f"{where}: surrogate 'cispo' needs clip_high")
+    if options.get("aggregate") == "constant" and options.get("max_length") is None:
+        raise GrpoError(f"{where}: aggregate 'constant' needs max_length")
 
 
 def make_scorer(

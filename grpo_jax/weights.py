@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from grpo_jax import lora, sharding
+from grpo_jax.arguments import check_whole
 from grpo_jax.errors import GrpoError, one_line
 from grpo_jax.files import read_json
 from grpo_jax.hf import config as hf_config
@@ -265,6 +266,7 @@ def save_pretrained(
       GrpoError: the folder exists and is not empty, or is not writable; `source` is
         of another model.
     """
+    check_whole("save_pretrained", most=2**63 - 1, max_shard_bytes=max_shard_bytes)
     config = hf_config.to_hf(model.config)
     kept = []
     if source is not None:

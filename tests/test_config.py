@@ -48,7 +48,7 @@ def changed(name, value):
         ("clip_low", 0.0, "above 0"),
         ("kl_coef", float("nan"), "NaN"),
         ("group_size", 1, "2 or more"),
-        ("temperature", 0.0, "above 0"),
+        ("temperature", 0.0, "0.01 or more"),
         ("surrogate", "cispo", "clip_high"),
         ("max_staleness", 2, "not one of 0, 1"),
         ("data.template", "chatt", "did you mean chat"),

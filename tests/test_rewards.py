@@ -1,15 +1,20 @@
 """Reward functions: the built-in ones, resolving names, and faults 49 to 52."""
 
 import asyncio
+import itertools
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from grpo_jax import rewards
+from grpo_jax.advantages import group_advantages
 from grpo_jax.errors import GrpoError
 
 PROMPTS = ["1+1?", "2+2?", "3+3?"]
@@ -225,3 +230,160 @@ def test_resolve_says_in_one_line_what_is_wrong(name, message):
     with pytest.raises(GrpoError, match=message) as caught:
         rewards.resolve(name)
     assert "\n" not in str(caught.value)
+
+
+# -- what a call uses itself, and functions that do what they like ---------------------
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions"])
+def test_a_column_never_replaces_what_the_run_passes(name):
+    """A row's own "completions" was once graded in the place of the model's."""
+    columns = COLUMNS | {name: [r"\boxed{2}", r"\boxed{4}", r"\boxed{6}"]}
+    message = f"the data has a column '{name}'.*rename"
+    with pytest.raises(GrpoError, match=message):
+        rewards.score(
+            [rewards.rule_reward], [1.0], PROMPTS, COMPLETIONS, columns, timeout=9
+        )
+    with pytest.raises(GrpoError, match=message):
+        rewards.check_calls([rewards.rule_reward], columns)
+
+
+def test_a_function_cannot_change_what_another_one_sees():
+    seen = {}
+
+    def spoils(prompts, completions, answer):
+        completions[:] = [r"\boxed{0}"] * 3
+        answer.clear()
+        done.set()
+        return [0.0] * 3
+
+    def reads(prompts, completions, answer):
+        done.wait(9)
+        seen.update(completions=completions, answer=answer)
+        return [1.0] * 3
+
+    done = threading.Event()
+    score([spoils, reads])
+    assert seen == {"completions": COMPLETIONS, "answer": ["2", "4", "6"]}
+
+
+class Sized:
+    """Says that it has `length` values and gives others."""
+
+    def __init__(self, length, values):
+        self.length, self.given = length, values
+
+    def __len__(self):
+        if isinstance(self.length, Exception):
+            raise self.length
+        return self.length
+
+    def __iter__(self):
+        if isinstance(self.given, Exception):
+            raise self.given
+        return iter(self.given)
+
+
+class Odd:
+    def __float__(self):
+        raise ZeroDivisionError("odd")
+
+
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        (np.array(1.0), "returned ndarray, not 3 values"),
+        (np.float32(1.0), "returned float32, not 3 values"),
+        (jnp.array(1.0), "returned ArrayImpl, not 3 values"),
+        (Sized(3, [1.0, 2.0]), "says it has 3 values and gives 2"),
+        (Sized(3, itertools.count()), "says it has 3 values and gives more"),
+        (Sized(2, [1.0] * 3), "returned 2 values for 3 completions"),
+        (iter([1.0] * 3), "not 3 values"),
+    ],
+)
+def test_a_length_that_lies_is_refused(returned, message):
+    with pytest.raises(GrpoError, match=f"reward odd: .*{message}") as caught:
+        score([good, named("odd", returned)])
+    assert "\n" not in str(caught.value)
+
+
+def named(name, returned):
+    def function(prompts, completions, **columns):
+        return returned
+
+    function.__name__ = name
+    return function
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [Sized(ZeroDivisionError("odd"), []), Sized(3, ZeroDivisionError("odd"))],
+    ids=["len", "iter"],
+)
+def test_a_result_that_raises_is_a_function_that_raises(returned, caplog):
+    out = score([good, named("odd", returned)])
+    assert out.errors == {"good": 0, "odd": 1} and out.failures["odd"] == 3
+    np.testing.assert_array_equal(out.rewards, [1, 2, 3])
+    assert "reward odd: ZeroDivisionError: odd" in caplog.text
+
+
+def test_values_that_raise_or_are_too_large_are_no_values():
+    huge = [3e38, 10**400, -1e16, 1e15]
+    for value, expected in zip([Odd(), *huge], [np.nan] * 4 + [1e15], strict=True):
+        out = score([named("odd", [value, 1.0, np.array(2.0)])])
+        np.testing.assert_array_equal(
+            out.by_function["odd"], np.array([expected, 1, 2], np.float32)
+        )
+        assert out.failures == {"odd": int(np.isnan(expected))}
+
+
+def test_a_sum_that_float32_cannot_square_is_refused():
+    """Two of 3e38 came to infinity, which the advantages took for "not scored"."""
+    functions = [named(name, [0.0, 9e14, 1.0]) for name in ("one", "two")]
+    with pytest.raises(GrpoError, match=r"sum of one, two is 1\.8e\+15 for sample 1"):
+        score(functions)
+    with pytest.raises(GrpoError, match="beyond"):
+        score([good], [1e20])
+    with pytest.raises(GrpoError, match="not all finite"):
+        score([good, good], [1.0, float("nan")])
+    most = np.full(1024, rewards.LARGEST, np.float32)
+    most[::2] *= -1
+    with jax.debug_nans(True):
+        advantages = group_advantages(jnp.asarray(most), 1024)
+    np.testing.assert_allclose(np.abs(advantages), 1, rtol=1e-3)
+
+
+def test_a_function_that_never_has_a_value_is_refused_with_the_counts():
+    def shy(prompts, completions, **columns):
+        return [None] * 3
+
+    calls = rewards.Calls()
+    for _ in range(9):
+        out = score([good, shy], calls=calls)
+        assert out.failures == {"good": 0, "shy": 3}
+    with pytest.raises(GrpoError, match="reward shy: .* all 30 samples .* 10 calls"):
+        score([good, shy], calls=calls)
+
+    def once(prompts, completions, **columns):
+        return [None, None, 1.0 if len(seen) == 5 else None]
+
+    calls, seen = rewards.Calls(), []
+    for i in range(14):
+        seen.append(i)
+        score([once], calls=calls)  # the fifth call's value starts the count again
+    with pytest.raises(GrpoError, match="30 samples"):
+        score([once], calls=calls)
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), float("nan"), 0.0, -1.0, 1e300])
+def test_a_timeout_that_nobody_can_wait_for_is_refused(timeout):
+    with pytest.raises(GrpoError, match="timeout .* is no number of seconds"):
+        score([good], timeout=timeout)
+
+
+def test_a_function_that_cancels_itself_has_raised():
+    async def gone(prompts, completions, **columns):
+        raise asyncio.CancelledError
+
+    out = score([good, gone])
+    assert out.errors["gone"] == 1 and np.isnan(out.by_function["gone"]).all()

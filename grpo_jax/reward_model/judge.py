@@ -20,6 +20,7 @@ from grpo_jax import hosts, sharding
 from grpo_jax.config import reward_names
 from grpo_jax.credit import Output
 from grpo_jax.data import Batches, Example
+from grpo_jax.errors import GrpoError
 from grpo_jax.methods import METHODS
 from grpo_jax.model import Params
 from grpo_jax.recorder import progress
@@ -87,8 +88,8 @@ class Judges:
             micro_rows=o.micro_rows,
             shared=o,
         )
-        if self.needed and r.labels:  # refused here, before any training
-            self._of_file()
+        if self.needed:  # refused here, before any training
+            self._check(own.get("iterations", 1))
 
     def __call__(self, iteration: int, policy: Params | None) -> Judge | None:
         """The reward model of an iteration, trained on outputs of that policy."""
@@ -111,6 +112,43 @@ class Judges:
             self.settings,
             seed=self.run.config.seed + iteration,
         )
+
+    def _check(self, iterations: int) -> None:
+        """Refuses what is known to be too few labels, or too long for a row."""
+        config, r = self.run.config, self.run.config.reward_model
+        row = self.settings.row_length
+        if not r.labels or iterations > 1:
+            size = min(r.questions, len(self.questions))
+            if size * r.samples < r.batch_size:
+                raise GrpoError(
+                    f"config.reward_model.batch_size: {r.batch_size}, but {size} "
+                    f"questions with {r.samples} output(s) each are fewer; lower it, "
+                    "or raise reward_model.samples"
+                )
+            # One position more than the policy needs: the last token is scored too.
+            longest = max(len(ids) for _, ids in self.questions) + config.max_new_tokens
+            if longest > row:
+                raise GrpoError(
+                    f"config.optimizer.row_length: {row}; the longest prompt and an "
+                    f"output of {config.max_new_tokens} take {longest} in the reward "
+                    "model; raise it, or set 0"
+                )
+        if not r.labels:
+            return
+        items = self._of_file()
+        if len(items) < r.batch_size:
+            raise GrpoError(
+                f"config.reward_model.batch_size: {r.batch_size}, but {r.labels} has "
+                f"{len(items)} sequences; lower it"
+            )
+        longest = max(len(item.tokens) for item in items)
+        if longest > row:
+            own = config.optimizer.row_length
+            field = "optimizer.row_length" if own else "max_new_tokens"
+            raise GrpoError(
+                f"{r.labels}: a sequence of {longest} tokens fits no row of {row}; "
+                f"raise config.{field}"
+            )
 
     def _labels(self, iteration: int, policy: Params) -> list[Labelled]:
         """The iteration's own, and a share of those before it."""

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from grpo_jax import sharding
+from grpo_jax.arguments import check_token_ids, check_whole
 from grpo_jax.model import Decoder, Params
 from grpo_jax.packing import Batch, Sample, pack, unpack
 from grpo_jax.reward_model.losses import reward_loss
@@ -160,8 +161,13 @@ def score_samples(
     """
     if not sequences:
         return []
+    vocab_size = model.decoder.config.vocab_size
+    check_token_ids("score_samples", sequences, vocab_size, what="sequence")
+    check_whole("score_samples", length=length, rows=rows)
+    capacity = -(-len(sequences) // rows) if capacity is None else capacity
+    check_whole("score_samples", capacity=capacity)
     samples = [reward_sample(tokens) for tokens in sequences]
     batch = pack(samples, length=length, rows=rows)
-    batch = place(batch.with_capacity(capacity or -(-len(samples) // rows)))
+    batch = place(batch.with_capacity(capacity))
     scores = make_reward_scorer(model)(params, batch)
     return unpack(sharding.to_hosts(scores), samples)
