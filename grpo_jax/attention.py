@@ -227,7 +227,8 @@ def on_each_device(
     """
     mesh = jax.sharding.get_abstract_mesh()
     ours = set(sharding.AXES) <= set(mesh.axis_names)
-    if not ours or mesh.size == 1 or not sharding.free(mesh):
+    one_device = mesh.size == 1 and not mesh.manual_axes
+    if not ours or one_device or not sharding.free(mesh):
         return kernel(q, k, v, rows)
     batch = None if q.shape[0] % sharding.rows_multiple(mesh) else sharding.BATCH[0]
     heads = None if k.shape[2] % sharding.size_of(mesh, "tensor") else "tensor"
