@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax import sharding
 from grpo_jax.block_attention import BLOCK, block_attention
 from grpo_jax.packing import PROMPT
+from grpo_jax.products import einsum
 from grpo_jax.sharding import platform
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(q k / √H) v over the allowed positions, in float32 inside."""
     q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    scores = einsum("BTKGH,BSKH->BKGTS", q, k)
     scores = jnp.where(allowed[:, None, None], scores / math.sqrt(q.shape[-1]), -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
