@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,8 +28,10 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax import sharding
 from grpo_jax.block_attention import BLOCK, block_attention
 from grpo_jax.packing import PROMPT
+from grpo_jax.products import einsum
 from grpo_jax.sharding import platform
 
+log = logging.getLogger(__name__)
 LANES = 128  # a TPU's: the least block
 TPU_BLOCK = 512  # positions of a block on TPU
 
@@ -105,7 +108,7 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(q k / √H) v over the allowed positions, in float32 inside."""
     q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    scores = einsum("BTKGH,BSKH->BKGTS", q, k)
     scores = jnp.where(allowed[:, None, None], scores / math.sqrt(q.shape[-1]), -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
@@ -119,12 +122,26 @@ def attend(
     rows: Rows,
 ) -> Float[Array, "B T N H"]:
     """`attention(q, k, v, rows.allowed())`, by the platform's way of computing it."""
-    where = platform()
+    kernel, where = in_blocks, platform()
     if where == "tpu" and q.shape[1] >= LANES:
-        return on_each_device(splash, q, k, v, rows)
+        kernel = splash
     if where == "gpu" and cudnn_takes(q):
-        return on_each_device(cudnn, q, k, v, rows)
-    return on_each_device(in_blocks, q, k, v, rows)
+        kernel = cudnn
+    if kernel is not in_blocks and not sharding.layout_is_known():
+        say_no_kernel(where, jax.device_count())
+        kernel = in_blocks
+    return on_each_device(kernel, q, k, v, rows)
+
+
+@functools.cache
+def say_no_kernel(where: str, devices: int) -> None:
+    """Warns once that attention is slow, and how to make it fast."""
+    log.warning(
+        "attention: %d %s devices and no mesh, so its fast kernel is not used; run "
+        "under jax.set_mesh(grpo_jax.sharding.make_mesh(devices=…))",
+        devices,
+        where.upper(),
+    )
 
 
 def in_blocks(
@@ -204,9 +221,15 @@ def cudnn(
 def on_each_device(
     kernel: Callable[..., Array], q: Array, k: Array, v: Array, rows: Rows
 ) -> Float[Array, "B T N H"]:
-    """The kernel on each device's rows and heads: XLA cannot split what is in it."""
-    mesh = sharding.mesh_in_use()
-    if mesh is None:
+    """The kernel on each device's rows and heads: XLA cannot split what is in it.
+
+    Inside a shard_map the axes that it leaves are mapped over even if their size is 1:
+    a kernel for TPUs is refused as long as any axis is XLA's to split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = set(sharding.AXES) <= set(mesh.axis_names)
+    one_device = mesh.size == 1 and not mesh.manual_axes
+    if not ours or one_device or not sharding.free(mesh):
         return kernel(q, k, v, rows)
     batch = None if q.shape[0] % sharding.rows_multiple(mesh) else sharding.BATCH[0]
     heads = None if k.shape[2] % sharding.size_of(mesh, "tensor") else "tensor"

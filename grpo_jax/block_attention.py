@@ -16,13 +16,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from grpo_jax import cpu_kernels
+from grpo_jax.products import einsum
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from grpo_jax.attention import Rows
 
 BLOCK = 64  # t and s
-_F32: Any = dict(preferred_element_type=jnp.float32)
 
 
 @functools.partial(
@@ -103,7 +103,7 @@ def _scores(q: Array, k: Array, rows: Rows, pairs: Pairs, n: Array, size: int):
     mine, theirs = row * blocks + i, row * blocks + j
     here = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, row), rows)
     allowed = here.allowed(i * size, size, j * size, size)[0]  # [t, s]
-    scores = jnp.einsum("KMH,KsH->KMs", _take(q, mine), _take(k, theirs), **_F32)
+    scores = einsum("KMH,KsH->KMs", _take(q, mine), _take(k, theirs))
     scores = scores.reshape(scores.shape[0], -1, size, size) / math.sqrt(q.shape[-1])
     scores = jnp.where(allowed[None, None], scores, -1e30)
     return scores.reshape(scores.shape[0], -1, size), mine, theirs
@@ -125,9 +125,7 @@ def _forward(q, k, v, rows, pairs, size):
         top, total, out = (_take(x, mine) for x in carry)
         now = jnp.maximum(top, scores.max(-1, keepdims=True))
         weights, fade = jnp.exp(scores - now), jnp.exp(top - now)
-        more = jnp.einsum(
-            "KMs,KsH->KMH", weights.astype(v.dtype), _take(v, theirs), **_F32
-        )
+        more = einsum("KMs,KsH->KMH", weights.astype(v.dtype), _take(v, theirs))
         new = (
             now,
             total * fade + weights.sum(-1, keepdims=True),
@@ -159,12 +157,12 @@ def _backward(size, saved, d_out):
         scores, mine, theirs = _scores(q, k, rows, pairs, n, size)
         weights = jnp.exp(scores - _take(log_total, mine))
         here = _take(d_out, mine)
-        d_weights = jnp.einsum("KMH,KsH->KMs", here, _take(v, theirs), **_F32)
+        d_weights = einsum("KMH,KsH->KMs", here, _take(v, theirs))
         d_scores = weights * (d_weights - _take(inner, mine))
         d_scores = (d_scores / math.sqrt(q.shape[-1])).astype(q.dtype)
-        d_v_here = jnp.einsum("KMs,KMH->KsH", weights.astype(v.dtype), here, **_F32)
-        d_k_here = jnp.einsum("KMs,KMH->KsH", d_scores, _take(q, mine), **_F32)
-        d_q_here = jnp.einsum("KMs,KsH->KMH", d_scores, _take(k, theirs), **_F32)
+        d_v_here = einsum("KMs,KMH->KsH", weights.astype(v.dtype), here)
+        d_k_here = einsum("KMs,KMH->KsH", d_scores, _take(q, mine))
+        d_q_here = einsum("KMs,KsH->KMH", d_scores, _take(k, theirs))
         return (
             _add(d_q, d_q_here, mine),
             _add(d_k, d_k_here, theirs),

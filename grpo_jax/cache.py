@@ -26,9 +26,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax import sharding
+from grpo_jax.products import einsum
 
 TOGETHER = 8  # R at most: rows of a prompt whose scores are one matrix product
-_F32: Any = dict(preferred_element_type=jnp.float32)
 Pair = tuple[Array, Array]  # keys and values
 
 
@@ -138,7 +138,7 @@ def of_prefix(
         mine = mine.swapaxes(1, 2).reshape(size, kv_heads, together * groups, head_dim)
 
         keys, values = (x[prompts].astype(q.dtype) for x in layer)
-        scores = jnp.einsum("EKHS,EKMH->EKMS", keys, mine, **_F32)
+        scores = einsum("EKHS,EKMH->EKMS", keys, mine)
         scores = scores.reshape(size, kv_heads, together, groups, -1)
         seen = step[None, None] < lengths[prompts][:, None, None]  # [e, R, S]
         if window is not None:
@@ -149,7 +149,7 @@ def of_prefix(
         top = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - top)
         flat = weights.reshape(size, kv_heads, together * groups, -1).astype(q.dtype)
-        out = jnp.einsum("EKMS,EKSH->EKMH", flat, values, **_F32)
+        out = einsum("EKMS,EKSH->EKMH", flat, values)
         found = (top, weights.sum(-1, keepdims=True), out.reshape(*top.shape[:4], -1))
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(
@@ -186,14 +186,14 @@ def attend(
         seen = places >= 0  # [W, B]
         if window is not None:
             seen &= cache.position[:, None] - places < window
-        scores = jnp.einsum("WKGH,WKHB->WKGB", q, keys.astype(q.dtype), **_F32)
+        scores = einsum("WKGH,WKHB->WKGB", q, keys.astype(q.dtype))
         scores = scores / math.sqrt(q.shape[-1])
         scores = jnp.where(seen[:, None, None], scores, -1e30)
         now = jnp.maximum(top, scores.max(-1, keepdims=True))
         weights, fade = jnp.exp(scores - now), jnp.exp(top - now)
         total = total * fade + weights.sum(-1, keepdims=True)
         weights, values = weights.astype(q.dtype), values.astype(q.dtype)
-        taken = jnp.einsum("WKGB,WKBH->WKGH", weights, values, **_F32)
+        taken = einsum("WKGB,WKBH->WKGH", weights, values)
         return now, total, out * fade + taken
 
     *others, last = blocks

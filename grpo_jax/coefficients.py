@@ -123,5 +123,5 @@ def gradient_coefficient(
         return gc
     if ref_logps is None:
         raise ValueError("ref_logps is None: pass log π_ref, or kl_coef=0.0")
-    from_ref = jnp.exp(jnp.minimum(clean(ref_logps) - logp, _MAX_EXPONENT))
-    return gc + kl_coef * clean(from_ref - 1)
+    from_ref = jnp.expm1(jnp.minimum(clean(ref_logps) - logp, _MAX_EXPONENT))
+    return gc + kl_coef * clean(from_ref)

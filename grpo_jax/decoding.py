@@ -30,9 +30,8 @@ from grpo_jax.cache import (
     seeing,
 )
 from grpo_jax.model import Decoder, Params, few_rows
+from grpo_jax.products import widened
 from grpo_jax.sampling import Sampling
-
-_F32: Any = dict(preferred_element_type=jnp.float32)
 
 
 @functools.partial(
@@ -171,7 +170,8 @@ def decode(
             x, blocks = model.block(layer, x, rotation, look, product)
             new.append(blocks)
         hidden = model.finish(params, x)[:, 0]
-        logits = product(model.unembed(params).T, hidden, **_F32)
+        factors = widened(model.unembed(params).T, hidden)
+        logits = product(*factors, preferred_element_type=jnp.float32)
         # A matrix split by vocabulary gives each device some logits of every row; the
         # draw takes all logits of some rows. Said in two steps: logits travel then, and
         # not the matrix.

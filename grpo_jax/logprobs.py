@@ -203,9 +203,11 @@ def _forward(hidden, table, targets, temperature, tiles):
             h, y, top, total, moment, at_target = inputs
             z = tiles.logits(h, rows, temperature, number)
             now = jnp.maximum(top, z.max(-1))
-            exp, fade = jnp.exp(z - now[:, None]), jnp.exp(top - now)
+            below, fade = z - now[:, None], jnp.exp(top - now)
+            exp = jnp.exp(below)
+            # Σ e^(z - top) (z - top): of z itself large logits would leave no digits.
+            moment = (moment + total * (top - now)) * fade + (exp * below).sum(-1)
             total = total * fade + exp.sum(-1)
-            moment = moment * fade + (exp * z).sum(-1)
             index = tiles.index(y, number)
             found = jnp.take_along_axis(z, jnp.maximum(index, 0)[:, None], -1)[:, 0]
             at_target = jnp.where(index >= 0, found, at_target)
@@ -217,7 +219,7 @@ def _forward(hidden, table, targets, temperature, tiles):
     sums = (zero - 1e30, zero, zero, zero)
     top, total, moment, at_target = jax.lax.fori_loop(0, tiles.count, add, sums)
     log_total = jnp.log(total)
-    entropy = log_total - (moment / total - top)
+    entropy = log_total - moment / total
     # In this order: top + log_total would lose the digits of large logits.
     logps = (at_target - top) - log_total
     logps, entropy, *sums = (

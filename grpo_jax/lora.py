@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.errors import GrpoError
+from grpo_jax.products import widened
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -141,6 +142,7 @@ def merge_matrix(
     lora: Lora, w: Float[Array, "*L F D"], a: Float[Array, "*L R D"], b: Array
 ) -> Float[Array, "*L F D"]:
     """W + α/r · B A of one layer or of all."""
+    a, b = widened(a, b)
     product = jnp.matmul(b, a, precision="highest", preferred_element_type=jnp.float32)
     return (w.astype(jnp.float32) + lora.scale(a) * product).astype(w.dtype)
 

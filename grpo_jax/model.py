@@ -28,7 +28,7 @@ from grpo_jax.arguments import check_choice, check_whole
 from grpo_jax.attention import Rows
 from grpo_jax.errors import GrpoError
 from grpo_jax.lora import A, B, Lora
-from grpo_jax.products import KEPT, linear
+from grpo_jax.products import KEPT, einsum, linear
 
 Params = dict[str, Any]
 _INPUT = "layer_input"
@@ -349,12 +349,7 @@ class Decoder:
         return self.project(params, hidden)
 
     def project(self, params: Params, hidden: Array) -> Float[Array, "... V"]:
-        return jnp.einsum(
-            "...D,DV->...V",
-            hidden,
-            self.unembed(params),
-            preferred_element_type=jnp.float32,
-        )
+        return einsum("...D,DV->...V", hidden, self.unembed(params))
 
 
 def is_vector(path: str) -> bool:

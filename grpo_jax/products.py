@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from grpo_jax import cpu_kernels
+from grpo_jax import cpu_kernels, sharding
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -53,7 +53,28 @@ def product(
     if _by_tiles(a, b, m, n, k):
         return cpu_kernels.product(a, b, a_along, b_along)
     axes = f"{'MK' if a_along else 'KM'},{'NK' if b_along else 'KN'}->MN"
-    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
+    return einsum(axes, a, b)
+
+
+def einsum(axes: str, a: Array, b: Array) -> Array:
+    """`jnp.einsum` of two factors with float32 sums and a float32 result.
+
+    >>> einsum("D,D->", jnp.full(3, 256, jnp.bfloat16), jnp.ones(3, jnp.bfloat16))
+    Array(768., dtype=float32)
+    """
+    return jnp.einsum(axes, *widened(a, b), preferred_element_type=jnp.float32)
+
+
+def widened(*factors: Array) -> tuple[Array, ...]:
+    """Factors of a product whose result is float32: on a CPU they are float32 too.
+
+    XLA's CPU code multiplies bfloat16 into float32 for some layouts of the factors and
+    fails for others, and which layouts they get is its own choice. Products of two
+    bfloat16 numbers are exact in float32, so widening changes the order of sums alone.
+    """
+    if sharding.platform() != "cpu":
+        return factors
+    return tuple(x.astype(jnp.promote_types(x, jnp.float32)) for x in factors)
 
 
 def _by_tiles(a: Array, b: Array, *sizes: int) -> bool:

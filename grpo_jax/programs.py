@@ -30,7 +30,7 @@ from grpo_jax.objectives import (
 from grpo_jax.packing import Batch, Sample, fitting_length, pack
 from grpo_jax.reward_model.model import RewardModel, make_reward_scorer
 from grpo_jax.tools import most_tokens
-from grpo_jax.update import make_scorer, make_step
+from grpo_jax.update import has_advantages, has_tokens, make_scorer, make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +99,6 @@ def make_objective(config: Config, model: Decoder) -> Objective:
             **options,
         )
     return grpo_objective(model, temperature=temperature, **options)
-
-
-def has_tokens(batch: Batch) -> jax.Array:
-    return batch.mask.any()
-
-
-def has_advantages(batch: Batch) -> jax.Array:
-    return (batch.mask & (batch.advantages != 0)).any()
 
 
 class Layout:

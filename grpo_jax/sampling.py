@@ -62,8 +62,8 @@ class Sampling:
         """
         if self.temperature == 0:
             token = logits.argmax(-1).astype(jnp.int32)
-            best = jnp.take_along_axis(logits, token[:, None], 1)[:, 0]
-            return token, best - jax.nn.logsumexp(logits, axis=-1)
+            best = jnp.take_along_axis(logits, token[:, None], 1)
+            return token, -jnp.log(jnp.exp(logits - best).sum(-1))
         return draw(logits, keys, turns, self.temperature, self.keep)
 
     def keep(self, weights: Float[Array, "N V"]) -> Float[Array, "N V"]:

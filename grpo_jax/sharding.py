@@ -165,16 +165,23 @@ def mesh_in_use() -> AbstractMesh | None:
 
 
 def platform() -> str:
-    """Whose kernels may be used: "gpu", "tpu", or else "cpu", which has none.
+    """The devices that this program is compiled for: "cpu", "gpu" or "tpu".
 
     The mesh in use knows, also where the machine that compiles has no such devices.
     `jax.lax.platform_dependent` would trace every way on every platform, and cuDNN's
     refuses to be traced without cuDNN; under `grad` it keeps what each would need.
     """
-    if mesh_in_use() is None and not alone():
-        return "cpu"  # who knows how arrays are spread? XLA can split what is its own
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
+
+
+def layout_is_known() -> bool:
+    """Whether it is known on which devices this program's arrays lie.
+
+    Not where there are several devices and `jax.set_mesh` has set none of our meshes.
+    Only XLA's own operations can be used then: it can split them, but no kernel.
+    """
+    return mesh_in_use() is not None or alone()
 
 
 def alone() -> bool:

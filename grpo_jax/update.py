@@ -217,14 +217,29 @@ def accumulate(
         return jax.lax.fori_loop(0, batch.used, add, zero)
 
 
+def has_tokens(batch: Batch) -> Array:
+    """Whether any token is in the loss."""
+    return batch.mask.any()
+
+
+def has_advantages(batch: Batch) -> Array:
+    """Whether any of them has an advantage that is not 0."""
+    return (batch.mask & (batch.advantages != 0)).any()
+
+
 def make_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
-    has_signal: Callable[[Batch], Array] = lambda batch: batch.mask.any(),
+    has_signal: Callable[[Batch], Array] = has_tokens,
     state_shardings: Any = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
-    """Compile an objective into (state, reference, batch) → (state, metrics)."""
+    """Compile an objective into (state, reference, batch) → (state, metrics).
+
+    Args:
+      has_signal: whether a batch has any gradient; where not, the state is left alone.
+        `has_advantages` is for losses that are proportional to the advantages.
+    """
 
     def step(state: TrainState, reference: Any, batch: Batch):
         gradients, metrics = accumulate(objective, state.params, reference, batch)
@@ -272,8 +287,9 @@ def make_grpo_step(
         or (hidden [B, T, D], unembed [D, V]).
       optimizer: any optax transformation.
       state_shardings: the state's shardings on a mesh, kept by the step.
-      kl_coef: β; at 0 there is no reference pass, and a batch whose advantages are all
-        0 leaves the state alone (AdamW would move on zero gradients).
+      kl_coef: β; at 0 there is no reference pass. If entropy_coef is 0 as well, a batch
+        whose advantages are all 0 leaves the state alone (AdamW would move on zero
+        gradients).
       options: temperature, and those of `grpo_loss`.
 
     Returns:
@@ -298,15 +314,11 @@ def make_grpo_step(
     """
 
     _check_options(apply, kl_coef, options)
-
-    def has_signal(batch: Batch) -> Array:
-        tokens = batch.mask if kl_coef else batch.mask & (batch.advantages != 0)
-        return tokens.any()
-
+    other_terms = bool(kl_coef or options.get("entropy_coef"))
     return make_step(
         grpo_objective(apply, kl_coef=kl_coef, **options),
         optimizer,
-        has_signal=has_signal,
+        has_signal=has_tokens if other_terms else has_advantages,
         state_shardings=state_shardings,
     )
 

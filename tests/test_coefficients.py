@@ -240,6 +240,15 @@ def test_extremes_are_finite(x64):
     np.testing.assert_allclose(gc, [[-1, math.exp(20) - 1]], rtol=1e-6)
 
 
+def test_near_the_reference_the_coefficient_keeps_its_digits():
+    """β (π_ref/π_θ - 1) where the two differ by little, against float64."""
+    logps, ref = jnp.full((1, 3), -0.5), jnp.array([[-0.5 + 1e-4, -0.5 - 1e-6, -0.5]])
+    options: dict = dict(advantages=jnp.zeros((1, 3)), ref_logps=ref, kl_coef=1.0)
+    gc = gradient_coefficient("grpo", logps, jnp.ones((1, 3)), **options)
+    difference = np.asarray(ref, np.float64) - np.asarray(logps, np.float64)
+    np.testing.assert_allclose(gc, np.expm1(difference), rtol=1e-6)
+
+
 def test_jit_and_vmap():
     rng = np.random.default_rng(0)
     logps, ref = rng.normal(-1, 1, (2, 3, 4, 5))

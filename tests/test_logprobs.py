@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from grpo_jax.logprobs import logprobs_from_logits, token_logprobs
+from grpo_jax.sampling import Sampling
 
 D, V = 8, 29
 
@@ -209,16 +210,35 @@ def test_shard_map(check_vma):
     assert_close((outputs, slopes[:2]), (expected, theirs[:2]))
 
 
-def test_large_logits_keep_their_digits():
-    """Logits near 1e4 that differ by less than 1, in steps that float32 can hold."""
-    hidden = 1e4 + jnp.round(jax.random.uniform(jax.random.key(0), (6, V)) * 64) / 64
-    x = (hidden, jnp.eye(V), jnp.arange(6))
-    (logps, entropy), slopes = ours(*x)
+@pytest.mark.parametrize("tile", [V, 8], ids=["at once", "in tiles"])
+@pytest.mark.parametrize("offset", [0, 1e3, -1e3, 1e4])
+def test_an_offset_of_all_logits_costs_no_digits(offset, tile, monkeypatch):
+    """In steps that float32 can hold at the offset; the first of D is what adds it."""
+    monkeypatch.setattr("grpo_jax.logprobs._TILE", {"cpu": tile})
+
+    def grid(seed, shape):
+        return jnp.round(jax.random.normal(jax.random.key(seed), shape) * 8) / 8
+
+    hidden = grid(0, (40, D)).at[:, 0].set(1.0)
+    unembed = grid(1, (D, V)).at[0].set(offset)
+    x = (hidden, unembed, jax.random.randint(jax.random.key(2), (40,), 0, V))
+    fresh = functools.partial(token_logprobs)  # not in jit's cache yet
+    (logps, entropy), slopes = ours(*x, f=fresh)
     expected, theirs = plain(*x)
     np.testing.assert_allclose(logps, expected[0], rtol=1e-6)
-    last = np.spacing(np.float32(1e4))  # the entropy may lose a few of these
-    np.testing.assert_allclose(entropy, expected[1], atol=4 * last)
-    np.testing.assert_allclose(slopes[0], theirs[0], atol=last)
+    np.testing.assert_allclose(entropy, expected[1], atol=1e-6)
+    np.testing.assert_allclose(slopes[0][:, 1:], theirs[0][:, 1:], atol=2e-6)
+    # Σ_v ∂/∂z_v is 0; rounded, and then multiplied by the offset.
+    np.testing.assert_allclose(slopes[0][:, 0], 0, atol=1e-6 * max(1, abs(offset)))
+    np.testing.assert_allclose(slopes[1], theirs[1], atol=2e-6)
+    np.testing.assert_allclose(slopes[2], theirs[2], rtol=2e-6)
+    whole = logprobs_from_logits(hidden @ unembed, x[2])
+    np.testing.assert_allclose(whole[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(whole[1], expected[1], atol=2e-6)
+    keys, turns = jax.random.split(jax.random.key(0), 40), jnp.zeros(40, int)
+    greedy, logp = Sampling(temperature=0)(hidden @ unembed, keys, turns)
+    best, _ = plain(hidden, unembed, greedy)
+    np.testing.assert_allclose(logp, best[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1e4, 1e30])

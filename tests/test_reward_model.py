@@ -72,6 +72,23 @@ def test_cross_entropy_by_hand():
     assert float(metrics["num_tokens"]) == 3
 
 
+def test_a_sure_score_keeps_the_digits_of_its_small_cost():
+    """-log σ(s) and its gradient, of both signs, against float64."""
+    scores = np.array([[4.0, 9.0, 17.0, 40.0, -4.0, -9.0, -17.0, -40.0]])
+    labels = (scores > 0).astype(float)
+
+    def costs(scores):
+        each = jax.vmap(lambda s, y: reward_loss(s, y, jnp.ones((1, 1)))[0])
+        return each(scores.T[:, None], jnp.asarray(labels, jnp.float32).T[:, None])
+
+    given = jnp.asarray(scores, jnp.float32)
+    rare = np.exp(-np.abs(scores[0]))
+    np.testing.assert_allclose(costs(given), np.log1p(rare), rtol=1e-6)
+    slopes = jax.grad(lambda s: costs(s).sum())(given)[0]
+    expected = -np.sign(scores[0]) * rare / (1 + rare)
+    np.testing.assert_allclose(slopes, expected, rtol=1e-6)
+
+
 def test_its_gradient_is_the_error_at_the_marks_alone():
     """∂loss/∂s = (σ(s) - y) / n; what is masked may be NaN, a score enormous."""
     scores = jnp.array([[jnp.nan, 1e4, -1e4, 0.0], [0.0, jnp.inf, 1.0, jnp.nan]])

@@ -210,6 +210,32 @@ def test_groups_without_a_difference_move_nothing_unless_kl_does(kl_coef, moves)
     assert not all(same) if moves else all(same)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kl_coef=0.0),
+        dict(kl_coef=0.0, surrogate="cispo", clip_high=5.0),
+        dict(kl_coef=0.0, entropy_coef=0.1),
+        dict(kl_coef=0.1, kl_estimator="k3_unbiased", aggregate="token_mean"),
+    ],
+    ids=str,
+)
+def test_the_step_knows_every_term_that_has_a_gradient(options):
+    """With all advantages 0 it moves if and only if the loss has a gradient."""
+    tied = pack(make_samples(zero=True), length=40)
+    gradient = jax.jit(accumulate, static_argnums=0)
+    gradients, _ = gradient(grpo_objective(MODEL, **options), PARAMS, REFERENCE, tied)
+    slope = float(optax.tree.norm(gradients))
+    optimizer = optax.sgd(0.1)
+    step = make_grpo_step(MODEL, optimizer, **options)
+    state, metrics = step(fresh(optimizer), REFERENCE, tied)
+    moved = jax.tree.map(lambda a, b: a - b, state.params, PARAMS)
+    distance = float(optax.tree.norm(moved))
+    assert distance == pytest.approx(0.1 * slope, rel=1e-3, abs=0)
+    assert metrics["update/no_signal"] == (slope == 0)
+    assert (slope > 0) == bool(options["kl_coef"] or "entropy_coef" in options)
+
+
 def test_one_program_serves_every_filling_of_a_batch():
     optimizer = optax.sgd(0.1)
     step = make_grpo_step(MODEL, optimizer, kl_coef=0.0)

@@ -62,8 +62,10 @@ def reward_loss(
     y = jnp.where(valid, labels.astype(dtype), 0)
     count = jnp.maximum(m.sum(), 1)
     divisor = count if normalizer is None else jnp.maximum(normalizer, 1)
-    # -y log σ(s) - (1 - y) log σ(-s) = log(1 + e^s) - y s
-    loss = (m * (jax.nn.softplus(s) - y * s)).sum() / divisor
+    # -y log σ(s) - (1 - y) log σ(-s); as log(1 + e^s) - y s it would lose its digits
+    # where the model is sure.
+    loss = (m * (y * jax.nn.softplus(-s) + (1 - y) * jax.nn.softplus(s))).sum()
+    loss = loss / divisor
     metrics = {
         "accuracy": (m * ((s > 0) == (y > 0.5))).sum() / count,
         "score": (m * s).sum() / count,

@@ -27,6 +27,7 @@ from grpo_jax import sharding
 from grpo_jax.arguments import check_token_ids, check_whole
 from grpo_jax.model import Decoder, Params
 from grpo_jax.packing import Batch, Sample, pack, unpack
+from grpo_jax.products import einsum
 from grpo_jax.reward_model.losses import reward_loss
 from grpo_jax.update import Metrics, Objective
 
@@ -73,9 +74,7 @@ class RewardModel:
             params, tokens, mask=mask, positions=positions, segment_ids=segment_ids
         )
         head = params["head"].astype(hidden.dtype)
-        scores = jnp.einsum(
-            "BTD,D->BT", hidden, head, preferred_element_type=jnp.float32
-        )
+        scores = einsum("BTD,D->BT", hidden, head)
         return scores + params["head_bias"].astype(jnp.float32).reshape(1, 1)
 
 
