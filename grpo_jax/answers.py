@@ -30,7 +30,9 @@ MAX_MEMBERS = 64  # of a list
 
 _BEGINNING = re.compile(r"(-?)(\d*\.\d{5,})\\ldots")
 _GOES_ON = re.compile(r"\.\d+\\ldots")
-_PLAIN = re.compile(r"(-?)\\?\$?((?:\d{1,3}(?:,\d{3})+|\d{1,30})(?:\.\d{1,11})?)\.?")
+_PLAIN = re.compile(
+    r"(-?)(?:\\?\$)?((?:\d{1,3}(?:,\d{3})+|\d{1,30})(?:\.\d{1,11})?)\.?"
+)
 
 
 class Undecided(Exception):
@@ -228,7 +230,7 @@ def compare(prediction: str, reference: str, numbers: Exact) -> bool:
         return bool(reference)
     if max(len(prediction), len(reference)) > MAX_CHARS:
         return False
-    numerals = [_PLAIN.fullmatch(text) for text in (prediction, reference)]
+    numerals = [_PLAIN.fullmatch(text.strip("$")) for text in (prediction, reference)]
     if numerals[0] and numerals[1]:  # most of GSM8K
         x, y = (Fraction(m[1] + m[2].replace(",", "")) for m in numerals if m)
         return x == y

@@ -174,6 +174,8 @@ SHIFTS = 3  # of its integer, by which two families may differ
 
 
 def _family(text: str) -> Node | None:
+    if not re.search(r"\\in(?![a-z])|\\text|\\pm", text):
+        return None
     found = _DOMAIN.search(text)
     if not found or not found.start():
         return None
@@ -262,6 +264,8 @@ _SIDES = re.compile(r"\\(?:le|ge|ne)(?![a-z])|[<>=]")
 
 def join_thousands(text: str) -> str:
     """12,345 outside brackets is one number."""
+    if "," not in text:
+        return text
     joined, last = "", 0
     for match in outside(text, _THOUSANDS):
         joined += text[last : match.start()] + match.group().replace(",", "")
@@ -282,7 +286,7 @@ def _matrix(text: str) -> Node | None:
         if row.kind == "tuple" and closes(listed[1]):
             cells = tuple(Node("tuple", "", (item,), "[]") for item in row.items)
             return Node("matrix", text, cells)
-    found = _MATRIX.fullmatch(text)
+    found = r"\begin" in text and _MATRIX.fullmatch(text)
     if not found or r"\begin" in found[1] + found[3]:
         return None
     factor, name, body, transposed = found.groups()
