@@ -15,7 +15,7 @@ from grpo_jax import answers, completions
 from grpo_jax.completions import Completion
 from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError
-from grpo_jax.grading import algebra, extraction, kinds
+from grpo_jax.grading import algebra, kinds
 from grpo_jax.grading.expressions import rational
 
 # Pieces that the rules look for, so that texts of them reach the rules.
@@ -24,8 +24,8 @@ PIECES = st.sampled_from(
     \cup \cap \lor , ; . : = < > \le \ge \ne \in \mathbb{Z} \mathbb{R} \text{ \text{or}
     \begin{pmatrix} \end{pmatrix} \begin{array}{c} \end{array} \begin{cases} & \\ | !
     ' k \pi \infty \ldots ... … - + / * % \% $ $$ # #### 1 2 57 0.5 .3 1,234 3,141 x y
-    i e answer is: answer: 答案是 答： 负 大于 和 或 根号 的平方 三 分之 百分之 ，、 。 １
-    ½ ² √ ∞ ≤ negative least than squared between and or not twice seven cm m^2 dollars
+    i e answer is: answer: 答案是 答： 负 大于 和 或 根号 的平方 三 分之 百分之 ，、 。
+    １ ½ ² √ ∞ ≤ negative least than squared between and or not twice seven cm m^2 dollars
     </think> <think> <answer> </answer> ```output ``` <|EOT|> </s> << >> \overline{3}
     A B (C) correct Antwort ist réponse est respuesta es 1.234 1\u202f234 \dot{3} ^\circ
     """.split()
@@ -226,9 +226,8 @@ def test_numbers_as_other_languages_group_them(whole, cents, language):
         found = answers.extract(text, language)
         assert found is not None and rational(found) == Fraction(f"{whole}.{cents:02d}")
     phrase = {"de": "Die Antwort ist", "es": "La respuesta es", "fr": "La réponse est"}
-    assert rational(extraction.extract(f"{phrase[language]} {local}.")) == Fraction(
-        f"{whole}.{cents:02d}"
-    )
+    found = answers.extract(f"{phrase[language]} {local}.")
+    assert found is not None and rational(found) == Fraction(f"{whole}.{cents:02d}")
 
 
 # -- files of completions --------------------------------------------------------------
@@ -304,6 +303,62 @@ def test_completions_come_back_whatever_order_and_name_they_have(
     file.write_text("\n".join(lines))
     (group,) = completions.read(file, {"own": SET})["own"].values()
     assert group.completions == expected and group.temperature is None
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"index": True}, "no question with index True"),
+        ({"index": 1.0}, "no question with index 1.0"),
+        ({"id": "\ud800\n"}, r"no question with id '\\ud800\\n'"),
+        ({"index": 1, "temperature": float("nan")}, "temperature nan is not a number"),
+        ({"index": 1, "temperature": float("inf")}, "temperature inf is not a number"),
+        ({"index": 1, "temperature": 10**400}, "temperature 1000.* is not a number"),
+        ({"index": 1, "temperature": True}, "temperature True is not a number"),
+        ({"index": 1, "mode": "a\nb"}, r"mode 'a\\nb' is neither"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(tmp_path, row, message):
+    rows = [{"index": 0, "completion": "0"}, {"completion": "1", **row}]
+    file = tmp_path / "completions.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(GrpoError, match=f":2: .*{message}") as error:
+        completions.read(file, {"own": SET})
+    str(error.value).encode()
+
+
+def test_the_sets_that_a_file_has_are_named_on_one_line(tmp_path):
+    file = tmp_path / "completions.jsonl"
+    file.write_text(json.dumps({"set": "a\n\ud800", "index": 0, "completion": "0"}))
+    with pytest.raises(GrpoError, match=r"it has 'a\\n\\ud800'$") as error:
+        completions.read(file, {"own": SET})
+    str(error.value).encode()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"index": 1, "completions": "ab", "cut_off": [True, None]},
+        {"index": 1, "completions": [1], "cut_off": [None]},
+        {"index": 1, "completions": {"a": 1}, "cut_off": [None]},
+        {"index": 1, "completions": ["a"], "cut_off": ["yes"]},
+        {"index": 1, "completions": ["a"], "cut_off": []},
+        {"index": 1.0, "completions": ["a"], "cut_off": [None]},
+        {"index": "1", "completions": ["a"], "cut_off": [None]},
+        {"index": True, "completions": ["a"], "cut_off": [None]},
+        {"index": float("inf"), "completions": ["a"], "cut_off": [None]},
+        {"index": -1, "completions": ["a"], "cut_off": [None]},
+        [1],
+        None,
+    ],
+)
+def test_a_line_that_is_not_of_our_making_is_refused(tmp_path, row):
+    file = tmp_path / "own.jsonl"
+    file.write_text(f'{{"settings": {{}}}}\n{json.dumps(row)}\n')
+    with pytest.raises(
+        GrpoError, match="own.jsonl:2: not a line of this file's making"
+    ):
+        completions.Log(file, {}, restart=False)
 
 
 @given(lines=LINES)
