@@ -25,7 +25,7 @@ PIECES = st.sampled_from(
     \begin{pmatrix} \end{pmatrix} \begin{array}{c} \end{array} \begin{cases} & \\ | !
     ' k \pi \infty \ldots ... … - + / * % \% $ $$ # #### 1 2 57 0.5 .3 1,234 3,141 x y
     i e answer is: answer: 答案是 答： 负 大于 和 或 根号 的平方 三 分之 百分之 ，、 。
-    １ ½ ² √ ∞ ≤ negative least than squared between and or not twice seven cm m^2 dollars
+    １ ½ ² √ ∞ ≤ negative least than squared between and or not twice seven cm dollars
     </think> <think> <answer> </answer> ```output ``` <|EOT|> </s> << >> \overline{3}
     A B (C) correct Antwort ist réponse est respuesta es 1.234 1\u202f234 \dot{3} ^\circ
     """.split()
