@@ -233,6 +233,7 @@ _RULES = rules(
     (", ?(?:, ?)+", ", "),
     (r", ?(?=\\lor )", ""),
     (r"(?<=\d) ?, (?=\d{3}(?!\d))", "," + APART),
+    (r"(?<=\d)(?:st|nd|rd|th)(?![A-Za-z])", ""),
     # words become prose; prose becomes one piece
     (r"(?<![A-Za-z\\_])sqrt ?(\d+)", r"\\sqrt{\1}"),
     (r"(?<![A-Za-z\\_])(sqrt|sin|cos|tan|ln|log|pi)(?=[\d(x])", r"\\\1 "),
