@@ -400,6 +400,11 @@ sqrt(57) = \sqrt{57}
 无解 = \text{no real solutions}
 无解 # 0
 空集 = \varnothing
+-- a chain of equations
+b^a=3^5=243 = 243
+b^a=3^5=243 # 3
+x+y=y+z=5 # 5
+a+b=5 # 5
 -- combinations as Chinese textbooks write them
 C_5^2 = 10
 C_{10}^{3} = 120

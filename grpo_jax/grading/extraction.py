@@ -95,6 +95,9 @@ _NUMBER = re.compile(
 _FORMULA = re.compile(
     r"\$\$?([^$\n]{1,500})\$|\\\(([^\n]{1,500}?)\\\)|\\\[(.{1,500}?)\\\]", re.S
 )
+_EQUALS = re.compile(
+    r"=|≈|\\(?:approx|sim|Right[a-z]*arrow|right[a-z]*arrow|implies|iff|to)(?![A-Za-z])"
+)
 _WIDE = str.maketrans("０１２３４５６７８９，．－％／", "0123456789,.-%/")
 # How other languages group digits: 1.234,5 and 1 234,5.
 _GROUPED = re.compile(
@@ -222,6 +225,7 @@ def last_number(text: str, language: str = "en") -> str | None:
     for found in _FORMULA.finditer(window):
         inside = next(group for group in found.groups() if group is not None)
         holds = found.start() <= number.start() and number.end() <= found.end()
+        inside = _EQUALS.split(inside)[-1].strip()
         if holds and re.search(r"\\(?!text|mathrm|quad|[,;!% ])|\^", inside):
             return inside
     return number.group()

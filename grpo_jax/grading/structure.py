@@ -53,9 +53,9 @@ def read(text: str, *, thousands: bool = True) -> Node:
     if matrix := _matrix(text):
         return matrix
     for separator in (OR, ";", ","):
-        parts = split(text, separator)
-        if len(parts) > 1:
-            return _list(text, [p for p in parts if p], separator, thousands)
+        parts = [part for part in split(text, separator) if part]
+        if parts and parts != [text]:
+            return _list(text, parts, separator, thousands)
     if len(parts := split(text, r"\cup")) > 1:
         nodes = tuple(read(part) for part in parts)
         if all(node.marks == "{}" for node in nodes):
@@ -230,6 +230,8 @@ def _relation(text: str, parts: list[str], signs: list[str]) -> Node:
             return Node("assign", text, (leaf(unwrap(parts[1])), read(parts[0])))
         if not re.search(r"[A-Za-z]", re.sub(r"\\[a-z]+", "", text)):
             return read(parts[-1])  # 3+4=7 states 7
+        if len(parts) > 2 and not any(map(has_unknown, parts[-2:])):
+            return read(parts[-1])  # b^a = 3^5 = 243 states 243
         return Node("equation", text, (leaf(parts[0]), leaf(parts[-1])))
     if signs == [r"\ne"]:
         if names[0] and not names[1]:
