@@ -39,7 +39,12 @@ STATED = [
     ("最终答案为：$12$。", "12"),
     ("**答：** 12（第3步）", "12"),
     ("答えは12です。3歩。", "12です"),
+    ("The answers are 3 and 4.", "3 and 4"),
+    ("The answer is $x=3$ and $y=4$.", "x=3 and y=4"),
+    ("The answer is a 5% increase.", "5% increase"),
+    ("答案是0.75（即3/4）。", "0.75"),
     # what announces none
+    ("Antwort: Sie verdient 18 Dollar.", "18"),
     ("Answer: First we add 3 and 4, which gives us a total of 7.\nSo 7.", "7"),
     ("Let me answer: we add the 3 boxes to the 4 others, to find 7 boxes.", "7"),
     ("The answer is 12. Check with 3: this answer is correct.", "12"),
@@ -110,7 +115,7 @@ STATED = [
     # other languages
     ("Die Antwort ist 1.234.", "1234"),
     ("Die Antwort lautet: 1.234 Euro.", "1234 Euro"),
-    ("Die Antwort ist also 3,5.", "also 3.5"),
+    ("Die Antwort ist also 3,5.", "3.5"),
     ("Antwort: 1.234.567,5", "1234567.5"),
     ("La réponse est 1 234.", "1234"),
     ("La réponse est 1\u202f234.", "1234"),
