@@ -29,8 +29,10 @@ from grpo_jax.grading.wording import changes_value
 MAX_MEMBERS = 64  # of a list
 
 _BEGINNING = re.compile(r"(-?)(\d*\.\d{5,})\\ldots")
-_GOES_ON = re.compile(r"\.\d+\\ldots")
-_PLAIN = re.compile(r"(-?)\\?\$?((?:\d{1,3}(?:,\d{3})+|\d{1,30})(?:\.\d{1,11})?)\.?")
+_GOES_ON = re.compile(r"\\(?:[lc]?dots)(?![A-Za-z])|\.\.\.|⋯")
+_PLAIN = re.compile(
+    r"(-?)(?:\\?\$)?((?:\d{1,3}(?:,\d{3})+|\d{1,30})(?:\.\d{1,11})?)\.?"
+)
 
 
 class Undecided(Exception):
@@ -190,7 +192,7 @@ def match_leaves(a: str, b: str, numbers: Exact) -> bool:
             sign, digits = begins.groups()
             ulp = 10.0 ** -len(digits.partition(".")[2])
             return numbers.close(f"{sign}{digits}5", other, 0.499999 * ulp)
-        if _GOES_ON.search(one):
+        if _GOES_ON.search(one) and not _GOES_ON.search(other):
             return False
     if "time" in kinds:
         return notation.same_time(a, b)
@@ -228,7 +230,7 @@ def compare(prediction: str, reference: str, numbers: Exact) -> bool:
         return bool(reference)
     if max(len(prediction), len(reference)) > MAX_CHARS:
         return False
-    numerals = [_PLAIN.fullmatch(text) for text in (prediction, reference)]
+    numerals = [_PLAIN.fullmatch(text.strip("$")) for text in (prediction, reference)]
     if numerals[0] and numerals[1]:  # most of GSM8K
         x, y = (Fraction(m[1] + m[2].replace(",", "")) for m in numerals if m)
         return x == y

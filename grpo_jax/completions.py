@@ -32,6 +32,7 @@ from grpo_jax.files import write_whole
 from grpo_jax.rows import json_lines
 
 Key = tuple[str, str]  # mode, and greedy or sampled
+MAX_TEMPERATURE = 1e6  # of others' files: what is higher is no temperature
 KINDS = ("greedy", "sampled")
 
 
@@ -111,15 +112,13 @@ class Log:
                 return False
             raise GrpoError(f"{self.file}: {_difference(before, self.settings)}")
         for number, row in lines:
-            try:
-                texts, cut = row["completions"], row["cut_off"]
-                found = [Completion(*one) for one in zip(texts, cut, strict=True)]
-                self.rows[int(row["index"])] = found
-            except (KeyError, TypeError, ValueError):
+            found = _own(row)
+            if found is None:
                 raise GrpoError(
                     f"{self.file}:{number}: not a line of this file's making; delete "
                     "the file to ask all its questions again"
-                ) from None
+                )
+            self.rows[found[0]] = found[1]
         return True
 
     def append(self, found: Mapping[int, Sequence[Completion]], examples, **more):
@@ -146,6 +145,19 @@ class Log:
             file.write(b"".join(lines))
             file.flush()
             os.fsync(file.fileno())
+
+
+def _own(row: Any) -> tuple[int, list[Completion]] | None:
+    """The place and the completions of a line as `Log.append` writes it."""
+    match row:
+        case {"index": int() as index, "completions": [*texts], "cut_off": [*cut]}:
+            known = all(c is None or isinstance(c, bool) for c in cut)
+            if isinstance(index, bool) or index < 0 or len(texts) != len(cut):
+                return None
+            if known and all(isinstance(text, str) for text in texts):
+                pairs = zip(texts, cut, strict=True)
+                return index, [Completion(text, c) for text, c in pairs]
+    return None
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
@@ -203,7 +215,8 @@ def read(
     result: dict[str, dict[Key, Group]] = {}
     for name, examples in sets.items():
         if not found[name]:
-            has = f"; it has {', '.join(sorted(others)[:8])}" if others else ""
+            has = f"; it has {', '.join(map(_shown, sorted(others)[:8]))}"
+            has = has if others else ""
             raise GrpoError(f"{file}: no completions of the set {name}{has}")
         result[name] = {}
         for (mode, temperature), lines in found[name].items():
@@ -242,12 +255,17 @@ def _places(examples: Sequence[Example]) -> dict[tuple[str, Any], list[int]]:
     return places
 
 
+def _shown(name: str) -> str:
+    """A name from a file, on one line."""
+    return name if name.isprintable() and len(name) <= 80 else ascii(name)[:80]
+
+
 def _set(row: Any, sets: Mapping[str, Any]) -> str:
     if not isinstance(row, dict):
         raise ValueError("expected a JSON object")
     if "set" in row:
         if not isinstance(row["set"], str):
-            raise ValueError(f"set {row['set']!r} is not a name")
+            raise ValueError(f"set {ascii(row['set'])[:40]} is not a name")
         return row["set"]
     if len(sets) > 1:
         raise ValueError("no 'set', and --sets names several")
@@ -257,7 +275,7 @@ def _set(row: Any, sets: Mapping[str, Any]) -> str:
 def _mode(row: Mapping[str, Any]) -> str:
     mode = row.get("mode", "cot")
     if mode not in ("cot", "tool"):
-        raise ValueError(f"mode {mode!r} is neither 'cot' nor 'tool'")
+        raise ValueError(f"mode {ascii(mode)[:40]} is neither 'cot' nor 'tool'")
     return mode
 
 
@@ -265,8 +283,10 @@ def _temperature(row: Mapping[str, Any]) -> float | None:
     value = row.get("temperature")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise ValueError(f"temperature {value!r} is not a number of 0 or more")
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not 0 <= value <= MAX_TEMPERATURE:
+        shown = repr(value)[:40]
+        raise ValueError(f"temperature {shown} is not a number from 0 to 1e6")
     return float(value)
 
 
@@ -293,8 +313,9 @@ def _questions(
             continue
         if field == "question" and isinstance(value, str):
             value = " ".join(value.split())
-        if not isinstance(value, str | int) or (field, value) not in places:
-            shown = repr(value)[:80]
+        known = isinstance(value, str | int) and not isinstance(value, bool)
+        if not known or (field, value) not in places:
+            shown = ascii(value)[:80]
             raise ValueError(f"the set {name} has no question with {field} {shown}")
         return places[field, value]
     raise ValueError("none of 'id', 'index' and 'question' says which it answers")

@@ -96,6 +96,11 @@ between 3 and 7 # 3
 up to 7 # 7
 over 7 # 7
 under 7 # 7
+\text{at least }3, \text{at most }5 = 3\le x\le5
+3\text{ at minimum} # 3
+7以外 # 7
+7 maybe 8 # 7
+7 \text{ is wrong} # 7
 -- a power or another operation in words
 7 \text{ squared} # 7
 7 \text{ squared} = 49
@@ -135,6 +140,12 @@ under 7 # 7
 8\text{ divided by }2 = 4
 8\text{ over }3 = \frac83
 5 minus 2 = 3
+3 to the fourth power = 81
+the square of 7 = 49
+the square of 7 # 7
+7 choose 2 = 21
+7 choose 2 # 7
+\text{negative }\text{negative }7 = 7
 3个半 # 3
 3个半 = 3.5
 -- what stays a unit
@@ -151,6 +162,11 @@ under 7 # 7
 about 7 = 7
 共7个 = 7
 7左右 = 7
+等于7 = 7
+x的值为7 = 7
+7th = 7
+最小值是-3 = -3
+最小值是-3 # 3
 7 apples = 7
 \text{She has }7\text{ eggs} = 7
 7\text{ positive integers} = 7
@@ -347,6 +363,8 @@ sqrt(57) = \sqrt{57}
 3.14159\ldots # 3.14159
 3.14\ldots # 3.14
 0.5\ldots # 1/2
+1,2,3,\ldots # 1,2,3
+1,2,3,\ldots = 1, 2, 3, \ldots
 -- spaces and commas in numbers
 3, 141 # 3141
 3, 141 = 3,\ 141
@@ -374,12 +392,19 @@ sqrt(57) = \sqrt{57}
 百分之二十五 = 25\%
 三分之一 = \frac13
 \text{twenty-five} = 25
+\text{one hundred and five} = 105
+\text{one hundred and five} # 100
 \text{twenty-five} # 205
 \text{no solution} = \emptyset
 \text{no solution} = \text{No solutions}
 无解 = \text{no real solutions}
 无解 # 0
 空集 = \varnothing
+-- a chain of equations
+b^a=3^5=243 = 243
+b^a=3^5=243 # 3
+x+y=y+z=5 # 5
+a+b=5 # 5
 -- combinations as Chinese textbooks write them
 C_5^2 = 10
 C_{10}^{3} = 120

@@ -178,6 +178,12 @@ def test_an_empty_reference_equals_nothing():
     assert not answers.equivalent("0", " ")
 
 
+@pytest.mark.parametrize("text", [r"\lor", "or", ",", ";", r"\cup", r"\{\}", "()", "="])
+def test_a_lone_separator_is_a_wrong_answer(text):
+    assert not answers.equivalent(text, "1")
+    assert not answers.equivalent("1", text)
+
+
 def test_what_the_reader_cannot_read_goes_to_math_verify():
     integral = r"\int_0^1 2x \, dx"
     with pytest.raises(expressions.Unreadable):

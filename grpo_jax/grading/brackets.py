@@ -43,6 +43,8 @@ def split(text: str, separators: str | re.Pattern[str]) -> list[str]:
     ['1', ' (2, 3)', ' \\{4, 5\\}']
     """
     if isinstance(separators, str):
+        if separators not in text:
+            return [text]
         separators = re.compile(re.escape(separators))
     parts, start = [], 0
     for found in outside(text, separators):

@@ -43,7 +43,7 @@ _THEREFORE = (
 )
 # "The answer is": whatever follows is the answer.
 _IS = re.compile(
-    rf"answer{_FOR}{_MARK}\s{{1,3}}(?:is|are|was|equals|(?:should|would|will|must) be"
+    rf"answers?{_FOR}{_MARK}\s{{1,3}}(?:is|are|was|equals|(?:should|would|will|must) be"
     rf"|comes (?:out )?to)\b{_THEREFORE}{_MARK}\s{{0,3}}:?"
     r"|答案\s{0,3}(?:应该?|就)?(?:是|为|為|：|:|=){1,2}\s{0,3}[：:]?"
     r"|答え\s{0,3}(?:は|：|:){1,2}",
@@ -76,6 +76,13 @@ _NO_ANSWER = re.compile(
     r")|(?:不(?:是|对|正确|唯一)|正确的|错误的|对的)",
     re.I,
 )
+_SEVERAL = re.compile(
+    r"\$[^$]{1,99}\$(?:\s?(?:,|，|、)?\s?(?:and|or|和|或|及|，|、|,)\s?\$[^$]{1,99}\$){1,9}"
+)
+# What a sentence puts before a number.
+_ARTICLE = re.compile(
+    r"(?:an?|the|also|somit|daher|donc|de|entonces) (?=[-−$\\]?\d)", re.I
+)
 _VALUE = re.compile(
     r"[-−+±(\[{<>≤≥$€£\\|]*\s?(?:\d|[A-Za-z]\b|[A-Za-z]\s?[=(<>]|\\|π|√|∞|∅)"
 )
@@ -94,6 +101,9 @@ _NUMBER = re.compile(
 )
 _FORMULA = re.compile(
     r"\$\$?([^$\n]{1,500})\$|\\\(([^\n]{1,500}?)\\\)|\\\[(.{1,500}?)\\\]", re.S
+)
+_EQUALS = re.compile(
+    r"=|≈|\\(?:approx|sim|Right[a-z]*arrow|right[a-z]*arrow|implies|iff|to)(?![A-Za-z])"
 )
 _WIDE = str.maketrans("０１２３４５６７８９，．－％／", "0123456789,.-%/")
 # How other languages group digits: 1.234,5 and 1 234,5.
@@ -222,6 +232,7 @@ def last_number(text: str, language: str = "en") -> str | None:
     for found in _FORMULA.finditer(window):
         inside = next(group for group in found.groups() if group is not None)
         holds = found.start() <= number.start() and number.end() <= found.end()
+        inside = _EQUALS.split(inside)[-1].strip()
         if holds and re.search(r"\\(?!text|mathrm|quad|[,;!% ])|\^", inside):
             return inside
     return number.group()
@@ -285,6 +296,8 @@ def _statement(text: str, language: str, sure: bool) -> str | None:
     """
     line = next((part for part in text.splitlines() if part.strip(" :：*$#>")), "")
     line = line.strip().lstrip(":：").strip().strip("*").strip()
+    if several := _SEVERAL.match(line):
+        return _localized(_trim(several.group().replace("$", "")), language)
     if formula := re.match(r"\$\$?([^$]+)\$", line) or re.match(
         r"\\[(\[](.+?)\\[)\]]", line
     ):
@@ -295,7 +308,9 @@ def _statement(text: str, language: str, sure: bool) -> str | None:
     clause = _without_reason(clause.replace("**", ""))
     if _NO_ANSWER.match(clause):
         return None
-    said = _trim(clause)
+    said = _trim(
+        _ARTICLE.sub("", clause, count=1) if _ARTICLE.match(clause) else clause
+    )
     if sure or not said:
         return said or None
     return said if _looks_like_answer(said) else None
@@ -303,23 +318,22 @@ def _statement(text: str, language: str, sure: bool) -> str | None:
 
 def _without_reason(clause: str) -> str:
     """Without "(see step 3)" and "because …"."""
-    clause = re.split(
+    while remark := re.search(r"\s?[(（][^()（）]*[)）]\s*$", clause):
+        if not re.search(r"[a-z]{2,}[\s.]|[见由第共即]", remark.group(), re.I):
+            break
+        clause = clause[: remark.start()]
+    return re.split(
         r",?\s(?:because|since|which|i\.e\.|that is,|so that|as (?:shown|we|in|above|"
         r"required|desired|needed))\b|[,，]?(?:因为|所以|即)",
         clause,
     )[0]
-    while remark := re.search(r"\s?[(（][^()（）]*\s?[^()（）]*[)）]\s*$", clause):
-        if not re.search(r"[a-z]{2,}[\s.]|[见由第共]", remark.group(), re.I):
-            break
-        clause = clause[: remark.start()]
-    return clause
 
 
 def _looks_like_answer(text: str) -> bool:
     words = len(re.findall(r"[A-Za-z]{2,}|[\u3400-\u9fff]", text))
     if _VALUE.match(text):
         return words <= 12
-    return words <= (_SHORT_WORDS if not re.search(r"\d", text) else 3)
+    return words <= (_SHORT_WORDS if not re.search(r"\d", text) else 2)
 
 
 def _trim(text: str) -> str:

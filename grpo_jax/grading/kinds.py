@@ -211,7 +211,8 @@ def blanks(text: str, count: int) -> str | None:
         parts = parts if len(parts) == count else boxes[-count:]
     else:
         clause = re.split(r"(?:答案|answers?)\s*(?:are|is|[是为為])?\s*[:：]?", text)
-        parts = split_blanks(clause[-1].strip().splitlines()[0] if clause[-1] else "")
+        lines = clause[-1].strip().splitlines()
+        parts = split_blanks(lines[0] if lines else "")
     return "; ".join(parts) if len(parts) == count else None
 
 

@@ -233,6 +233,7 @@ _RULES = rules(
     (", ?(?:, ?)+", ", "),
     (r", ?(?=\\lor )", ""),
     (r"(?<=\d) ?, (?=\d{3}(?!\d))", "," + APART),
+    (r"(?<=\d)(?:st|nd|rd|th)(?![A-Za-z])", ""),
     # words become prose; prose becomes one piece
     (r"(?<![A-Za-z\\_])sqrt ?(\d+)", r"\\sqrt{\1}"),
     (r"(?<![A-Za-z\\_])(sqrt|sin|cos|tan|ln|log|pi)(?=[\d(x])", r"\\\1 "),
@@ -275,14 +276,14 @@ def clean(text: str) -> str:
     >>> clean("1,000 dollars"), clean("x≥5"), clean("1.5e3")
     ('1,000\\text{dollars}', 'x\\ge5', '1.5\\times10^{3}')
     """
-    first, then, last = _RULES
-    for pattern, replacement in first:
-        text = pattern.sub(replacement, text)
-    for symbol, kept in (("º", "°"), ("′", "'"), ("，", ", ")):
-        text = text.replace(symbol, kept)
-    text = unicodedata.normalize("NFKC", text)
-    for symbol, latex in _SYMBOLS.items():
-        text = text.replace(symbol, latex)
+    unicode, then, last = _RULES
+    if not text.isascii():
+        text = _apply(unicode, text)
+        for symbol, kept in (("º", "°"), ("′", "'"), ("，", ", ")):
+            text = text.replace(symbol, kept)
+        text = unicodedata.normalize("NFKC", text)
+        for symbol, latex in _SYMBOLS.items():
+            text = text.replace(symbol, latex)
     text = text.replace(r"\\", ROW if "matrix" in text or r"\begin" in text else " ")
     text = re.sub(r"\s+", " ", text).strip()  # one space: the rules count on it
     text = _apply(last, spell(_apply(then, text)))

@@ -53,9 +53,9 @@ def read(text: str, *, thousands: bool = True) -> Node:
     if matrix := _matrix(text):
         return matrix
     for separator in (OR, ";", ","):
-        parts = split(text, separator)
-        if len(parts) > 1:
-            return _list(text, [p for p in parts if p], separator, thousands)
+        parts = [part for part in split(text, separator) if part]
+        if parts and parts != [text]:
+            return _list(text, parts, separator, thousands)
     if len(parts := split(text, r"\cup")) > 1:
         nodes = tuple(read(part) for part in parts)
         if all(node.marks == "{}" for node in nodes):
@@ -174,6 +174,8 @@ SHIFTS = 3  # of its integer, by which two families may differ
 
 
 def _family(text: str) -> Node | None:
+    if not re.search(r"\\in(?![a-z])|\\text|\\pm", text):
+        return None
     found = _DOMAIN.search(text)
     if not found or not found.start():
         return None
@@ -228,6 +230,8 @@ def _relation(text: str, parts: list[str], signs: list[str]) -> Node:
             return Node("assign", text, (leaf(unwrap(parts[1])), read(parts[0])))
         if not re.search(r"[A-Za-z]", re.sub(r"\\[a-z]+", "", text)):
             return read(parts[-1])  # 3+4=7 states 7
+        if len(parts) > 2 and not any(map(has_unknown, parts[-2:])):
+            return read(parts[-1])  # b^a = 3^5 = 243 states 243
         return Node("equation", text, (leaf(parts[0]), leaf(parts[-1])))
     if signs == [r"\ne"]:
         if names[0] and not names[1]:
@@ -262,6 +266,8 @@ _SIDES = re.compile(r"\\(?:le|ge|ne)(?![a-z])|[<>=]")
 
 def join_thousands(text: str) -> str:
     """12,345 outside brackets is one number."""
+    if "," not in text:
+        return text
     joined, last = "", 0
     for match in outside(text, _THOUSANDS):
         joined += text[last : match.start()] + match.group().replace(",", "")
@@ -282,7 +288,7 @@ def _matrix(text: str) -> Node | None:
         if row.kind == "tuple" and closes(listed[1]):
             cells = tuple(Node("tuple", "", (item,), "[]") for item in row.items)
             return Node("matrix", text, cells)
-    found = _MATRIX.fullmatch(text)
+    found = r"\begin" in text and _MATRIX.fullmatch(text)
     if not found or r"\begin" in found[1] + found[3]:
         return None
     factor, name, body, transposed = found.groups()

@@ -110,6 +110,8 @@ _RULES = [
          rf"|正负|^ ?\+ ?/? ?-){_N}", r"\\pm "),
     _sub(rf"(?<![A-Za-z\\])(?:negative|minus|负|零下) ?({_SPELLED})",
          lambda m: f"-{_spelled(m[1])}"),
+    _sub(rf"^ ?({'|'.join(_ONES[1:10])})[- ]hundred(?:(?: and|-)? ({_SPELLED}))? ?$",
+         lambda m: str(100 * _ENGLISH[m[1].lower()] + int(_spelled(m[2] or "zero")))),
     _sub(rf"^ ?({_SPELLED})(?= ?$|{_COUNTED})", lambda m: _spelled(m[1])),
     _sub(rf"百分之([{''.join(_CHINESE)}十百]+)", lambda m: f"{_spelled(m[1])}%"),
     _sub(r"^ ?(\d+)(个|天|年|小时)?半", r"\1.5\2"),
@@ -117,6 +119,7 @@ _RULES = [
          r"|(?:the )?empty set|无(?:实数?)?解|无实根|空集)$", r"\\emptyset "),
     _sub(r"(?:负|negative |minus )(?:无穷大?|infinity)", r"-\\infty "),
     _sub(r"(?:正|positive )?(?:无穷大?|infinity)", r"\\infty "),
+    _sub(r"(?<![A-Za-z\\])(?:negative |minus )(?=negative |minus )", "-"),
     _sub(rf"(?<![A-Za-z\\])(?:negative|minus) ?{_N}|(?:负|零下) ?{_N}", "-"),
     _sub(rf"(?<![A-Za-z\\])positive {_N}|^ ?正(?=[\d.\\])", ""),
     _sub(rf"(?<=[\d)}}]) ?\bplus {_N}", "+"),
@@ -134,6 +137,11 @@ _RULES = [
     _sub(rf"({_BASE}) ?(?:(?:raised )?to the (?:power(?: of)? ?({_NUMBER}|[a-z])"
          r"|(\d+)(?:st|nd|rd|th)(?: power)?)|的(\d+|[二三四五六七八九十])次方)",
          _power),
+    _sub(rf"({_BASE}) ?to the (third|fourth|fifth|sixth|seventh|eighth|ninth|tenth)"
+         r"(?: power)?\b", lambda m: rf"{m[1]}^{{{_PARTS[m[2].lower()]}}}"),
+    _sub(rf"(?:the )?square of ({_TERM})", r"(\1)^{2}"),
+    _sub(rf"(?:the )?cube of ({_TERM})", r"(\1)^{3}"),
+    _sub(r"(\d+) choose (\d+)", r"\\binom{\1}{\2}"),
     _sub(rf"({_TERM}) ?(?:factorial\b|的阶乘)", r"\1!"),
     _sub(rf"(?:the )?reciprocal of ({_TERM})|({_TERM})的倒数", r"1/(\1\2)"),
     _sub(rf"(?:the )?(?:opposite|negation) of ({_TERM})|({_TERM})的相反数", r"-(\1\2)"),
@@ -148,6 +156,8 @@ _RULES = [
     _sub(rf"{_AFTER}(?:divided by|over|除以){_BEFORE}", "/"),
     _sub(r"(?<=\d) ?‰", r"\\times10^{-3}"),
     # comparisons
+    _sub(rf"^ ?([a-z]?) ?(?:的值)? ?(?:约?等于|(?<=的值)[是为]) ?{_N}",
+         lambda m: f"{m[1]}=" if m[1] else ""),
     _sub(r"\bbetween (.{1,40}?) and (.{1,40})$", r"\1<x<\2"),
     _sub(rf"(?:在|介于)? ?(-?{_NUMBER}) ?(?:和|与|到|至|~) ?(-?{_NUMBER}) ?之间",
          r"\1<x<\2"),
@@ -169,8 +179,8 @@ _RULES = [
     ),
 ]  # fmt: skip
 _WORDS = re.compile(
-    r"negative|minus|plus|positive|below zero|root|squared|cubed|power|to the|factorial"
-    r"|reciprocal|opposite|negation|half|halves|twice|double|triple|thrice|ths?\b|third"
+    r"negative|minus|plus|positive|below zero|root|square|cubed|power|to the|factorial"
+    r"|cube|choose|hundred|reciprocal|opposite|negation|half|halves|twice|double|triple|thrice|ths?\b|third"
     r"|times|multiplied|divided|over|between|infinity|than|least|most|up to|imum of"
     r"|exceed|above|below|under|not|unequal|all real| (?:and|or) |\d ?\+ ?$|^ ?\+"
     r"|\bto\b|solution|empty|[解集根半负正零下无穷根号的乘除大小等于不多少高低超过足到满未至以上内介起码‰]|"
@@ -178,14 +188,16 @@ _WORDS = re.compile(
     re.I,
 )
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
-_SIDE = re.compile(r"^ ?(?=<|>|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z]))")
+_SIDE = re.compile(
+    r"(?:^|(?<=,)|(?<=\\lor)) ?(?=<|>|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z]))"
+)
 # Prose that says that an answer is another one than the number beside it.
 _CHANGES = re.compile(
     r"\b(?:not?|n't|non|never|neither|nor|except|excluding|without|negative|minus|plus"
     r"|half|double|twice|triple|reciprocal|inverse|opposite|root|factorial|power"
-    r"|least|most|between|exceeds?|wrong|incorrect|false|maybe|perhaps|either"
-    r"|if|unless|or|but|mod|minimum of|maximum of)\b"
-    r"|(?<![或与])不(?!同)|^非|^未|^除|大于|小于|等于|以上|以下|以内|之间|平方根|立方根|阶乘|倒数"
+    r"|least|most|between|exceeds?|at minimum|at maximum|wrong|incorrect|false"
+    r"|maybe|perhaps|either|if|unless|or|but|mod|minimum of|maximum of)\b"
+    r"|(?<![或与])不(?!同)|^非|^未|^除|大于|小于|等于|以[上下内外]|之间|平方根|立方根|阶乘|倒数"
     r"|相反数|一半|次方|错|负|的平方$|的立方$|^(?:squared|cubed)$",
     re.I,
 )
