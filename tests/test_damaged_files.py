@@ -46,6 +46,14 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("damaged")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(folder):
+    """Prepared sets of other runs of these tests are not taken."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRPO_JAX_CACHE", str(folder / "cache"))
+        yield
+
+
 def mutations(length: int):
     """Edits of bytes before `length`: another byte, a bit, eight of them, a cut, …"""
     kinds = st.sampled_from(["set", "bit", "eight", "delete", "insert", "cut"])
