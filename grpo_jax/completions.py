@@ -27,12 +27,11 @@ from typing import Any, NamedTuple
 
 from grpo_jax import hosts
 from grpo_jax.data import Example
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, one_line
 from grpo_jax.files import write_whole
 from grpo_jax.rows import json_lines
 
 Key = tuple[str, str]  # mode, and greedy or sampled
-MAX_TEMPERATURE = 1e6  # of others' files: what is higher is no temperature
 KINDS = ("greedy", "sampled")
 
 
@@ -215,8 +214,8 @@ def read(
     result: dict[str, dict[Key, Group]] = {}
     for name, examples in sets.items():
         if not found[name]:
-            has = f"; it has {', '.join(map(_shown, sorted(others)[:8]))}"
-            has = has if others else ""
+            known = ", ".join(map(one_line, sorted(others)[:8]))
+            has = f"; it has {known}" if others else ""
             raise GrpoError(f"{file}: no completions of the set {name}{has}")
         result[name] = {}
         for (mode, temperature), lines in found[name].items():
@@ -255,17 +254,12 @@ def _places(examples: Sequence[Example]) -> dict[tuple[str, Any], list[int]]:
     return places
 
 
-def _shown(name: str) -> str:
-    """A name from a file, on one line."""
-    return name if name.isprintable() and len(name) <= 80 else ascii(name)[:80]
-
-
 def _set(row: Any, sets: Mapping[str, Any]) -> str:
     if not isinstance(row, dict):
         raise ValueError("expected a JSON object")
     if "set" in row:
         if not isinstance(row["set"], str):
-            raise ValueError(f"set {ascii(row['set'])[:40]} is not a name")
+            raise ValueError(f"set {one_line(repr(row['set']))} is not a name")
         return row["set"]
     if len(sets) > 1:
         raise ValueError("no 'set', and --sets names several")
@@ -275,7 +269,8 @@ def _set(row: Any, sets: Mapping[str, Any]) -> str:
 def _mode(row: Mapping[str, Any]) -> str:
     mode = row.get("mode", "cot")
     if mode not in ("cot", "tool"):
-        raise ValueError(f"mode {ascii(mode)[:40]} is neither 'cot' nor 'tool'")
+        told = one_line(repr(mode))
+        raise ValueError(f"mode {told} is neither 'cot' nor 'tool'")
     return mode
 
 
@@ -283,10 +278,9 @@ def _temperature(row: Mapping[str, Any]) -> float | None:
     value = row.get("temperature")
     if value is None:
         return None
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not 0 <= value <= MAX_TEMPERATURE:
-        shown = repr(value)[:40]
-        raise ValueError(f"temperature {shown} is not a number from 0 to 1e6")
+    if type(value) not in (int, float) or not 0 <= value <= 1e6:
+        told = one_line(repr(value))
+        raise ValueError(f"temperature {told} is not a number from 0 to 1e6")
     return float(value)
 
 
@@ -299,7 +293,8 @@ def _completions(row: Mapping[str, Any]) -> list[Completion]:
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a completion is not a text")
     cut = row.get("cut_off")
-    if not isinstance(cut, list) or len(cut) != len(texts):
+    known = isinstance(cut, list) and all(c in (True, False, None) for c in cut)
+    if not known or len(cut) != len(texts):
         cut = [None] * len(texts)
     return [Completion(text, c) for text, c in zip(texts, cut, strict=True)]
 

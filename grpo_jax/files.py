@@ -119,12 +119,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return seen
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model folder.
+def read_whole(file: Path) -> bytes:
+    """The bytes of a small file of a model folder.
 
     Raises:
-      GrpoError: no such file, a git-LFS pointer, not a JSON object, a repeated key,
-        larger than `LARGEST` or nested deeper than `DEEPEST`.
+      GrpoError: no such file, a git-LFS pointer, larger than `LARGEST`.
     """
     try:
         with open(file, "rb") as handle:
@@ -134,19 +133,28 @@ def read_json(file: Path) -> dict[str, Any]:
     refuse_pointer(file, raw[:64])
     if len(raw) > LARGEST:
         raise GrpoError(f"{file}: more than {LARGEST} bytes; download it again")
+    return raw
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder.
+
+    Raises:
+      GrpoError: as `read_whole`, not a JSON object, a repeated key, a lone surrogate,
+        nested deeper than `DEEPEST`.
+    """
     try:
-        value = parse_json(raw, unique=True)
-    except ValueError as error:
-        reason = one_line(error)
-        raise GrpoError(
-            f"{file}: not valid JSON ({reason}); download it again"
-        ) from None
-    if not isinstance(value, dict):
-        raise GrpoError(f"{file}: not a JSON object; download it again")
-    try:
+        value = parse_json(read_whole(file), unique=True)
         json.dumps(value, ensure_ascii=False).encode()
+    except GrpoError:
+        raise
     except UnicodeEncodeError:
         raise GrpoError(f"{file}: holds a lone surrogate (\\ud8…); remove it") from None
+    except ValueError as error:
+        told = one_line(error)
+        raise GrpoError(f"{file}: not valid JSON ({told}); download it again") from None
+    if not isinstance(value, dict):
+        raise GrpoError(f"{file}: not a JSON object; download it again")
     return value
 
 

@@ -24,7 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import tokenizers
 
 from grpo_jax.errors import GrpoError, one_line
-from grpo_jax.files import LARGEST, read_json, refuse_pointer
+from grpo_jax.files import read_json, read_whole
 from grpo_jax.special_tokens import flag_special, pattern, turn_end
 
 FILES = (  # what belongs to the tokenizer in a Hugging Face folder
@@ -163,7 +163,7 @@ class Tokenizer:
             adds_bos=adds_bos,
             chat_template=template,
             files={
-                name: (folder / name).read_bytes()
+                name: read_whole(folder / name)
                 for name in FILES
                 if (folder / name).is_file()
             },
@@ -337,14 +337,7 @@ def open_tokenizer(file: Path) -> tokenizers.Tokenizer:
     Raises:
       GrpoError: it cannot be read, is a git-LFS pointer or not a tokenizer file.
     """
-    try:
-        with open(file, "rb") as handle:
-            raw = handle.read(LARGEST + 1)
-    except OSError as error:
-        raise GrpoError(f"{file}: {error.strerror}") from None
-    refuse_pointer(file, raw[:64])
-    if len(raw) > LARGEST:
-        raise GrpoError(f"{file}: more than {LARGEST} bytes; download it again")
+    raw = read_whole(file)
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(raw)
         tokenizer.no_truncation()  # some files ask for it: it loses text silently
@@ -395,11 +388,7 @@ def _template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
-            text = file.read_bytes()
-            refuse_pointer(file, text[:64])
-            return text.decode("utf-8").replace("\r\n", "\n")
-        except OSError as error:
-            raise GrpoError(f"{file}: {error.strerror}") from None
+            return read_whole(file).decode("utf-8").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise GrpoError(f"{file}: not UTF-8 ({error.reason})") from None
     template = config.get("chat_template")

@@ -101,6 +101,8 @@ def _unpickle(data: bytes, file: Path, storage: Callable[[Any], _Storage]) -> An
 
     for opcode, argument, _ in pickletools.genops(data):
         match opcode.name:
+            case "PROTO" if argument not in range(2, 6):
+                raise ValueError(f"a pickle of protocol {argument}")
             case "PROTO" | "FRAME":
                 pass
             case "STOP":
