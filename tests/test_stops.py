@@ -1,7 +1,7 @@
 """A run of two processes that is stopped again and again ends in the same bits.
 
 SIGTERM to one of them, at a moment of each kind: both save the same step and exit 0.
-Where there is no time for that, the last interval's checkpoint stands.
+Where one is killed and there is no time for that, the last checkpoint stands.
 """
 
 import json
@@ -13,7 +13,7 @@ import pytest
 from processes import finish, free_port, launch
 from small_runs import ROOT, SMALL, write_questions
 
-SFT_STEPS, RL_STEPS, EVALUATED = 4, 7, 6
+SFT_STEPS, RL_STEPS, EVALUATED = 4, 9, 8
 SIZES = SMALL | {
     "sft_steps": SFT_STEPS,
     "rl_steps": RL_STEPS,
@@ -47,14 +47,14 @@ if "STOP" in os.environ:
 sys.argv[0] = "train.py"
 train.main()
 """
-STOPS = [  # the signals by process, and the steps of SFT and RL that are then saved
-    ({0: "sft lay_out 2 SIGTERM"}, (2, None)),
-    ({1: "experience draw 1 SIGTERM"}, (SFT_STEPS, 1)),  # in the rollout
-    ({0: "rl check_gap 1 SIGTERM"}, (SFT_STEPS, 2)),  # in the update
-    ({1: "checkpoint _describe 1 SIGTERM"}, (SFT_STEPS, 5)),  # as step 4 is saved
-    ({0: "comparison evaluate_set 1 SIGTERM"}, (SFT_STEPS, EVALUATED)),
+STOPS = [  # the process and its signal, the stage that stops and from which step on
+    (0, "sft lay_out 2 SIGTERM", "sft", 2),
+    (1, "experience draw 1 SIGTERM", "rl", 1),  # in the rollout
+    (0, "rl check_gap 1 SIGTERM", "rl", 2),  # in the update
+    (1, "checkpoint _describe 3 SIGTERM", "rl", 4),  # a save, after two checks of saved
+    (0, "comparison evaluate_set 1 SIGTERM", "rl", EVALUATED),
 ]
-LATE = {0: "experience draw 4 SIGTERM", 1: "experience draw 4 SIGKILL"}
+KILL = {0: "experience draw 2 SIGTERM", 1: "experience draw 2 SIGKILL"}
 
 
 def start(folder: Path, name: str, stop: dict[int, str]) -> list[SimpleNamespace]:
@@ -77,21 +77,30 @@ def runs(tmp_path_factory):
     write_questions(folder / "sums.jsonl")
     for process in start(folder, "whole", {}):
         assert process.code == 0, process.err
-    for stop, saved in STOPS:
-        done = start(folder, "stopped", stop)
+    for number, where, stage, step in STOPS:
+        done = start(folder, "stopped", {number: where})
         assert [p.code for p in done] == [0, 0], [p.err for p in done]
-        stage = "sft" if saved[1] is None else "rl"
-        (line,) = [x for x in done[0].out.splitlines() if "; the same command" in x]
-        assert line.startswith(f"{stage}: stopped after step {newest(folder, stage)};")
-        assert tuple(newest(folder, stage) for stage in ("sft", "rl")) == saved
+        saved = newest(folder, stage)
+        assert f"{stage}: stopped after step {saved}; the same command" in done[0].out
+        assert step <= saved  # the notice takes a second or two
+        if "check_gap" in where:
+            lose_a_process(folder, saved)
     for process in start(folder, "stopped", {}):
         assert process.code == 0, process.err
     return folder
 
 
-def newest(folder: Path, stage: str, name: str = "stopped") -> int | None:
-    steps = folder / name / "checkpoints" / stage
-    return max(map(int, os.listdir(steps))) if steps.exists() else None
+def lose_a_process(folder: Path, saved: int) -> None:
+    """SIGTERM to one as the other is killed: no time to save, and nothing is lost."""
+    first, second = start(folder, "stopped", KILL)
+    assert second.code == -9 and first.code not in (0, None), first.err
+    assert saved <= newest(folder, "rl") <= saved + 1  # of the interval
+
+
+def newest(folder: Path, stage: str, name: str = "stopped") -> int:
+    """The newest finished checkpoint."""
+    names = os.listdir(folder / name / "checkpoints" / stage)
+    return max(int(name) for name in names if name.isdigit())
 
 
 def leaves(folder: Path, name: str, stage: str) -> dict[str, list]:
@@ -115,15 +124,3 @@ def test_stops_at_any_moment_change_nothing(runs):
         assert found == leaves(runs, "whole", stage) and len(found) > 30
     assert metrics(runs, "stopped") == metrics(runs, "whole")
     assert len(metrics(runs, "whole")) == SFT_STEPS + RL_STEPS
-
-
-def test_a_stop_without_time_to_save_loses_no_checkpoint(runs):
-    """SIGTERM to one process as the other is killed: then they go on from step 2."""
-    first, second = start(runs, "late", LATE)
-    assert second.code == -9 and first.code not in (0, None), first.err
-    assert newest(runs, "rl", "late") == 2
-    again = start(runs, "late", {})
-    assert [p.code for p in again] == [0, 0], [p.err for p in again]
-    assert "rl: resumed at step 2 of" in again[0].out
-    assert leaves(runs, "late", "rl") == leaves(runs, "whole", "rl")
-    assert metrics(runs, "late") == metrics(runs, "whole")
