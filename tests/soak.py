@@ -2,10 +2,10 @@
 
     python tests/soak.py [--steps 2000]
 
-In: a number of RL steps. Out: at each step the processor time it took, the resident set,
-the open files and the programs compiled so far; and whether, after the first part in which all
-is compiled and filled, any of them grows. Saves and evaluations come often, as they too
-may leak.
+In: a number of RL steps. Out: of each step the processor time, the resident set, the
+open files and the programs compiled so far; and whether any of them grows after the
+first part, in which all is compiled and filled. Saves and evaluations come often, as
+they too may leak.
 """
 
 from __future__ import annotations
