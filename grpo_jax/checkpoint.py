@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -59,6 +60,8 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         handle = open(workdir / ".lock", "ab+", buffering=0)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass  # the lock may be an old one, in a folder that takes no other file
     except OSError as error:
         raise closed(error) from None
     with handle:

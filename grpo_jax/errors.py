@@ -4,6 +4,8 @@ In: what went wrong and what to do about it, in one line.
 Out: `GrpoError`; `train.py` and the module commands print it and exit with 1.
 """
 
+import errno
+
 
 class GrpoError(ValueError):
     """A mistake in a config, a file or an input that the user can put right.
@@ -24,6 +26,19 @@ def one_line(error: object) -> str:
     text = " ".join(str(error).split())
     text = "".join(c if c.isprintable() else "\ufffd" for c in text)
     return text if len(text) <= 200 else text[:199] + "…"
+
+
+def disk_full(error: OSError, where: object) -> str:
+    """What says, in one line, that a file found no room; "" is another error.
+
+    where: for an error that names no file.
+
+    >>> disk_full(OSError(errno.ENOSPC, "No space left on device"), "runs/tiny")
+    'runs/tiny: No space left on device'
+    """
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ""
+    return f"{error.filename or where}: {error.strerror}"
 
 
 def out_of_memory(error: BaseException) -> str:

@@ -47,7 +47,7 @@ from grpo_jax.comparison import (
     write_json,
 )
 from grpo_jax.data import Example
-from grpo_jax.errors import GrpoError, out_of_memory
+from grpo_jax.errors import GrpoError, disk_full, out_of_memory
 from grpo_jax.files import digest, write_whole
 from grpo_jax.hf.folders import agree_on_folder, find_folder
 from grpo_jax.model import Decoder, Params
@@ -160,6 +160,13 @@ def run(flags: argparse.Namespace) -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except GrpoError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if not (what := disk_full(error, flags.out)):
+            raise
+        sys.exit(
+            f"error: {what}; what was answered before is kept. Make room there; the "
+            "same command goes on from it"
+        )
     except KeyboardInterrupt:
         stopped = "stopped; the same command goes on from here"
         if hosts.count() > 1:  # the others hear it

@@ -16,6 +16,7 @@ import io
 import json
 import math
 import os
+import re
 import socket
 import struct
 import sys
@@ -243,13 +244,17 @@ def _start_wandb(project: str, workdir: Path, config: Any) -> Any:
         return None
     file = workdir / "wandb_id"
     try:
-        if not file.exists():
-            write_whole(file, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8])
+        number = os.environ.get("WANDB_RUN_ID", "")
+        if not number and file.exists():
+            number = file.read_text(encoding="utf-8", errors="replace").strip()
+        if not re.fullmatch(r"[\w.-]+", number):
+            number = uuid.uuid4().hex[:8]
+        write_whole(file, number)
         return wandb.init(
             project=project,
             dir=str(workdir),
             name=workdir.resolve().name,
-            id=os.environ.get("WANDB_RUN_ID") or file.read_text().strip(),
+            id=number,
             resume="allow",
             config=dataclasses.asdict(config) if config is not None else None,
             allow_val_change=True,

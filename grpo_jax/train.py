@@ -10,7 +10,6 @@ pods, SLURM, Kubernetes, Open MPI) says by itself which process is which; elsewh
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import sys
@@ -24,7 +23,7 @@ from ml_collections import config_flags
 
 from grpo_jax.checks import validate
 from grpo_jax.config import Config, flatten, unknown_field
-from grpo_jax.errors import GrpoError, out_of_memory
+from grpo_jax.errors import GrpoError, disk_full, out_of_memory
 
 USAGE = "usage: python train.py --config FILE [--workdir DIR] [--config.name=value …]"
 
@@ -68,11 +67,11 @@ def run(config: Config) -> None:
     except GrpoError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not (what := disk_full(error, workdir)):
             raise
         sys.exit(
-            f"error: {error.filename or workdir}: {error.strerror}; the last "
-            "checkpoint stands. Make room there; the same command goes on from it"
+            f"error: {what}; the last checkpoint stands. Make room there; the same "
+            "command goes on from it"
         )
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on from the last checkpoint")

@@ -33,7 +33,7 @@ from processes import CACHE, free_port
 from small_runs import ROOT
 
 PHASES = ("sft", "save", "rollout", "reward", "update", "evaluation")
-WITHIN = 600.0  # seconds until a run reaches what it is to be killed in
+WITHIN = 3600.0  # seconds until a run reaches what it is to be killed in
 # train.py, which says in a pipe of its own what it is about to do.
 TELLING = """
 import os
@@ -59,14 +59,18 @@ tell(rl.Layout, "__call__", "update")
 tell(comparison, "measure", "evaluation")
 main()
 """
-# The demo with fewer steps, saves and evaluations that come often.
+# The demo with fewer and smaller steps, and with saves and evaluations that come often.
 TINY: dict[str, Any] = {
-    "sft_steps": 200,
+    "sft_steps": 60,
     "rl_steps": 60,
+    "questions_per_step": 16,
+    "optimizer.micro_rows": 16,
     "checkpoint_every": 5,
+    "data.eval": "sums/chain+sums/zh",
     "eval.every": 10,
-    "eval.questions": 100,
-    "eval.batch": 100,
+    "eval.questions": 64,
+    "eval.batch": 64,
+    "eval.samples": 0,
 }
 
 
@@ -330,7 +334,7 @@ def main() -> None:
     folder = Path(flags.out).resolve() / f"{flags.processes}-processes-{flags.seed}"
     folder.mkdir(parents=True)
     settings = TINY | {"mesh.data": flags.processes}
-    often = dict(sft=60, save=3, rollout=6, reward=6, update=6, evaluation=3)
+    often = dict(sft=20, save=3, rollout=6, reward=6, update=6, evaluation=2)
     kills = plan(flags.kills, flags.processes, flags.seed, often)
     begin = time.monotonic()
     sums = chaos(folder, settings, processes=flags.processes, kills=kills)

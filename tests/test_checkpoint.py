@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -559,16 +560,28 @@ def test_one_run_at_a_time_and_only_where_it_can_write(tmp_path):
     with pytest.raises(GrpoError, match="file"):
         with Checkpoints(tmp_path / "file" / "ck", every=1):
             pass
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o555)
-    user = os.geteuid()
-    os.seteuid(user or 65534)  # root may write everywhere
-    try:
-        with pytest.raises(GrpoError, match="Permission denied"):
-            with lock(closed):
-                pass
-    finally:
-        os.seteuid(user)
+
+
+@pytest.mark.parametrize("locked_before", [False, True])
+def test_a_folder_that_takes_no_file_is_refused(locked_before):
+    """Fault 36, as a user who is not root, and not only for a folder on the way."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        closed = Path(folder, "closed")
+        closed.mkdir()
+        if locked_before:
+            (closed / ".lock").touch()
+            (closed / ".lock").chmod(0o666)
+        closed.chmod(0o555)
+        user = os.geteuid()
+        os.seteuid(user or 65534)  # root may write everywhere
+        try:
+            with pytest.raises(GrpoError, match=r"cannot be written \(Permission den"):
+                with lock(closed):
+                    pass
+        finally:
+            os.seteuid(user)
+        closed.chmod(0o755)
 
 
 # --- meshes and processes ------------------------------------------------------------

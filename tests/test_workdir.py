@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import ROOT, dotted, small_config, write_questions
 
-from grpo_jax import rl, sft
+from grpo_jax import evaluate, rl, sft
 from grpo_jax.checkpoint import Checkpoints
 from grpo_jax.claim import Claim
 from grpo_jax.config import Config, flatten
@@ -413,6 +413,20 @@ def test_a_full_disk_ends_a_run_in_one_line(here, small_disk):
     again = train_in_a_process(here, disk / "run")
     assert again.returncode == 0, again.stderr
     assert "resumed at step" in again.stdout
+
+
+def test_a_full_disk_ends_an_evaluation_in_one_line(here, done, tmp_path):
+    words = ["--models", str(done), "--sets", str(here / "sums.jsonl"), "--batch", "2"]
+    words += ["--questions", "24", "--max-new-tokens", "4", "--out", str(tmp_path)]
+    with no_file_over(4000), pytest.raises(SystemExit) as error:
+        evaluate.main(words)
+    told = r"error: \S+: File too large; what was answered before is kept. Make room"
+    assert re.match(told, str(error.value.code)), error.value.code
+    (file,) = tmp_path.rglob("*.greedy.jsonl")
+    before = file.read_bytes()
+    assert before.count(b"\n") > 1  # its settings, and a question at least
+    evaluate.main(words)
+    assert file.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
 
 
 def test_no_memory_ends_a_run_in_one_line(here, tmp_path):
