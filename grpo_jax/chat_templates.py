@@ -105,7 +105,13 @@ def render(
         "chats": chats,
         "now": now.isoformat(),
     }
-    reply = _ask(json.dumps(request).encode() + b"\n")
+    line = json.dumps(request).encode() + b"\n"
+    reply = _ask(line) or _ask(line)  # once more where something else ended it
+    if reply is None:
+        raise GrpoError(
+            "chat template: the process that renders it ends without an answer; try "
+            f"`python {_WORKER}`"
+        )
     if "error" in reply:
         raise GrpoError(f"chat template: {' '.join(reply['error'].split())[:300]}")
     return [Rendered.read(text) for text in reply["texts"]]
@@ -117,7 +123,8 @@ _lock = threading.Lock()
 _process: tuple[int, subprocess.Popen[bytes]] | None = None  # with its parent's id
 
 
-def _ask(request: bytes) -> dict:
+def _ask(request: bytes) -> dict | None:
+    """The answer; None where the process ended without one."""
     with _lock:
         process = _started()
         assert process.stdin and process.stdout
@@ -134,15 +141,9 @@ def _ask(request: bytes) -> dict:
             return json.loads(reply)
         code = process.wait()
         _close()
-    raise GrpoError(f"chat template: {_reason(code)}")
-
-
-def _reason(code: int) -> str:
     if code in (-signal.SIGPROF, -signal.SIGALRM):
-        return "it takes too long to render; does it loop? Give the model another one"
-    if code < 0:
-        return f"the process that renders it was ended by {signal.Signals(-code).name}"
-    return f"the process that renders it ended with {code}; try `python {_WORKER}`"
+        return {"error": "it takes too long to render; does it loop?"}
+    return None
 
 
 def _started() -> subprocess.Popen[bytes]:

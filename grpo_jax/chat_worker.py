@@ -108,7 +108,9 @@ def _answer(line: bytes) -> dict[str, Any]:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    # What stops a whole group of processes is the parent's to handle.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)  # ends the process
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

@@ -11,6 +11,7 @@ DeepSeekMath ("User: …\n\nAssistant:"), "plain" the question as it is.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -21,6 +22,7 @@ from grpo_jax.errors import GrpoError
 from grpo_jax.tokenizer import Tokenizer
 
 TEMPLATES = ("chat", "deepseekmath", "plain")
+TOGETHER = 64  # prompts that are rendered at once
 # The instruction appended to a question, by (instruction, language).
 INSTRUCTIONS = {
     ("cot", "en"): "Please reason step by step, and put your final answer within "
@@ -78,14 +80,30 @@ def encode_prompt(
     >>> encode_prompt(tokenizer, Example("1+2="), template="plain", instruction="none")
     [3, 5, 4, 6]
     """
-    parts = _prompt_parts(tokenizer, example, template, instruction)
-    ids = _bos(tokenizer, template) + tokenizer.encode_parts(parts)[0]
-    if not ids:
-        raise GrpoError(
-            f"data {example.id!r}: its prompt is empty by the template {template}; "
-            "change data.template or the row"
-        )
-    return ids
+    return _encode(tokenizer, [example], template, instruction)[0]
+
+
+def _encode(
+    tokenizer: Tokenizer, examples: Sequence[Example], template: str, instruction: str
+) -> list[list[int]]:
+    """The prompts of several examples, whose chats are rendered at once."""
+    if template == "chat":
+        chats = [(_messages(tokenizer, e, instruction), True) for e in examples]
+        every = [
+            _parts(tokenizer, rendered, 0, len(rendered.text))
+            for rendered in _render(tokenizer, chats, row=examples[0].id)
+        ]
+    else:
+        every = [_written(tokenizer, e, template, instruction) for e in examples]
+    bos, found = _bos(tokenizer, template), []
+    for example, parts in zip(examples, every, strict=True):
+        found.append(bos + tokenizer.encode_parts(parts)[0])
+        if not found[-1]:
+            raise GrpoError(
+                f"data {example.id!r}: its prompt is empty by the template {template}; "
+                "change data.template or the row"
+            )
+    return found
 
 
 def encode_sft(
@@ -155,15 +173,18 @@ def encode_prompts(
     (['1+1='], 1)
     """
     kept, dropped, longest = [], 0, 0
-    for example in examples:
-        ids = encode_prompt(
-            tokenizer, example, template=template, instruction=instruction
-        )
-        longest = max(longest, len(ids))
-        if len(ids) <= limit:
-            kept.append((example, ids))
-        else:
-            dropped += 1
+    examples = iter(examples)
+    while batch := list(itertools.islice(examples, TOGETHER)):
+        try:
+            encoded = _encode(tokenizer, batch, template, instruction)
+        except GrpoError:  # of one row, or together too much for the template's limits
+            encoded = [_encode(tokenizer, [e], template, instruction)[0] for e in batch]
+        for example, ids in zip(batch, encoded, strict=True):
+            longest = max(longest, len(ids))
+            if len(ids) <= limit:
+                kept.append((example, ids))
+            else:
+                dropped += 1
     if dropped > len(kept):
         raise GrpoError(
             f"prompts: {dropped} of {dropped + len(kept)} are longer than the limit of "
@@ -182,15 +203,11 @@ def _bos(tokenizer: Tokenizer, template: str) -> list[int]:
     return [tokenizer.bos_id]
 
 
-def _prompt_parts(
+def _written(
     tokenizer: Tokenizer, example: Example, template: str, instruction: str
 ) -> list[Part]:
-    text = content(example, instruction)
-    system = _system(example)
-    if template == "chat":
-        messages = _messages(tokenizer, example, instruction)
-        rendered = _render(tokenizer, [(messages, True)])[0]
-        return _parts(tokenizer, rendered, 0, len(rendered.text))
+    """A prompt by one of the templates that are not the model's own."""
+    text, system = content(example, instruction), _system(example)
     parts: list[Part] = [(f"{system}\n\n", False)] if system else []
     turns = _turns(example)
     if template == "plain":
@@ -278,7 +295,7 @@ def _answered(
 ) -> tuple[list[Part], _Answer]:
     """The parts of a prompt, and of the answer behind it."""
     if template != "chat":
-        prompt = _prompt_parts(tokenizer, example, template, instruction)
+        prompt = _written(tokenizer, example, template, instruction)
         answer = " " + target if template == "deepseekmath" else target
         return prompt, _Answer([(answer, False)], _tool_outputs(answer), [], False)
     target = unmarked(target)
@@ -295,6 +312,7 @@ def _answered(
             ([*messages, ended(said)], False),
             *ends_before_spaces,
         ],
+        row=example.id,
     )
     start = len(opened.text)
     prompt = _parts(tokenizer, opened, 0, start)
@@ -367,12 +385,16 @@ def render_chat(
 
 
 def _render(
-    tokenizer: Tokenizer, chats: Sequence[tuple[Sequence[Message], bool]]
+    tokenizer: Tokenizer,
+    chats: Sequence[tuple[Sequence[Message], bool]],
+    row: str = "",
 ) -> list[Rendered]:
     if tokenizer.chat_template is None:
         raise GrpoError(
             "tokenizer: it has no chat template; use the template deepseekmath or plain"
         )
-    return chat_templates.render(
-        tokenizer.chat_template, tokenizer.special_tokens, chats, tokenizer.now
-    )
+    how = tokenizer.chat_template, tokenizer.special_tokens
+    try:
+        return chat_templates.render(*how, chats, tokenizer.now)
+    except GrpoError as error:
+        raise GrpoError(f"{error} (data {row!r})" if row else str(error)) from None

@@ -19,7 +19,12 @@ from hypothesis import strategies as st
 from grpo_jax import chat_templates
 from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError
-from grpo_jax.prompts import encode_prompt, encode_sft, render_chat
+from grpo_jax.prompts import (
+    encode_prompt,
+    encode_prompts,
+    encode_sft,
+    render_chat,
+)
 from grpo_jax.tokenizer import Tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "chats.json").read_text())
@@ -386,22 +391,47 @@ def test_time_has_a_limit(template, quick):
     assert good.text == "hello"
 
 
-def test_a_process_that_was_killed_is_replaced():
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_process_costs_no_prompt(number):
+    """Killed, it is replaced; what stops a run (SIGTERM, Ctrl-C) is not its own."""
     chat = [(HELLO, True)]
-    for wait in (False, True):
+    for _ in range(5):
         chat_templates.render("a", {}, chat, NOW)
         _, process = chat_templates._process or (0, None)
         assert process
-        os.kill(process.pid, signal.SIGKILL)
-        if wait:  # it is found dead; else it dies while it is asked, or before
-            process.wait()
-            assert chat_templates.render("b", {}, chat, NOW)[0].text == "b"
-        else:
-            try:
-                chat_templates.render("b", {}, chat, NOW)
-            except GrpoError as error:
-                assert "SIGKILL" in str(error)
-        assert chat_templates.render("c", {}, chat, NOW)[0].text == "c"
+        os.kill(process.pid, number)
+        assert chat_templates.render("b", {}, chat, NOW)[0].text == "b"
+        assert (process.poll() is None) == (number != signal.SIGKILL)
+
+
+def test_a_process_that_cannot_start_is_one_line(monkeypatch, tmp_path):
+    broken = tmp_path / "worker.py"
+    broken.write_text("import there_is_no_such_module")
+    chat_templates._close()
+    monkeypatch.setattr(chat_templates, "_WORKER", broken)
+    with pytest.raises(
+        GrpoError, match=f"ends without an answer; try `python {broken}"
+    ):
+        chat_templates.render("a", {}, [(HELLO, True)], NOW)
+
+
+def test_many_prompts_are_those_of_one_at_a_time():
+    """And where the template refuses one, that row is named."""
+    tokenizer = TOKENIZERS["llama3"]
+    examples = [Example("1+" * n + "1=?") for n in range(1, 150)]
+    kept, dropped = encode_prompts(tokenizer, examples, limit=250, **NONE)
+    one_by_one = [(e, encode_prompt(tokenizer, e, **NONE)) for e in examples]
+    assert kept == [(e, ids) for e, ids in one_by_one if len(ids) <= 250]
+    assert dropped == len(examples) - len(kept) > 0
+    template = "{% set text = messages[0].content %}{{ text }}{% if '7' in text %}"
+    template += "{{ raise_exception('no 7') }}{% endif %}"
+    tokenizer = make(replace(FORMS["llama3"], template=template))
+    rows = [Example(f"1+{i}", id=f"set/{i}") for i in range(10)]
+    message = r"chat template: no 7 \(data 'set/7'\)$"
+    with pytest.raises(GrpoError, match=message):
+        encode_prompts(tokenizer, rows, limit=99, **NONE)
+    with pytest.raises(GrpoError, match=message):
+        encode_sft(tokenizer, replace(rows[7], solution="8"), **NONE)
 
 
 def test_threads_get_their_own_texts():
