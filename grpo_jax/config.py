@@ -170,7 +170,7 @@ class Config:
     delta: float | None = number(None, above=1, most=COEFFICIENT)
     kl_estimator: str | None = one_of("k1", "k2", "k3", "k3_unbiased", default=None)
     aggregate: str | None = one_of(
-        "sequence_mean", "token_mean", "constant", default=None
+        "sequence_mean", "token_mean", "constant", "sequence_sum", default=None
     )
     importance: str | None = one_of("token", "sequence", default=None)
     surrogate: str | None = one_of("clip", "cispo", default=None)
