@@ -197,11 +197,13 @@ def divergence(
 
 
 def normalized(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """x with mean 0 and variance 1 where mask is not 0; all 0 where x is tied."""
+    """x with mean 0 and variance 1 where mask is not 0, and 0 elsewhere."""
+    # float64 holds a sum of float32 numbers exactly: what is tied comes to exactly 0.
     held = x[mask > 0].astype(np.float64)
-    if held.size < 2 or held.max() == held.min():
+    if held.size < 2:
         return np.zeros_like(x)
-    return ((x - held.mean()) / (held.std(ddof=1) + 1e-8)).astype(x.dtype)
+    scaled = (x - held.mean()) / (held.std(ddof=1) + 1e-8)
+    return np.where(mask > 0, scaled, 0).astype(x.dtype)
 
 
 def pairs(
