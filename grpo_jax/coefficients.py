@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 METHODS = ("sft", "rft", "online_rft", "dpo", "ppo")
 METHODS += ("grpo", "grpo_process", "grpo_iterative")
+METHODS += ("dapo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce_pp")
+_BY_TOKEN = ("dapo", "cispo", "reinforce_pp")  # a mean over the batch's tokens
 _MAX_EXPONENT = 20.0  # no ratio above e^20, as in the losses
 
 
@@ -38,6 +40,7 @@ def gradient_coefficient(
     clip_high: ArrayLike | None = None,
     beta: ArrayLike = 0.1,
     length_normalized: bool = True,
+    max_length: ArrayLike | None = None,
 ) -> Float[Array, "B T"]:
     """GC(q, o, t, π_rf), the coefficient of ∇ log π_θ (section 5.2, appendix A.1).
 
@@ -50,9 +53,16 @@ def gradient_coefficient(
     | dpo | +β σ(-β Δ) for o+, -β σ(-β Δ) for o-; Δ of means over tokens (12) |
     | ppo | A_t |
     | grpo, grpo_process, grpo_iterative | Â_it + β (π_ref/π_θ - 1) |
+    | dapo | grpo's times |o_i| B / Σ|o|, for a mean over the batch's tokens |
+    | dr_grpo | grpo's times |o_i| / max_length |
+    | gspo | grpo's with ρ_i = exp(mean_t log ρ_it) |
+    | cispo | min(ρ, ε_high) Â, times |o_i| B / Σ|o| |
+    | rloo | |o_i| Â_i: REINFORCE on the log π of an output, a sum over tokens |
+    | reinforce_pp | ppo's times |o_i| B / Σ|o| |
 
-    For ppo and grpo that is the case π_old = π_θ. With `old_logps`, A is ρ A, and 0
-    where the clip holds it: ρ > 1 + ε_high with A > 0, ρ < 1 - ε_low with A < 0.
+    For the others that is the case π_old = π_θ. With `old_logps`, A is ρ A, and 0 where
+    the clip holds it: ρ > 1 + ε_high with A > 0, ρ < 1 - ε_low with A < 0. In ppo, rloo
+    and reinforce_pp the KL term is in the reward, so in the advantages.
 
     Args:
       method: a row of the table. The three GRPO rows differ in where Â and π_ref come
@@ -66,6 +76,7 @@ def gradient_coefficient(
       clip_low, clip_high: ε_low and ε_high (None: ε_low).
       beta: DPO's β.
       length_normalized: False: DPO's Δ is of sums; GC has the factor |o_i| then.
+      max_length: what dr_grpo divides by.
 
     DPO's rows are pairs: 2k is o+ and 2k + 1 its o-. ∇J is a mean over pairs of the
     sum over both. A pair of which either has no unmasked token gets 0.
@@ -114,14 +125,31 @@ def gradient_coefficient(
     gc = clean(jnp.broadcast_to(a, logp.shape))
     if method in ("rft", "online_rft"):
         return gc
+    length = m.sum(-1, keepdims=True)
     if old_logps is not None:
-        rho = jnp.exp(jnp.minimum(logp - clean(old_logps), _MAX_EXPONENT))
-        above = rho > 1 + (clip_low if clip_high is None else clip_high)
-        held = jnp.where(gc > 0, above, rho < 1 - clip_low)
-        gc = jnp.where(held, 0, rho * gc)
-    if method == "ppo" or is_off(kl_coef):
-        return gc
-    if ref_logps is None:
-        raise ValueError("ref_logps is None: pass log π_ref, or kl_coef=0.0")
-    from_ref = jnp.expm1(jnp.minimum(clean(ref_logps) - logp, _MAX_EXPONENT))
-    return gc + kl_coef * clean(from_ref)
+        if method == "rloo":
+            raise ValueError("rloo takes one step from π_old: it has no old_logps")
+        log_rho = logp - clean(old_logps)
+        if method == "gspo":
+            log_rho = (m * log_rho).sum(-1, keepdims=True) / jnp.maximum(length, 1)
+        rho = clean(jnp.exp(jnp.minimum(log_rho, _MAX_EXPONENT)) + 0 * logp)
+        high = clip_low if clip_high is None else clip_high
+        if method == "cispo":
+            gc = jnp.minimum(rho, high) * gc
+        else:
+            held = jnp.where(gc > 0, rho > 1 + high, rho < 1 - clip_low)
+            gc = jnp.where(held, 0, rho * gc)
+    if method not in ("ppo", "rloo", "reinforce_pp") and not is_off(kl_coef):
+        if ref_logps is None:
+            raise ValueError("ref_logps is None: pass log π_ref, or kl_coef=0.0")
+        from_ref = jnp.expm1(jnp.minimum(clean(ref_logps) - logp, _MAX_EXPONENT))
+        gc = gc + kl_coef * clean(from_ref)
+    if method in _BY_TOKEN:
+        gc = gc * length * len(logp) / jnp.maximum(m.sum(), 1)
+    elif method == "rloo":
+        gc = gc * length
+    elif method == "dr_grpo":
+        if max_length is None:
+            raise ValueError("max_length is None: dr_grpo divides by it")
+        gc = gc * length / max_length
+    return gc

@@ -16,7 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from grpo_jax.errors import GrpoError
-from grpo_jax.fields import COEFFICIENT, COUNT, ROWS, TOKENS, number, one_of, other_name
+from grpo_jax.fields import (
+    COEFFICIENT,
+    COUNT,
+    LONGEST,
+    ROWS,
+    TOKENS,
+    number,
+    one_of,
+    other_name,
+)
 from grpo_jax.methods import METHODS
 
 
@@ -82,7 +91,7 @@ class RewardSettings:
     functions: str = ""
     weights: str = ""  # one each, comma-separated; "" is 1 each
     # Seconds a batch; what is not back counts as wrong.
-    timeout: float = number(60.0, above=0, most=1e6)
+    timeout: float = number(60.0, above=0, most=LONGEST)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,7 +99,7 @@ class ToolSettings:
     # Generations of an output, each of max_new_tokens, whose programs are run; None is
     # the paper's 2 where data.instruction is tool, else 0: nothing is run.
     generations: int | None = number(None, 0, 1000)
-    timeout: float = number(10.0, above=0, most=1e6)  # seconds of a program
+    timeout: float = number(10.0, above=0, most=LONGEST)  # seconds of a program
     # Outputs whose keys and values are kept at a time; 0 is all.
     rows: int = number(0, 0, COUNT)
 
@@ -170,7 +179,7 @@ class Config:
     delta: float | None = number(None, above=1, most=COEFFICIENT)
     kl_estimator: str | None = one_of("k1", "k2", "k3", "k3_unbiased", default=None)
     aggregate: str | None = one_of(
-        "sequence_mean", "token_mean", "constant", default=None
+        "sequence_mean", "token_mean", "constant", "sequence_sum", default=None
     )
     importance: str | None = one_of("token", "sequence", default=None)
     surrogate: str | None = one_of("clip", "cispo", default=None)

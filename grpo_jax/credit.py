@@ -7,6 +7,7 @@ method's row of the table (`methods.py`) has it. One function for each kind of r
     outcome     Â_i of a group (section 4.1.2)
     process     Â_it from the rewards of steps (section 4.1.3)
     critic      A_t by GAE, with the KL term in the reward (PPO)
+    returns     the same without a critic (REINFORCE++)
     pairs       o⁺ beside o⁻ (DPO)
 
 Axes: N outputs, the G of a question side by side; C the longest output's tokens.
@@ -132,7 +133,7 @@ def critic(
     gamma: float,
     lam: float,
 ) -> list[Sample]:
-    """A_t = GAE of r_t = -β log(π_old/π_ref) + r at the last token; whitened.
+    """A_t = GAE of r_t = -β log(π_old/π_ref) + r at the last token; normalised.
 
     r stands at the last token that was sampled; a tool's tokens are passed over.
     values, ref_logps: of each output, V(s_t) and log π_ref at its tokens. An output
@@ -152,10 +153,7 @@ def critic(
         jnp.asarray(r), jnp.asarray(v), jnp.asarray(mask), gamma=gamma, lam=lam
     )
     advantages, returns = np.asarray(advantages), np.asarray(returns)
-    count = max(mask.sum(), 1.0)
-    mean = (advantages * mask).sum() / count
-    std = np.sqrt((np.square(advantages - mean) * mask).sum() / max(count - 1, 1.0))
-    advantages = (advantages - mean) / (std + 1e-8)
+    advantages = normalized(advantages, mask)
     return [
         dataclasses.replace(
             masked(o.sample) if not np.isfinite(rewards[i]) else o.sample,
@@ -165,6 +163,47 @@ def critic(
         )
         for i, o in enumerate(outputs)
     ]
+
+
+def returns(
+    outputs: Sequence[Output],
+    rewards: np.ndarray,
+    ref_logps: Sequence[np.ndarray] | None,
+    *,
+    kl_coef: float,
+) -> list[Sample]:
+    """A_t = r - β Σ_s≥t log(π_old/π_ref), normalised over the batch's tokens (Hu 2025).
+
+    Arguments as in `critic`, whose A_t this is with V = 0 and γ = λ = 1.
+    """
+    nothing = [np.zeros(len(o.tokens), np.float32) for o in outputs]
+    samples = critic(
+        outputs, rewards, nothing, ref_logps, kl_coef=kl_coef, gamma=1.0, lam=1.0
+    )
+    return [dataclasses.replace(s, returns=None, values=None) for s in samples]
+
+
+def divergence(
+    outputs: Sequence[Output], ref_logps: Sequence[np.ndarray]
+) -> np.ndarray:
+    """log π_old(o|q) - log π_ref(o|q) of each output, over the tokens it chose: [N]."""
+    return np.array(
+        [
+            ((np.asarray(o.logps) - ref) * np.array(o.sampled)).sum()
+            for o, ref in zip(outputs, ref_logps, strict=True)
+        ],
+        np.float32,
+    )
+
+
+def normalized(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """x with mean 0 and variance 1 where mask is not 0, and 0 elsewhere."""
+    # float64 holds a sum of float32 numbers exactly: what is tied comes to exactly 0.
+    held = x[mask > 0].astype(np.float64)
+    if held.size < 2:
+        return np.zeros_like(x)
+    scaled = (x - held.mean()) / (held.std(ddof=1) + 1e-8)
+    return np.where(mask > 0, scaled, 0).astype(x.dtype)
 
 
 def pairs(

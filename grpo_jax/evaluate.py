@@ -48,6 +48,7 @@ from grpo_jax.comparison import (
 )
 from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError, disk_full, out_of_memory
+from grpo_jax.fields import COUNT, LONGEST, ROWS, TOKENS
 from grpo_jax.files import digest, write_whole
 from grpo_jax.hf.folders import agree_on_folder, find_folder
 from grpo_jax.model import Decoder, Params
@@ -58,6 +59,23 @@ from grpo_jax.tokenizer import Tokenizer
 
 # Flags that say which process this is, and nothing of what is measured.
 PROCESSES = ("coordinator", "num_processes", "process_id", "wait", "heartbeat")
+
+
+# Flags that are numbers: the least and the most, as the fields of a config have them.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "questions": (0, COUNT),
+    "samples": (0, ROWS),
+    "temperature": (0.01, 100),
+    "generations": (1, 1000),
+    "max_new_tokens": (1, TOKENS),
+    "max_prompt_tokens": (1, TOKENS),
+    "batch": (1, ROWS),
+    "seed": (0, 2**32 - 1),
+    "num_processes": (1, ROWS),
+    "process_id": (0, ROWS),
+    "wait": (1, LONGEST),
+    "heartbeat": (1, LONGEST),
+}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -107,13 +125,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--wait", type=int, default=300, help="seconds for all to come (300)")
     add("--heartbeat", type=int, default=100, help="seconds until one is lost (100)")
     flags = parser.parse_args(arguments)
-    least = {"questions": 0, "samples": 0, "max_new_tokens": 1, "max_prompt_tokens": 1}
-    least |= {"generations": 1, "wait": 1, "heartbeat": 1}
-    for name, smallest in least.items():
-        if getattr(flags, name) < smallest:
-            parser.error(f"--{name.replace('_', '-')} must be {smallest} or more")
-    if flags.temperature <= 0 or flags.batch < 1:
-        parser.error("--temperature must be above 0 and --batch 1 or more")
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(flags, name)
+        if value is not None and not least <= value <= most:  # NaN is neither
+            flag = f"--{name.replace('_', '-') if name not in PROCESSES else name}"
+            parser.error(f"{flag} {value} is not between {least:,} and {most:,}")
     if flags.few_shot and (flags.template or flags.instruction):
         parser.error("--few-shot has no --template and no --instruction")
     if flags.few_shot and flags.mode != ["cot"]:

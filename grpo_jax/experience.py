@@ -17,17 +17,20 @@ import jax
 import numpy as np
 
 from grpo_jax import data, hosts, sharding
-from grpo_jax.config import Config, generations, reward_names, reward_weights
-from grpo_jax.credit import Output, overlong_punishment
+from grpo_jax.config import Config, generations
+from grpo_jax.credit import Output
 from grpo_jax.data import Example
 from grpo_jax.errors import GrpoError
 from grpo_jax.interpreter import Interpreter
 from grpo_jax.model import Params
 from grpo_jax.packing import Sample
 from grpo_jax.prompts import encode_prompts
-from grpo_jax.rewards import Calls, Scores, check_calls, resolve, score
+from grpo_jax.rewards import (
+    Scores,
+)
 from grpo_jax.rollout import generate
 from grpo_jax.run import Run
+from grpo_jax.run_rewards import Rewards
 from grpo_jax.tools import most_tokens, solve, text_of
 
 Prompts = list[tuple[Example, list[int]]]
@@ -164,62 +167,6 @@ def _of_tools(arrays: dict[str, Any], i: int, n: int) -> dict[str, Any]:
     return {"mask": arrays["mask"][i, :n].astype(int).tolist(), **counts}
 
 
-class Rewards:
-    """The reward functions that a config names, applied to outputs."""
-
-    def __init__(self, config: Config, questions: Sequence[Example]):
-        # A process reward model judges by step; what the rule says is then only shown.
-        names = reward_names(config) or ["rule"]
-        self.weights = reward_weights(config) or [1.0]
-        self.functions = [None if n == "model" else resolve(n) for n in names]
-        self.timeout = config.rewards.timeout
-        own = config.own()
-        self.limit = config.max_new_tokens * max(1, generations(config))
-        self.buffer = own.get("overlong_buffer", 0)
-        # of `Scores.by_function`: the punishment of length is one of them
-        self.all_weights = [*self.weights, 1.0] if self.buffer else self.weights
-        self.calls = Calls()
-        # Of all questions: a function gets the same columns at every step.
-        self.columns = sorted({name for e in questions for name in e.columns})
-        check_calls([f for f in self.functions if f], [*self.columns, "answer"])
-
-    @property
-    def asks_model(self) -> bool:
-        return None in self.functions
-
-    def __call__(self, outputs: Sequence[Output], judged: np.ndarray | None) -> Scores:
-        examples = [o.example for o in outputs]
-        columns: dict[str, list[Any]] = {
-            name: [e.columns.get(name) for e in examples] for name in self.columns
-        }
-        columns["answer"] = [e.answer for e in examples]
-        if any(e.language != "en" for e in examples):
-            columns["language"] = [e.language for e in examples]
-
-        def model(prompts, completions, **columns):
-            return judged
-
-        scores = score(
-            [function or model for function in self.functions],
-            self.weights,
-            [e.question for e in examples],
-            [o.text for o in outputs],
-            columns,
-            timeout=self.timeout,
-            calls=self.calls,
-        )
-        if not self.buffer:
-            return scores
-        lengths = [sum(o.sampled) for o in outputs]
-        punishment = overlong_punishment(lengths, self.limit, self.buffer)
-        return dataclasses.replace(
-            scores,
-            rewards=scores.rewards + punishment,
-            by_function=scores.by_function | {"overlong": punishment},
-            failures=scores.failures | {"overlong": 0},
-        )
-
-
 class Experience:
     """A step's outputs and scores; the same for the same step, parameters and seed."""
 
@@ -266,9 +213,9 @@ class Experience:
     ) -> tuple[list[Output], Scores, dict[str, float]]:
         """The step's outputs as they will be taught, and what it took to get them.
 
-        With dynamic sampling, groups whose rewards are all equal are replaced by groups
-        of further rollouts from `params`, as long as the method allows; what then still
-        lacks is filled with tied groups, which teach nothing.
+        With dynamic sampling, groups in which all outputs are right, or none is, are
+        replaced by groups of further rollouts from `params`, as long as the method
+        allows; what then still lacks is filled with them (`Rewards.correctness`).
         """
         config = self.run.config
         g, wanted = config.group_size, config.questions_per_step
@@ -282,9 +229,10 @@ class Experience:
             outputs, scores = self.score(outputs, judge)
             if not self.replaces:
                 return outputs, scores, {}
+            correct = self.rewards.correctness(scores)
             for start in range(0, len(outputs), g):
                 group = range(start, start + g)
-                tied = len(_values(scores.rewards[start : start + g])) < 2
+                tied = len(_values(correct[start : start + g])) < 2
                 groups, kept = spare if tied else (found, parts)
                 groups.append(outputs[start : start + g])
                 kept.append(scores.take(group))

@@ -20,6 +20,7 @@ from grpo_jax.errors import GrpoError
 TOKENS = 2**20  # of a sequence, at most: longer ones fit no machine's memory
 COUNT = 2**31 - 1  # of steps, at most: they are counted in 32 bits
 ROWS = 2**20  # of a batch
+LONGEST = 10**6  # seconds that anything is waited for: 11 days
 COEFFICIENT = 1e6  # what multiplies a loss in float32
 
 

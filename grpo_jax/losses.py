@@ -113,8 +113,8 @@ def grpo_loss(
       delta: the bound on ρ where Â < 0 (two-sided clip).
       kl_coef: β.
       kl_estimator: k3 (the paper's), k1, k2, or k3_unbiased (ρ k3).
-      aggregate: sequence_mean (the paper), token_mean (DAPO), or constant (Dr. GRPO:
-        divides by rows × max_length).
+      aggregate: sequence_mean (the paper), token_mean (DAPO), constant (Dr. GRPO:
+        divides by rows × max_length), or sequence_sum (RLOO: by rows alone).
       importance: "token", or "sequence" for GSPO's ρ_i = exp(mean_t log ρ_it).
       surrogate: "clip", or "cispo": -stop_gradient(min(ρ, clip_high)) Â log π_θ.
 

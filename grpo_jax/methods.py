@@ -16,22 +16,33 @@ coefficient GC; one loop (`rl.py`) and one compiled step (`update.py`) run them 
     grpo_iterative  π_θ, groups     model   Â_i + β (π_ref/π_θ - 1), π_ref ← π_θ
 
 `coefficients.py` states GC as arrays; tests show that each method's own loss has it.
-Below the paper's rows stand GRPO's relatives, each with what it changes. Any row of PPO
-and GRPO also takes these, off unless they are set:
+Below the paper's rows stand GRPO's relatives, each with what it changes; rloo and
+reinforce_pp are their own papers' methods:
+
+    rloo            π_θ, groups     rule    |o| (R_i - mean of the others' R)
+                    R = r - β Σ_t log(π_θ/π_ref): the KL term is in the reward; the
+                    gradient is of log π(o|q), a sum over tokens; one update a rollout
+    reinforce_pp    π_θ             rule    A_t, the batch's returns normalised
+                    R_t = r - β Σ_s≥t log(π_θ/π_ref); PPO's clip; a mean over tokens
+
+(`grpo` with advantage_baseline=leave_one_out and advantage_scale=none has RLOO's
+baseline in GRPO's loss.) Rows of PPO and GRPO also take these, off unless they are set:
 
     importance_cap        truncated importance sampling between sampler and trainer
                           (Yao et al. 2025)
     entropy_coef          an entropy bonus (Mnih et al. 2016)
     mask_truncated        outputs that were cut off teach nothing (DAPO, Yu et al. 2025)
     overlong_buffer       a soft punishment of length, in tokens (DAPO)
-    updates_per_rollout   μ > 1, with log π_old of the policy that sampled (section 4.1)
+    updates_per_rollout   μ > 1, with log π_old of the policy that sampled (section
+                          4.1); not rloo, which takes one step a rollout
     max_staleness         1: the next rollout starts before the update, so that the host
                           grades while the device samples; what the update changed is
                           corrected by importance_cap, then 2 unless set
 
 and GRPO's: delta, the bound on ρ where Â < 0 (two-sided clip, INTELLECT-2, Prime
 Intellect 2025); reward_normalization=each, several reward functions normalised before
-they are summed (GDPO, Liu et al. 2026); dynamic_sampling (DAPO).
+they are summed (GDPO, Liu et al. 2026); dynamic_sampling (DAPO): groups of which all
+outputs are right, or none is, are replaced.
 
 In: nothing. Out: `METHODS`, which `config.py` checks a run against.
 """
@@ -49,6 +60,7 @@ class Method:
     reward: str  # default of rewards.functions; "model": a trained outcome model
     coefficient: str  # how an output's reward becomes credit: see credit.py
     loss: str  # sft | dpo | ppo | grpo: see objectives.py
+    kl: str = "loss"  # where β's KL term stands: loss | reward
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -118,6 +130,7 @@ METHODS: dict[str, Method] = {
         reward="rule",
         coefficient="critic",
         loss="ppo",
+        kl="reward",
         fields=_POLICY
         | {
             "gae_gamma": 1.0,
@@ -147,10 +160,34 @@ METHODS: dict[str, Method] = {
     "cispo": _grpo(
         kl_coef=0.0, surrogate="cispo", clip_high=5.0, aggregate="token_mean"
     ),
-    # RLOO (Ahmadian et al. 2024): REINFORCE against the mean of the other outputs.
-    "rloo": _grpo(advantage_scale="none", advantage_baseline="leave_one_out"),
-    # REINFORCE++ (Hu 2025): the batch's mean and std instead of the group's.
-    "reinforce_pp": _grpo(advantage_scale="batch", advantage_baseline="batch"),
+    # RLOO (Ahmadian et al. 2024): REINFORCE against the mean of the other outputs. With
+    # one update a rollout ρ is 1, and no clip acts.
+    "rloo": Method(
+        source="policy",
+        reward="rule",
+        coefficient="outcome",
+        loss="grpo",
+        kl="reward",
+        fields={
+            name: value
+            for name, value in _POLICY.items()
+            if name not in ("clip_low", "clip_high", "updates_per_rollout")
+        }
+        | {
+            "aggregate": "sequence_sum",
+            "advantage_scale": "none",
+            "advantage_baseline": "leave_one_out",
+        },
+    ),
+    # REINFORCE++ (Hu 2025): PPO without a critic, normalised over the batch's tokens.
+    "reinforce_pp": Method(
+        source="policy",
+        reward="rule",
+        coefficient="returns",
+        loss="grpo",
+        kl="reward",
+        fields=_POLICY | {"aggregate": "token_mean"},
+    ),
 }
 OWN_FIELDS: tuple[str, ...] = tuple(
     dict.fromkeys(name for method in METHODS.values() for name in method.fields)

@@ -60,13 +60,10 @@ def make_programs(
 
 
 def teaches_all(config: Config) -> bool:
-    """Whether an output whose advantages are all 0 has a gradient too."""
+    """Whether an output whose advantages are all 0 has a gradient too, or may have none
+    that are: a KL term in the reward differs from token to token."""
     own, loss = config.own(), METHODS[config.method].loss
-    return bool(
-        (own.get("kl_coef") and loss == "grpo")
-        or own.get("entropy_coef")
-        or loss in ("ppo", "dpo")
-    )
+    return bool(own.get("kl_coef") or own.get("entropy_coef") or loss in ("ppo", "dpo"))
 
 
 def make_objective(config: Config, model: Decoder) -> Objective:
@@ -82,13 +79,7 @@ def make_objective(config: Config, model: Decoder) -> Objective:
             beta=own["dpo_beta"],
             length_normalized=own["length_normalized"],
         )
-    names = ("clip_low", "clip_high", "aggregate", "entropy_coef", "importance_cap")
-    names += ("delta", "kl_estimator", "importance", "surrogate", "kl_coef")
-    options = {name: own[name] for name in names if name in own}
-    if own["max_staleness"] and own["importance_cap"] is None:
-        options["importance_cap"] = 2.0
-    if own["aggregate"] == "constant":
-        options["max_length"] = config.max_new_tokens * max(1, generations(config))
+    options = loss_options(config)
     if loss == "ppo":
         del options["kl_coef"]  # it is in the reward
         return ppo_objective(
@@ -99,6 +90,21 @@ def make_objective(config: Config, model: Decoder) -> Objective:
             **options,
         )
     return grpo_objective(model, temperature=temperature, **options)
+
+
+def loss_options(config: Config) -> dict[str, Any]:
+    """What the method's row, and the config's own fields, ask of `grpo_loss`."""
+    own = config.own()
+    names = ("clip_low", "clip_high", "aggregate", "entropy_coef", "importance_cap")
+    names += ("delta", "kl_estimator", "importance", "surrogate", "kl_coef")
+    options = {name: own[name] for name in names if name in own}
+    if METHODS[config.method].kl == "reward":
+        options["kl_coef"] = 0.0
+    if own["max_staleness"] and own["importance_cap"] is None:
+        options["importance_cap"] = 2.0
+    if own["aggregate"] == "constant":
+        options["max_length"] = config.max_new_tokens * max(1, generations(config))
+    return options
 
 
 class Layout:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-AGGREGATES = ("sequence_mean", "token_mean", "constant")
+AGGREGATES = ("sequence_mean", "token_mean", "constant", "sequence_sum")
 
 
 def jitted(
@@ -138,6 +138,8 @@ def aggregate_tokens(
         if max_length is None:
             raise ValueError("aggregate='constant' needs max_length")
         return (weight * per_token).sum() / (nonzero(normalizer) * max_length)
+    if aggregate == "sequence_sum":
+        return (weight * per_token).sum() / nonzero(normalizer)
     length = sequence_sums(weight, segment_ids)
     return (weight * per_token / at_least_1(length)).sum() / nonzero(normalizer)
 

@@ -173,7 +173,7 @@ def make_body(
     method = METHODS[config.method]
     critic = method.coefficient == "critic"
     updates, kl_coef = own.get("updates_per_rollout", 1), own.get("kl_coef", 0.0)
-    in_loss = kl_coef if method.loss == "grpo" else 0.0
+    in_loss = kl_coef if method.kl == "loss" else 0.0
     every = teaches_all(config)
     programs = make_programs(config, run.model, transformation, shardings)
     lay_out = Layout(config, run.mesh)
@@ -217,6 +217,12 @@ def make_body(
                 gamma=own["gae_gamma"],
                 lam=own["gae_lambda"],
             )
+        ref = by_output(scored.ref, outputs) if kl_coef and not in_loss else None
+        if method.coefficient == "returns":
+            return credit.returns(outputs, rewards, ref, kl_coef=kl_coef)
+        if ref is not None:
+            penalty = kl_coef * credit.divergence(outputs, ref)
+            scores = dataclasses.replace(scores, rewards=rewards - penalty)
         return credit.outcome(
             outputs,
             scores,
@@ -224,7 +230,7 @@ def make_body(
             g,
             scale=own["advantage_scale"],
             baseline=own["advantage_baseline"],
-            each=own["reward_normalization"] == "each",
+            each=own.get("reward_normalization") == "each",
         )
 
     def body(step, state):
@@ -276,6 +282,9 @@ def make_body(
             "time/credit": credited_at - graded,
             "time/update": done - credited_at,
         }
+        if kl_coef and not in_loss:  # the loss has no KL term that would say it
+            moved = credit.divergence(outputs, by_output(scored.ref, outputs)).sum()
+            metrics["kl"] = float(moved) / max(sum(sum(o.sampled) for o in outputs), 1)
         known = {"ref_logps": scored.ref, "old_logps": scored.old} if early else {}
         known = {k: x if x is None else by_output(x, outputs) for k, x in known.items()}
         show(run, step, outputs, scores.rewards, samples, **known)

@@ -24,6 +24,7 @@ from ml_collections import config_flags
 from grpo_jax.checks import validate
 from grpo_jax.config import Config, flatten, unknown_field
 from grpo_jax.errors import GrpoError, disk_full, out_of_memory
+from grpo_jax.fields import LONGEST
 
 USAGE = "usage: python train.py --config FILE [--workdir DIR] [--config.name=value …]"
 
@@ -37,9 +38,11 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes there are")
 _NUMBER = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
-_WAIT = flags.DEFINE_integer("wait", 300, "seconds for all processes to come", 1)
+_WAIT = flags.DEFINE_integer(
+    "wait", 300, "seconds for all processes to come", 1, LONGEST
+)
 _HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat", 100, "seconds without a sign after which a process is lost", 1
+    "heartbeat", 100, "seconds without a sign after which a process is lost", 1, LONGEST
 )
 
 

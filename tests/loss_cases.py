@@ -18,6 +18,7 @@ AGGREGATES: tuple[dict, ...] = (
     dict(aggregate="sequence_mean"),
     dict(aggregate="token_mean"),
     dict(aggregate="constant", max_length=9),
+    dict(aggregate="sequence_sum"),
 )
 IMPORTANCE = ("token", "sequence")
 SURROGATES: tuple[dict, ...] = (

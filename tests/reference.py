@@ -60,7 +60,8 @@ def grpo(
         elif aggregate == "token_mean":
             divisor = normalizer or max(tokens, 1.0)
         else:
-            divisor = (normalizer or max(num_sequences, 1)) * max_length
+            divisor = normalizer or max(num_sequences, 1)
+            divisor *= 1 if aggregate == "sequence_sum" else max_length
         mean_log_ratio = sum(float(mask[p]) * (logps[p] - old[p]) for p in o) / n
         through_ratio = 0.0  # d loss / d ρ_i, summed over the tokens that share ρ_i
         for p in o:

@@ -44,7 +44,8 @@ def make_step(**options):
 
 
 def optimizer(**changes):
-    return make_optimizer(**(dict(learning_rate=1e-3, steps=3) | changes))
+    given: dict[str, Any] = dict(learning_rate=1e-3, steps=3)
+    return make_optimizer(**(given | changes))
 
 
 def pack(**changes):
@@ -66,9 +67,9 @@ def score(sequences=([1, 2],), **changes):
 
 def tools(**changes):
     given: dict[str, Any] = dict(key=jax.random.key(0), max_new_tokens=2)
-    given |= dict(interpreter=None)
+    given |= dict(interpreter=None, params=None)
     tokenizer = api.Tokenizer.from_alphabet("`output12345"[:8])
-    return solve(MODEL, None, tokenizer, [[1]], **(given | changes))
+    return solve(MODEL, tokenizer=tokenizer, prompts=[[1]], **(given | changes))
 
 
 CASES = [

@@ -136,3 +136,35 @@ def test_pairs_are_of_one_question_right_before_wrong():
     assert all(rewards[right] for right in tokens[::2])
     assert not any(rewards[wrong] for wrong in tokens[1::2])
     assert max(tokens) < 4
+
+
+def test_reinforce_pp_credits_each_token_with_what_follows_it():
+    """A_t = r - β Σ_s≥t log(π_old/π_ref), normalised over all tokens."""
+    outputs = [output([1, 2], logps=[-1.0, -2.0]), output([3], logps=[-0.5])]
+    ref = [np.array([-1.5, -3.0]), np.array([-0.25])]
+    samples = credit.returns(outputs, np.array([1.0, 0.0]), ref, kl_coef=0.1)
+    raw = np.array([1 - 0.1 * (0.5 + 1.0), 1 - 0.1 * 1.0, 0.1 * 0.25])
+    white = (raw - raw.mean()) / raw.std(ddof=1)
+    np.testing.assert_allclose(masked(samples, "advantages"), white, rtol=1e-5)
+    assert all(s.returns is None and s.values is None for s in samples)
+    # without a KL term it is one number for each output
+    plain = credit.returns(outputs, np.array([1.0, 0.0]), None, kl_coef=0.0)
+    a, b, c = masked(plain, "advantages")
+    assert a == b > 0 > c
+
+
+def test_tied_rewards_have_exactly_no_returns():
+    """Rounding leaves 0.95 - mean(0.95) above 0, and its std as small."""
+    outputs = [output(range(1, 2 + i)) for i in range(7)]
+    rewards = np.full(7, 0.95)
+    for sample in credit.returns(outputs, rewards, None, kl_coef=0.0):
+        assert not np.any(taught(sample))
+
+
+def test_rloo_has_the_divergence_of_the_whole_output_in_its_reward():
+    """A tool's tokens are not the policy's."""
+    one = output([1, 2, 3], logps=[-1.0, 0.0, -2.0])
+    one = dataclasses.replace(one, mask=[1, 0, 1])
+    two = output([4], logps=[-1.0])
+    ref = [np.array([-2.0, 9.0, -2.5]), np.array([-0.5])]
+    np.testing.assert_allclose(credit.divergence([one, two], ref), [1.5, -0.5])

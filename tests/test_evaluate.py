@@ -480,9 +480,9 @@ def test_two_files_are_compared_on_the_same_questions(questions, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--mode tool --generations 0", "--generations must be 1 or more"),
+        ("--mode tool --generations 0", "--generations 0 is not between 1 and"),
         ("--few-shot", "has no --template and no --instruction"),
-        ("--questions -1", "--questions must be 0 or more"),
+        ("--questions -1", "--questions -1 is not between 0 and"),
         ("--sets gsm9k", "error: data 'gsm9k': no such set; did you mean 'gsm8k'?"),
         ("--models a/x b/x a/x", "error: --models: the same model twice"),
         ("--coordinator here", "error: --coordinator, --num_processes and --process"),

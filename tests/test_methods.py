@@ -6,17 +6,23 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_runs import SMALL, dotted, small_config, write_questions
 
-from grpo_jax import experience
-from grpo_jax.config import Config
+from grpo_jax import credit, experience
+from grpo_jax.config import Config, RewardSettings
 from grpo_jax.methods import METHODS
+from grpo_jax.programs import Layout, make_objective
 from grpo_jax.recorder import Recorder
 from grpo_jax.reward_model import labelled
+from grpo_jax.rewards import Scores
+from grpo_jax.rl import by_output
 from grpo_jax.run import load_run, open_run
+from grpo_jax.run_rewards import Rewards
 from grpo_jax.train import train
+from grpo_jax.update import accumulate, make_scorer
 
 STEPS = 4
 SIZES = SMALL | {
@@ -32,6 +38,7 @@ SIZES = SMALL | {
 }
 # One method of each kind of credit or loss; the relatives are GRPO with other values.
 ROWS = ["rft", "online_rft", "dpo", "ppo", "grpo_process", "grpo_iterative", "dapo"]
+ROWS += ["rloo", "reinforce_pp"]
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +152,110 @@ def test_dynamic_sampling_leaves_no_tied_group(instruct, tmp_path):
     assert row["frac_reward_zero_std"] > 0.2
     tied = row["frac_reward_zero_std"] * 32
     assert row["samples/taught"] <= 32 - tied  # β = 0: tied outputs cost no pass
+
+
+def test_dynamic_sampling_counts_right_outputs_and_not_their_length(instruct, tmp_path):
+    """A punishment of length unties groups that are all right or all wrong: 0 < number
+    right < G is of the reward before it (DAPO)."""
+    (tmp_path / "mine.py").write_text(
+        "def mine(prompts, completions, **columns):\n"
+        "    return [0.0 if int(p[0]) % 2 else float(i % 2)\n"
+        "            for i, p in enumerate(prompts)]\n"
+    )
+    changes = {
+        "method": "dapo",
+        "rewards__functions": f"{tmp_path / 'mine.py'}:mine",
+        "overlong_buffer": 12,
+        "rl_steps": 1,
+    }
+    workdir = run(instruct, "punished", **changes)
+    (row,) = metrics(workdir)
+    assert row["rewards/overlong/std"] > 0.05  # or there were nothing to be misled by
+    assert row["dynamic/rollouts"] > 1 and 0.2 < row["dynamic/tied"] < 0.8
+    here = open_run(workdir)
+    source = experience.Experience(here)
+    policy = load_run(instruct / "instruct")[1]
+    with jax.set_mesh(here.mesh):
+        drawn = source.draw(0, policy)
+        _, scores, _ = source.grade(0, experience.read(drawn), policy)
+    groups = scores.by_function["mine"].reshape(-1, 4)
+    assert (groups.min(1) == 0).all() and (groups.max(1) == 1).all()
+
+
+def test_the_rule_alone_tells_right_from_wrong(instruct):
+    """Of several functions; a group whose format alone differs is all wrong."""
+    config = open_run(instruct / "instruct").config
+    config = dataclasses.replace(
+        config,
+        method="dapo",
+        overlong_buffer=4,
+        rewards=RewardSettings(functions="rule,format"),
+    )
+    rewards = Rewards(config, [])
+    given = {
+        "rule_reward": np.array([0, 0, 1, np.nan], np.float32),
+        "format_reward": np.array([0, 1, 1, 1], np.float32),
+        "overlong": np.array([0, -0.3, -0.1, 0], np.float32),
+    }
+    total = np.array([0, 0.7, 1.9, 1], np.float32)
+    scores = Scores(total, given, dict.fromkeys(given, 0))
+    np.testing.assert_array_equal(rewards.correctness(scores), given["rule_reward"])
+    del given["rule_reward"]
+    other = dataclasses.replace(config, rewards=RewardSettings(functions="format"))
+    scores = Scores(total, given, dict.fromkeys(given, 0))
+    np.testing.assert_array_equal(Rewards(other, []).correctness(scores), [0, 1, 1, 1])
+
+
+def test_rloos_gradient_is_reinforce_by_hand(instruct):
+    """Sampled once, taught once: Σ_i (R_i - mean of the others' R) ∇ log π(o_i|q) / N,
+    with R_i = r_i - β (log π_θ - log π_ref) of the whole output."""
+    workdir = run(instruct, "rloo-by-hand", "rloo", rl_steps=1, kl_coef=0.5)
+    here = open_run(workdir)
+    config, source = here.config, experience.Experience(here)
+    policy = load_run(instruct / "instruct")[1]
+    noise = iter(jax.random.split(jax.random.key(5), 99))
+    moved = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), policy
+    )
+    with jax.set_mesh(here.mesh):
+        drawn = source.draw(0, moved)
+        outputs, scores, _ = source.grade(0, experience.read(drawn), moved)
+        batch = Layout(config, here.mesh)([o.sample for o in outputs])
+        ref = make_scorer(here.model)(policy, batch)
+        ref = by_output(ref, outputs)
+        penalty = 0.5 * credit.divergence(outputs, ref)
+        graded = dataclasses.replace(scores, rewards=scores.rewards - penalty)
+        options = dict(scale="none", baseline="leave_one_out")
+        samples = credit.outcome(outputs, graded, [1.0], config.group_size, **options)
+        batch = Layout(config, here.mesh)(samples)
+        objective = make_objective(config, here.model)
+        step = jax.jit(lambda p, b: accumulate(objective, p, None, b)[0])
+        ours = step(moved, batch)
+
+    R = np.array([r - p for r, p in zip(scores.rewards, penalty, strict=True)])
+    groups = R.reshape(-1, config.group_size)
+    others = (groups.sum(1, keepdims=True) - groups) / (config.group_size - 1)
+    weights = (groups - others).reshape(-1)
+
+    longest = max(len(o.prompt) + len(o.tokens) for o in outputs)
+    ids, chosen = np.zeros((2, len(outputs), longest), int)
+    for i, o in enumerate(outputs):
+        ids[i, : len(o.prompt) + len(o.tokens)] = [*o.prompt, *o.tokens]
+        chosen[i, len(o.prompt) :][: len(o.tokens)] = 1
+
+    @jax.jit
+    def reinforce(params):
+        logps = jax.nn.log_softmax(here.model.logits(params, jnp.asarray(ids)))
+        own = jnp.take_along_axis(logps[:, :-1], jnp.asarray(ids)[:, 1:, None], 2)
+        of_outputs = (own[..., 0] * chosen[:, 1:]).sum(1)
+        return -(jnp.asarray(weights) * of_outputs).sum() / len(outputs)
+
+    assert np.ptp(weights) > 0.5 and np.abs(penalty).max() > 0.05
+    with jax.set_mesh(here.mesh):
+        expected = jax.jit(jax.grad(reinforce))(moved)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        scale = float(np.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4 * scale)
 
 
 def test_rft_samples_from_the_instruct_model_all_along(instruct):

@@ -7,6 +7,7 @@ what it needs. `--topology here` takes the devices of this machine.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 
@@ -43,6 +44,9 @@ def plan(argv: list[str]) -> str:
     config = train.parse(argv)
     if not _TOPOLOGY.value:
         raise GrpoError("--topology: name a pod, as v5p:4x4x4, or here")
+    for flag in (_OUTPUT, _PROMPT, _PRICE):
+        if flag.value is not None and not math.isfinite(flag.value):
+            raise GrpoError(f"--{flag.name}: {flag.value}; a finite number is needed")
     from grpo_jax.plan import chips, search, table
     from grpo_jax.plan.compiled import compile_all
     from grpo_jax.plan.trips import Lengths

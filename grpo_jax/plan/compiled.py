@@ -152,7 +152,7 @@ def rl_programs(
     extra = jax.ShapeDtypeStruct(
         learnt.tokens.shape, jnp.float32, sharding=learnt.tokens.sharding
     )
-    in_loss = own.get("kl_coef") if method.loss == "grpo" else 0.0
+    in_loss = own.get("kl_coef") if method.kl == "loss" else 0.0
     updates = own.get("updates_per_rollout", 1)
     learnt = dataclasses.replace(
         learnt,
