@@ -106,13 +106,28 @@ def attention(
     v: Float[Array, "B S K H"],
     allowed: Bool[Array, "B T S"],
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k / √H) v over the allowed positions, in float32 inside."""
+    """softmax(q k / √H) v over the allowed positions, in float32 inside.
+
+    What is not finite in a key or value changes nothing for queries that may not look
+    at it, nor for the gradients that they have part in.
+    """
     q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-    scores = einsum("BTKGH,BSKH->BKGTS", q, k)
-    scores = jnp.where(allowed[:, None, None], scores / math.sqrt(q.shape[-1]), -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    bad_q, bad_k = (
+        ~jnp.isfinite(q).all(-1),
+        ~(jnp.isfinite(k) & jnp.isfinite(v)).all(-1),
+    )
+    bad = jnp.moveaxis(bad_q, 1, -1)[..., None]  # [B, K, G, T, 1]
+    bad = bad | bad_k.swapaxes(1, 2)[:, :, None, None]
+    k, v = (jnp.where(bad_k[..., None], 0, x) for x in (k, v))
+    scores = einsum("BTKGH,BSKH->BKGTS", jnp.where(bad_q[..., None], 0, q), k)
+    scores = jnp.where(bad, jnp.nan, scores / math.sqrt(q.shape[-1]))
+    allowed = allowed[:, None, None]
+    weights = jax.nn.softmax(jnp.where(allowed, scores, -1e30), axis=-1)
+    weights = jnp.where(allowed, weights, 0).astype(v.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
-    return out.reshape(*out.shape[:2], -1, out.shape[-1])
+    out = out.reshape(*out.shape[:2], -1, out.shape[-1])
+    lost = jnp.isnan(out).any((2, 3), keepdims=True)  # the loss's gradient is NaN there
+    return jnp.where(lost, jax.lax.stop_gradient(out), out)
 
 
 def attend(

@@ -84,6 +84,21 @@ def block_attention(
     return out.transpose(0, 1, 4, 2, 3, 5).reshape(batch, length, heads, width)
 
 
+def marked(k: Array, v: Array) -> tuple[Array, Array]:
+    """The same keys and values, so that no mask lets a number through that it hides.
+
+    The product of a weight of 0 and a NaN is NaN. So where a key or its value is not
+    finite, the value becomes 0 and the key NaN, whose scores the mask replaces: queries
+    that may look at it still take NaN, and no others do. [..., H] each.
+    """
+    good = (jnp.isfinite(k) & jnp.isfinite(v)).all(-1, keepdims=True)
+    return jnp.where(good, k, jnp.nan), jnp.where(good, v, 0)
+
+
+def _clean(x: Array) -> Array:
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
 def _take(x: Array, index: Array) -> Array:
     return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
 
@@ -97,7 +112,8 @@ def _add(x: Array, value: Array, index: Array) -> Array:
 
 
 def _scores(q: Array, k: Array, rows: Rows, pairs: Pairs, n: Array, size: int):
-    """Scores [K, M, s] of pair n, -1e30 where nobody may look; the blocks' numbers."""
+    """Scores [K, M, s] of pair n, -1e30 where nobody may look, and where somebody may;
+    the blocks' numbers."""
     blocks = rows.real.shape[1] // size
     row, i, j = pairs.row[n], pairs.queries[n], pairs.keys[n]
     mine, theirs = row * blocks + i, row * blocks + j
@@ -105,8 +121,9 @@ def _scores(q: Array, k: Array, rows: Rows, pairs: Pairs, n: Array, size: int):
     allowed = here.allowed(i * size, size, j * size, size)[0]  # [t, s]
     scores = einsum("KMH,KsH->KMs", _take(q, mine), _take(k, theirs))
     scores = scores.reshape(scores.shape[0], -1, size, size) / math.sqrt(q.shape[-1])
-    scores = jnp.where(allowed[None, None], scores, -1e30)
-    return scores.reshape(scores.shape[0], -1, size), mine, theirs
+    shape = (scores.shape[0], -1, size)
+    allowed = jnp.broadcast_to(allowed, scores.shape).reshape(shape)
+    return jnp.where(allowed, scores.reshape(shape), -1e30), allowed, mine, theirs
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -115,13 +132,15 @@ def _attend(q, k, v, rows, pairs, size):
 
 
 def _forward(q, k, v, rows, pairs, size):
+    given = (q, k, v)
+    k, v = marked(k, v)
     if cpu_kernels.fit(q, k, v):
         found = cpu_kernels.blocks_forward(q, k, v, rows, pairs)
         out, log_total = (checkpoint_name(x, "attention") for x in found)
-        return out, (q, k, v, rows, pairs, out, log_total)
+        return out, (*given, rows, pairs, out, log_total)
 
     def step(n, carry):
-        scores, mine, theirs = _scores(q, k, rows, pairs, n, size)
+        scores, _, mine, theirs = _scores(q, k, rows, pairs, n, size)
         top, total, out = (_take(x, mine) for x in carry)
         now = jnp.maximum(top, scores.max(-1, keepdims=True))
         weights, fade = jnp.exp(scores - now), jnp.exp(top - now)
@@ -140,13 +159,16 @@ def _forward(q, k, v, rows, pairs, size):
     # Under `remat` these are kept: the loop is not walked a second time.
     out = checkpoint_name((out / total).astype(q.dtype), "attention")
     log_total = checkpoint_name(top + jnp.log(total), "attention")
-    return out, (q, k, v, rows, pairs, out, log_total)
+    return out, (*given, rows, pairs, out, log_total)
 
 
 def _backward(size, saved, d_out):
     q, k, v, rows, pairs, out, log_total = saved
     # Σ_s π_s ∂L/∂π_s = ∂L/∂o · o
     inner = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True)
+    # A query that took NaN has a log_total of NaN, and so has the gradient of all that
+    # it may look at; what others have in common with it are sums with weights of 0.
+    q, k, v, d_out = map(_clean, (q, k, v, d_out))
     if cpu_kernels.fit(q, k, v, d_out):
         given = (q, k, v, rows, pairs, log_total, d_out, inner)
         found = cpu_kernels.blocks_backward(*given)
@@ -154,11 +176,13 @@ def _backward(size, saved, d_out):
 
     def step(n, carry):
         d_q, d_k, d_v = carry
-        scores, mine, theirs = _scores(q, k, rows, pairs, n, size)
+        scores, allowed, mine, theirs = _scores(q, k, rows, pairs, n, size)
         weights = jnp.exp(scores - _take(log_total, mine))
+        weights = jnp.where(allowed, weights, 0)
         here = _take(d_out, mine)
         d_weights = einsum("KMH,KsH->KMs", here, _take(v, theirs))
         d_scores = weights * (d_weights - _take(inner, mine))
+        d_scores = jnp.where(allowed, d_scores, 0)
         d_scores = (d_scores / math.sqrt(q.shape[-1])).astype(q.dtype)
         d_v_here = einsum("KMs,KMH->KsH", weights.astype(v.dtype), here)
         d_k_here = einsum("KMs,KMH->KsH", d_scores, _take(q, mine))

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Int
 
 from grpo_jax import cpu_kernels, sharding
 from grpo_jax.attention import attention
+from grpo_jax.block_attention import marked
 from grpo_jax.cache import (
     TOGETHER,
     Cache,
@@ -165,7 +166,7 @@ def decode(
         for layer, blocks, prefix in tables:
 
             def look(q, k, v, blocks=blocks, prefix=prefix):
-                return see(q, k, v, prefix, blocks)
+                return see(q, *marked(k, v), prefix, blocks)
 
             x, blocks = model.block(layer, x, rotation, look, product)
             new.append(blocks)
@@ -301,6 +302,7 @@ def append(
         def look(q, k, v, blocks=blocks, prefix=prefix):
             keys, values = zip(*blocks, strict=True)
             keys, values = joined(keys, cache.turn, 3), joined(values, cache.turn, 2)
+            k, v = marked(k, v)
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # from [W, T, K, H]
             keys = keys.at[..., columns].set(k.astype(keys.dtype))
             values = values.at[:, :, columns].set(v.astype(values.dtype))

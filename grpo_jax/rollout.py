@@ -27,6 +27,7 @@ from jaxtyping import Array, ArrayLike, Int
 
 from grpo_jax import sharding
 from grpo_jax.arguments import check_request, check_token_ids
+from grpo_jax.block_attention import marked
 from grpo_jax.cache import Prefixes, empty
 from grpo_jax.decode_mesh import laid_out
 from grpo_jax.decoding import Ends, State, decode, start
@@ -73,7 +74,8 @@ def generate_tokens(
     tokens = jnp.take_along_axis(tokens, order, 1)
     lengths = mask.sum(1, dtype=jnp.int32)
     mask = jnp.arange(mask.shape[1])[None] < lengths[:, None]
-    _, (keys, values) = model.hidden(params, tokens, mask=mask, keep_cache=True)
+    _, kept = model.hidden(params, tokens, mask=mask, keep_cache=True)
+    keys, values = marked(*kept)
     last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[:, None], 1)[:, 0]
 
     def table(x: Array, *axes: int) -> Array:  # of [P, S, K, H]

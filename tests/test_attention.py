@@ -146,6 +146,36 @@ def test_every_way_gives_the_numbers_of_softmax_and_its_gradients(case, way):
     check(WAYS[way], rows_of(case), inputs())
 
 
+@pytest.mark.parametrize("where", ["key", "value", "query"])
+@pytest.mark.parametrize("way", ["blocks", "kernels", "dense"])
+@pytest.mark.parametrize("case", ["packed", "shared", "left"])
+def test_a_nan_reaches_nobody_who_may_not_look_at_it(case, way, where):
+    """Forward and gradient, to the bit; who may look at it takes NaN."""
+    rows, (q, k, v, cotangent) = rows_of(case), inputs()
+    allowed, at = mask_of(rows), 20  # of the first row, in a block with others
+    spoilt = {"key": (q, k.at[0, at, 0, 3].set(jnp.nan), v)}
+    spoilt["value"] = (q, k, v.at[0, at, 0, 5].set(jnp.inf))
+    spoilt["query"] = (q.at[0, at, 1].set(jnp.nan), k, v)
+    hit = np.zeros(q.shape[:2], bool)  # queries
+    hit[0] = allowed[0, :, at] if where != "query" else np.arange(T) == at
+    seen = (allowed & hit[..., None]).any(1)  # keys that these may look at
+    chosen = kernels_in_use() if way == "kernels" else contextlib.nullcontext()
+    dense = functools.partial(attention, allowed=jnp.array(allowed))
+    f = dense if way == "dense" else lambda q, k, v: WAYS[way](q, k, v, rows)
+    with chosen:
+        out, clean = gradients(f, q, k, v, cotangent)
+        bad = jnp.where(hit[..., None, None], jnp.nan, cotangent)  # as a loss has it
+        for given in (cotangent, bad):
+            found, ours = gradients(f, *spoilt[where], given)
+            heads = slice(0, 2) if where != "query" else slice(1, 2)
+            assert np.isnan(found[hit][:, heads]).all()
+            assert not hit.all() and not seen.all()
+            np.testing.assert_array_equal(found[~hit], out[~hit])
+            np.testing.assert_array_equal(ours[0][~hit], clean[0][~hit])
+            for a, b in zip(ours[1:], clean[1:], strict=True):
+                np.testing.assert_array_equal(a[~seen], b[~seen])
+
+
 def test_kernels_take_heads_and_blocks_of_a_models_size(monkeypatch):
     """64 wide, three query heads a key head, blocks of 64, the last not full."""
     monkeypatch.setitem(WAYS, "kernels", in_blocks)

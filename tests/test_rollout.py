@@ -260,6 +260,31 @@ def test_what_a_slot_held_before_does_not_reach_the_next_row():
     np.testing.assert_allclose(after.logps[1], alone.logps[0], atol=1e-6)
 
 
+def test_a_row_that_is_nan_spoils_no_other(blocks):
+    """Nor the next one in its slot, nor those beside it when they go on."""
+    bad = 299  # never drawn below
+    params = {**PARAMS, "embed": PARAMS["embed"].at[bad].set(jnp.nan)}
+    prompts = [[1, 2, 3], [bad] * 20, [4] * 17, [7, 8]]
+    for slots in (1, 2):
+        options: Any = dict(ROLL, samples=2, key=jax.random.key(1), slots=slots)
+        found = rows(generate(MODEL, params, prompts, **options))
+        good = rows(generate(MODEL, PARAMS, prompts, **options))
+        assert np.isnan(found[2][1]).any() and np.isnan(found[3][1]).any()
+        assert all(bad not in good[i][0] for i in (0, 1, 4, 5, 6, 7))
+        for i in (0, 1, 4, 5, 6, 7):
+            assert found[i][0] == good[i][0]
+            np.testing.assert_allclose(found[i][1], good[i][1], atol=2e-6)
+    told, options = [[9], [9, 9], [bad], None], dict(ROLL, key=jax.random.key(2))
+    del options["samples"]
+    more = []
+    for weights in (params, PARAMS):
+        first = generate(MODEL, weights, prompts, keep=True, **options)
+        more.append(rows(continue_rollouts(MODEL, weights, first, told, **options)))
+    assert np.isnan(more[0][2][1]).any()
+    assert more[0][0][0] == more[1][0][0]
+    np.testing.assert_allclose(more[0][0][1], more[1][0][1], atol=2e-6)
+
+
 def test_another_number_of_prompts_is_no_other_program():
     jitted: Any = rollout._jitted
     options: Any = dict(ROLL, samples=2)

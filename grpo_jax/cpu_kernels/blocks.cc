@@ -101,9 +101,15 @@ struct Blocks {
   void Scores(const Strip& of, int64_t first, const float* scaled, const float* keys,
               const float* seen, float* scores) const {
     for (int64_t t = 0; t < of.rows; ++t)
-      std::copy_n(seen + (of.first + t) * size + of.low, of.keys, scores + t * size);
+      std::fill_n(scores + t * size, of.keys, 0.0f);
     Add(of.rows, of.keys, width, {scaled + first * width, width}, {keys + of.low, size},
         scores, size);
+    // Chosen and not added: a hidden key may be NaN.
+    for (int64_t t = 0; t < of.rows; ++t) {
+      const float* sees = seen + (of.first + t) * size + of.low;
+      for (int64_t s = 0; s < of.keys; ++s)
+        scores[t * size + s] = sees[s] < 0 ? -1e30f : scores[t * size + s];
+    }
   }
 
   // The queries over √H.
@@ -238,9 +244,12 @@ ffi::Error Backward(ffi::ThreadPool pool, Floats q, Floats keys, Floats turned_k
               d_scores, size);
           for (int64_t t = 0; t < rows; ++t) {
             float log = logs[block * m + first + t], mean = in[block * m + first + t];
-            for (int64_t s = t * size; s < t * size + keys; ++s) {
-              weights[s] = Exp(weights[s] - log);
-              d_scores[s] = weights[s] * (d_scores[s] - mean) * scale;
+            const float* sees = seen + (strip.first + t) * size + strip.low;
+            for (int64_t s = 0; s < keys; ++s) {
+              float& weight = weights[t * size + s];
+              float& d_score = d_scores[t * size + s];
+              weight = sees[s] < 0 ? 0.0f : Exp(weight - log);
+              d_score = sees[s] < 0 ? 0.0f : weight * (d_score - mean) * scale;
             }
           }
           Add(keys, width, rows, {weights, 1, size}, {d + here, width}, to_v + there,
