@@ -274,12 +274,13 @@ def test_a_row_that_is_nan_spoils_no_other(blocks):
         for i in (0, 1, 4, 5, 6, 7):
             assert found[i][0] == good[i][0]
             np.testing.assert_allclose(found[i][1], good[i][1], atol=2e-6)
-    told, options = [[9], [9, 9], [bad], None], dict(ROLL, key=jax.random.key(2))
-    del options["samples"]
+    told: Any = [[9], [9, 9], [bad], None]
+    once: Any = dict(ROLL, key=jax.random.key(2))
+    del once["samples"]
     more = []
     for weights in (params, PARAMS):
-        first = generate(MODEL, weights, prompts, keep=True, **options)
-        more.append(rows(continue_rollouts(MODEL, weights, first, told, **options)))
+        first = generate(MODEL, weights, prompts, keep=True, **once)
+        more.append(rows(continue_rollouts(MODEL, weights, first, told, **once)))
     assert np.isnan(more[0][2][1]).any()
     assert more[0][0][0] == more[1][0][0]
     np.testing.assert_allclose(more[0][0][1], more[1][0][1], atol=2e-6)
