@@ -166,6 +166,36 @@ def regions(draw):
     return joint.join(parts), frozenset(held)
 
 
+def _spans(held):
+    """The same set of numbers in its shortest form, read off its points."""
+    parts = []
+    for _, run in itertools.groupby(
+        enumerate(sorted(held)), lambda pair: pair[1] - pair[0]
+    ):
+        points = [point for _, point in run]
+        low, high = points[0], points[-1]
+        if low == high and low % 2 == 0:
+            parts.append(rf"\{{{low // 2}\}}")
+            continue
+        left, right = "[("[low % 2], "])"[high % 2]
+        parts.append(f"{left}{low // 2},{(high + 1) // 2}{right}")
+    return r"\cup".join(parts)
+
+
+@given(regions(), st.data())
+def test_a_union_is_equal_to_its_shortest_form_only(one, data):
+    text, held = one
+    assume(held)
+    assert answers.compare(text, _spans(held), answers.Exact())
+    # One point more or less, or one gap: another set.
+    point = data.draw(st.integers(0, 4)) * 2
+    other = held ^ {point}
+    assume(other)
+    changed = _spans(other)
+    assume(r"\cup" in text + changed or "x" in text)
+    assert not answers.compare(text, changed, answers.Exact()), (text, changed)
+
+
 @given(regions(), regions())
 def test_unions_are_equal_where_they_hold_the_same_numbers(one, other):
     assume(r"\{" not in one[0] or "mid" in one[0] or "," in one[0] + other[0])

@@ -59,7 +59,8 @@ def read(text: str, *, thousands: bool = True) -> Node:
     if len(parts := split(text, r"\cup")) > 1:
         nodes = tuple(read(part) for part in parts)
         if all(node.marks == "{}" for node in nodes):
-            return Node("set", text, tuple(i for n in nodes for i in n.items), "{}")
+            members = {item.text: item for node in nodes for item in node.items}
+            return Node("set", text, tuple(members.values()), "{}")
         return Node("set", text, nodes, "or")
     if len(parts := split(text, r"\cap")) > 1:
         return Node("set", text, tuple(read(part) for part in parts), "and")
