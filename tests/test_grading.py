@@ -69,7 +69,7 @@ def test_a_hung_worker_is_killed_and_replaced():
         os.kill(worker.process.pid, signal.SIGSTOP)  # it hangs
         began = time.monotonic()
         assert not pool.same(r"\sqrt{8}", r"2\sqrt{2}")
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5  # the limit by the clock, and a new start
         assert worker.process.returncode == -signal.SIGKILL
         assert pool.timeouts == 1
         assert pool.same(r"\sqrt{8}", r"2\sqrt{2}")
@@ -84,9 +84,33 @@ def test_a_worker_killed_between_pairs_is_replaced(pool):
     assert pool.same(r"\sqrt{8}", r"2\sqrt{2}")
 
 
-def test_ctrl_c_leaves_the_worker_to_its_parent(pool):
+def test_a_worker_that_waits_for_a_busy_cpu_is_not_out_of_time():
+    pool = workers.Pool(workers=1, seconds=0.5)
+    try:
+        assert pool.same(r"\sqrt{8}", r"2\sqrt{2}")
+        (worker,) = pool._all
+        os.kill(worker.process.pid, signal.SIGSTOP)
+        later = threading.Timer(1.0, os.kill, (worker.process.pid, signal.SIGCONT))
+        later.start()
+        assert pool.same(r"\sqrt{12}", r"2\sqrt{3}")
+        assert pool._all == {worker} and not pool.timeouts
+    finally:
+        pool.close()
+
+
+def test_a_worker_killed_at_its_pair_makes_no_right_answer_wrong(pool):
     (worker,) = pool._all
-    os.kill(worker.process.pid, signal.SIGINT)
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    later = threading.Timer(0.3, os.kill, (worker.process.pid, signal.SIGKILL))
+    later.start()
+    assert pool.same(r"\sqrt{20}", r"2\sqrt{5}")
+    assert pool._all != {worker} and not pool.timeouts
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_leaves_the_worker_to_its_parent(pool, number):
+    (worker,) = pool._all
+    os.kill(worker.process.pid, number)
     assert pool.same(r"\sqrt{8}", r"2\sqrt{2}")
     assert pool._all == {worker} and worker.process.poll() is None
 

@@ -3,9 +3,11 @@ r"""Grading in worker processes that can be killed.
 In: predictions and references (text). Out: a bool a pair. The caller settles
 rational answers itself; the rest goes, one pair a line of JSON, to worker processes
 (this file started as `python -c`, never a fork of the trainer and never its
-`__main__`). A worker that passes the time limit is killed and replaced, and its pair
-counts as not equal. Workers start with the first pair that needs one, and leave
-when the pool closes or their parent is gone, however it went.
+`__main__`). The limit of a pair is CPU time, so that a busy machine makes no right
+answer wrong; by the clock it is `PATIENCE` times as long. A worker that passes it is
+killed and replaced, and its pair counts as not equal. One that somebody else killed is
+replaced, and its pair asked again. Workers start with the first pair that needs one,
+and leave when the pool closes or their parent is gone, however it went.
 """
 
 import atexit
@@ -28,7 +30,8 @@ from grpo_jax import answers
 from grpo_jax.errors import GrpoError
 from grpo_jax.grading.paper import RULES
 
-SECONDS = 3.0  # for one pair; with a fresh worker's start a pair stays under 5
+SECONDS = 3.0  # of CPU for one pair; with a fresh worker's start it stays under 5
+PATIENCE = 5  # times as many seconds by the clock, where the CPU is shared
 START_SECONDS = 120.0
 MEMORY = 2 << 30  # bytes of address space a worker may use
 WORKERS = max(1, min(8, (os.cpu_count() or 2) // 2))
@@ -57,7 +60,11 @@ class _Worker:
     def ask(
         self, prediction: str, reference: str, rule: str, seconds: float
     ) -> bool | None:
-        """The answer; None if the worker died or ran out of time (it is then dead)."""
+        """The answer; None if the worker ran out of time (it is then dead).
+
+        Raises:
+          _Died: the worker was killed, or crashed, before it answered.
+        """
         try:
             if not self.ready:
                 hello = self._line(START_SECONDS)
@@ -73,26 +80,34 @@ class _Worker:
             self.process.stdin.write(task.encode() + b"\n")
             reply = self._line(seconds)
         except OSError:
-            reply = None
+            reply = b""
         except BaseException:
             self.close()
             raise
-        if reply not in (b"1", b"0"):
-            self.close()
+        if reply in (b"1", b"0"):
+            return reply == b"1"
+        self.close()
+        if reply is None:
             return None
-        return reply == b"1"
+        raise _Died
 
     def _line(self, seconds: float) -> bytes | None:
+        """What the worker says; None where its time is over, b"" where it is dead."""
         assert self.process.stdout
-        until, line = time.monotonic() + seconds, b""
-        pipe = self.process.stdout.fileno()
+        pipe, line = self.process.stdout.fileno(), b""
+        began, used = time.monotonic(), _cpu_seconds(self.process.pid)
+        last = began + PATIENCE * seconds
+        until = began + seconds
         while not line.endswith(b"\n"):
-            left = until - time.monotonic()
-            if left <= 0 or not _readable(pipe, left):
-                return None
+            if not _readable(pipe, max(0.01, until - time.monotonic())):
+                left = seconds - (_cpu_seconds(self.process.pid) - used)
+                until = min(last, time.monotonic() + left)
+                if used < 0 or left <= 0 or time.monotonic() >= last:
+                    return None
+                continue
             part = os.read(pipe, 4096)
             if not part:
-                return None
+                return b""
             line += part
         return line.strip()
 
@@ -104,6 +119,19 @@ class _Worker:
             if pipe:
                 with contextlib.suppress(OSError):
                     pipe.close()
+
+
+class _Died(Exception):
+    """A worker ended without an answer, and not because its time was over."""
+
+
+def _cpu_seconds(process: int) -> float:
+    """The CPU time that a process has used; -1 where the system does not say it."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return -1.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _readable(pipe: int, seconds: float) -> bool:
@@ -125,7 +153,18 @@ class Pool:
             self._idle.put(None)  # a place where a worker may be started
 
     def same(self, prediction: str, reference: str, rule: str = "strict") -> bool:
-        """One pair, decided by a worker; False if it takes too long."""
+        """One pair, decided by a worker; False if it takes too long.
+
+        A worker that died may have been killed by somebody else: another one is asked.
+        """
+        for _ in range(2):
+            with contextlib.suppress(_Died):
+                return self._same(prediction, reference, rule)
+        with self._lock:
+            self.timeouts += 1
+        return False
+
+    def _same(self, prediction: str, reference: str, rule: str) -> bool:
         worker = self._idle.get()
         try:
             if worker is None or worker.process.poll() is not None:
@@ -234,7 +273,9 @@ def work(parent: int) -> None:
     """A worker's life: a pair in, `1` or `0` out, until the pipe or the parent ends."""
     import resource
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    # Ctrl-C, and a SIGTERM to all processes of a run, are the parent's to handle.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     replies = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints goes with the errors
@@ -263,7 +304,7 @@ def work(parent: int) -> None:
         line, _, buffer = buffer.partition(b"\n")
         prediction, reference, rule, seconds = json.loads(line)
         # The kernel ends this process if its parent can no longer do so.
-        signal.setitimer(signal.ITIMER_REAL, 2 * seconds + 1)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds + 1)
         try:
             answer = decide(prediction, reference, rule)
         except (Exception, RecursionError, MemoryError):
