@@ -145,11 +145,11 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> Generator[dict]:
         make_grpo_step,
         pack,
     )
-    from grpo_jax.data import Example
-    from grpo_jax.packing import fitting_length
-    from grpo_jax.prompts import encode_prompt
-    from grpo_jax.rollout import bucket
-    from grpo_jax.tokenizer import Tokenizer
+    from grpo_jax.data.datasets import Example
+    from grpo_jax.data.prompts import encode_prompt
+    from grpo_jax.data.tokenizer import Tokenizer
+    from grpo_jax.generation.sampler import bucket
+    from grpo_jax.training.packing import fitting_length
 
     model, params = load_pretrained(flags.model, dtype=flags.dtype)
     model = dataclasses.replace(model, remat="ffn" if flags.remat else "none")

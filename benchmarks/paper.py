@@ -208,10 +208,10 @@ def collect(runs: dict[str, list[Path]], flags: argparse.Namespace) -> Json:
 
 def pass_and_majority(workdir: Path, flags: argparse.Namespace) -> Json:
     """pass@K and maj@K of a run's newest model at temperature 1."""
-    from grpo_jax.asking import Settings
-    from grpo_jax.claim import read_config
-    from grpo_jax.comparison import measure
-    from grpo_jax.run import load_run
+    from grpo_jax.evaluation.comparison import measure
+    from grpo_jax.evaluation.generate_answers import Settings
+    from grpo_jax.training.run import load_run
+    from grpo_jax.training.work_directory import read_config
 
     file = workdir / "pass.json"
     if file.exists():

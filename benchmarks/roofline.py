@@ -68,9 +68,10 @@ def products(layers, embedding, x):
 
 
 def a_turn(layers, embedding, x):
-    from grpo_jax import cpu_kernels, model
+    from grpo_jax.models import decoder
+    from grpo_jax.models.kernels import cpu
 
-    few_rows = cpu_kernels.few_rows if cpu_kernels.ready() else model.few_rows
+    few_rows = cpu.few_rows if cpu.ready() else decoder.few_rows
     for w in layers:
         aside = few_rows(w["k_proj"], x) + few_rows(w["v_proj"], x)
         x = few_rows(w["o_proj"], few_rows(w["q_proj"], x))
@@ -85,8 +86,8 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import jax
 
-    from grpo_jax.model import Decoder, ModelConfig
-    from grpo_jax.products import product
+    from grpo_jax.models.decoder import Decoder, ModelConfig
+    from grpo_jax.models.kernels.products import product
 
     config = ModelConfig(**SMOLLM2)
     params = jax.jit(Decoder(config).init)(jax.random.key(0))

@@ -77,7 +77,7 @@ def measure(model, params, prompts, eos, flags, *, samples, new, fixed) -> Gener
     """The same for this package; what is compiled is compiled before."""
     import jax
 
-    from grpo_jax.rollout import generate
+    from grpo_jax.generation.sampler import generate
 
     # No token has a negative id: nothing ends before the last turn.
     options: dict = dict(
@@ -125,10 +125,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     flags = parse()
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from grpo_jax import weights
-    from grpo_jax.data import Example
-    from grpo_jax.prompts import encode_prompt
-    from grpo_jax.tokenizer import Tokenizer
+    from grpo_jax.checkpoints.huggingface import weights
+    from grpo_jax.data.datasets import Example
+    from grpo_jax.data.prompts import encode_prompt
+    from grpo_jax.data.tokenizer import Tokenizer
 
     model, params = weights.load_pretrained(flags.model, dtype=flags.dtype)
     tokenizer = Tokenizer.from_folder(flags.model)

@@ -65,7 +65,7 @@ def main() -> None:
     import optax
 
     from grpo_jax import TrainState, load_pretrained, make_grpo_step
-    from grpo_jax.model import Decoder, ModelConfig
+    from grpo_jax.models.decoder import Decoder, ModelConfig
 
     remat = "ffn" if flags.remat else "none"
     if flags.model:
@@ -124,7 +124,7 @@ def main() -> None:
 def make_batch(flags: argparse.Namespace, group: int, most: int):
     """Packed outputs of log-normal lengths, as trained models write them."""
     from grpo_jax import Sample, pack
-    from grpo_jax.packing import fitting_length
+    from grpo_jax.training.packing import fitting_length
 
     rng = np.random.default_rng(0)
     samples, tokens = [], 0

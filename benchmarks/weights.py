@@ -80,11 +80,11 @@ def main() -> None:
 
 def make_folder(folder: Path, gigabytes: float) -> None:
     """Random weights, written tensor by tensor; layers until it is large enough."""
-    from grpo_jax.hf import config as hf_config
-    from grpo_jax.hf.folders import write_json
-    from grpo_jax.hf.tensors import Source, write_folder
-    from grpo_jax.model import ModelConfig
-    from grpo_jax.weights import tensor_shapes
+    from grpo_jax.checkpoints.huggingface import config as hf_config
+    from grpo_jax.checkpoints.huggingface.folders import write_json
+    from grpo_jax.checkpoints.huggingface.tensors import Source, write_folder
+    from grpo_jax.checkpoints.huggingface.weights import tensor_shapes
+    from grpo_jax.models.decoder import ModelConfig
 
     width = 2048 if gigabytes >= 1 else 256
     config = ModelConfig(
@@ -116,7 +116,7 @@ def make_folder(folder: Path, gigabytes: float) -> None:
 
 def digests(folder: Path) -> dict[str, str]:
     """A hash of each tensor."""
-    from grpo_jax.hf.tensors import read_folder
+    from grpo_jax.checkpoints.huggingface.tensors import read_folder
 
     stored = read_folder(folder)
     return {n: hashlib.sha256(t[...].tobytes()).hexdigest() for n, t in stored.items()}
@@ -124,14 +124,17 @@ def digests(folder: Path) -> dict[str, str]:
 
 def measure(flags: argparse.Namespace) -> None:
     """One process: loads its share, and takes part in writing the whole."""
-    from grpo_jax import hosts
+    from grpo_jax.distributed import processes
 
-    with hosts.together(flags.coordinator, flags.processes, flags.number):
+    with processes.together(flags.coordinator, flags.processes, flags.number):
         import jax
 
-        from grpo_jax import sharding
-        from grpo_jax.hf.tensors import read_folder
-        from grpo_jax.weights import load_pretrained, save_pretrained
+        from grpo_jax.checkpoints.huggingface.tensors import read_folder
+        from grpo_jax.checkpoints.huggingface.weights import (
+            load_pretrained,
+            save_pretrained,
+        )
+        from grpo_jax.distributed import sharding
 
         folder = Path(flags.folder)
         tensor = max(

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
-from grpo_jax.errors import GrpoError
-from grpo_jax.fields import (
+from grpo_jax.algorithms.methods import METHODS
+from grpo_jax.config_fields import (
     COEFFICIENT,
     COUNT,
     LONGEST,
@@ -26,7 +26,7 @@ from grpo_jax.fields import (
     one_of,
     other_name,
 )
-from grpo_jax.methods import METHODS
+from grpo_jax.errors import GrpoError
 
 
 @dataclass(slots=True, kw_only=True)

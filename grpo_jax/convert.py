@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
+from grpo_jax.checkpoints.formats.gguf import GgufModel
+from grpo_jax.checkpoints.formats.torch_bin import INDEX, read_bin_folder
+from grpo_jax.checkpoints.huggingface.config import from_hf
+from grpo_jax.checkpoints.huggingface.folders import find_folder, new_folder, write_json
+from grpo_jax.checkpoints.huggingface.tensors import Source, Stored, write_folder
+from grpo_jax.checkpoints.huggingface.weights import check_names, model_config
 from grpo_jax.errors import GrpoError
-from grpo_jax.hf.config import from_hf
-from grpo_jax.hf.folders import find_folder, new_folder, write_json
-from grpo_jax.hf.gguf_model import GgufModel
-from grpo_jax.hf.tensors import Source, Stored, write_folder
-from grpo_jax.hf.torch_bin import INDEX, read_bin_folder
-from grpo_jax.weights import check_names, model_config
 
 KEPT = (".json", ".jinja", ".model", ".txt", ".md")  # beside the weights
 

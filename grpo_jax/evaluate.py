@@ -22,20 +22,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from grpo_jax import (
-    asking,
-    completions,
-    data,
-    hosts,
-    published,
-    scores,
-    shots,
-    sources,
-    tables,
+from grpo_jax.checkpoints.huggingface.folders import agree_on_folder, find_folder
+from grpo_jax.config_fields import COUNT, LONGEST, ROWS, TOKENS
+from grpo_jax.data import datasets, few_shot_prompts, registry
+from grpo_jax.data.datasets import Example
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.distributed import processes
+from grpo_jax.errors import GrpoError, disk_full, out_of_memory
+from grpo_jax.evaluation import (
+    completion_files,
+    generate_answers,
+    metrics,
+    published_figures,
 )
-from grpo_jax.asking import Settings
-from grpo_jax.claim import read_config
-from grpo_jax.comparison import (
+from grpo_jax.evaluation.comparison import (
     Measured,
     Result,
     Scores,
@@ -46,16 +46,13 @@ from grpo_jax.comparison import (
     trained_on,
     write_json,
 )
-from grpo_jax.data import Example
-from grpo_jax.errors import GrpoError, disk_full, out_of_memory
-from grpo_jax.fields import COUNT, LONGEST, ROWS, TOKENS
+from grpo_jax.evaluation.generate_answers import Settings
 from grpo_jax.files import digest, write_whole
-from grpo_jax.hf.folders import agree_on_folder, find_folder
-from grpo_jax.model import Decoder, Params
-from grpo_jax.report import update
-from grpo_jax.run import Preempted, load_run
-from grpo_jax.start_time import start_time
-from grpo_jax.tokenizer import Tokenizer
+from grpo_jax.models.decoder import Decoder, Params
+from grpo_jax.report import tables, update
+from grpo_jax.training.run import Preempted, load_run
+from grpo_jax.training.start_time import start_time
+from grpo_jax.training.work_directory import read_config
 
 # Flags that say which process this is, and nothing of what is measured.
 PROCESSES = ("coordinator", "num_processes", "process_id", "wait", "heartbeat")
@@ -91,7 +88,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         required=True,
         help="work directories, Hugging Face folders or names, .jsonl of completions",
     )
-    known = " ".join(dict.fromkeys(name for name, _ in sources.SOURCES))
+    known = " ".join(dict.fromkeys(name for name, _ in registry.SOURCES))
     add("--sets", nargs="+", required=True, help=f"{known}, sums/… or .jsonl files")
     add("--out", required=True, help="the folder for completions and results")
     add("--questions", type=int, default=0, help="of each set, the first ones (all)")
@@ -144,16 +141,16 @@ def unique(names: list[str]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     flags = parse(arguments)
-    processes = flags.coordinator, flags.num_processes, flags.process_id
+    address = flags.coordinator, flags.num_processes, flags.process_id
     limits = dict(wait=flags.wait, heartbeat=flags.heartbeat)
     stopped = False
     try:
-        with hosts.together(*processes, **limits):
+        with processes.together(*address, **limits):
             try:
                 run(flags)
             except Preempted as error:
                 stopped = True
-                hosts.say(f"{error}; the same command goes on from there")
+                processes.say(f"{error}; the same command goes on from there")
     except GrpoError as error:
         sys.exit(f"error: {error}")
     if stopped:
@@ -162,16 +159,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(flags: argparse.Namespace) -> None:
     """`run_command` and its report, whose errors become one line."""
-    from grpo_jax.checkpoint import lock
+    from grpo_jax.checkpoints.run_checkpoints import lock
     from grpo_jax.train import start_cache
 
     start_cache()
     try:
-        hosts.agree("flags", without(flags, PROCESSES))
+        processes.agree("flags", without(flags, PROCESSES))
         with lock(flags.out):
             report = run_command(flags)
             try:
-                hosts.say(report)
+                processes.say(report)
             except BrokenPipeError:  # `| head` has read enough; all of it is on disk
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except GrpoError as error:
@@ -185,7 +182,7 @@ def run(flags: argparse.Namespace) -> None:
         )
     except KeyboardInterrupt:
         stopped = "stopped; the same command goes on from here"
-        if hosts.count() > 1:  # the others hear it
+        if processes.count() > 1:  # the others hear it
             sys.exit(stopped)
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
@@ -222,9 +219,11 @@ def run_command(flags: argparse.Namespace) -> str:
     trained = trained_sets(flags.models)
     for name in flags.sets:
         row = results["sets"].setdefault(name, {})
-        if not sources.is_file(name) or name in trained:
-            row["in_domain"] = sources.in_domain(name, trained)
-    results["published"] = published.for_json(flags.sets, published_modes(flags))
+        if not registry.is_file(name) or name in trained:
+            row["in_domain"] = registry.in_domain(name, trained)
+    results["published"] = published_figures.for_json(
+        flags.sets, published_modes(flags)
+    )
     found: Scores = {}
     for path, label in zip(flags.models, results["models"], strict=True):
         measured = from_file if is_given(path) else by_asking
@@ -232,7 +231,7 @@ def run_command(flags: argparse.Namespace) -> str:
             row = results["sets"][name]
             row[label] = row.get(label, {}) | one.result
             add(found, name, label, one)
-            results["paired"] = scores.pairs(found)
+            results["paired"] = metrics.pairs(found)
             write_json(out / "results.json", results)
     report = "\n\n".join(
         part
@@ -241,11 +240,11 @@ def run_command(flags: argparse.Namespace) -> str:
             tables.at_k(results),
             tables.paired(results),
             "\n".join(f"- {line}" for line in tables.remarks(results)),
-            published.table(flags.sets, published_modes(flags)),
+            published_figures.table(flags.sets, published_modes(flags)),
         )
         if part
     )
-    if hosts.first():
+    if processes.first():
         write_whole(out / "results.md", report + "\n")
         update(out)
     return report
@@ -271,14 +270,14 @@ def published_modes(flags: argparse.Namespace) -> list[str]:
 def check(flags: argparse.Namespace) -> None:
     """Refuses before a model is loaded what would end the evaluation hours later."""
     for name in flags.sets:
-        rows = data.load(name, "test", data_dir=flags.data_dir, require=("answer",))
-        hosts.agree(f"set {name}", {"rows": rows.digest})
+        rows = datasets.load(name, "test", data_dir=flags.data_dir, require=("answer",))
+        processes.agree(f"set {name}", {"rows": rows.digest})
         if flags.few_shot:
-            shots.prompt(name, Example("?"), data_dir=flags.data_dir)
+            few_shot_prompts.prompt(name, Example("?"), data_dir=flags.data_dir)
     for path in flags.models:
         if is_given(path):
             read_given(path, flags)
-            hosts.agree(path, {"completions": digest(path)})
+            processes.agree(path, {"completions": digest(path)})
             continue
         if is_workdir(path):
             read_config(Path(path))
@@ -286,7 +285,7 @@ def check(flags: argparse.Namespace) -> None:
             find_folder(path, only="config.json")
             agree_on_folder(path)
         for mode in flags.mode:
-            asking.find_mode(Settings(mode=mode))
+            generate_answers.find_mode(Settings(mode=mode))
 
 
 def trained_sets(models: list[str]) -> list[str]:
@@ -294,7 +293,7 @@ def trained_sets(models: list[str]) -> list[str]:
     for path in models:
         if is_workdir(path):
             return trained_on(read_config(Path(path)))
-    return list(sources.PAPER)
+    return list(registry.PAPER)
 
 
 def is_workdir(path: str) -> bool:
@@ -305,10 +304,10 @@ def read_given(path: str, flags: argparse.Namespace):
     if not Path(path).is_file():
         raise GrpoError(f"--models: {path}: no such file of completions")
     every = {
-        name: list(data.load(name, "test", data_dir=flags.data_dir))
+        name: list(datasets.load(name, "test", data_dir=flags.data_dir))
         for name in flags.sets
     }
-    return every, completions.read(Path(path), every, questions=flags.questions)
+    return every, completion_files.read(Path(path), every, questions=flags.questions)
 
 
 def from_file(
@@ -377,7 +376,8 @@ def load(path: str) -> tuple[Decoder, Params, Tokenizer, str, str]:
         model, params, tokenizer = load_run(path)
         asked = read_config(Path(path)).data
         return model, params, tokenizer, asked.template, asked.instruction
-    from grpo_jax import sharding, weights
+    from grpo_jax.checkpoints.huggingface import weights
+    from grpo_jax.distributed import sharding
 
     mesh = sharding.make_mesh(fsdp=-1)
     model, params = weights.load_pretrained(path, mesh=mesh)

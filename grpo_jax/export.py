@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from grpo_jax import hosts
+from grpo_jax.checkpoints.huggingface.weights import save_pretrained
+from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
-from grpo_jax.weights import save_pretrained
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,19 +28,19 @@ def main(arguments: list[str] | None = None) -> None:
         "--adapter", action="store_true", help="write LoRA's adapters alone, for PEFT"
     )
     flags = parser.parse_args(arguments)
-    with hosts.together():
+    with processes.together():
         try:
             write(flags)
         except GrpoError as error:
             sys.exit(f"error: {error}")
-        hosts.say(f"{flags.out}: written from {flags.workdir}")
+        processes.say(f"{flags.out}: written from {flags.workdir}")
 
 
 def write(flags: argparse.Namespace) -> None:
-    from grpo_jax import run
+    from grpo_jax.training import run
 
     if flags.adapter:
-        from grpo_jax.hf.adapter import save_adapter
+        from grpo_jax.checkpoints.huggingface.adapter import save_adapter
 
         save_adapter(*run.load_adapters(flags.workdir), flags.out)
     else:

@@ -21,10 +21,10 @@ from typing import get_type_hints
 from absl import flags
 from ml_collections import config_flags
 
-from grpo_jax.checks import validate
 from grpo_jax.config import Config, flatten, unknown_field
+from grpo_jax.config_fields import LONGEST
 from grpo_jax.errors import GrpoError, disk_full, out_of_memory
-from grpo_jax.fields import LONGEST
+from grpo_jax.training.config_checks import validate
 
 USAGE = "usage: python train.py --config FILE [--workdir DIR] [--config.name=value …]"
 
@@ -51,12 +51,12 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(sys.argv if argv is None else argv)
     except GrpoError as error:
         sys.exit(f"error: {error}")
-    from grpo_jax import hosts
+    from grpo_jax.distributed import processes
 
-    processes = _COORDINATOR.value, _PROCESSES.value, _NUMBER.value
+    address = _COORDINATOR.value, _PROCESSES.value, _NUMBER.value
     limits = dict(wait=_WAIT.value, heartbeat=_HEARTBEAT.value)
     try:
-        with hosts.together(*processes, **limits):
+        with processes.together(*address, **limits):
             run(config)
     except GrpoError as error:
         sys.exit(f"error: {error}")
@@ -160,25 +160,28 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     start_cache()
     import jax
 
-    from grpo_jax import comparison, hosts, rl, run, setup, sft, sharding, tables
-    from grpo_jax.checkpoint import lock
-    from grpo_jax.claim import Claim
-    from grpo_jax.recorder import Recorder
-    from grpo_jax.start_time import start_time
+    from grpo_jax.checkpoints.run_checkpoints import lock
+    from grpo_jax.distributed import processes, sharding
+    from grpo_jax.evaluation import comparison
+    from grpo_jax.report import tables
+    from grpo_jax.training import rl, run, setup, sft
+    from grpo_jax.training.metrics_writer import Recorder
+    from grpo_jax.training.start_time import start_time
+    from grpo_jax.training.work_directory import Claim
 
     versions = {"jax": jax.__version__, "workdir": str(workdir)}
-    hosts.agree("config", flatten(config) | versions)
+    processes.agree("config", flatten(config) | versions)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     # Refused here, not at the first rollout, and not when SFT is done.
     sharding.regroup(mesh, config.mesh.decode_tensor or mesh.shape["tensor"])
     there = sharding.to_devices(0.0, jax.NamedSharding(mesh, sharding.P()))
     sharding.move(there, config.model.reference_memory)
     if config.model.path and config.model.vocab_size:  # a large model: say what it is
-        hosts.say(setup.describe_state(config))
+        processes.say(setup.describe_state(config))
     setup.agree_on_files(config)
     model, tokenizer = setup.make_model(config)
-    several = f" of {hosts.count()} processes" if hosts.count() > 1 else ""
-    hosts.say(
+    several = f" of {processes.count()} processes" if processes.count() > 1 else ""
+    processes.say(
         f"{config.name}: {setup.describe_size(model)} on {mesh.size} "
         f"{jax.default_backend()} device(s){several}, written to {workdir}"
     )
@@ -205,9 +208,9 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
                 results = comparison.compare(here, models)
                 recorder.write_report(last=True)
             except run.Preempted as stopped:
-                hosts.say(f"{stopped}; the same command goes on from there")
+                processes.say(f"{stopped}; the same command goes on from there")
                 return
-    hosts.say(f"\n{tables.table(results)}\n\nwritten to {workdir}")
+    processes.say(f"\n{tables.table(results)}\n\nwritten to {workdir}")
 
 
 def start_cache() -> None:

@@ -37,9 +37,10 @@ WITHIN = 3600.0  # seconds until a run reaches what it is to be killed in
 # train.py, which says in a pipe of its own what it is about to do.
 TELLING = """
 import os
-from grpo_jax import comparison, pipeline, rl, sft
-from grpo_jax.checkpoint import Checkpoints
-from grpo_jax.experience import Experience
+from grpo_jax.evaluation import comparison
+from grpo_jax.training import rollout_pipeline, rl, sft
+from grpo_jax.checkpoints.run_checkpoints import Checkpoints
+from grpo_jax.training.rollouts import Experience
 from grpo_jax.train import main
 
 def tell(owner, name, phase, when=lambda *a, **k: True):
@@ -53,7 +54,7 @@ def tell(owner, name, phase, when=lambda *a, **k: True):
 tell(sft, "lay_out", "sft")
 tell(Checkpoints, "save", "save",
      lambda self, step, *_, force=False: force or step % self._every == 0)
-tell(pipeline.Pipeline, "take", "rollout")
+tell(rollout_pipeline.Pipeline, "take", "rollout")
 tell(Experience, "grade", "reward")
 tell(rl.Layout, "__call__", "update")
 tell(comparison, "measure", "evaluation")
@@ -264,8 +265,8 @@ def digest(workdir: Path, stage: str) -> str:
     import jax
     import numpy as np
 
-    from grpo_jax import rl, sft
-    from grpo_jax.run import open_run
+    from grpo_jax.training import rl, sft
+    from grpo_jax.training.run import open_run
 
     run = open_run(workdir)
     optimizer, _ = {"sft": sft, "rl": rl}[stage].optimizer(run.config)

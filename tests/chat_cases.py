@@ -11,7 +11,7 @@ import dataclasses
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from grpo_jax.tokenizer import Tokenizer
+from grpo_jax.data.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

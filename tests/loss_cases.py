@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.losses import grpo_loss
+from grpo_jax.algorithms.policy_losses import grpo_loss
 
 ARRAYS = ("old_logps", "ref_logps", "weights", "segment_ids")
 ARRAYS += ("sampler_logps", "entropy")

@@ -15,12 +15,12 @@ CACHE = str(ROOT / ".pytest_cache" / "jax")  # as in conftest.py
 # A program that runs `what` as process `number` of `count`, as a command would.
 TALK = """
 import os, sys
-from grpo_jax import hosts
+from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
 port, count, number, what = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4]
 try:
     given = (f"127.0.0.1:{port}", count, number) if port else ()
-    with hosts.together(*given, wait=8, heartbeat=8):
+    with processes.together(*given, wait=8, heartbeat=8):
         try:
             exec(what)
         except GrpoError as error:

@@ -13,11 +13,11 @@ import optax
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
-from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.objectives import sft_objective
-from grpo_jax.packing import Sample, pack
-from grpo_jax.tokenizer import EOS, PAD, Tokenizer
-from grpo_jax.update import TrainState, make_step
+from grpo_jax.data.tokenizer import EOS, PAD, Tokenizer
+from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.training.objectives import sft_objective
+from grpo_jax.training.packing import Sample, pack
+from grpo_jax.training.train_step import TrainState, make_step
 
 # Characters, and tokens that a text is never encoded to: only a model writes them.
 WIDE = ["```", "``", "`output", "output\n", "outputs", "out", "put"]

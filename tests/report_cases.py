@@ -4,7 +4,7 @@ import html.parser
 import json
 from pathlib import Path
 
-from grpo_jax.measures import wilson
+from grpo_jax.evaluation.statistics import wilson
 
 RAN = "document.documentElement.dataset.ran='yes'"
 HOSTILE = (

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.checks import validate
 from grpo_jax.config import Config
+from grpo_jax.training.config_checks import validate
 
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {

@@ -68,8 +68,8 @@ class Watch:
 
 def soak(folder: Path, steps: int, **changes: Any) -> list[Moment]:
     """The moments of a run's RL steps, in this process."""
-    from grpo_jax.recorder import Recorder
     from grpo_jax.train import train
+    from grpo_jax.training.metrics_writer import Recorder
 
     questions = write_questions(folder / "sums.jsonl")
     data = {"data.train": questions, "data.sft": questions, "data.eval": questions}

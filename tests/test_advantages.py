@@ -12,7 +12,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.advantages import decoupled_advantages, group_advantages
+from grpo_jax.algorithms.advantages import decoupled_advantages, group_advantages
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "trl_losses.npz")
 NAN = float("nan")

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from grpo_jax import answers, completions
-from grpo_jax.completions import Completion
-from grpo_jax.data import Example
+from grpo_jax.data.datasets import Example
 from grpo_jax.errors import GrpoError
-from grpo_jax.grading import algebra, kinds
-from grpo_jax.grading.expressions import rational
+from grpo_jax.evaluation import completion_files
+from grpo_jax.evaluation.completion_files import Completion
+from grpo_jax.rewards.grading import algebra, answers, kinds
+from grpo_jax.rewards.grading.expressions import rational
 
 # Pieces that the rules look for, so that texts of them reach the rules.
 PIECES = st.sampled_from(
@@ -302,13 +302,13 @@ def file(tmp_path_factory):
 def test_any_file_of_completions_is_read_or_refused_in_one_line(file, lines):
     file.write_bytes(b"\n".join(lines))
     try:
-        found = completions.read(file, {"own": SET})
+        found = completion_files.read(file, {"own": SET})
     except GrpoError as error:
         assert str(error).startswith(str(file)) and "\n" not in str(error)
         str(error).encode()  # it can be printed
         return
     for (mode, kind), group in found["own"].items():
-        assert mode in ("cot", "tool") and kind in completions.KINDS
+        assert mode in ("cot", "tool") and kind in completion_files.KINDS
         assert len(group.completions) == 3
         assert len({len(row) for row in group.completions}) == 1
         assert group.temperature is None or 0 <= group.temperature < float("inf")
@@ -331,7 +331,7 @@ def test_completions_come_back_whatever_order_and_name_they_have(
         lines.append(json.dumps({name: asked, "completion": texts[n][i]}))
         expected[n].append(Completion(texts[n][i]))
     file.write_text("\n".join(lines))
-    (group,) = completions.read(file, {"own": SET})["own"].values()
+    (group,) = completion_files.read(file, {"own": SET})["own"].values()
     assert group.completions == expected and group.temperature is None
 
 
@@ -353,7 +353,7 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, row, message):
     file = tmp_path / "completions.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(GrpoError, match=f":2: .*{message}") as error:
-        completions.read(file, {"own": SET})
+        completion_files.read(file, {"own": SET})
     str(error.value).encode()
 
 
@@ -361,7 +361,7 @@ def test_the_sets_that_a_file_has_are_named_on_one_line(tmp_path):
     file = tmp_path / "completions.jsonl"
     file.write_text(json.dumps({"set": "a\n\ud800", "index": 0, "completion": "0"}))
     with pytest.raises(GrpoError, match=r"it has 'a\\n\\ud800'$") as error:
-        completions.read(file, {"own": SET})
+        completion_files.read(file, {"own": SET})
     str(error.value).encode()
 
 
@@ -388,7 +388,7 @@ def test_a_line_that_is_not_of_our_making_is_refused(tmp_path, row):
     with pytest.raises(
         GrpoError, match="own.jsonl:2: not a line of this file's making"
     ):
-        completions.Log(file, {}, restart=False)
+        completion_files.Log(file, {}, restart=False)
 
 
 @given(lines=LINES)
@@ -398,7 +398,7 @@ def test_any_file_of_our_own_goes_on_or_is_refused_in_one_line(file, lines):
     made = json.dumps({"index": 1, "completions": ["a"], "cut_off": [None]}).encode()
     file.write_bytes(b"\n".join([first, *lines, made, b""]))
     try:
-        log = completions.Log(file, settings, restart=False)
+        log = completion_files.Log(file, settings, restart=False)
     except GrpoError as error:
         assert str(error).startswith(str(file)) and "\n" not in str(error)
         return

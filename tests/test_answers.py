@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax import answers
-from grpo_jax.grading import algebra, expressions, notation, workers
+from grpo_jax.rewards.grading import (
+    algebra,
+    answers,
+    expressions,
+    notation,
+    worker_pool,
+)
 
 EXTRACTED = [
     ("1 + 2 = 3\n#### ", None),  # cut off before it was stated
@@ -196,8 +201,8 @@ def test_rational_answers_need_no_worker(monkeypatch):
     def no_worker(*_):
         raise AssertionError("asked a worker")
 
-    monkeypatch.setattr(workers, "pool", no_worker)
-    assert workers.grade(["1,234", "3/4", "(1, 2)"], ["1234", "0.75", "(1,2)"]) == [
+    monkeypatch.setattr(worker_pool, "pool", no_worker)
+    assert worker_pool.grade(["1,234", "3/4", "(1, 2)"], ["1234", "0.75", "(1,2)"]) == [
         True, True, True,
     ]  # fmt: skip
 
@@ -208,9 +213,11 @@ def test_the_collected_cases_are_graded_as_people_would():
         pytest.skip("GRPO_JAX_DATA names no data folder")
     lines = (Path(root) / "grading_cases.jsonl").read_text("utf-8").splitlines()
     cases = [json.loads(line) for line in lines]
-    workers.grade([r"\sqrt{2}"], [r"2^{1/2}"])  # a worker's start is not grading time
+    worker_pool.grade(
+        [r"\sqrt{2}"], [r"2^{1/2}"]
+    )  # a worker's start is not grading time
     began = time.monotonic()
-    found = workers.grade(
+    found = worker_pool.grade(
         [case["prediction"] for case in cases], [case["reference"] for case in cases]
     )
     seconds = time.monotonic() - began

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from grpo_jax import attention as attention_module
-from grpo_jax import cpu_kernels, sharding
-from grpo_jax.attention import (
+from grpo_jax.distributed import sharding
+from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.kernels import attention as attention_module
+from grpo_jax.models.kernels import cpu
+from grpo_jax.models.kernels.attention import (
     Rows,
     attend,
     attention,
@@ -21,9 +23,8 @@ from grpo_jax.attention import (
     platform,
     splash,
 )
-from grpo_jax.block_attention import BLOCK
-from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.packing import PROMPT, Sample, pack, unpack
+from grpo_jax.models.kernels.block_attention import BLOCK
+from grpo_jax.training.packing import PROMPT, Sample, pack, unpack
 
 T = 50  # no multiple of a block
 WAYS = {
@@ -119,7 +120,7 @@ def gradients(f, q, k, v, cotangent):
 @contextlib.contextmanager
 def kernels_in_use():
     """As on a machine of one device; else 8 devices take XLA's own way."""
-    if not cpu_kernels.ready():
+    if not cpu.ready():
         pytest.skip("no C++ compiler")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "alone", lambda: True)
@@ -370,7 +371,7 @@ def test_no_kernel_where_it_is_not_known_how_arrays_are_spread(caplog):
         assert "tpu_custom_call" not in program("tpu", unknown, jnp.float32)
     (record,) = caplog.records
     assert "8 TPU devices and no mesh" in record.message
-    assert "jax.set_mesh(grpo_jax.sharding.make_mesh(" in record.message
+    assert "jax.set_mesh(grpo_jax.distributed.sharding.make_mesh(" in record.message
     with jax.sharding.use_abstract_mesh(unknown):
         assert platform() == "tpu" and not sharding.layout_is_known()
     one = mesh_of("tpu", 1, axes=("own",))

@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.tokenizer import Tokenizer
-from grpo_jax.weights import save_pretrained
+from grpo_jax.checkpoints.huggingface.weights import save_pretrained
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.models.decoder import Decoder, ModelConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"

@@ -11,14 +11,14 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import lora
-from grpo_jax.continuation import continue_rollouts
-from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.packing import Sample, pack, unpack
-from grpo_jax.products import einsum
-from grpo_jax.reward_model.model import RewardModel
-from grpo_jax.rollout import generate
-from grpo_jax.update import TrainState, make_grpo_step, make_scorer
+from grpo_jax.generation.continuation import continue_rollouts
+from grpo_jax.generation.sampler import generate
+from grpo_jax.models import lora
+from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.kernels.products import einsum
+from grpo_jax.models.value_head import RewardModel
+from grpo_jax.training.packing import Sample, pack, unpack
+from grpo_jax.training.train_step import TrainState, make_grpo_step, make_scorer
 
 PROMPTS = [[1, 2, 3], list(range(4, 54)), [7, 8]]
 

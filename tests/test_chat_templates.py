@@ -16,16 +16,16 @@ from chat_cases import CHATS, FORMS, QWEN3, TOKENIZERS, Form, make, token
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax import chat_templates
-from grpo_jax.data import Example
-from grpo_jax.errors import GrpoError
-from grpo_jax.prompts import (
+from grpo_jax.data import chat_templates
+from grpo_jax.data.datasets import Example
+from grpo_jax.data.prompts import (
     encode_prompt,
     encode_prompts,
     encode_sft,
     render_chat,
 )
-from grpo_jax.tokenizer import Tokenizer
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.errors import GrpoError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "chats.json").read_text())
 NOW = datetime.datetime(2026, 1, 31, 12)

@@ -21,9 +21,10 @@ import optax
 import pytest
 from xla_flags import xla_flags
 
-from grpo_jax import checkpoint, hosts
-from grpo_jax.checkpoint import Checkpoints, lock
-from grpo_jax.checksums import checksum, describe
+from grpo_jax.checkpoints import run_checkpoints
+from grpo_jax.checkpoints.checksums import checksum, describe
+from grpo_jax.checkpoints.run_checkpoints import Checkpoints, lock
+from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,7 +167,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_restored(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, every=1) as checkpoints:
         checkpoints.save(1, state, {})
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "describe", lambda x: (describe(x)[0], []))
+            patch.setattr(run_checkpoints, "describe", lambda x: (describe(x)[0], []))
             checkpoints.save(2, broken, {})
         with pytest.raises(GrpoError, match=r"step 2 .*b is not finite\).*: \[1\]"):
             checkpoints.restore(state)
@@ -663,7 +664,7 @@ def as_one_of_two(folder, rank, port):
     with lock(folder), Checkpoints(Path(folder, "ck"), every=2) as checkpoints:
         for step in range(1, 100):
             state = advance(state)
-            hosts.stopping(), hosts.stopping()
+            processes.stopping(), processes.stopping()
             checkpoints.save(step, state, {"step": step})
             time.sleep(0.3 * (step % 2 == 0))  # signals come after what Orbax asked
             if step == 5:

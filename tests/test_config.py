@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.checks import validate
+from grpo_jax.algorithms.methods import METHODS
 from grpo_jax.config import (
     Config,
     DataSettings,
@@ -19,7 +19,7 @@ from grpo_jax.config import (
     to_json,
 )
 from grpo_jax.errors import GrpoError
-from grpo_jax.methods import METHODS
+from grpo_jax.training.config_checks import validate
 
 ROOT = Path(__file__).parent.parent
 GOOD = Config(

@@ -15,15 +15,15 @@ from absl import flags
 from hypothesis import given
 from test_config import GOOD, ROOT, changed
 
-from grpo_jax import setup
-from grpo_jax.checks import validate
+from grpo_jax.algorithms.methods import METHODS
+from grpo_jax.algorithms.policy_losses import grpo_loss
 from grpo_jax.config import Config, flatten, from_dict, unknown_field
+from grpo_jax.config_fields import OTHER_NAMES, check_value
 from grpo_jax.errors import GrpoError
-from grpo_jax.fields import OTHER_NAMES, check_value
-from grpo_jax.logprobs import token_logprobs
-from grpo_jax.losses import grpo_loss
-from grpo_jax.methods import METHODS
+from grpo_jax.models.logprobs import token_logprobs
 from grpo_jax.train import parse
+from grpo_jax.training import setup
+from grpo_jax.training.config_checks import validate
 
 
 def kinds(kind: Any = Config, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 import pytest
 
+from grpo_jax.checkpoints.formats.gguf import GgufModel
+from grpo_jax.checkpoints.formats.torch_bin import read_bin
+from grpo_jax.checkpoints.huggingface.tensors import Stored
+from grpo_jax.checkpoints.huggingface.weights import load_pretrained
 from grpo_jax.convert import convert_bin, convert_gguf, find_gguf, main
 from grpo_jax.errors import GrpoError
-from grpo_jax.hf.gguf_model import GgufModel
-from grpo_jax.hf.tensors import Stored
-from grpo_jax.hf.torch_bin import read_bin
-from grpo_jax.weights import load_pretrained
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = GOLDEN / "families" / "llama_old_keys"
@@ -253,7 +253,7 @@ def test_a_gguf_file_becomes_a_folder(tmp_path):
 
 def test_permutation_keeps_the_rotation():
     """Rotating neighbours, then sorting, is sorting, then rotating halves."""
-    from grpo_jax.hf.gguf_model import unpermute
+    from grpo_jax.checkpoints.formats.gguf import unpermute
 
     angles = np.random.default_rng(1).normal(size=3)
     x = np.random.default_rng(2).normal(size=6)

@@ -12,18 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import cache as of_cache
-from grpo_jax import cpu_kernels, sharding
-from grpo_jax.attention import Rows
-from grpo_jax.block_attention import block_attention
-from grpo_jax.model import Decoder, ModelConfig
+from grpo_jax.distributed import sharding
+from grpo_jax.generation import kv_cache as of_cache
+from grpo_jax.generation.sampler import generate, spread_tokens
+from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.kernels import cpu
+from grpo_jax.models.kernels.attention import Rows
+from grpo_jax.models.kernels.block_attention import block_attention
 from grpo_jax.plan.flops import flops
-from grpo_jax.rollout import generate, spread_tokens
 
 
 @pytest.fixture(autouse=True)
 def compiled():
-    if not cpu_kernels.ready():
+    if not cpu.ready():
         pytest.skip("no C++ compiler")
 
 
@@ -33,7 +34,7 @@ def test_products_are_numpys(rows, out, width):
     rng = np.random.default_rng(rows * out)
     weight = rng.normal(size=(out, width)).astype(np.float32)
     x = rng.normal(size=(rows, width)).astype(np.float32)
-    found = jax.jit(cpu_kernels.few_rows)(weight, x)
+    found = jax.jit(cpu.few_rows)(weight, x)
     np.testing.assert_allclose(
         found, x.astype(np.float64) @ weight.T.astype(np.float64), atol=2e-7 * width
     )
@@ -113,7 +114,7 @@ def test_attention_is_numpys_and_xlas(shape, window, groups):
     )
     given = (before, cache, live)
     kept = jax.device_get(jax.tree.leaves(jax.tree.map(jnp.copy, given)))
-    call = jax.jit(functools.partial(cpu_kernels.attend, window=window))
+    call = jax.jit(functools.partial(cpu.attend, window=window))
     found, after = call(q, *new, prefix, *given)
     assert not found[~live].any()
     for x, y, was in zip(after[-1], blocks[-1], before[-1], strict=True):
@@ -179,7 +180,7 @@ def test_great_and_equal_scores_are_weighed_as_they_are():
     for wanted, second in ((1.0, 0.0), (3.0, 100.0), (5.0, 200.0)):
         block = (keys.at[..., 1].set(second), values)
         k, v = (x.reshape(1, 1, 1, 16) for x in (block[0][..., 1], block[1][:, :, 1]))
-        out, _ = cpu_kernels.attend(
+        out, _ = cpu.attend(
             q, k, v, cache.prefixes.layers[0], (block,), cache, live, None
         )
         np.testing.assert_allclose(out, wanted, rtol=1e-6)
@@ -226,21 +227,21 @@ def test_it_is_for_one_cpu_and_float32():
         width=8,
     )
     arrays = cache.layers, cache.prefixes.layers
-    assert not cpu_kernels.fit(arrays)  # eight devices
+    assert not cpu.fit(arrays)  # eight devices
     mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        assert cpu_kernels.fit(arrays)
+        assert cpu.fit(arrays)
         narrow = arrays[0], jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays[1])
-        assert not cpu_kernels.fit(narrow)
+        assert not cpu.fit(narrow)
     mesh = sharding.make_mesh(data=1, tensor=2, devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
-        assert not cpu_kernels.fit(arrays)
+        assert not cpu.fit(arrays)
 
 
 SAMPLE = """
 import jax
-from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.rollout import generate
+from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.generation.sampler import generate
 model = Decoder(ModelConfig(vocab_size=60, width=32, layers=2, heads=4, kv_heads=2,
                             head_dim=8, ffn=64))
 params = model.init(jax.random.key(0))
@@ -288,13 +289,13 @@ def test_what_was_compiled_is_used_again(tmp_path):
 
 def test_the_plan_counts_what_they_multiply():
     """Rows are filled up to 16; attention as if every column were seen."""
-    products = jax.make_jaxpr(cpu_kernels.few_rows)(jnp.ones((12, 8)), jnp.ones((5, 8)))
+    products = jax.make_jaxpr(cpu.few_rows)(jnp.ones((12, 8)), jnp.ones((5, 8)))
     assert flops(products) == 2 * 12 * 8 * 16
     shape: Any = dict(slots=2, prompts=1, size=8, block=32, others=1, heads=1, width=8)
     cache = a_cache(np.random.default_rng(0), **shape)
     heads = jnp.ones((2, 1, 3, 8)), *[jnp.ones((2, 1, 1, 8))] * 2
     given = cache.prefixes.layers[0], cache.layers[0], cache, jnp.ones(2, bool)
-    call = functools.partial(cpu_kernels.attend, window=None)
+    call = functools.partial(cpu.attend, window=None)
     assert flops(jax.make_jaxpr(call)(*heads, *given)) == 4 * 2 * 3 * 8 * (8 + 64)
     q, k, v = jnp.ones((1, 32, 6, 8)), *[jnp.ones((1, 32, 2, 8))] * 2
     rows = Rows(jnp.ones((1, 32), bool), None, jnp.arange(32)[None])

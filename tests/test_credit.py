@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpo_jax import credit
-from grpo_jax.credit import Output
-from grpo_jax.data import Example
-from grpo_jax.rewards import Scores
+from grpo_jax.data.datasets import Example
+from grpo_jax.rewards.reward_functions import Scores
+from grpo_jax.training import credit
+from grpo_jax.training.credit import Output
 
 
 def output(tokens, prompt=(7,), logps=None, finished=True):

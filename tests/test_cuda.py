@@ -11,10 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.packing import Sample, pack
-from grpo_jax.rollout import program, ragged, shape_of
-from grpo_jax.update import TrainState, make_grpo_step, make_optimizer, make_scorer
+from grpo_jax.generation.sampler import program, ragged, shape_of
+from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.training.packing import Sample, pack
+from grpo_jax.training.train_step import (
+    TrainState,
+    make_grpo_step,
+    make_optimizer,
+    make_scorer,
+)
 
 CONFIG = ModelConfig(
     vocab_size=64, width=32, layers=5, heads=4, kv_heads=2, head_dim=8, ffn=64

@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_tokenizer import byte_level, write_folder
 
-from grpo_jax import completions, data, rows, sources
-from grpo_jax.data import Example
+from grpo_jax.checkpoints.huggingface.config import from_hf
+from grpo_jax.checkpoints.huggingface.weights import load_pretrained
+from grpo_jax.data import datasets, parsers, registry
+from grpo_jax.data.datasets import Example
+from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
-from grpo_jax.hf.config import from_hf
-from grpo_jax.reward_model import labelled, prmbench
-from grpo_jax.tokenizer import Tokenizer
-from grpo_jax.weights import load_pretrained
+from grpo_jax.evaluation import completion_files
+from grpo_jax.training.reward_model import labelled, prmbench
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARD = GOLDEN / "families" / "deepseek" / "model-00001-of-00003.safetensors"
@@ -213,7 +214,7 @@ def test_changed_lines_give_what_they_say_or_are_refused(folder, edits):
     file = folder / "changed.jsonl"
     file.write_bytes(raw := mutate(LINES, edits))
     try:
-        found = list(sources.examples(sources.local(str(file)), file))
+        found = list(registry.examples(registry.local(str(file)), file))
     except GrpoError as error:
         assert one_clear_line(error, f"{file}:")
         return
@@ -230,11 +231,11 @@ def test_a_row_of_a_set_is_an_example_or_is_refused(folder, data):
     """Any field of any set's rows with any value: text, or file, line and row."""
     convert = data.draw(st.sampled_from(CONVERTERS))
     row = {key: data.draw(VALUES) for key in FIELDS}
-    source = sources.Source("set", "set.jsonl", rows.json_lines, convert)
+    source = registry.Source("set", "set.jsonl", parsers.json_lines, convert)
     file = folder / "row.jsonl"
     file.write_text(json.dumps(row) + "\n")
     try:
-        (example,) = sources.examples(source, file)
+        (example,) = registry.examples(source, file)
     except GrpoError as error:
         assert one_clear_line(error, f"{file}:1: row 0")
         return
@@ -243,9 +244,15 @@ def test_a_row_of_a_set_is_an_example_or_is_refused(folder, data):
     json.dumps(example.columns)
 
 
-CONVERTERS = [rows.gsm8k, rows.math_, rows.cmath, rows.mgsm("zh"), rows.svamp]
-CONVERTERS += [rows.mawps, rows.gsm_hard, rows.ocw, rows.mmlu, rows.sat]
-CONVERTERS += [rows.gaokao_mathqa, rows.gaokao_mathcloze, rows.local_row]
+CONVERTERS = [
+    parsers.gsm8k,
+    parsers.math_,
+    parsers.cmath,
+    parsers.mgsm("zh"),
+    parsers.svamp,
+]
+CONVERTERS += [parsers.mawps, parsers.gsm_hard, parsers.ocw, parsers.mmlu, parsers.sat]
+CONVERTERS += [parsers.gaokao_mathqa, parsers.gaokao_mathcloze, parsers.local_row]
 FIELDS = "question answer solution language id options topic label Answer level subject"
 FIELDS += " type unique_id problem golden Body Question Type Equation input target code"
 FIELDS = (FIELDS + " other").split()
@@ -256,17 +263,17 @@ def test_deep_rows_are_refused_with_file_and_line(deep, tmp_path):
     file = tmp_path / "deep.jsonl"
     good = b'{"question": "1+1?", "answer": "2"}\n'
     file.write_bytes(good + b'{"question": "1", "answer": "2", "x": %s}\n' % deep)
-    readers = [lambda: data.load(str(file)), lambda: list(labelled.read_rows(file))]
+    readers = [lambda: datasets.load(str(file)), lambda: list(labelled.read_rows(file))]
     for read in readers:
         with pytest.raises(GrpoError, match="deep.jsonl:2: not (readable|valid)"):
             read()
 
 
 def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "LONGEST", 100)
+    monkeypatch.setattr(parsers, "LONGEST", 100)
     (tmp_path / "a.jsonl").write_text('{"question": "' + "x" * 1000)
     with pytest.raises(GrpoError, match="a.jsonl:1: longer than 100 bytes"):
-        data.load(str(tmp_path / "a.jsonl"))
+        datasets.load(str(tmp_path / "a.jsonl"))
 
 
 LABELLED = {"tokens": [1, 2, 3], "prompt": 1, "ends": [2], "labels": [1.0], "id": "a"}
@@ -324,7 +331,7 @@ def test_completions_made_elsewhere_are_read_or_are_refused(folder, data):
     }
     file.write_text(json.dumps(changed) + "\n")
     try:
-        found = completions.read(file, {"mine": [Example("1+1?", "2")]})
+        found = completion_files.read(file, {"mine": [Example("1+1?", "2")]})
     except GrpoError as error:
         assert one_clear_line(error, file)
         return
@@ -341,4 +348,4 @@ def test_temperatures_of_completions_are_numbers(tmp_path):
         row = json.dumps(ANSWERED | {"temperature": "@"}).replace('"@"', value)
         file.write_text(row + "\n")
         with pytest.raises(GrpoError, match="a.jsonl:1: temperature .* is not a"):
-            completions.read(file, {"mine": [Example("1+1?", "2")]})
+            completion_files.read(file, {"mine": [Example("1+1?", "2")]})

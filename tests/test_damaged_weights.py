@@ -23,12 +23,17 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from test_convert import TYPES, WORDS, rebuilt, write_gguf
 
+from grpo_jax.checkpoints.formats.gguf_file import read_gguf
+from grpo_jax.checkpoints.formats.torch_bin import read_bin
+from grpo_jax.checkpoints.huggingface.tensors import (
+    DTYPES,
+    Source,
+    read_header,
+    write_file,
+)
+from grpo_jax.checkpoints.huggingface.weights import load_pretrained
 from grpo_jax.convert import convert_gguf
 from grpo_jax.errors import GrpoError
-from grpo_jax.hf.gguf_file import read_gguf
-from grpo_jax.hf.tensors import DTYPES, Source, read_header, write_file
-from grpo_jax.hf.torch_bin import read_bin
-from grpo_jax.weights import load_pretrained
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARD = GOLDEN / "families" / "deepseek" / "model-00001-of-00003.safetensors"

@@ -9,13 +9,13 @@ import optax
 import pytest
 from small_runs import ROOT, small_config, write_questions
 
-from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.packing import Sample, pack
-from grpo_jax.run import load_run
-from grpo_jax.tokenizer import Tokenizer
+from grpo_jax.checkpoints.huggingface.weights import save_pretrained
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.models.decoder import Decoder, ModelConfig
 from grpo_jax.train import train
-from grpo_jax.update import TrainState, make_grpo_step
-from grpo_jax.weights import save_pretrained
+from grpo_jax.training.packing import Sample, pack
+from grpo_jax.training.run import load_run
+from grpo_jax.training.train_step import TrainState, make_grpo_step
 
 ALPHABET = "0123456789+=?# \n"
 EOS = 2

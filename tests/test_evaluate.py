@@ -13,15 +13,23 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax import asking, completions, evaluate, measures, published, scores, tables
-from grpo_jax.completions import Completion
-from grpo_jax.data import Example
+from grpo_jax import evaluate
+from grpo_jax.checkpoints.huggingface.weights import save_pretrained
+from grpo_jax.data.datasets import Example
+from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
-from grpo_jax.grading import kinds
-from grpo_jax.measures import majority, mcnemar, pass_at_k, wilson
-from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.tokenizer import Tokenizer
-from grpo_jax.weights import save_pretrained
+from grpo_jax.evaluation import (
+    completion_files,
+    generate_answers,
+    metrics,
+    published_figures,
+    statistics,
+)
+from grpo_jax.evaluation.completion_files import Completion
+from grpo_jax.evaluation.statistics import majority, mcnemar, pass_at_k, wilson
+from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.report import tables
+from grpo_jax.rewards.grading import kinds
 
 CACHE = str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
 
@@ -67,8 +75,8 @@ def test_the_bootstrap_is_drawing_questions_again():
     rng = np.random.default_rng(2)
     means = [rng.choice(values, len(values)).mean() for _ in range(20_000)]
     by_hand = np.quantile(means, (0.025, 0.975))
-    assert measures.interval(values) == pytest.approx(by_hand, abs=0.01)
-    low, high, p = measures.paired_bootstrap(values, values[::-1] + 0.1)
+    assert statistics.interval(values) == pytest.approx(by_hand, abs=0.01)
+    low, high, p = statistics.paired_bootstrap(values, values[::-1] + 0.1)
     difference = values[::-1] + 0.1 - values
     draws = np.array([rng.choice(difference, 60).mean() for _ in range(20_000)])
     assert (low, high) == pytest.approx(np.quantile(draws, (0.025, 0.975)), abs=0.015)
@@ -85,7 +93,7 @@ TWO = [Example("1+1", "2"), Example("1+2", "3")]
 def test_scores_of_samples_by_hand():
     """Votes are for values: 2, 2.0 and $2 are one; a missing answer is wrong."""
     answered = [said("2", "2.0", "7", "so $2"), said("4", "4", "It is 3.", "?")]
-    result = scores.score(TWO, answered).result
+    result = metrics.score(TWO, answered).result
     assert result["accuracy"] == (3 + 1) / 8
     assert result["pass@k"] == {"1": 0.5, "2": (1 + 1 / 2) / 2, "4": 1.0}
     assert result["maj@k"] == {"1": 0.5, "2": ((1 + 0) + (0 + 1)) / 4, "4": 0.5}
@@ -112,10 +120,10 @@ def test_scores_of_samples_by_hand():
 def test_a_majority_is_of_equal_answers(boxes, reference, votes, right):
     example = Example("?", reference)
     answered = said(*(f"\\boxed{{{box}}}" for box in boxes))
-    result = scores.score([example], [answered]).result
+    result = metrics.score([example], [answered]).result
     assert result["maj@k"][str(len(boxes))] == right
     graded = np.array([[vote == 0 for vote in votes]])
-    assert scores.votes([example], boxes, graded) == [votes]
+    assert metrics.votes([example], boxes, graded) == [votes]
 
 
 def test_an_option_and_its_value_are_one_vote():
@@ -123,7 +131,7 @@ def test_an_option_and_its_value_are_one_vote():
     example = Example("?", "A", columns=options)
     given = ["B", "2.0", "2", "A", "1", "C"]
     right = np.array([[0, 0, 0, 1, 1, 0]])
-    assert scores.votes([example], given, right) == [[1, 1, 1, 0, 0, 3]]
+    assert metrics.votes([example], given, right) == [[1, 1, 1, 0, 0, 3]]
 
 
 def test_no_votes_are_compared_where_none_is_right(monkeypatch):
@@ -135,21 +143,21 @@ def test_no_votes_are_compared_where_none_is_right(monkeypatch):
 
     monkeypatch.setattr(kinds, "grade", count)
     given = [str(n) for n in range(100)]
-    (votes,) = scores.votes([Example("?", "no")], given, np.zeros((1, 100)))
+    (votes,) = metrics.votes([Example("?", "no")], given, np.zeros((1, 100)))
     assert votes == list(range(1, 101))
-    scores.votes([Example("?", "0")], given, np.eye(1, 100))
+    metrics.votes([Example("?", "0")], given, np.eye(1, 100))
     assert asked == [0, 64 * 63 // 2]  # not 99 with 98 others
 
 
 def test_a_question_that_is_too_long_counts_as_wrong():
-    result = scores.score(TWO, [None, said("It is 3.")]).result
+    result = metrics.score(TWO, [None, said("It is 3.")]).result
     assert (result["accuracy"], result["too_long"]) == (0.5, 1)
 
 
 def test_programs_and_the_papers_rule_stand_beside():
     texts = ["```output\n2\n```\nSo \\boxed{200}", "```output\nRuntime errors: x\n```3"]
     answered = [said(text) for text in texts]
-    result = scores.score(
+    result = metrics.score(
         TWO, answered, rules=("strict", "paper"), programs=True
     ).result
     assert result["accuracy"] == 0 and result["paper"]["accuracy"] == 0.5
@@ -157,10 +165,10 @@ def test_programs_and_the_papers_rule_stand_beside():
 
 
 def test_paired_tests_say_which_they_are():
-    a = scores.Score({}, np.array([[1.0], [0.0], [0.0], [1.0]]))
-    b = scores.Score({}, np.array([[1.0], [1.0], [0.0], [0.0]]))
-    c = scores.Score({}, np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0]]))
-    tests = scores.pairs({("s", "greedy"): {"a": a, "b": b, "c": c}})
+    a = metrics.Score({}, np.array([[1.0], [0.0], [0.0], [1.0]]))
+    b = metrics.Score({}, np.array([[1.0], [1.0], [0.0], [0.0]]))
+    c = metrics.Score({}, np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0]]))
+    tests = metrics.pairs({("s", "greedy"): {"a": a, "b": b, "c": c}})
     assert [t["models"] for t in tests] == [["a", "b"], ["a", "c"], ["b", "c"]]
     assert (tests[0]["test"], tests[0]["p"]) == ("exact McNemar", 1.0)
     assert tests[1]["test"] == "paired bootstrap"
@@ -208,13 +216,16 @@ def test_the_table_says_what_was_measured_where():
 
 
 def test_published_figures_are_marked_and_complete():
-    assert len(published.CHAIN_OF_THOUGHT) == 19 and len(published.TOOLS) == 7
-    assert published.CHAIN_OF_THOUGHT["GPT-4"]["cmath"] == "86.0"
-    assert published.CHAIN_OF_THOUGHT["DeepSeekMath-RL 7B"]["mgsm_zh"] == "79.6"
-    assert published.TOOLS["ToRA 34B"]["mgsm_zh"] == "41.2"
-    assert published.table(["gsm8k"]).startswith("Published, not measured here")
-    assert published.table(["svamp"]) == ""
-    known = published.for_json(["math", "ocw"], ["cot", "tool"])
+    assert (
+        len(published_figures.CHAIN_OF_THOUGHT) == 19
+        and len(published_figures.TOOLS) == 7
+    )
+    assert published_figures.CHAIN_OF_THOUGHT["GPT-4"]["cmath"] == "86.0"
+    assert published_figures.CHAIN_OF_THOUGHT["DeepSeekMath-RL 7B"]["mgsm_zh"] == "79.6"
+    assert published_figures.TOOLS["ToRA 34B"]["mgsm_zh"] == "41.2"
+    assert published_figures.table(["gsm8k"]).startswith("Published, not measured here")
+    assert published_figures.table(["svamp"]) == ""
+    known = published_figures.for_json(["math", "ocw"], ["cot", "tool"])
     assert known["note"].startswith("published, not measured")
     assert known["tool"]["MAmmoTH 70B"] == {"math": "41.8"}
 
@@ -247,7 +258,7 @@ def test_completions_of_others_are_read_by_id_index_or_question(tmp_path):
         {"set": "b", "question": "same", "completion": "q", "mode": "tool"},
         {"set": "c", "index": 0, "completion": "of a set that is not asked for"},
     )
-    found = completions.read(file, SETS)
+    found = completion_files.read(file, SETS)
     assert found["a"] == {
         ("cot", "greedy"): ([said("2"), said("3")], 0.0),
         ("cot", "sampled"): ([said("v", "w"), said("x", "y")], 0.5),
@@ -282,7 +293,7 @@ GOOD = {"set": "a", "index": 0, "completion": "2"}
 def test_bad_completions_are_refused_with_file_and_line(rows, message, tmp_path):
     file = write(tmp_path / "x.jsonl", *rows)
     with pytest.raises(GrpoError, match=message):
-        completions.read(file, SETS)
+        completion_files.read(file, SETS)
 
 
 # -- the command, stopped and continued ------------------------------------------------
@@ -366,13 +377,13 @@ def test_killed_and_continued_to_the_same_bits(command, whole, tmp_path, monkeyp
     lines = there.splitlines(keepends=True)
     sampled_of(out).write_bytes(b"".join(lines[:10]) + lines[10][:30])
     asked: list[int] = []
-    ask = asking.MODES["cot"]
+    ask = generate_answers.MODES["cot"]
 
     def spy(model, params, tokenizer, prompts, **options):
         asked.append(len(prompts))
         return ask(model, params, tokenizer, prompts, **options)
 
-    monkeypatch.setitem(asking.MODES, "cot", spy)
+    monkeypatch.setitem(generate_answers.MODES, "cot", spy)
     evaluate.main([*command, "--out", str(out)])
     assert folder_of(out) == folder_of(whole)
     assert asked == [8] * 6 + [4]  # 60 questions in batches of 8, without the first

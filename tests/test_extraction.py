@@ -4,10 +4,10 @@ import time
 
 import pytest
 
-from grpo_jax import answers, rewards
-from grpo_jax.data import Example
-from grpo_jax.grading import extraction, kinds, workers
-from grpo_jax.tokenizer import Tokenizer
+from grpo_jax.data.datasets import Example
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.rewards import reward_functions
+from grpo_jax.rewards.grading import answers, extraction, kinds, worker_pool
 
 STATED = [
     # answer lines
@@ -161,7 +161,7 @@ def test_numbers_as_the_language_of_the_question_writes_them(language, text, exp
 def test_a_reward_reads_numbers_in_the_language_of_each_question():
     said = ["Es sind 1.234 Eier.", "There are 1.234 eggs."]
     reference = {"answer": ["1234"] * 2, "language": ["de", "en"]}
-    assert rewards.rule_reward(["?"] * 2, said, **reference) == [1.0, 0.0]
+    assert reward_functions.rule_reward(["?"] * 2, said, **reference) == [1.0, 0.0]
 
 
 FOUR = Example("?", "C", columns={"options": ["3", "1/4", "1/2", "8"]})
@@ -201,7 +201,7 @@ def test_the_option_that_is_called_right(text, said):
 
 
 def test_a_box_in_the_thoughts_is_no_box():
-    format_ = rewards.format_reward
+    format_ = reward_functions.format_reward
     said = [r"<think>\boxed{1}</think> \boxed{2}", r"<think>\boxed{1}</think> 2"]
     assert format_(["?"] * 2, said) == [1.0, 0.0]
     two = Example("?", "1; 2", columns={"blanks": 2})
@@ -278,4 +278,4 @@ def test_the_answer_of_every_row_of_the_table_is_right():
         ("答えは1,234円です。", "1234"),
     ]
     said = [answers.extract(text) for text, _ in rows]
-    assert workers.grade(said, [right for _, right in rows]) == [True] * len(rows)
+    assert worker_pool.grade(said, [right for _, right in rows]) == [True] * len(rows)

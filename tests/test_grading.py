@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from grpo_jax.errors import GrpoError
-from grpo_jax.grading import workers
+from grpo_jax.rewards.grading import worker_pool
 
 HOSTILE = [
     "9^9^9^9",
@@ -33,7 +33,7 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def pool():
-    pool = workers.Pool(workers=1, seconds=2.0)
+    pool = worker_pool.Pool(workers=1, seconds=2.0)
     assert pool.same(r"\sqrt{8}", r"2\sqrt{2}")
     yield pool
     pool.close()
@@ -42,14 +42,14 @@ def pool():
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: text[:12])
 @pytest.mark.parametrize("reference", ["5", r"x > \sqrt{2}"])
 def test_hostile_text_is_wrong_and_bounded(pool, text, reference, monkeypatch):
-    monkeypatch.setattr(workers, "pool", lambda: pool)
+    monkeypatch.setattr(worker_pool, "pool", lambda: pool)
     began = time.monotonic()
-    assert workers.grade([text], [reference]) == [False]
+    assert worker_pool.grade([text], [reference]) == [False]
     assert time.monotonic() - began < 5
 
 
 def test_no_text_is_executed(pool, monkeypatch, tmp_path):
-    monkeypatch.setattr(workers, "pool", lambda: pool)
+    monkeypatch.setattr(worker_pool, "pool", lambda: pool)
     mark = tmp_path / "mark"
     for text in (
         f"__import__('os').system('touch {mark}')",
@@ -57,12 +57,12 @@ def test_no_text_is_executed(pool, monkeypatch, tmp_path):
         f"open('{mark}', 'w')",
         f"$x$ $$(lambda: __import__('pathlib').Path('{mark}').touch())()$$",
     ):
-        assert workers.grade([text], [r"\sqrt{2}"]) == [False]
+        assert worker_pool.grade([text], [r"\sqrt{2}"]) == [False]
     assert not mark.exists()
 
 
 def test_a_hung_worker_is_killed_and_replaced():
-    pool = workers.Pool(workers=1, seconds=0.5)
+    pool = worker_pool.Pool(workers=1, seconds=0.5)
     try:
         assert pool.same(r"\sqrt{8}", r"2\sqrt{2}")
         (worker,) = pool._all
@@ -85,7 +85,7 @@ def test_a_worker_killed_between_pairs_is_replaced(pool):
 
 
 def test_a_worker_that_waits_for_a_busy_cpu_is_not_out_of_time():
-    pool = workers.Pool(workers=1, seconds=0.5)
+    pool = worker_pool.Pool(workers=1, seconds=0.5)
     try:
         assert pool.same(r"\sqrt{8}", r"2\sqrt{2}")
         (worker,) = pool._all
@@ -134,18 +134,18 @@ def test_grade_keeps_the_order_and_counts_none_as_wrong():
     predictions = ["1", None, r"\sqrt{2}", "1", r"2^{1/2}", r"\sqrt{2}"]
     references = ["1", "1", r"\sqrt{2}", "2", r"\sqrt{2}", r"\sqrt{3}"]
     expected = [True, False, True, False, True, False]
-    assert workers.grade(predictions, references) == expected
+    assert worker_pool.grade(predictions, references) == expected
 
 
 def test_grade_refuses_unequal_lengths():
     with pytest.raises(GrpoError, match="2 predictions for 1 references"):
-        workers.grade(["1", "2"], ["1"])
+        worker_pool.grade(["1", "2"], ["1"])
 
 
 def test_gsm8k_answers_pass_at_500_a_second():
     predictions = [f"${n:,}.00" for n in range(1000, 2000)]
     began = time.monotonic()
-    assert all(workers.grade(predictions, [str(n) for n in range(1000, 2000)]))
+    assert all(worker_pool.grade(predictions, [str(n) for n in range(1000, 2000)]))
     assert 1000 / (time.monotonic() - began) >= 500
 
 
@@ -154,9 +154,9 @@ import os, signal, sys, time
 # A shell starts background jobs with Ctrl-C ignored; a terminal does not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 print("imported", flush=True)          # once: workers must not run this file
-from grpo_jax.grading import workers
-assert workers.pool().same(r"\\sqrt{8}", r"2\\sqrt{2}")
-(worker,) = workers.pool()._all
+from grpo_jax.rewards.grading import worker_pool
+assert worker_pool.pool().same(r"\\sqrt{8}", r"2\\sqrt{2}")
+(worker,) = worker_pool.pool()._all
 print(worker.process.pid, flush=True)
 maps = open(f"/proc/{worker.process.pid}/maps").read()
 assert "jaxlib" not in maps, "a worker imported jax"
@@ -183,7 +183,7 @@ def _gone(pid: int, seconds: float = 10) -> bool:
 def test_no_worker_outlives_a_script_without_a_main_guard(tmp_path, end):
     script = tmp_path / "user.py"
     script.write_text(SCRIPT)
-    root = str(Path(workers.__file__).parents[2])
+    root = str(Path(worker_pool.__file__).parents[3])
     process = subprocess.Popen(
         [sys.executable, str(script), "exit" if end == "exit" else "wait"],
         stdout=subprocess.PIPE,

@@ -17,7 +17,7 @@ import pytest
 from processes import TALK, finish, free_port, launch, slurm_of, start_as, talk
 from small_runs import ROOT, SMALL, write_questions
 
-from grpo_jax import hosts
+from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
 
 # -- shares ---------------------------------------------------------------------------
@@ -25,7 +25,7 @@ from grpo_jax.errors import GrpoError
 
 @pytest.mark.parametrize("items, group, of", [(64, 8, 3), (64, 64, 4), (7, 1, 2)])
 def test_shares_are_everything_once_and_nearly_equal(items, group, of):
-    parts = [hosts.part(items, group, i, of) for i in range(of)]
+    parts = [processes.part(items, group, i, of) for i in range(of)]
     assert [i for p in parts for i in range(items)[p]] == list(range(items))
     sizes = [p.stop - p.start for p in parts]
     whole = items // group >= of
@@ -126,10 +126,13 @@ def test_wrong_counts_and_numbers_end_in_one_line():
 
 def test_an_address_in_parts_is_refused():
     for given in [("h:1", 2, None), ("h:1", None, None), (None, 2, 0)]:
-        with pytest.raises(GrpoError, match="give all three"), hosts.together(*given):
+        with (
+            pytest.raises(GrpoError, match="give all three"),
+            processes.together(*given),
+        ):
             pass
     for given in [("h:1", 2, 2), ("h", 2, 0), ("h:1", 2, -1)]:
-        with pytest.raises(GrpoError, match="host:port"), hosts.together(*given):
+        with pytest.raises(GrpoError, match="host:port"), processes.together(*given):
             pass
 
 
@@ -300,8 +303,9 @@ def test_each_grades_its_own_and_the_first_alone_writes(alone, shared, here):
 # is slow enough for the others to hear of it before all is asked.
 EVALUATE = """
 import os, signal, time
-from grpo_jax import completions, evaluate
-from grpo_jax.completions import Log
+from grpo_jax.evaluation import completion_files
+from grpo_jax import evaluate
+from grpo_jax.evaluation.completion_files import Log
 append = Log.append
 def and_stop(log, *batch, **about):
     append(log, *batch, **about)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from grpo_jax.logprobs import logprobs_from_logits, token_logprobs
-from grpo_jax.sampling import Sampling
+from grpo_jax.generation.token_sampling import Sampling
+from grpo_jax.models.logprobs import logprobs_from_logits, token_logprobs
 
 D, V = 8, 29
 
@@ -102,7 +102,7 @@ def test_the_chunk_chosen_for_you(monkeypatch):
     x = (*arrays((3, 5)), 0.9)
     for limit in (1, 3 * V * 2):
         limits = {"cpu": limit}
-        monkeypatch.setattr("grpo_jax.logprobs._CHUNK_ELEMENTS", limits)
+        monkeypatch.setattr("grpo_jax.models.logprobs._CHUNK_ELEMENTS", limits)
         fresh = functools.partial(token_logprobs)  # not in jit's cache yet
         assert_close(ours(*x, f=fresh), plain(*x))
 
@@ -112,8 +112,10 @@ def test_the_chunk_chosen_for_you(monkeypatch):
 def test_tiles_of_the_vocabulary(tile, positions, monkeypatch):
     """For each token, where the last tile reaches back over another, and by chunks."""
     assert V % 3 and V % (V - 1)
-    monkeypatch.setattr("grpo_jax.logprobs._TILE", {"cpu": tile})
-    monkeypatch.setattr("grpo_jax.logprobs._CHUNK_ELEMENTS", {"cpu": tile * positions})
+    monkeypatch.setattr("grpo_jax.models.logprobs._TILE", {"cpu": tile})
+    monkeypatch.setattr(
+        "grpo_jax.models.logprobs._CHUNK_ELEMENTS", {"cpu": tile * positions}
+    )
     hidden, unembed, _ = arrays((1, V))
     x = (hidden, unembed, jnp.arange(V)[None], 0.9)
     fresh = functools.partial(token_logprobs)  # not in jit's cache yet
@@ -214,7 +216,7 @@ def test_shard_map(check_vma):
 @pytest.mark.parametrize("offset", [0, 1e3, -1e3, 1e4])
 def test_an_offset_of_all_logits_costs_no_digits(offset, tile, monkeypatch):
     """In steps that float32 can hold at the offset; the first of D is what adds it."""
-    monkeypatch.setattr("grpo_jax.logprobs._TILE", {"cpu": tile})
+    monkeypatch.setattr("grpo_jax.models.logprobs._TILE", {"cpu": tile})
 
     def grid(seed, shape):
         return jnp.round(jax.random.normal(jax.random.key(seed), shape) * 8) / 8

@@ -14,25 +14,27 @@ import pytest
 from safetensors.numpy import load_file
 from small_runs import small_config
 
-from grpo_jax import export, lora, sharding
-from grpo_jax.checks import validate
+from grpo_jax import export
+from grpo_jax.checkpoints.huggingface.weights import load_pretrained, save_pretrained
 from grpo_jax.config import Config, DataSettings, ModelSettings
+from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.lora import Lora
-from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.packing import Sample, pack
-from grpo_jax.rollout import generate
-from grpo_jax.run import load_run, open_run, stage_params
-from grpo_jax.setup import initial_params
+from grpo_jax.generation.sampler import generate
+from grpo_jax.models import lora
+from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.lora import Lora
 from grpo_jax.train import train
-from grpo_jax.update import (
+from grpo_jax.training.config_checks import validate
+from grpo_jax.training.packing import Sample, pack
+from grpo_jax.training.run import load_run, open_run, stage_params
+from grpo_jax.training.setup import initial_params
+from grpo_jax.training.train_step import (
     TrainState,
     accumulate,
     grpo_objective,
     make_grpo_step,
     make_scorer,
 )
-from grpo_jax.weights import load_pretrained, save_pretrained
 
 CONFIG = ModelConfig(
     vocab_size=32, width=16, layers=2, heads=4, kv_heads=4, head_dim=4, ffn=24,

@@ -26,7 +26,7 @@ from loss_cases import (
     same_metrics,
 )
 
-from grpo_jax.losses import grpo_loss, sft_loss
+from grpo_jax.algorithms.policy_losses import grpo_loss, sft_loss
 
 
 def test_on_policy_gradient_is_reinforce_with_the_papers_coefficient():

@@ -12,7 +12,7 @@ import pytest
 import reference
 from loss_cases import AGGREGATES, batch, case, float_batch, run, same_metrics
 
-from grpo_jax.losses import grpo_loss
+from grpo_jax.algorithms.policy_losses import grpo_loss
 
 RATIO = "sampling/importance_sampling_ratio"
 

@@ -13,7 +13,7 @@ import reference
 from jax.sharding import PartitionSpec as P
 from loss_cases import assert_same, batch, case, float_batch, run
 
-from grpo_jax.losses import grpo_loss
+from grpo_jax.algorithms.policy_losses import grpo_loss
 
 
 def test_mask_types_are_equal():

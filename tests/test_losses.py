@@ -26,7 +26,7 @@ from loss_cases import (
     same_metrics,
 )
 
-from grpo_jax.losses import grpo_loss, sft_loss
+from grpo_jax.algorithms.policy_losses import grpo_loss, sft_loss
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "trl_losses.npz")
 LN2 = math.log(2)

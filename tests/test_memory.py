@@ -10,12 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import cache, rollout, sharding
-from grpo_jax.model import REMAT, Decoder, ModelConfig
-from grpo_jax.packing import Sample, pack
+from grpo_jax.distributed import sharding
+from grpo_jax.generation import kv_cache, sampler
+from grpo_jax.models.decoder import REMAT, Decoder, ModelConfig
 from grpo_jax.plan import hlo
 from grpo_jax.plan.compiled import local_bytes
-from grpo_jax.update import (
+from grpo_jax.training.packing import Sample, pack
+from grpo_jax.training.train_step import (
     TrainState,
     make_grpo_step,
     make_optimizer,
@@ -119,9 +120,9 @@ def test_what_is_recomputed_changes_memory_and_no_gradient():
 
 
 def test_an_unknown_remat_is_refused():
-    from grpo_jax.checks import validate
     from grpo_jax.config import Config, ModelSettings
     from grpo_jax.errors import GrpoError
+    from grpo_jax.training.config_checks import validate
 
     config = Config(sft_steps=1, model=ModelSettings(path="x", remat="fulll"))
     with pytest.raises(GrpoError, match="did you mean full"):
@@ -181,12 +182,12 @@ def test_the_optimisers_state_is_spread_over_data_too():
     assert up.sharding.shard_shape(up.shape) == (2, 64, 16)
 
 
-def sampler(mesh, tensor: int) -> Any:
+def compiled_sampler(mesh, tensor: int) -> Any:
     """The compiled rollout of 16 prompts on the mesh, and its shapes."""
     layout = sharding.regroup(mesh, tensor)
     groups = sharding.rows_multiple(layout)
-    shape = rollout.shape_of(16, 64, 2, groups=groups)
-    program = rollout.program(
+    shape = sampler.shape_of(16, 64, 2, groups=groups)
+    program = sampler.program(
         shape,
         spread=mesh.size > 1,
         max_new_tokens=64,
@@ -208,8 +209,8 @@ def sampler(mesh, tensor: int) -> Any:
 
 def test_caches_are_split_and_a_turn_sends_neither_weights_nor_caches():
     """16 × 2 outputs on 8 devices: rows over groups of 2, heads within a group."""
-    alone, _, _ = sampler(sharding.make_mesh(devices=jax.devices()[:1]), 1)
-    compiled, weights, shape = sampler(sharding.make_mesh(1, 8, 1), 2)
+    alone, _, _ = compiled_sampler(sharding.make_mesh(devices=jax.devices()[:1]), 1)
+    compiled, weights, shape = compiled_sampler(sharding.make_mesh(1, 8, 1), 2)
     mine, whole = (x.memory_analysis().temp_size_in_bytes for x in (compiled, alone))
     assert mine < whole / 4
     text = compiled.as_text()
@@ -223,15 +224,15 @@ def test_caches_are_split_and_a_turn_sends_neither_weights_nor_caches():
 
 def test_a_cache_is_held_once():
     """A full block is put away in place, and blocks are read where they stand."""
-    shape = rollout.shape_of(16, 16, 8, slots=64)
-    program = rollout.program(shape, spread=False, max_new_tokens=512, eos_id=(0,))
+    shape = sampler.shape_of(16, 16, 8, slots=64)
+    program = sampler.program(shape, spread=False, max_new_tokens=512, eos_id=(0,))
     tokens, mask = (
         jax.ShapeDtypeStruct((shape.prompts, shape.width), kind)
         for kind in (jnp.int32, jnp.bool)
     )
     jitted, params = program.func, jax.eval_shape(MODEL.init, KEY)
     lowered = jitted.lower(MODEL, params, tokens, mask, key=KEY, **program.keywords)  # type: ignore
-    columns = cache.block_size(512) * (cache.others_for(512, queue=True) + 1)
+    columns = kv_cache.block_size(512) * (kv_cache.others_for(512, queue=True) + 1)
     held = 2 * CONFIG.layers * 64 * columns * CONFIG.kv_heads * CONFIG.head_dim * 4
     assert lowered.compile().memory_analysis().temp_size_in_bytes < 1.5 * held
 

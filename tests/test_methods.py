@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from small_runs import SMALL, dotted, small_config, write_questions
 
-from grpo_jax import credit, experience
+from grpo_jax.algorithms.methods import METHODS
 from grpo_jax.config import Config, RewardSettings
-from grpo_jax.methods import METHODS
-from grpo_jax.programs import Layout, make_objective
-from grpo_jax.recorder import Recorder
-from grpo_jax.reward_model import labelled
-from grpo_jax.rewards import Scores
-from grpo_jax.rl import by_output
-from grpo_jax.run import load_run, open_run
-from grpo_jax.run_rewards import Rewards
+from grpo_jax.rewards.reward_functions import Scores
 from grpo_jax.train import train
-from grpo_jax.update import accumulate, make_scorer
+from grpo_jax.training import credit, rollouts
+from grpo_jax.training.compiled_steps import Layout, make_objective
+from grpo_jax.training.metrics_writer import Recorder
+from grpo_jax.training.reward_model import labelled
+from grpo_jax.training.rl import by_output
+from grpo_jax.training.run import load_run, open_run
+from grpo_jax.training.run_rewards import Rewards
+from grpo_jax.training.train_step import accumulate, make_scorer
 
 STEPS = 4
 SIZES = SMALL | {
@@ -173,11 +173,11 @@ def test_dynamic_sampling_counts_right_outputs_and_not_their_length(instruct, tm
     assert row["rewards/overlong/std"] > 0.05  # or there were nothing to be misled by
     assert row["dynamic/rollouts"] > 1 and 0.2 < row["dynamic/tied"] < 0.8
     here = open_run(workdir)
-    source = experience.Experience(here)
+    source = rollouts.Experience(here)
     policy = load_run(instruct / "instruct")[1]
     with jax.set_mesh(here.mesh):
         drawn = source.draw(0, policy)
-        _, scores, _ = source.grade(0, experience.read(drawn), policy)
+        _, scores, _ = source.grade(0, rollouts.read(drawn), policy)
     groups = scores.by_function["mine"].reshape(-1, 4)
     assert (groups.min(1) == 0).all() and (groups.max(1) == 1).all()
 
@@ -211,7 +211,7 @@ def test_rloos_gradient_is_reinforce_by_hand(instruct):
     with R_i = r_i - β (log π_θ - log π_ref) of the whole output."""
     workdir = run(instruct, "rloo-by-hand", "rloo", rl_steps=1, kl_coef=0.5)
     here = open_run(workdir)
-    config, source = here.config, experience.Experience(here)
+    config, source = here.config, rollouts.Experience(here)
     policy = load_run(instruct / "instruct")[1]
     noise = iter(jax.random.split(jax.random.key(5), 99))
     moved = jax.tree.map(
@@ -219,7 +219,7 @@ def test_rloos_gradient_is_reinforce_by_hand(instruct):
     )
     with jax.set_mesh(here.mesh):
         drawn = source.draw(0, moved)
-        outputs, scores, _ = source.grade(0, experience.read(drawn), moved)
+        outputs, scores, _ = source.grade(0, rollouts.read(drawn), moved)
         batch = Layout(config, here.mesh)([o.sample for o in outputs])
         ref = make_scorer(here.model)(policy, batch)
         ref = by_output(ref, outputs)
@@ -262,11 +262,11 @@ def test_rft_samples_from_the_instruct_model_all_along(instruct):
     """The outputs of a step are π_sft's, whatever was learned before it."""
     workdir = run(instruct, "rft-again", "rft", learning_rate=1e-1)
     here = open_run(workdir)
-    source = experience.Experience(here)
+    source = rollouts.Experience(here)
     sft = load_run(instruct / "instruct")[1]
     with jax.set_mesh(here.mesh):
         drawn = source.draw(STEPS - 1, sft)
-        outputs, _, _ = source.grade(STEPS - 1, experience.read(drawn), sft)
+        outputs, _, _ = source.grade(STEPS - 1, rollouts.read(drawn), sft)
     lines = (workdir / "samples.jsonl").read_text().splitlines()
     shown = json.loads(lines[-1])["completions"]
     assert [c["completion"] for c in shown] == [o.text for o in outputs[:4]]

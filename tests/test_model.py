@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from xla_flags import OPTIONS
 
-from grpo_jax.model import Decoder, default_positions
-from grpo_jax.weights import load_pretrained
+from grpo_jax.checkpoints.huggingface.weights import load_pretrained
+from grpo_jax.models.decoder import Decoder, default_positions
 
 GOLDEN = Path(__file__).parent / "golden" / "families"
 FAMILIES = [

@@ -14,12 +14,12 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 from small_runs import SMALL, small_config, write_questions
 
-from grpo_jax import sums
+from grpo_jax.checkpoints.huggingface.weights import save_pretrained
+from grpo_jax.data import chain_sums
+from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
-from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.tokenizer import Tokenizer
+from grpo_jax.models.decoder import Decoder, ModelConfig
 from grpo_jax.train import train
-from grpo_jax.weights import save_pretrained
 
 SHARDS = 3
 
@@ -29,7 +29,7 @@ def sound(tmp_path_factory):
     """A model of characters in some shards, and questions for it."""
     here = tmp_path_factory.mktemp("model")
     write_questions(here / "sums.jsonl")
-    tokenizer = Tokenizer.from_alphabet(sums.ALPHABET)
+    tokenizer = Tokenizer.from_alphabet(chain_sums.ALPHABET)
     config = ModelConfig(
         **{"vocab_size": tokenizer.vocab_size, "width": 16, "layers": 1, "heads": 2},
         **{"kv_heads": 2, "head_dim": 8, "ffn": 32},

@@ -7,18 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.credit import teaches
-from grpo_jax.losses import dpo_loss, value_loss
-from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.objectives import (
+from grpo_jax.algorithms.policy_losses import dpo_loss, value_loss
+from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.value_head import RewardModel
+from grpo_jax.training.credit import teaches
+from grpo_jax.training.objectives import (
     dpo_objective,
     grpo_objective,
     ppo_objective,
     sft_objective,
 )
-from grpo_jax.packing import Sample, pack, unpack
-from grpo_jax.reward_model.model import RewardModel
-from grpo_jax.update import TrainState, accumulate, make_scorer, make_step
+from grpo_jax.training.packing import Sample, pack, unpack
+from grpo_jax.training.train_step import TrainState, accumulate, make_scorer, make_step
 
 CONFIG = ModelConfig(
     vocab_size=23, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, ffn=24

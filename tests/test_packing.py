@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.errors import GrpoError
-from grpo_jax.packing import PROMPT, Sample, fitting_length, pack, place, unpack
+from grpo_jax.training.packing import (
+    PROMPT,
+    Sample,
+    fitting_length,
+    pack,
+    place,
+    unpack,
+)
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(40, 100))

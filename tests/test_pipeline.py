@@ -19,14 +19,15 @@ import numpy as np
 import pytest
 from small_runs import SMALL, dotted, small_config, write_questions
 
-from grpo_jax import credit, programs, rl, setup, sharding
-from grpo_jax.claim import Claim
-from grpo_jax.experience import Experience, read
-from grpo_jax.objectives import grpo_objective
-from grpo_jax.pipeline import Pipeline
-from grpo_jax.recorder import Recorder
-from grpo_jax.run import Preempted, Run
-from grpo_jax.update import TrainState, make_step
+from grpo_jax.distributed import sharding
+from grpo_jax.training import compiled_steps, credit, rl, setup
+from grpo_jax.training.metrics_writer import Recorder
+from grpo_jax.training.objectives import grpo_objective
+from grpo_jax.training.rollout_pipeline import Pipeline
+from grpo_jax.training.rollouts import Experience, read
+from grpo_jax.training.run import Preempted, Run
+from grpo_jax.training.train_step import TrainState, make_step
+from grpo_jax.training.work_directory import Claim
 
 STEPS, CAP = 6, 2.0
 SIZES = SMALL | {
@@ -189,7 +190,7 @@ def test_the_next_rollout_is_sampled_while_a_step_is_graded(folder, monkeypatch)
 def test_passes_without_rewards_run_while_a_step_is_graded(
     method, maker, changes, each, folder, monkeypatch
 ):
-    make, passes, done = getattr(programs, maker), [], []
+    make, passes, done = getattr(compiled_steps, maker), [], []
 
     def watched(*arguments, **options):
         score = make(*arguments, **options)
@@ -200,7 +201,7 @@ def test_passes_without_rewards_run_while_a_step_is_graded(
 
         return scored
 
-    monkeypatch.setattr(programs, maker, watched)
+    monkeypatch.setattr(compiled_steps, maker, watched)
     meanwhile.append(lambda call: done.append((len(passes), wait(passes[-1]))))
     name = f"{method}-{maker}-{each}"
     learn(folder, name, method=method, rl_steps=2, **changes)

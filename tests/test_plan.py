@@ -15,18 +15,18 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from grpo_jax import sharding
+from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.logprobs import token_logprobs
-from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.packing import Sample, pack
+from grpo_jax.generation.sampler import shape_of
+from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.logprobs import token_logprobs
 from grpo_jax.plan import chips, hlo
 from grpo_jax.plan.compiled import Program
 from grpo_jax.plan.flops import flops
 from grpo_jax.plan.table import report, table
 from grpo_jax.plan.trips import Lengths, columns, of_sampler
-from grpo_jax.rollout import shape_of
-from grpo_jax.update import TrainState, make_grpo_step
+from grpo_jax.training.packing import Sample, pack
+from grpo_jax.training.train_step import TrainState, make_grpo_step
 
 ROOT = Path(__file__).parents[1]
 

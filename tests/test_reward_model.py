@@ -12,28 +12,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax import sharding
-from grpo_jax.claim import Claim
+from grpo_jax.algorithms.reward_model_losses import reward_loss
 from grpo_jax.config import Config, ModelSettings, to_json
+from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.packing import pack
-from grpo_jax.recorder import Recorder
-from grpo_jax.reward_model import prmbench
-from grpo_jax.reward_model.auc import auc, auc_interval
-from grpo_jax.reward_model.labelled import Labelled
-from grpo_jax.reward_model.losses import reward_loss
-from grpo_jax.reward_model.model import (
+from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.value_head import (
     RewardModel,
     make_reward_scorer,
     reward_objective,
     reward_sample,
     score_samples,
 )
-from grpo_jax.reward_model.training import Settings, load_reward_model, train
-from grpo_jax.run import Run
-from grpo_jax.setup import make_model
-from grpo_jax.update import accumulate
+from grpo_jax.training.metrics_writer import Recorder
+from grpo_jax.training.packing import pack
+from grpo_jax.training.reward_model import prmbench
+from grpo_jax.training.reward_model.auc import auc, auc_interval
+from grpo_jax.training.reward_model.labelled import Labelled
+from grpo_jax.training.reward_model.training import Settings, load_reward_model, train
+from grpo_jax.training.run import Run
+from grpo_jax.training.setup import make_model
+from grpo_jax.training.train_step import accumulate
+from grpo_jax.training.work_directory import Claim
 
 MODEL = RewardModel(
     Decoder(

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import rewards
-from grpo_jax.advantages import group_advantages
+from grpo_jax.algorithms.advantages import group_advantages
 from grpo_jax.errors import GrpoError
+from grpo_jax.rewards import reward_functions
 
 PROMPTS = ["1+1?", "2+2?", "3+3?"]
 COMPLETIONS = [r"It is \boxed{2}.", r"\boxed{5}", "so the answer is 6."]
@@ -29,13 +29,15 @@ def good(prompts, completions, **columns):
 def score(functions, weights=None, **options):
     weights = [1.0] * len(functions) if weights is None else weights
     timeout = options.pop("timeout", 20.0)
-    return rewards.score(
+    return reward_functions.score(
         functions, weights, PROMPTS, COMPLETIONS, COLUMNS, timeout=timeout, **options
     )
 
 
 def test_rule_and_format_rewards_are_weighted_and_added():
-    out = score([rewards.rule_reward, rewards.format_reward], [1.0, 0.25])
+    out = score(
+        [reward_functions.rule_reward, reward_functions.format_reward], [1.0, 0.25]
+    )
     np.testing.assert_array_equal(out.by_function["rule_reward"], [1, 0, 1])
     np.testing.assert_array_equal(out.by_function["format_reward"], [1, 1, 0])
     np.testing.assert_array_equal(out.rewards, [1.25, 0.25, 1.0])
@@ -46,8 +48,8 @@ def test_rule_and_format_rewards_are_weighted_and_added():
 
 def test_chats_are_read_by_their_content():
     chat = [[{"role": "assistant", "content": r"\boxed{2}"}]]
-    assert rewards.rule_reward(["q"], chat, answer=["2"]) == [1.0]
-    assert rewards.format_reward(["q"], chat) == [1.0]
+    assert reward_functions.rule_reward(["q"], chat, answer=["2"]) == [1.0]
+    assert reward_functions.format_reward(["q"], chat) == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_chats_are_read_by_their_content():
     ],
 )
 def test_the_format_is_exactly_one_box(text, value):
-    assert rewards.format_reward(["q"], [text]) == [value]
+    assert reward_functions.format_reward(["q"], [text]) == [value]
 
 
 def test_values_that_are_not_numbers_are_left_out_and_counted():
@@ -107,7 +109,7 @@ def test_past_the_share_of_failing_calls_it_refuses():
         GrpoError, match=r"reward bad: RuntimeError: no such file.*100%"
     ):
         score([bad])
-    calls = rewards.Calls()
+    calls = reward_functions.Calls()
     for _ in range(9):
         score([good], calls=calls)
     assert np.isnan(score([bad], max_failures=0.1, calls=calls).rewards).all()
@@ -146,11 +148,11 @@ def test_a_hang_counts_as_wrong_and_training_goes_on():
 def test_a_hang_does_not_keep_the_interpreter():
     code = (
         "import threading\n"
-        "from grpo_jax.rewards import score\n"
+        "from grpo_jax.rewards.reward_functions import score\n"
         "def hang(prompts, completions): threading.Event().wait()\n"
         "print(score([hang], [1], ['q'], ['c'], {}, timeout=0.1).timeouts)\n"
     )
-    root = Path(rewards.__file__).parent.parent
+    root = Path(reward_functions.__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True,
         timeout=20,
@@ -180,9 +182,13 @@ def test_unequal_lengths_and_missing_columns_are_refused():
     with pytest.raises(GrpoError, match="2 weights for 1 functions"):
         score([good], [1.0, 2.0])
     with pytest.raises(GrpoError, match="answer has 1 values for 2 completions"):
-        rewards.score([good], [1], ["q"] * 2, ["c"] * 2, {"answer": ["1"]}, timeout=1)
+        reward_functions.score(
+            [good], [1], ["q"] * 2, ["c"] * 2, {"answer": ["1"]}, timeout=1
+        )
     with pytest.raises(GrpoError, match="reward rule_reward.*'answer'"):
-        rewards.score([rewards.rule_reward], [1], ["q"], ["c"], {}, timeout=1)
+        reward_functions.score(
+            [reward_functions.rule_reward], [1], ["q"], ["c"], {}, timeout=1
+        )
 
 
 async def slow(prompts, completions, answer, **columns):
@@ -211,9 +217,12 @@ def test_functions_of_one_name_keep_their_columns():
 def test_resolve_finds_modules_and_files(tmp_path):
     file = tmp_path / "my_rewards.py"
     file.write_text("def length(prompts, completions): return [7.0]\n")
-    assert rewards.resolve(f"{file}:length")([], []) == [7.0]
-    assert rewards.resolve("grpo_jax.rewards:format_reward") is rewards.format_reward
-    assert rewards.resolve("format") is rewards.format_reward
+    assert reward_functions.resolve(f"{file}:length")([], []) == [7.0]
+    assert (
+        reward_functions.resolve("grpo_jax.rewards.reward_functions:format_reward")
+        is reward_functions.format_reward
+    )
+    assert reward_functions.resolve("format") is reward_functions.format_reward
 
 
 @pytest.mark.parametrize(
@@ -228,7 +237,7 @@ def test_resolve_finds_modules_and_files(tmp_path):
 )
 def test_resolve_says_in_one_line_what_is_wrong(name, message):
     with pytest.raises(GrpoError, match=message) as caught:
-        rewards.resolve(name)
+        reward_functions.resolve(name)
     assert "\n" not in str(caught.value)
 
 
@@ -241,11 +250,16 @@ def test_a_column_never_replaces_what_the_run_passes(name):
     columns = COLUMNS | {name: [r"\boxed{2}", r"\boxed{4}", r"\boxed{6}"]}
     message = f"the data has a column '{name}'.*rename"
     with pytest.raises(GrpoError, match=message):
-        rewards.score(
-            [rewards.rule_reward], [1.0], PROMPTS, COMPLETIONS, columns, timeout=9
+        reward_functions.score(
+            [reward_functions.rule_reward],
+            [1.0],
+            PROMPTS,
+            COMPLETIONS,
+            columns,
+            timeout=9,
         )
     with pytest.raises(GrpoError, match=message):
-        rewards.check_calls([rewards.rule_reward], columns)
+        reward_functions.check_calls([reward_functions.rule_reward], columns)
 
 
 def test_a_function_cannot_change_what_another_one_sees():
@@ -346,7 +360,7 @@ def test_a_sum_that_float32_cannot_square_is_refused():
         score([good], [1e20])
     with pytest.raises(GrpoError, match="not all finite"):
         score([good, good], [1.0, float("nan")])
-    most = np.full(1024, rewards.LARGEST, np.float32)
+    most = np.full(1024, reward_functions.LARGEST, np.float32)
     most[::2] *= -1
     with jax.debug_nans(True):
         advantages = group_advantages(jnp.asarray(most), 1024)
@@ -357,7 +371,7 @@ def test_a_function_that_never_has_a_value_is_refused_with_the_counts():
     def shy(prompts, completions, **columns):
         return [None] * 3
 
-    calls = rewards.Calls()
+    calls = reward_functions.Calls()
     for _ in range(9):
         out = score([good, shy], calls=calls)
         assert out.failures == {"good": 0, "shy": 3}
@@ -367,7 +381,7 @@ def test_a_function_that_never_has_a_value_is_refused_with_the_counts():
     def once(prompts, completions, **columns):
         return [None, None, 1.0 if len(seen) == 5 else None]
 
-    calls, seen = rewards.Calls(), []
+    calls, seen = reward_functions.Calls(), []
     for i in range(14):
         seen.append(i)
         score([once], calls=calls)  # the fifth call's value starts the count again

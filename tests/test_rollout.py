@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import cache, continuation, cpu_kernels, rollout, sharding
-from grpo_jax.continuation import continue_rollouts, continue_tokens
+from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.logprobs import token_logprobs
-from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.rollout import bucket, generate, generate_tokens
-from grpo_jax.sampling import Sampling, draw
+from grpo_jax.generation import continuation, kv_cache, sampler
+from grpo_jax.generation.continuation import continue_rollouts, continue_tokens
+from grpo_jax.generation.sampler import bucket, generate, generate_tokens
+from grpo_jax.generation.token_sampling import Sampling, draw
+from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.kernels import cpu
+from grpo_jax.models.logprobs import token_logprobs
 
 CONFIG = ModelConfig(
     vocab_size=300,  # more than one block of the inverse CDF, not a multiple of it
@@ -41,14 +43,14 @@ def blocks(request, monkeypatch):
     And both with a CPU's kernels, which else are not used where there are 8 devices.
     """
     if request.param.endswith("4"):
-        monkeypatch.setattr(cache, "block_size", lambda tokens: 4)
+        monkeypatch.setattr(kv_cache, "block_size", lambda tokens: 4)
     if request.param.startswith("kernels"):
         use_kernels(monkeypatch)
     compile_anew(monkeypatch)
 
 
 def use_kernels(monkeypatch):
-    if not cpu_kernels.ready():
+    if not cpu.ready():
         pytest.skip("no C++ compiler")
     monkeypatch.setattr(sharding, "alone", lambda: True)
 
@@ -56,7 +58,7 @@ def use_kernels(monkeypatch):
 def compile_anew(monkeypatch):
     """What was compiled before knows nothing of what is patched."""
     for module, core, names in (
-        (rollout, generate_tokens, rollout._STATIC),
+        (sampler, generate_tokens, sampler._STATIC),
         (continuation, continue_tokens, ("model", "sampling", "ends")),
     ):
         fresh = jax.jit(functools.partial(core), static_argnames=names)
@@ -287,7 +289,7 @@ def test_a_row_that_is_nan_spoils_no_other(blocks):
 
 
 def test_another_number_of_prompts_is_no_other_program():
-    jitted: Any = rollout._jitted
+    jitted: Any = sampler._jitted
     options: Any = dict(ROLL, samples=2)
 
     def count(n):

@@ -18,8 +18,10 @@ import os, sys
 from pathlib import Path
 os.chdir(f"{folder}/{{number}}")
 from small_runs import small_config
-from grpo_jax import asking, comparison, evaluate, experience, setup, sft
-from grpo_jax.run import Run
+from grpo_jax.evaluation import generate_answers, comparison
+from grpo_jax import evaluate
+from grpo_jax.training import rollouts, setup, sft
+from grpo_jax.training.run import Run
 
 def refused(function, *arguments):
     try:
@@ -36,7 +38,7 @@ def run(**other):
     return Run(config, Path("w"), None, model, tokenizer, None)
 
 for name in ("same", "middle", "column"):
-    refused(experience.load_questions, run(data__train=f"{{name}}.jsonl"))
+    refused(rollouts.load_questions, run(data__train=f"{{name}}.jsonl"))
     refused(comparison.check_sets, run(data__eval=f"{{name}}.jsonl"))
 refused(sft.train, run(data__sft="middle.jsonl"), None)
 for settings in (

@@ -4,11 +4,11 @@ import os
 
 import pytest
 
-from grpo_jax import data, rows, shots, sources
-from grpo_jax.data import Example
+from grpo_jax.data import datasets, few_shot_prompts, parsers, registry
+from grpo_jax.data.datasets import Example
+from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
-from grpo_jax.grading import kinds, workers
-from grpo_jax.tokenizer import Tokenizer
+from grpo_jax.rewards.grading import kinds, worker_pool
 
 DATA = os.environ.get("GRPO_JAX_DATA", "")
 real = pytest.mark.skipif(not DATA, reason="real data: set GRPO_JAX_DATA to its folder")
@@ -26,31 +26,31 @@ def cache(tmp_path_factory):
 def test_multiple_choice_prompts():
     row = {"question": "2+2?", "options": ["3", "4", "5", 6.0], "answer": "B"}
     row |= {"topic": "t", "id": 7}
-    example = rows.mmlu(row)
+    example = parsers.mmlu(row)
     assert example.question == (
         "2+2?\nWhat of the following is the right choice? Explain your answer.\n"
         "(A) 3, (B) 4, (C) 5, (D) 6.0"
     )
     assert (example.answer, example.id) == ("B", "mmlu_stem/7")
     row = {"id": "0", "question": "x?", "options": "A. $a)$ B. b, A) C. c D. d"}
-    example = rows.sat({**row, "Answer": "D"})
+    example = parsers.sat({**row, "Answer": "D"})
     assert example.columns["options"] == ["$a)$", "b, A)", "c", "d"]
     assert example.question.endswith("\n(A) $a)$ (B) b, A) (C) c (D) d")
     row = {"question": "则 $a=(\\quad)$\\\\\n", "options": ["(A)$-1$", "(B)1"]}
-    example = rows.gaokao_mathqa({**row, "label": "A B", "other": {"source": "卷"}})
+    example = parsers.gaokao_mathqa({**row, "label": "A B", "other": {"source": "卷"}})
     assert example.question == "则 $a=(\\quad)$\n从以下选项中选择：\n(A) $-1$ (B) 1"
     assert (example.answer, example.language) == ("AB", "zh")
 
 
 def test_rows_that_name_no_option_are_refused(tmp_path):
-    source = sources.find("sat", "test")
+    source = registry.find("sat", "test")
     file = tmp_path / "sat.jsonl"
     file.write_text('{"id": "0", "question": "x?", "options": "A) 1 B) 2 D) 3"}\n')
     with pytest.raises(GrpoError, match=r"sat.jsonl:1: row 0 .* no option C"):
-        list(sources.examples(source, file))
+        list(registry.examples(source, file))
     with pytest.raises(ValueError, match="'E' is none of the options ABCD"):
         row = {"question": "?", "options": list("wxyz"), "topic": "t", "id": 1}
-        rows.mmlu({**row, "answer": "E"})
+        parsers.mmlu({**row, "answer": "E"})
 
 
 @pytest.mark.parametrize(
@@ -127,12 +127,12 @@ def test_rounded_numbers_and_units():
     assert kinds.grade([near] * 3, ["19/3", "6.333", "6.33"]) == [True, True, False]
     tiny = Example("?", "0.000002", columns={"tolerance": [1e-3, 1e-2]})
     assert kinds.grade([tiny] * 2, ["0", "2e-6"]) == [False, True]
-    formula = rows.ocw(
+    formula = parsers.ocw(
         {"id": 1, "problem": "?", "solution": "…", "answer": "x / 2-1 / 4+c e^{-2 x}"}
     )
     said = [r"\frac{x}{2}-\frac{1}{4}+c e^{-2x}", r"\frac{x}{2}+c e^{-2x}"]
     assert kinds.grade([formula] * 2, said) == [True, False]
-    assert rows.ocw(
+    assert parsers.ocw(
         {"id": 1, "problem": "?", "solution": "…", "answer": "-1./3"}
     ).answer == ("-1/3")
 
@@ -142,7 +142,7 @@ def test_rounded_numbers_and_units():
     "name", "gsm_hard gaokao_mathcloze gaokao_mathqa ocw sat mmlu_stem".split()
 )
 def test_every_gold_answer_is_right_and_its_neighbours_is_not(name):
-    examples = data.load(name, "test")[:400]
+    examples = datasets.load(name, "test")[:400]
     texts = [f"Steps with 3. So it is \\boxed{{{e.answer}}}." for e in examples]
     said = [kinds.predict(t, e) for t, e in zip(texts, examples, strict=True)]
     assert all(kinds.grade(examples, said))
@@ -178,7 +178,7 @@ def test_every_gold_answer_is_right_and_its_neighbours_is_not(name):
     ],
 )  # fmt: skip
 def test_the_papers_lenient_rule(prediction, reference, passes):
-    assert workers.grade([prediction], [reference], "paper") == [passes]
+    assert worker_pool.grade([prediction], [reference], "paper") == [passes]
 
 
 def test_the_lenient_rule_passes_all_that_the_strict_one_passes(data_dir):
@@ -187,7 +187,7 @@ def test_the_lenient_rule_passes_all_that_the_strict_one_passes(data_dir):
     lines = (data_dir / "grading_cases.jsonl").read_text().splitlines()
     cases = [json.loads(line) for line in lines]
     pairs = [c["prediction"] for c in cases], [c["reference"] for c in cases]
-    strict, lenient = workers.grade(*pairs), workers.grade(*pairs, "paper")
+    strict, lenient = worker_pool.grade(*pairs), worker_pool.grade(*pairs, "paper")
     assert not any(s and not p for s, p in zip(strict, lenient, strict=True))
     wrong = [c for c, p in zip(cases, lenient, strict=True) if p and not c["equal"]]
     assert len(wrong) > 20  # what it is too lenient about
@@ -196,11 +196,11 @@ def test_the_lenient_rule_passes_all_that_the_strict_one_passes(data_dir):
 # -- few-shot --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", shots.WRITTEN)
+@pytest.mark.parametrize("source", few_shot_prompts.WRITTEN)
 def test_our_worked_examples_are_extracted_as_they_say(source):
     """What a base model is shown is what is understood of it afterwards."""
-    (form,) = {f for f in shots.FORMATS.values() if f.source == source}
-    written = shots.WRITTEN[source]
+    (form,) = {f for f in few_shot_prompts.FORMATS.values() if f.source == source}
+    written = few_shot_prompts.WRITTEN[source]
     assert len(written) == form.shots
     for question, worked, answer in written:
         columns = {}
@@ -216,18 +216,18 @@ def test_our_worked_examples_are_extracted_as_they_say(source):
 
 
 def test_every_set_has_a_few_shot_form():
-    assert {name for name, _ in sources.SOURCES} == set(shots.FORMATS)
+    assert {name for name, _ in registry.SOURCES} == set(few_shot_prompts.FORMATS)
     with pytest.raises(GrpoError, match="set 'mine.jsonl': no few-shot prompt"):
-        shots.find("mine.jsonl")
+        few_shot_prompts.find("mine.jsonl")
 
 
 @real
 @pytest.mark.parametrize("name", ["gsm8k", "math"])
 def test_drawn_examples_are_the_training_files(name):
-    train = {e.question for e in data.load(name, "train")}
-    test = data.load(name, "test")[0]
-    shown = shots.prompt(name, test)
-    form = shots.find(name)
+    train = {e.question for e in datasets.load(name, "train")}
+    test = datasets.load(name, "test")[0]
+    shown = few_shot_prompts.prompt(name, test)
+    form = few_shot_prompts.find(name)
     blocks = shown.question.split(f"\n\n{form.question} ")
     assert len(blocks) == form.shots + 1 and test.question in blocks[-1]
     assert blocks[-1].endswith(form.answer)
@@ -235,20 +235,20 @@ def test_drawn_examples_are_the_training_files(name):
         question, _, worked = block.partition(f"\n{form.answer} ")
         assert question.removeprefix(f"{form.question} ") in train
         assert kinds.predict(worked, test)
-    assert shots.prompt(name, test).question == shown.question
+    assert few_shot_prompts.prompt(name, test).question == shown.question
 
 
 def test_a_base_models_next_question_is_cut_off():
-    form = shots.find("cmath")
-    assert shots.cut("3+2=5。所以答案是 5。\n\n问题：6+1？\n答案：7", form).endswith(
-        "。\n"
-    )
+    form = few_shot_prompts.find("cmath")
+    assert few_shot_prompts.cut(
+        "3+2=5。所以答案是 5。\n\n问题：6+1？\n答案：7", form
+    ).endswith("。\n")
     letters = Tokenizer.from_alphabet("1.\nQ:问题：")
-    assert letters.decode(shots.stop_ids(letters, form)[0]) == "问题："
+    assert letters.decode(few_shot_prompts.stop_ids(letters, form)[0]) == "问题："
 
 
 def test_domains():
-    where = {n: sources.in_domain(n) for n, _ in sources.SOURCES}
+    where = {n: registry.in_domain(n) for n, _ in registry.SOURCES}
     assert {n for n, known in where.items() if known} == {"gsm8k", "math", "math500"}
-    assert not sources.in_domain("math", ["gsm8k"])
-    assert sources.in_domain("sums/chain", ["sums/chain"])
+    assert not registry.in_domain("math", ["gsm8k"])
+    assert registry.in_domain("sums/chain", ["sums/chain"])

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import decode_mesh, sharding
+from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.packing import Sample, pack
-from grpo_jax.rollout import generate
-from grpo_jax.update import accumulate, grpo_objective, make_scorer
+from grpo_jax.generation import reshard
+from grpo_jax.generation.sampler import generate
+from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.training.packing import Sample, pack
+from grpo_jax.training.train_step import accumulate, grpo_objective, make_scorer
 
 CONFIG = ModelConfig(
     vocab_size=64, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, ffn=64
@@ -110,9 +111,9 @@ def test_the_samplers_parameters_are_split_within_groups_alone():
     with jax.set_mesh(mesh):
         params = place(MODEL.init(jax.random.key(0)), mesh)
         layout = sharding.regroup(mesh, 4)
-        moved = decode_mesh.relaid(model, params, layout)
-    assert decode_mesh.is_laid_out(model, moved, layout)
-    assert not decode_mesh.is_laid_out(model, params, layout)
+        moved = reshard.relaid(model, params, layout)
+    assert reshard.is_laid_out(model, moved, layout)
+    assert not reshard.is_laid_out(model, params, layout)
     for name, shape in (("q_proj", (2, 8, 32)), ("down_proj", (2, 32, 16))):
         leaf = moved["layers"][name]
         assert leaf.addressable_shards[0].data.shape == shape

@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax.data import Example
+from grpo_jax.data.datasets import Example
+from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
-from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.reward_model.labelled import (
+from grpo_jax.generation.sampler import generate
+from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.training.reward_model.labelled import (
     Labelled,
     encode,
     read,
@@ -19,14 +21,12 @@ from grpo_jax.reward_model.labelled import (
     replay,
     write,
 )
-from grpo_jax.reward_model.shepherd import (
+from grpo_jax.training.reward_model.shepherd import (
     Sampler,
     grade_by_rule,
     label_outputs,
     label_questions,
 )
-from grpo_jax.rollout import generate
-from grpo_jax.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_alphabet("0123456789+-=?# \n")
 LETTERS = Tokenizer.from_alphabet("ab\n")  # line breaks come often

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import pytest
 from small_runs import ROOT, small_config, write_questions
 
-from grpo_jax import rl, setup
 from grpo_jax.errors import GrpoError
-from grpo_jax.reward_model import labelled
-from grpo_jax.reward_model.labelled import Labelled
 from grpo_jax.train import train
+from grpo_jax.training import rl, setup
+from grpo_jax.training.reward_model import labelled
+from grpo_jax.training.reward_model.labelled import Labelled
 
 FIRST_WITHOUT = 1  # a seed whose first SFT batch does not have the last row
 NUMBERS = itertools.count()

@@ -7,15 +7,16 @@ import jax
 import pytest
 from small_runs import ROOT, small_config, write_questions
 
-from grpo_jax import asking, comparison, evaluate
+from grpo_jax import evaluate
+from grpo_jax.checkpoints.huggingface.weights import save_pretrained
+from grpo_jax.data.prompts import encode_sft
+from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
-from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.prompts import encode_sft
-from grpo_jax.run import open_run
-from grpo_jax.start_time import start_time
-from grpo_jax.tokenizer import Tokenizer
+from grpo_jax.evaluation import comparison, generate_answers
+from grpo_jax.models.decoder import Decoder, ModelConfig
 from grpo_jax.train import train
-from grpo_jax.weights import save_pretrained
+from grpo_jax.training.run import open_run
+from grpo_jax.training.start_time import start_time
 
 CLOCK = (
     "{% for m in messages %}{{ m.content }}{% if loop.first %}"
@@ -91,7 +92,7 @@ def test_a_run_and_its_evaluation_ask_as_on_its_first_day(model, tmp_path, monke
     asked = comparison.settings_of(run.config)
     tokenizer = Tokenizer.from_folder(model)
     tokenizer.now = LONG_AGO
-    expected = asking.load_prompts(tokenizer, questions, asked)
+    expected = generate_answers.load_prompts(tokenizer, questions, asked)
     example = expected.examples[0]
     prompt = expected.prompts[0]
     assert prompt and tokenizer.decode(prompt).endswith(" 2001-02-03 04:05:06=")
@@ -121,8 +122,8 @@ def test_an_evaluation_goes_on_with_the_day_it_began(model, tmp_path, monkeypatc
     before = log.read_bytes()
     tokenizer = Tokenizer.from_folder(model)
     tokenizer.now = started
-    settings = asking.Settings(instruction="none", questions=8)
-    digest = asking.load_prompts(tokenizer, questions, settings).digest()
+    settings = generate_answers.Settings(instruction="none", questions=8)
+    digest = generate_answers.load_prompts(tokenizer, questions, settings).digest()
     assert json.loads(before.splitlines()[0])["settings"]["prompts"] == digest
     evaluate.main(words)  # seconds later: by the clock these are other prompts
     assert log.read_bytes() == before

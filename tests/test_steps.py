@@ -5,11 +5,11 @@ import pathlib
 import pytest
 import tokenizers
 
-from grpo_jax import sums
-from grpo_jax.reward_model.steps import step_ends
-from grpo_jax.tokenizer import Tokenizer
+from grpo_jax.data import chain_sums
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.training.reward_model.steps import step_ends
 
-CHARACTERS = Tokenizer.from_alphabet(sums.ALPHABET)
+CHARACTERS = Tokenizer.from_alphabet(chain_sums.ALPHABET)
 SMOLLM2 = pathlib.Path(__file__).parents[1] / "models/smollm2-135m-instruct"
 
 
@@ -46,7 +46,7 @@ def test_eos_alone_is_one_step_and_nothing_is_none():
 
 
 def test_a_worked_solution_has_the_steps_that_it_was_made_of():
-    tokens = [*CHARACTERS.encode(sums.solve((12, 7, -5, 3))), CHARACTERS.eos_id]
+    tokens = [*CHARACTERS.encode(chain_sums.solve((12, 7, -5, 3))), CHARACTERS.eos_id]
     assert len(split(CHARACTERS, tokens)) == 4
 
 

@@ -16,8 +16,8 @@ from tokenizers import (
     processors,
 )
 
+from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
-from grpo_jax.tokenizer import Tokenizer
 
 ALPHABET = "0123456789+-=?. \n()abcdé答案"
 CHATML = (

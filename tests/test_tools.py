@@ -17,21 +17,24 @@ import pytest
 from processes import finish, free_port, launch
 from recital import Script, ids_of, learn, make_tokenizer
 
-from grpo_jax import answers, sandbox, sharding, sums
-from grpo_jax.errors import GrpoError
-from grpo_jax.interpreter import (
+from grpo_jax import sandbox
+from grpo_jax.data import chain_sums
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.distributed import sharding
+from grpo_jax.environments.interpreter import (
     OUTPUT_TOKENS,
     Interpreter,
     output_tokens,
     program_of,
     said,
 )
-from grpo_jax.logprobs import token_logprobs
-from grpo_jax.rollout import generate
+from grpo_jax.environments.tool_rollouts import solve, text_of
+from grpo_jax.errors import GrpoError
+from grpo_jax.generation.sampler import generate
+from grpo_jax.generation.stop_strings import stop_table
+from grpo_jax.models.logprobs import token_logprobs
+from grpo_jax.rewards.grading import answers
 from grpo_jax.sandbox import Result, Sandbox, SandboxFailed
-from grpo_jax.stopping import stop_table
-from grpo_jax.tokenizer import Tokenizer
-from grpo_jax.tools import solve, text_of
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2 = ROOT / "models" / "smollm2-135m-instruct"
@@ -142,8 +145,8 @@ SHARED = """
 import json, pickle, sys
 sys.path.insert(0, "tests")
 import jax
-from grpo_jax import hosts, sharding
-from grpo_jax.interpreter import Interpreter
+from grpo_jax.distributed import processes, sharding
+from grpo_jax.environments.interpreter import Interpreter
 from grpo_jax.sandbox import shared
 from test_tools import row_of, run
 class Watched:
@@ -152,7 +155,7 @@ class Watched:
         self.ran += programs
         return shared().run_many(programs, **limits)
 port, number, file = sys.argv[1:]
-with hosts.together(f"127.0.0.1:{port}", 2, int(number)):
+with processes.together(f"127.0.0.1:{port}", 2, int(number)):
     model, params = pickle.load(open(file, "rb"))
     where = sharding.shardings(params, sharding.make_mesh(2, 1, 1))
     params = jax.tree.map(sharding.to_devices, params, where)
@@ -399,9 +402,11 @@ def test_equal_programs_run_once_and_a_hostile_one_says_no_more_than_a_line():
 def test_the_embedded_task_is_solved_by_its_programs():
     """What its solutions say of the output is what the sandbox says."""
     interpreter = Interpreter()
-    tokenizer = Tokenizer.from_alphabet(sums.TOOL_ALPHABET)
+    tokenizer = Tokenizer.from_alphabet(chain_sums.TOOL_ALPHABET)
     for name in ("chain", "long", "words", "zh"):
-        plain, tool = (sums.load(f"sums/{k}{name}", "train") for k in ("", "tool-"))
+        plain, tool = (
+            chain_sums.load(f"sums/{k}{name}", "train") for k in ("", "tool-")
+        )
         for i in range(3):
             text = tool[i].solution
             assert tool[i].question == plain[i].question

@@ -16,24 +16,18 @@ from recital import learn, make_tokenizer
 from small_runs import SMALL, dotted, small_config
 from test_tools import SCRIPTS
 
-from grpo_jax import (
-    comparison,
-    credit,
-    packing,
-    programs,
-    report,
-    rl,
-    sandbox,
-    sharding,
-    tables,
-)
-from grpo_jax.claim import Claim
+from grpo_jax import report, sandbox
+from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.experience import Experience, read
-from grpo_jax.recorder import Recorder
-from grpo_jax.rewards import Scores
-from grpo_jax.run import Preempted, Run
-from grpo_jax.update import TrainState, make_scorer, make_step
+from grpo_jax.evaluation import comparison
+from grpo_jax.report import tables
+from grpo_jax.rewards.reward_functions import Scores
+from grpo_jax.training import compiled_steps, credit, packing, rl
+from grpo_jax.training.metrics_writer import Recorder
+from grpo_jax.training.rollouts import Experience, read
+from grpo_jax.training.run import Preempted, Run
+from grpo_jax.training.train_step import TrainState, make_scorer, make_step
+from grpo_jax.training.work_directory import Claim
 
 TOKENIZER = make_tokenizer()
 STEPS, HALF = 4, 0.92
@@ -143,7 +137,7 @@ def test_only_sampled_tokens_are_taught_and_counted(folder, recital):
         told = [len(o.tokens) - sum(o.sampled) for o in outputs]
         assert max(told) > 10 and min(told) == 0
         optimizer, _ = rl.optimizer(run.config)
-        step = make_step(programs.make_objective(run.config, model), optimizer)
+        step = make_step(compiled_steps.make_objective(run.config, model), optimizer)
         metrics = []
         for noise in (0.0, 5.0):
             noisy = []

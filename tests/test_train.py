@@ -29,10 +29,10 @@ from tensorboardX.proto import event_pb2
 from xla_flags import xla_flags
 
 from grpo_jax import evaluate, export
-from grpo_jax.checkpoint import lock
+from grpo_jax.checkpoints.run_checkpoints import lock
 from grpo_jax.errors import GrpoError
-from grpo_jax.run import load_run
 from grpo_jax.train import train
+from grpo_jax.training.run import load_run
 
 CACHE = str(ROOT / ".pytest_cache" / "jax")  # as in conftest.py
 SFT_STEPS, RL_STEPS = 24, 4

@@ -9,10 +9,10 @@ import optax
 import pytest
 from flax import nnx
 
-from grpo_jax.model import Decoder, ModelConfig
-from grpo_jax.objectives import grpo_objective, sft_objective
-from grpo_jax.packing import Sample, pack
-from grpo_jax.update import (
+from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.training.objectives import grpo_objective, sft_objective
+from grpo_jax.training.packing import Sample, pack
+from grpo_jax.training.train_step import (
     TrainState,
     accumulate,
     make_grpo_step,

@@ -20,17 +20,18 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from grpo_jax import sharding, weights
-from grpo_jax.errors import GrpoError
-from grpo_jax.hf import config as hf_config
-from grpo_jax.model import Decoder, ModelConfig, Params, RopeScaling
-from grpo_jax.weights import (
+from grpo_jax.checkpoints.huggingface import config as hf_config
+from grpo_jax.checkpoints.huggingface import weights
+from grpo_jax.checkpoints.huggingface.weights import (
     abstract_params,
     load_pretrained,
     missing_files,
     model_config,
     save_pretrained,
 )
+from grpo_jax.distributed import sharding
+from grpo_jax.errors import GrpoError
+from grpo_jax.models.decoder import Decoder, ModelConfig, Params, RopeScaling
 
 GOLDEN = Path(__file__).parent / "golden" / "families"
 FAMILIES = sorted(folder.name for folder in GOLDEN.iterdir())

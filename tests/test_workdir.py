@@ -19,14 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import ROOT, dotted, small_config, write_questions
 
-from grpo_jax import evaluate, rl, sft
-from grpo_jax.checkpoint import Checkpoints
-from grpo_jax.claim import Claim
+from grpo_jax import evaluate
+from grpo_jax.checkpoints.run_checkpoints import Checkpoints
 from grpo_jax.config import Config, flatten
 from grpo_jax.errors import GrpoError
-from grpo_jax.recorder import Recorder
-from grpo_jax.run import load_run, open_run, stage_params
 from grpo_jax.train import train
+from grpo_jax.training import rl, sft
+from grpo_jax.training.metrics_writer import Recorder
+from grpo_jax.training.run import load_run, open_run, stage_params
+from grpo_jax.training.work_directory import Claim
 
 CACHE = str(ROOT / ".pytest_cache" / "jax")  # as in conftest.py
 

@@ -18,18 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax import cache, decode_mesh, lora, rl, rollout, setup, sft, sharding
+from grpo_jax.algorithms.methods import METHODS
 from grpo_jax.config import Config
+from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.methods import METHODS
-from grpo_jax.model import Decoder
-from grpo_jax.packing import Batch, Sample
+from grpo_jax.generation import kv_cache, reshard, sampler
+from grpo_jax.models import lora
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.plan import hlo, trips
 from grpo_jax.plan.chips import Chip, Topology
 from grpo_jax.plan.flops import flops
 from grpo_jax.plan.trips import Lengths
-from grpo_jax.programs import Layout, make_programs
-from grpo_jax.run import policy
+from grpo_jax.training import rl, setup, sft
+from grpo_jax.training.compiled_steps import Layout, make_programs
+from grpo_jax.training.packing import Batch, Sample
+from grpo_jax.training.run import policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,14 +205,14 @@ def sampler_of(
     tensor = model.decode_tensor or mesh.shape["tensor"]
     layout = sharding.regroup(mesh, tensor) if mesh.size > 1 else None
     groups = sharding.rows_multiple(layout) if layout else 1
-    shape = rollout.shape_of(
+    shape = sampler.shape_of(
         config.questions_per_step,
         config.data.max_prompt_tokens,
         config.group_size,
         groups=groups,
         slots=config.mesh.slots or None,
     )
-    sample = rollout.program(
+    sample = sampler.program(
         shape,
         spread=layout is not None,
         max_new_tokens=config.max_new_tokens,
@@ -236,10 +239,10 @@ def sampler_of(
     slots = min(shape.slots, outputs)
     columns = trips.columns(config.max_new_tokens, queue=slots < outputs)
     # A prompt is read once for several of its rows.
-    cached = slots * (columns + shape.width / cache.TOGETHER)
+    cached = slots * (columns + shape.width / kv_cache.TOGETHER)
     asked = []
-    if layout and not decode_mesh.is_laid_out(model, params, layout):
-        relay = decode_mesh.relay(model, params, layout)
+    if layout and not reshard.is_laid_out(model, params, layout):
+        relay = reshard.relay(model, params, layout)
         trace = functools.partial(relay.trace, params)
         asked.append(Asked("weights to sample", trace, mesh, params))
         params = compute_params(model, params, layout)

@@ -14,11 +14,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from grpo_jax import attention, sharding
-from grpo_jax.cache import block_size, others_for
 from grpo_jax.config import Config
-from grpo_jax.programs import Layout
-from grpo_jax.rollout import Shape, widths_of
+from grpo_jax.distributed import sharding
+from grpo_jax.generation.kv_cache import block_size, others_for
+from grpo_jax.generation.sampler import Shape, widths_of
+from grpo_jax.models.kernels import attention
+from grpo_jax.training.compiled_steps import Layout
 
 
 @dataclasses.dataclass(frozen=True)

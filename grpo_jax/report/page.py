@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from grpo_jax import published
+from grpo_jax.evaluation import published_figures
 from grpo_jax.report.charts import Line, draw
 from grpo_jax.report.read import Curve
 from grpo_jax.report.text import escape, number, script_json, short
@@ -252,7 +252,7 @@ def _is_count(k: str) -> bool:
 
 def _published(names: Sequence[str], modes: Sequence[str]) -> str:
     shown = ""
-    for mode, rows in published.figures(names, modes).items():
+    for mode, rows in published_figures.figures(names, modes).items():
         known = [name for name in names if any(name in row for row in rows.values())]
         head = '<tr><th scope="col">model</th>'
         head += "".join(f'<th scope="col">{escape(name)}</th>' for name in known)
@@ -263,7 +263,7 @@ def _published(names: Sequence[str], modes: Sequence[str]) -> str:
             for model, row in rows.items()
         ]
         caption = "Published, not measured here (DeepSeekMath, 2024; "
-        caption += f"{published.TITLES[mode]}, %)"
+        caption += f"{published_figures.TITLES[mode]}, %)"
         table = _table(f"{head}</tr>", lines)
         shown += f"<details><summary>{caption}</summary>{table}</details>"
     return shown

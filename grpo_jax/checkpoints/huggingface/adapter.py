@@ -1,0 +1,66 @@
+"""LoRA's adapters as the folder that the package peft opens.
+
+In: the adapters of a run's stages. Out: adapter_config.json and
+adapter_model.safetensors, under PEFT's names.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpo_jax.checkpoints.huggingface.folders import new_folder, write_json
+from grpo_jax.checkpoints.huggingface.tensors import Source, write_file
+from grpo_jax.checkpoints.huggingface.weights import LAYER
+from grpo_jax.distributed.sharding import to_hosts
+from grpo_jax.models.lora import Lora, stack
+
+
+def save_adapter(
+    lora: Lora, stages: list[Any], base: str, folder: str | os.PathLike[str]
+) -> None:
+    """Writes what the stages added to the model that they began with.
+
+    Each stage had adapters of its own on top of the merged ones before, so those of two
+    stages make one adapter of twice the rank.
+
+    Args:
+      stages: of each one, its parameters, of which the adapters are taken.
+      base: the folder or name of that model, for adapter_config.json; "" for none.
+
+    Raises:
+      GrpoError: the folder exists and is not empty, or is not writable.
+    """
+    lora, adapters = stack(lora, stages)
+    tensors = {}
+    for ours, pair in adapters.items():
+        module = LAYER[ours].removesuffix(".weight")
+        for side, leaf in zip(("lora_A", "lora_B"), pair, strict=True):
+            for i in range(leaf.shape[0]):
+                name = f"base_model.model.model.layers.{i}.{module}.{side}.weight"
+                read = functools.partial(lambda leaf, i: to_hosts(leaf[i]), leaf, i)
+                tensors[name] = Source(np.dtype(leaf.dtype), leaf.shape[1:], read)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base or None,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": list(lora.targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    if jax.process_index() != 0:
+        for tensor in tensors.values():
+            tensor.read()  # takes part in gathering it
+        return
+    with new_folder(folder) as temporary:
+        write_json(Path(temporary) / "adapter_config.json", config)
+        write_file(Path(temporary) / "adapter_model.safetensors", tensors)

@@ -1,0 +1,301 @@
+"""config.json of Hugging Face ⇄ ModelConfig.
+
+In: the dictionary of a config.json (Llama, DeepSeek's Llama, Mistral, Qwen2, Qwen3;
+RoPE under the old keys or the new). Out: a ModelConfig; and back, a config.json that
+transformers opens. What the decoder cannot compute is refused by key and value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from grpo_jax.errors import GrpoError, one_line
+from grpo_jax.models.decoder import ModelConfig, RopeScaling
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# Where a key is missing, the defaults of transformers for that architecture.
+_COMMON = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,  # as many as heads
+    "head_dim": None,  # hidden_size / heads
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "sliding_window": None,
+}
+_QWEN = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _COMMON,
+    "mistral": _COMMON
+    | {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "qwen2": _COMMON | _QWEN,
+    "qwen3": _COMMON | _QWEN | {"head_dim": 128},
+}
+# The most that is taken for a mistake in the file rather than a model.
+_MOST = {
+    "vocab_size": 10**8,
+    "hidden_size": 10**6,
+    "intermediate_size": 10**7,
+    "num_hidden_layers": 10**4,
+    "num_attention_heads": 10**5,
+    "num_key_value_heads": 10**5,
+    "head_dim": 10**5,
+    "max_position_embeddings": 2**31 - 1,
+    "sliding_window": 2**31 - 1,
+    "max_window_layers": 10**9,
+}
+
+
+def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """The ModelConfig of a config.json; `where` names the file in errors.
+
+    Raises:
+      GrpoError: an architecture, activation or RoPE scaling that is not supported.
+
+    >>> small = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
+    >>> from_hf(small).head_dim
+    16
+    >>> from_hf(small | {"rope_scaling": {"type": "yarn", "factor": 4.0}})
+    Traceback (most recent call last):
+    ...
+    grpo_jax.errors.GrpoError: config.json: rope_scaling.rope_type='yarn' is not ...
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        _refuse(where, "model_type", kind, f"{', '.join(ARCHITECTURES)} are")
+    names = config.get("architectures") or [ARCHITECTURES[kind]]
+    if names != [ARCHITECTURES[kind]]:
+        _refuse(where, "architectures", names, f"['{ARCHITECTURES[kind]}'] is")
+    c = _DEFAULTS[kind] | {k: v for k, v in config.items() if v is not None}
+    for key in ("sliding_window", "num_key_value_heads"):
+        c[key] = config.get(key, c[key])  # null means something: none, and all heads
+    if c["hidden_act"] not in ("silu", "swish"):
+        _refuse(where, "hidden_act", c["hidden_act"], "'silu' is")
+    for key in ("quantization_config", "num_experts", "num_local_experts"):
+        if c.get(key):
+            _refuse(where, key, c[key], "unquantised dense models are")
+    for key in _MOST:
+        if c.get(key) is not None:
+            _check_whole(where, key, c[key], least=int(key != "max_window_layers"))
+    for key, default in _DEFAULTS[kind].items():
+        if isinstance(default, bool) and not isinstance(c[key], bool):
+            _refuse(where, key, c[key], "true and false are")
+    _check_number(where, "rms_norm_eps", c["rms_norm_eps"], most=1)
+    heads = c["num_attention_heads"]
+    kv_heads = heads if c["num_key_value_heads"] is None else c["num_key_value_heads"]
+    if heads % kv_heads:
+        raise GrpoError(
+            f"{where}: num_attention_heads={heads} is not a multiple of "
+            f"num_key_value_heads={kv_heads}"
+        )
+    if c["head_dim"] is None and c["hidden_size"] % heads:
+        raise GrpoError(
+            f"{where}: hidden_size={c['hidden_size']} is not a multiple of "
+            f"num_attention_heads={heads} and there is no head_dim"
+        )
+    head_dim = c["head_dim"] or c["hidden_size"] // heads
+    if head_dim % 2:
+        _refuse(where, "head_dim", head_dim, "even ones are, whose halves RoPE turns")
+    theta, scaling = _rope(c, where)
+    # Mistral's and Qwen2's code has no such switch, so their files may say anything.
+    bias = c["attention_bias"] and kind in ("llama", "qwen3")
+    return ModelConfig(
+        vocab_size=c["vocab_size"],
+        width=c["hidden_size"],
+        layers=c["num_hidden_layers"],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=c["intermediate_size"],
+        norm_eps=float(c["rms_norm_eps"]),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied=c["tie_word_embeddings"],
+        qkv_bias=bias or kind == "qwen2",
+        out_bias=bias,
+        mlp_bias=c["mlp_bias"] and kind == "llama",
+        qk_norm=kind == "qwen3",
+        sliding_window=_window(c, kind, where),
+        max_positions=c["max_position_embeddings"],
+    )
+
+
+def _refuse(where: str, key: str, value: Any, instead: str) -> NoReturn:
+    told = one_line(repr(value))
+    raise GrpoError(f"{where}: {key}={told} is not supported; {instead}")
+
+
+def _check_whole(where: str, key: str, value: Any, least: int = 1) -> None:
+    most = _MOST[key]
+    if type(value) is not int or not least <= value <= most:
+        raise GrpoError(
+            f"{where}: {key}={one_line(repr(value))} is not a whole number from "
+            f"{least} to {most}"
+        )
+
+
+def _check_number(where: str, key: str, value: Any, most: float = 1e12) -> None:
+    if type(value) not in (int, float) or not 0 < value <= most:
+        raise GrpoError(
+            f"{where}: {key}={one_line(repr(value))} is not a number above 0 and at "
+            f"most {most:g}"
+        )
+
+
+def _rope(c: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
+    """rope_theta and the scaling, from `rope_parameters` or from the older keys."""
+    group = "rope_parameters" if c.get("rope_parameters") else "rope_scaling"
+    rope = c.get(group) or {}
+    if not isinstance(rope, Mapping):
+        _refuse(where, group, rope, "an object with rope_type is")
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        _refuse(where, group, rope, "one RoPE for all layers is")
+    theta = rope.get("rope_theta")
+    theta = c["rope_theta"] if theta is None else theta
+    _check_number(where, "rope_theta", theta)
+    partial = rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        _refuse(where, "partial_rotary_factor", partial, "1.0 is")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return float(theta), None
+    if kind not in ("linear", "llama3"):
+        _refuse(where, f"{group}.rope_type", kind, "'default', 'linear', 'llama3' are")
+    keys = ["factor"]
+    if kind == "llama3":
+        keys += ["low_freq_factor", "high_freq_factor"]
+    for key in keys:
+        _check_number(where, f"{group}.{key}", rope.get(key))
+    if kind == "linear":
+        return float(theta), RopeScaling(kind=kind, factor=float(rope["factor"]))
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    if not low < high:
+        _refuse(where, f"{group}.high_freq_factor", high, f"above {low} is")
+    original = rope.get("original_max_position_embeddings")
+    if original is None:
+        original = c["max_position_embeddings"]
+    key = f"{group}.original_max_position_embeddings"
+    if type(original) is not int or not 1 <= original <= 2**31 - 1:
+        _refuse(where, key, original, "a whole number above 0 is")
+    return float(theta), RopeScaling(
+        kind=kind,
+        factor=float(rope["factor"]),
+        low_freq_factor=float(low),
+        high_freq_factor=float(high),
+        original_max_positions=original,
+    )
+
+
+def _window(c: Mapping[str, Any], kind: str, where: str) -> int | None:
+    """The sliding window of every layer, None without one; a mixture is refused."""
+    if kind == "llama":
+        return None
+    if kind == "mistral":
+        return c["sliding_window"]
+    window = c["sliding_window"] if c["use_sliding_window"] else None
+    layers, full = c["num_hidden_layers"], c["max_window_layers"]
+    types = c["layer_types"] or [
+        "sliding_attention" if window and i >= full else "full_attention"
+        for i in range(layers)
+    ]
+    if not isinstance(types, list) or not all(isinstance(t, str) for t in types):
+        _refuse(where, "layer_types", types, "a list of names is")
+    if len(types) != layers:
+        raise GrpoError(
+            f"{where}: layer_types names {len(types)} layers, "
+            f"num_hidden_layers={layers}"
+        )
+    if set(types) == {"full_attention"}:
+        return None
+    if set(types) == {"sliding_attention"} and window:
+        return window
+    _refuse(where, "layer_types", sorted(set(types)), "one kind for all layers is")
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """A config.json for this model that transformers opens (4.40 and later).
+
+    Raises:
+      GrpoError: no architecture of transformers has this combination.
+
+    >>> config = ModelConfig(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2,
+    ...                      head_dim=4, ffn=32)
+    >>> to_hf(config)["architectures"], from_hf(to_hf(config)) == config
+    (['LlamaForCausalLM'], True)
+    """
+    if config.qk_norm:
+        kind = "qwen3"
+    elif config.qkv_bias and not config.out_bias:
+        kind = "qwen2"
+    else:
+        kind = "llama" if config.sliding_window is None else "mistral"
+    scaling = config.rope_scaling
+    rope: dict[str, Any] | None = None
+    if scaling is not None:  # "type" and the key rope_scaling: for older releases
+        rope = dict(type=scaling.kind, rope_type=scaling.kind, factor=scaling.factor)
+        if scaling.kind == "llama3":
+            rope |= {
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_positions,
+            }
+    out = {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.ffn,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope,
+        "tie_word_embeddings": config.tied,
+    }
+    if kind in ("llama", "qwen3"):
+        out["attention_bias"] = config.qkv_bias
+    if kind == "llama":
+        out["mlp_bias"] = config.mlp_bias
+    if kind == "mistral":
+        out["sliding_window"] = config.sliding_window
+    if kind in ("qwen2", "qwen3"):
+        out["use_sliding_window"] = config.sliding_window is not None
+        out["sliding_window"] = config.sliding_window
+        out["max_window_layers"] = config.layers if config.sliding_window is None else 0
+    if from_hf(out) != config:
+        raise GrpoError(
+            f"model: no architecture of transformers is a {kind} with {config}"
+        )
+    return out

@@ -1,0 +1,104 @@
+"""Model folders: finding one on disk or on the hub, and making a new one.
+
+In: a path, or a hub name ("org/name") and a revision. Out: a local folder with a
+config.json, or one line that says which file is missing and how to get it; and a new
+folder that is there complete or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.distributed import processes
+from grpo_jax.errors import GrpoError
+from grpo_jax.files import digest
+
+_READ = ["*.json", "*.safetensors", "*.jinja"]
+_WANTED = [*_READ, "LICENSE*"]
+
+
+def find_folder(
+    path: str | os.PathLike[str], revision: str | None = None, *, only: str = ""
+) -> Path:
+    """The local folder of `path`, after a download if it is a name on the hub.
+
+    `only`: a single file is wanted of the hub. A local folder goes before the hub.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise GrpoError(
+                f"{folder / 'config.json'}: this file is missing; copy it from the "
+                "model's page beside the weights"
+            )
+        return folder
+    if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", str(path)) or folder.exists():
+        raise GrpoError(
+            f"{path}: there is no such folder; put config.json, *.safetensors and "
+            "tokenizer.json there, or give a hub name such as org/name"
+        )
+    at = f" --revision {revision}" if revision else ""
+    by_hand = (
+        f"download it where there is a network, `hf download {path}{at} --local-dir "
+        "DIR`, and give DIR as the model's path"
+    )
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise GrpoError(
+            f"{path}/config.json is missing: there is no such local folder, and the "
+            f"package huggingface_hub is not there to fetch it; {by_hand}"
+        ) from None
+    try:
+        found = huggingface_hub.snapshot_download(
+            str(path), revision=revision, allow_patterns=[only] if only else _WANTED
+        )
+    except Exception as error:  # the hub's client raises many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise GrpoError(
+            f"{path}/config.json is missing: there is no such local folder, and it "
+            f"could not be fetched ({reason[:120]}); {by_hand}"
+        ) from error
+    return find_folder(found)
+
+
+def agree_on_folder(path: str | os.PathLike[str], revision: str | None = None) -> None:
+    """Refuses processes whose folder holds other files than that of process 0."""
+    if processes.count() == 1:
+        return
+    folder = find_folder(path, revision)
+    files = [file for pattern in _READ for file in folder.glob(pattern)]
+    processes.agree(str(path), {file.name: digest(file) for file in files})
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder that gets the name `folder` if the block succeeds."""
+    folder = Path(os.path.abspath(folder))
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise GrpoError(f"{folder}: exists and is not empty; choose another")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)
+    except OSError as error:
+        raise GrpoError(f"{folder}: cannot be written ({error.strerror})") from None
+    try:
+        yield Path(temporary)
+        os.chmod(temporary, 0o755)
+        os.rename(temporary, folder)
+    except OSError as error:
+        raise GrpoError(f"{folder}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,0 +1,336 @@
+"""Hugging Face folders ⇄ parameters, streamed tensor by tensor into their shards.
+
+In: a folder (or a hub name and revision) with config.json and *.safetensors.
+Out: a Decoder and its parameters, on the mesh if one is given; and back, a folder that
+transformers opens. Matrices keep their layout [out, in]; layers are stacked on a
+leading axis L. What is wrong with a folder is said in one line (GrpoError).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from grpo_jax.arguments import check_whole
+from grpo_jax.checkpoints.huggingface import config as hf_config
+from grpo_jax.checkpoints.huggingface.folders import find_folder, new_folder, write_json
+from grpo_jax.checkpoints.huggingface.tensors import (
+    Source,
+    Stored,
+    read_folder,
+    write_folder,
+)
+from grpo_jax.data.tokenizer import open_tokenizer
+from grpo_jax.distributed import sharding
+from grpo_jax.errors import GrpoError, one_line
+from grpo_jax.files import read_json
+from grpo_jax.models import lora
+from grpo_jax.models.decoder import Decoder, ModelConfig, Params
+
+# Our names of a layer's weights -> theirs, after "model.layers.{i}."
+LAYER = {
+    "input_norm": "input_layernorm.weight",
+    "ffn_norm": "post_attention_layernorm.weight",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    **{
+        ours: f"{module}.{ours.removesuffix('_bias')}."
+        + ("bias" if ours.endswith("_bias") else "weight")
+        for module, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down")))
+        for name in names
+        for ours in (f"{name}_proj", f"{name}_proj_bias")
+    },
+}
+TOP = {
+    "embed": "model.embed_tokens.weight",
+    "norm": "model.norm.weight",
+    "unembed": "lm_head.weight",
+}
+BLOCK = 1 << 22  # numbers read at a time
+COPIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md")
+
+
+def load_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    revision: str | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[Decoder, Params]:
+    """A Hugging Face folder's model and its parameters.
+
+    Each process and device reads only its own slices; a file's numbers are turned
+    into `dtype` on the way, and every one is checked to be finite.
+
+    Args:
+      path: a folder with config.json and *.safetensors, or a name on the hub
+        ("org/name"; needs the package huggingface_hub).
+      dtype: of the parameters and of the computation, "float32" or "bfloat16".
+      revision: of the hub's repository; a local folder has none.
+      mesh: where the parameters are laid out; None: on the default device.
+
+    Raises:
+      GrpoError: a file or tensor is missing, broken, of another shape or unknown, the
+        weights hold NaN, the tokenizer has more tokens than the embedding has rows.
+
+    >>> import tempfile
+    >>> config = ModelConfig(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2,
+    ...                      head_dim=4, ffn=32)
+    >>> model = Decoder(config)
+    >>> plan = abstract_params(config)
+    >>> params = jax.tree.map(lambda x: jax.numpy.ones(x.shape), plan)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_pretrained(model, params, folder + "/hf")
+    ...     again, same = load_pretrained(folder + "/hf")
+    >>> again == model, bool((same["embed"] == params["embed"]).all())
+    (True, True)
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise GrpoError(f"dtype={dtype!r} is not one of float32, bfloat16")
+    folder = find_folder(path, revision)
+    config = model_config(folder)
+    stored = read_folder(folder)
+    check_names(folder, config, stored)
+    _check_tokenizer(folder, config)
+    here = SingleDeviceSharding(jax.devices()[0])
+
+    def load(keys: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        names = _hf_names(_path(keys), config)
+        parts: dict[Any, np.ndarray] = {}  # devices may hold the same part
+
+        def read(index: Any) -> np.ndarray:
+            pairs = zip(index, leaf.shape, strict=True)
+            ends = tuple(s.indices(size)[:2] for s, size in pairs)
+            if ends not in parts:
+                parts[ends] = part = np.empty([b - a for a, b in ends], leaf.dtype)
+                (first, last), inner = ends[0], ends[1:]
+                if _path(keys) in TOP:
+                    _read(part, names[0], stored[names[0]], ends)
+                else:
+                    for i, name in enumerate(names[first:last]):
+                        _read(part[i], name, stored[name], inner)
+            return parts[ends]
+
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding or here, read)
+
+    abstract = abstract_params(config, mesh, dtype)
+    return Decoder(config, dtype), jax.tree_util.tree_map_with_path(load, abstract)
+
+
+def model_config(
+    path: str | os.PathLike[str], revision: str | None = None
+) -> ModelConfig:
+    """The ModelConfig of a folder or hub name; reads config.json and nothing else."""
+    file = find_folder(path, revision, only="config.json") / "config.json"
+    return hf_config.from_hf(read_json(file), str(file))
+
+
+def abstract_params(
+    config: ModelConfig, mesh: Mesh | None = None, dtype: str = "float32"
+) -> Params:
+    """The parameters' shapes, dtypes and (on a mesh) shardings, without any memory.
+
+    >>> config = ModelConfig(vocab_size=102400, width=4096, layers=30, heads=32,
+    ...                      kv_heads=32, head_dim=128, ffn=11008)
+    >>> abstract_params(config, dtype="bfloat16")["layers"]["down_proj"]
+    ShapeDtypeStruct(shape=(30, 4096, 11008), dtype=bfloat16)
+    """
+    init = lambda key: Decoder(config).init(key, dtype)  # noqa: E731
+    shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((), jax.random.key(0).dtype))
+    return shapes if mesh is None else sharding.abstract(shapes, mesh)
+
+
+def missing_files(
+    path: str | os.PathLike[str], revision: str | None = None
+) -> str | None:
+    """One line saying what load_pretrained would miss and how to get it, else None.
+
+    >>> missing_files("/nowhere/model")
+    '/nowhere/model: there is no such folder...'
+    """
+    try:
+        read_folder(find_folder(path, revision))
+    except GrpoError as error:
+        return str(error)
+    return None
+
+
+def _path(keys: Any) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def _hf_names(path: str, config: ModelConfig) -> list[str]:
+    """The folder's tensors that make up the leaf at `path`: one, or one a layer."""
+    if path in TOP:
+        return [TOP[path]]
+    name = LAYER[path.removeprefix("layers/")]
+    return [f"model.layers.{i}.{name}" for i in range(config.layers)]
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a folder with that model."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
+        shape = leaf.shape if _path(keys) in TOP else leaf.shape[1:]
+        shapes |= dict.fromkeys(_hf_names(_path(keys), config), shape)
+    return shapes
+
+
+def check_names(folder: Path, config: ModelConfig, stored: dict[str, Stored]) -> None:
+    """Refuses tensors that are missing, unknown or of another shape, by name."""
+    expected = tensor_shapes(config)
+    known = {*expected, TOP["unembed"]} if config.tied else set(expected)
+    missing = [name for name in expected if name not in stored]
+    unknown = [
+        name
+        for name in stored
+        if name not in known and not name.endswith("rotary_emb.inv_freq")  # a constant
+    ]
+    told = [
+        f"{len(names)} {what} ({', '.join(map(one_line, names[:5]))}"
+        f"{', …' * (len(names) > 5)})"
+        for names, what in ((missing, "missing"), (unknown, "unknown"))
+        if names
+    ]
+    if told:
+        raise GrpoError(
+            f"{folder}: tensors: {'; '.join(told)}: are config.json and the weights of "
+            "one model, and all its files here?"
+        )
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            raise GrpoError(
+                f"{stored[name].file}: {name} has shape {list(stored[name].shape)}, "
+                f"config.json asks for {list(shape)}"
+            )
+
+
+def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
+    """A token beyond the embedding would silently read another's row."""
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        return
+    vocabulary = open_tokenizer(file).get_vocab()
+    if vocabulary and max(vocabulary.values()) >= config.vocab_size:
+        token, highest = max(vocabulary.items(), key=lambda item: item[1])
+        raise GrpoError(
+            f"{file}: token {one_line(repr(token))} has id {highest}, the embedding "
+            f"has only {config.vocab_size} rows; take the tokenizer of this model"
+        )
+
+
+def _read(
+    out: np.ndarray, name: str, stored: Stored, ends: Sequence[tuple[int, int]]
+) -> None:
+    """The part between `ends` into `out`, some rows at a time, so that little is held.
+
+    NaN and infinity are refused; they are seen in the exponent's bits.
+    """
+    rows = max(1, BLOCK // max(1, out[:1].size))
+    columns = [slice(*pair) for pair in ends[1:]]
+    for at in range(0, len(out), rows):
+        start = ends[0][0] + at
+        block = stored[(slice(start, min(start + rows, ends[0][1])), *columns)]
+        bits = block.view(f"u{block.itemsize}")
+        exponent = np.array(np.inf, block.dtype).view(bits.dtype)
+        if ((bits & exponent) == exponent).any():
+            kind = "NaN" if np.isnan(block.astype(np.float64)).any() else "infinity"
+            raise GrpoError(f"{stored.file}: {name} holds {kind}; download it again")
+        out[at : at + rows] = block
+
+
+def save_pretrained(
+    model: Decoder,
+    params: Params,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    source: str | os.PathLike[str] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a Hugging Face folder that transformers and load_pretrained open.
+
+    The folder appears when it is complete: it is written under a temporary name
+    beside its place. Weights keep their dtype; LoRA's adapters are merged into them.
+    With several processes all must call this, and process 0 writes.
+
+    Args:
+      tokenizer: its files are added, by its method `save(folder)`.
+      source: the folder the model came from; its config.json's other fields,
+        generation_config.json and licence are kept.
+      max_shard_bytes: files are cut below this; a single tensor is never cut.
+
+    Raises:
+      GrpoError: the folder exists and is not empty, or is not writable; `source` is
+        of another model.
+    """
+    check_whole("save_pretrained", most=2**63 - 1, max_shard_bytes=max_shard_bytes)
+    config = hf_config.to_hf(model.config)
+    kept = []
+    if source is not None:
+        kept = [file for name in COPIED if (file := Path(source) / name).exists()]
+        if model_config(source) != model.config:
+            raise GrpoError(f"{source}: its config.json is of another model")
+        config = read_json(Path(source) / "config.json")
+        config.pop("dtype", None)  # the newer name of torch_dtype; both read the older
+    elif tokenizer is not None:
+        eos = list(tokenizer.eos_ids)
+        config["eos_token_id"] = eos[0] if len(eos) == 1 else eos
+        config["bos_token_id"] = tokenizer.bos_id
+        config["pad_token_id"] = tokenizer.pad_id
+    config["torch_dtype"] = str(params["embed"].dtype)
+    tensors = dict(_sources(model, params))
+    if jax.process_index() != 0:
+        for tensor in tensors.values():
+            tensor.read()  # takes part in gathering it
+        return
+    with new_folder(folder) as temporary:
+        for file in kept:
+            shutil.copyfile(file, temporary / file.name)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+        write_json(temporary / "config.json", config)
+        write_folder(temporary, tensors, max_shard_bytes)
+
+
+def _sources(model: Decoder, params: Params) -> Iterator[tuple[str, Source]]:
+    """The parameters as the folder's tensors, fetched and merged one by one."""
+    trained, frozen = lora.split(params)
+    adapters = trained["layers"] if frozen else {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(frozen or params):
+        names = _hf_names(_path(keys), model.config)
+        ours = _path(keys).removeprefix("layers/")
+        pair = [adapters[ours + x] for x in (lora.A, lora.B) if ours + x in adapters]
+        stacked = ours not in TOP
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        for i, name in enumerate(names):
+            at = i if stacked else ...
+            read = functools.partial(_read_merged, model.lora, [leaf, *pair], at)
+            yield name, Source(np.dtype(leaf.dtype), shape, read)
+
+
+def _read_merged(adapters: lora.Lora, leaves: list[jax.Array], at: Any) -> np.ndarray:
+    """One matrix, with its A and B (if it has them) added to it."""
+    matrix, *pair = (leaf if at is ... else leaf[at] for leaf in leaves)
+    return _whole(lora.merge_matrix(adapters, matrix, *pair) if pair else matrix)
+
+
+def _whole(matrix: jax.Array) -> np.ndarray:
+    """A matrix on the host; gathered some rows at a time where it is on several."""
+    rows = max(1, BLOCK // max(1, matrix[:1].size))
+    if matrix.is_fully_addressable or len(matrix) <= rows:
+        return sharding.to_hosts(matrix)
+    out = np.empty(matrix.shape, matrix.dtype)
+    for start in range(0, len(matrix), rows):
+        start = min(start, len(matrix) - rows)  # one program for all parts
+        part = jax.lax.dynamic_slice_in_dim(matrix, start, rows)
+        out[start : start + rows] = sharding.to_hosts(part)
+    return out

@@ -1,0 +1,338 @@
+"""From a file to examples: the rows of each format, and what each set's rows mean.
+
+In: a file of questions. Out: readers, (line number, row) one after the other; and
+converters, a row as an `Example`. What a row says about how its answer is graded goes
+into its columns: `options` (the answer is a letter), `blanks` (so many answers, in
+order), `tolerance` (the answer is a number that was rounded).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.data.brackets import boxed
+from grpo_jax.data.datasets import Example
+from grpo_jax.errors import GrpoError, one_line
+from grpo_jax.files import parse_json
+
+Row = Any  # what a file holds for one example: a JSON object, or a line's columns
+LONGEST = 1 << 26  # bytes of a line; more is no row, and is not read into memory
+
+
+# -- the rows of each file ---------------------------------------------------------
+
+
+def _decode(path: Path, number: int, line: bytes) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise GrpoError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), 1):
+            if len(line) > LONGEST:
+                raise GrpoError(f"{path}:{number}: longer than {LONGEST} bytes")
+            if line.strip():
+                yield number, _decode(path, number, line).rstrip("\r\n")
+
+
+def _parse(path: Path, number: int, text: str) -> Any:
+    try:
+        return parse_json(text)
+    except json.JSONDecodeError as error:
+        line = number + error.lineno - 1
+        raise GrpoError(
+            f"{path}:{line}: not valid JSON ({error.msg}, column {error.colno})"
+        ) from None
+    except ValueError as error:  # huge integers, deep nesting
+        told = one_line(error)
+        raise GrpoError(f"{path}:{number}: not readable as JSON ({told})") from None
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Row]]:
+    for number, line in _lines(path):
+        yield number, _parse(path, number, line)
+
+
+def json_list(path: Path) -> Iterator[tuple[int, Row]]:
+    text = "\n".join(
+        _decode(path, number, line)
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1)
+    )
+    rows = _parse(path, 1, text)
+    if not isinstance(rows, list):
+        raise GrpoError(f"{path}:1: expected a JSON list, found {kind(rows)}")
+    return ((1, row) for row in rows)  # json does not tell a row's line
+
+
+def tsv(path: Path) -> Iterator[tuple[int, Row]]:
+    for number, line in _lines(path):
+        columns = line.split("\t")
+        if len(columns) != 2:
+            raise GrpoError(
+                f"{path}:{number}: {len(columns)} columns; expected question, tab, "
+                "answer"
+            )
+        yield number, {"question": columns[0], "answer": columns[1]}
+
+
+# -- from a row to an example ------------------------------------------------------
+
+
+def kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def _text(row: Row, key: str) -> str:
+    """A field as text; a number is written without a needless `.0`."""
+    value = row[key]
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value) if value.is_integer() else value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise TypeError(f"field {key!r} is {kind(value)}; expected text or a number")
+
+
+def _rest(row: Row, *used: str) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in used}
+
+
+def gsm8k(row: Row) -> Example:
+    worked, mark, answer = _text(row, "answer").rpartition("####")
+    if not mark:
+        raise ValueError("field 'answer' has no '####' before the final answer")
+    worked = re.sub(r"<<[^<>]*>>", "", worked).strip()  # calculator annotations
+    return Example(_text(row, "question"), answer.strip(), worked)
+
+
+def last_boxed(text: str) -> str:
+    r"""The content of the last \boxed{…} ("" without one).
+
+    >>> last_boxed(r"so \boxed{1}, no, \boxed{\frac{1}{2}}.")
+    '\\frac{1}{2}'
+    >>> last_boxed(r"It is $\boxed 9$.")
+    '9'
+    """
+    boxes = boxed(text[max(0, text.rfind("\\boxed")) :])
+    return " ".join(boxes[0].split()) if boxes else ""  # on one line
+
+
+# Two solutions of the published file end in an empty \\boxed{}; both come to 0.
+_MATH_BLANKS = ("train/number_theory/7115.json", "train/number_theory/7117.json")
+
+
+def math_(row: Row) -> Example:
+    solution = _text(row, "solution")
+    name = _text(row, "unique_id" if "unique_id" in row else "id")
+    if name in _MATH_BLANKS:
+        solution = solution.replace("\\boxed{}", "\\boxed{0}")
+    answer = _text(row, "answer") if "answer" in row else last_boxed(solution)
+    if not answer:
+        raise ValueError("field 'solution' has no \\boxed{} answer")
+    level = str(row.get("level", "")).removeprefix("Level ")
+    columns = {
+        "subject": row["subject"] if "subject" in row else row["type"],
+        "level": int(level) if level.isdigit() else None,  # a few are "Level ?"
+    }
+    return Example(_text(row, "problem"), answer, solution, id=name, columns=columns)
+
+
+def cmath(row: Row) -> Example:
+    columns = _rest(row, "question", "golden")
+    question, answer = _text(row, "question"), _text(row, "golden")
+    return Example(question, answer, language="zh", columns=columns)
+
+
+def mgsm(language: str) -> Callable[[Row], Example]:
+    return lambda row: Example(
+        _text(row, "question"), _text(row, "answer"), language=language
+    )
+
+
+def svamp(row: Row) -> Example:
+    body = _text(row, "Body")
+    question = f"{body.rstrip('.')}. {_text(row, 'Question')}"
+    columns = {"type": row["Type"], "equation": row["Equation"]}
+    answer = _text(row, "Answer")
+    return Example(question, answer, columns=columns | rounded(answer))
+
+
+def mawps(row: Row) -> Example:
+    columns = _rest(row, "input", "target")
+    answer = _text(row, "target")
+    return Example(_text(row, "input"), answer, columns=columns | rounded(answer))
+
+
+def gsm_hard(row: Row) -> Example:
+    answer = _text(row, "target")
+    columns = {"program": row["code"]} | rounded(answer)
+    return Example(_text(row, "input"), answer, columns=columns)
+
+
+def rounded(answer: str) -> dict[str, Any]:
+    """The tolerance of an answer that a program computed: 0.001, and 1 % of it.
+
+    >>> rounded("6.333333333"), rounded("7")
+    ({'tolerance': [0.001, 0.01]}, {})
+    """
+    return {} if re.fullmatch(r"-?\d+", answer) else {"tolerance": [1e-3, 1e-2]}
+
+
+def ocw(row: Row) -> Example:
+    """A number (equal to a relative 1e-5), an expression or an equation."""
+    answer = _text(row, "answer").replace("np.arcsin", "\\arcsin").replace("$", "")
+    columns = {}
+    try:
+        float(answer)
+        columns["tolerance"] = [None, 1e-5]
+    except ValueError:
+        answer = re.sub(r"^(-?\d+)\./(\d+)$", r"\1/\2", answer)  # -1./3
+    solution, name = _text(row, "solution"), f"ocw/{_text(row, 'id')}"
+    return Example(_text(row, "problem"), answer, solution, id=name, columns=columns)
+
+
+def _choice(question: str, options: list[str], ask: str, between: str) -> str:
+    """A question with its lettered options, as the reports ask it."""
+    lettered = [f"({label}) {o}" for label, o in zip("ABCDEFGH", options, strict=False)]
+    return f"{question}\n{ask}\n{between.join(lettered)}"
+
+
+CHOOSE = "What of the following is the right choice? Explain your answer."
+CHOOSE_ZH = "从以下选项中选择："
+
+
+def mmlu(row: Row) -> Example:
+    options = [str(option).strip() for option in row["options"]]
+    question = _choice(_text(row, "question"), options, CHOOSE, ", ")
+    columns = {"options": options, "subject": row["topic"]}
+    name = f"mmlu_stem/{_text(row, 'id')}"
+    return Example(question, _label(row["answer"], options), id=name, columns=columns)
+
+
+def sat(row: Row) -> Example:
+    """The options stand in one text, as "A) … B) …" or "A. … B. …"."""
+    text, options, at = _text(row, "options"), [], 0
+    starts = []
+    for label in "ABCD":
+        found = re.compile(rf"(?:^|\s){label}[).]\s").search(text, at)
+        if not found:
+            raise ValueError(f"field 'options' has no option {label}")
+        starts.append(found.span())
+        at = found.end()
+    ends = [start for start, _ in starts[1:]] + [len(text)]
+    options = [text[a:b].strip() for (_, a), b in zip(starts, ends, strict=True)]
+    question = _choice(_text(row, "question"), options, CHOOSE, " ")
+    name, answer = f"sat/{_text(row, 'id')}", _label(row["Answer"], options)
+    return Example(question, answer, id=name, columns={"options": options})
+
+
+def gaokao_mathqa(row: Row) -> Example:
+    options = [re.sub(r"^\([A-H]\)", "", option).strip() for option in row["options"]]
+    text = _text(row, "question").rstrip("\\").rstrip()
+    question = _choice(text, options, CHOOSE_ZH, " ")
+    columns = {"options": options, "source": row["other"]["source"]}
+    answer = _label(row["label"], options)
+    return Example(question, answer, language="zh", columns=columns)
+
+
+def _label(label: Any, options: list[str]) -> str:
+    """The right options' letters; a few questions have several ("A B D")."""
+    letters = re.sub(r"[\s,]", "", str(label))
+    known = "ABCDEFGH"[: len(options)]
+    if not letters or not set(letters) <= set(known):
+        told = one_line(repr(label))
+        raise ValueError(f"the answer {told} is none of the options {known}")
+    return letters
+
+
+def gaokao_mathcloze(row: Row) -> Example:
+    answers = [part.strip().strip("$") for part in _text(row, "answer").split(";")]
+    columns = {"source": row["other"]["source"], "blanks": len(answers)}
+    question = _text(row, "question")
+    return Example(question, "; ".join(answers), language="zh", columns=columns)
+
+
+def _chat(messages: Any) -> dict[str, Any]:
+    """The last question of a chat, its answer, the system prompt, and what was said
+    before them."""
+    shape = (
+        "expected [system,] user[, assistant, user, …][, assistant], each with role "
+        "and content"
+    )
+    if not isinstance(messages, list):
+        raise TypeError(f"field 'messages' is {kind(messages)}; {shape}")
+    turns: list[dict[str, str]] = []
+    for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise ValueError(f"field 'messages': {shape}")
+        turns.append({"role": message["role"], "content": _text(message, "content")})
+    roles = [turn["role"] for turn in turns]
+    system = roles[:1] == ["system"]
+    expected = ("user", "assistant")
+    said = turns[system:]
+    if not said or any(t["role"] != expected[i % 2] for i, t in enumerate(said)):
+        told = one_line(repr(roles))
+        raise ValueError(f"field 'messages' has the roles {told}; {shape}")
+    fields: dict[str, Any] = {"system": turns[0]["content"]} if system else {}
+    if len(said) % 2 == 0:
+        fields["solution"] = said.pop()["content"]
+    fields["question"] = said.pop()["content"]
+    return fields | ({"before": said} if said else {})
+
+
+def local_row(row: Row) -> Example:
+    """A row of a user's own file: these names and no guesses at others."""
+    used = ("messages", "question", "answer", "solution", "language", "id")
+    columns = _rest(row, *used)
+    fields: dict[str, Any] = {"question": "", "solution": ""}
+    if columns.get("system") is not None:
+        columns["system"] = _text(row, "system")
+    if "messages" in row:
+        if "question" in row:
+            raise ValueError("has both 'question' and 'messages'; keep one")
+        fields |= _chat(row["messages"])
+        if "system" in fields:
+            columns["system"] = fields["system"]
+        if "before" in fields:
+            columns["messages"] = fields["before"]
+    else:
+        fields["question"] = _text(row, "question")
+    if "solution" in row:
+        fields["solution"] = _text(row, "solution")
+    answer = _text(row, "answer") if "answer" in row else ""
+    if not answer and not fields["solution"]:
+        raise ValueError("has neither an 'answer' nor a 'solution'")
+    language = _text(row, "language") if "language" in row else "en"
+    name = _text(row, "id") if "id" in row else ""
+    question, solution = fields["question"], fields["solution"]
+    return Example(question, answer, solution, language, name, columns)
+
+
+_BAD_TEXT = re.compile("[\x00\ud800-\udfff]")  # JSON can hide them behind \\u
+
+
+def check_text(value: Any) -> None:
+    """Refuses NUL and lone surrogates, which no tokenizer can take."""
+    if isinstance(value, str):
+        if found := _BAD_TEXT.search(value):
+            raise ValueError(
+                "holds a NUL character"
+                if found[0] == "\0"
+                else "holds a lone surrogate, which is not valid Unicode"
+            )
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_text(key)
+            check_text(item)
+    elif isinstance(value, list):
+        for item in value:
+            check_text(item)

@@ -1,0 +1,203 @@
+"""The files behind the sets: found or downloaded, checked, prepared by TFDS.
+
+In: the name of a set or the path of a JSON-lines file.
+Out: `load(...)`, a random-access sequence of `Example` over array_record files that
+TFDS wrote once into $GRPO_JAX_CACHE (default ~/.cache/grpo_jax) and Grain reads.
+
+A prepared folder is named after the SHA-256 of its source, so that a changed file is
+prepared anew. TensorFlow is not needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import itertools
+import json
+import os
+import shutil
+import tempfile
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from grpo_jax.data.datasets import Example
+from grpo_jax.data.registry import GITHUB, Source, examples, find, is_file, local
+from grpo_jax.errors import GrpoError
+from grpo_jax.files import cache_folder
+
+VERSION = "1.1.0"  # of the prepared rows: raise it when rows.py reads otherwise
+FIELDS = ("question", "answer", "solution", "language", "id", "columns")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(source: Source, data_dir: str) -> Path:
+    """The original file from its public address, kept under its SHA-256."""
+    by_hand = f"{data_dir or '$GRPO_JAX_DATA'}/{source.file}"
+    if not source.url:
+        raise GrpoError(
+            f"data {source.slug}: no file {by_hand}, and MATH may not be downloaded: "
+            "set GRPO_JAX_DATA to a folder that holds it (JSON lines with problem, "
+            "solution, level, type or subject, id)"
+        )
+    folder = cache_folder("downloads")
+    path = folder / f"{source.sha256[:16]}-{Path(source.file).name}"
+    if path.exists():
+        return path
+    url = source.url if "://" in source.url else f"{GITHUB}/{source.url}"
+    handle, part = tempfile.mkstemp(dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                shutil.copyfileobj(response, file)
+        found = _sha256(Path(part))
+        if found != source.sha256:
+            raise OSError(f"its SHA-256 is {found}, expected {source.sha256}")
+        os.replace(part, path)
+    except (OSError, http.client.HTTPException) as error:
+        raise GrpoError(
+            f"data {source.slug}: cannot download {url} ({error}); get that file by "
+            f"hand and put it at {by_hand}"
+        ) from None
+    finally:
+        Path(part).unlink(missing_ok=True)
+    return path
+
+
+def _find(source: Source, data_dir: str | None) -> Path:
+    data_dir = data_dir or os.environ.get("GRPO_JAX_DATA") or ""
+    path = Path(data_dir, source.file)
+    if data_dir and path.is_file():
+        return path
+    return _download(source, data_dir)
+
+
+class _Info(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Nothing: TFDS asks a server about each set, and leaves an empty folder."""
+
+
+class Questions(tfds.core.GeneratorBasedBuilder):
+    """One source file as a TFDS data set, in the order of the file."""
+
+    VERSION = tfds.core.Version(VERSION)
+
+    def __init__(self, *, rows: Iterator[Example] | None = None, **kwargs: Any):
+        self._rows = rows  # optional, as TFDS wants of every argument
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return _Info(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {name: tfds.features.Text() for name in FIELDS}
+            ),
+            disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"rows": self._generate_examples()}
+
+    def _generate_examples(self):
+        first_empty: dict[str, int] = {}  # the first row without an answer, solution
+        for index, example in enumerate(self._rows or ()):
+            row = {name: getattr(example, name) for name in FIELDS}
+            for name in ("answer", "solution"):
+                if not row[name]:
+                    first_empty.setdefault(name, index)
+            row["columns"] = json.dumps(row["columns"], ensure_ascii=False)
+            yield index, row
+        self.info.metadata.update(first_empty)
+
+    def _log_download_bytes(self):
+        """Nothing: TFDS prints where it prepares, a temporary folder of no use here."""
+
+    def _log_download_done(self):
+        """Nothing: see above."""
+
+
+def _prepare(source: Source, path: Path) -> Path:
+    """The folder of prepared records; two processes may get here at the same time."""
+    folder = cache_folder("tfds")
+    done = folder / f"{source.slug}-{_sha256(path)[:16]}-{VERSION}"
+    if done.exists():
+        return done
+    rows = examples(source, path)
+    first = next(rows, None)
+    if first is None:
+        raise GrpoError(f"{path}: the file has no rows")
+    with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as part:
+        if (
+            path.stat().st_size < 50e6
+        ):  # a bar only where there is something to wait for
+            tfds.disable_progress_bar()
+        builder = Questions(
+            rows=itertools.chain([first], rows),
+            data_dir=os.path.join(part, "rows"),
+            file_format="array_record",
+        )
+        builder.download_and_prepare()
+        try:
+            os.rename(os.path.join(part, "rows"), done)
+        except OSError:
+            if not done.exists():  # else the other process was faster
+                raise
+    return done
+
+
+class Prepared:
+    """Prepared records, read and decoded one by one."""
+
+    def __init__(self, name: str, folder: Path):
+        self.name = name
+        self.digest = folder.name  # the SHA-256 of its source
+        builder: Any = tfds.builder_from_directory(folder / "questions" / VERSION)
+        self.first_empty = dict(builder.info.metadata or {})
+        self._records = builder.as_data_source("rows")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int, /) -> Example:
+        row = self._records[index]  # {field: bytes}
+        record = {field: value.decode() for field, value in row.items()}
+        record["columns"] = json.loads(record["columns"])
+        record["id"] = record["id"] or f"{self.name}/{index}"
+        return Example(**record)
+
+
+def load(
+    name: str, split: str, *, data_dir: str | None, require: Sequence[str]
+) -> Prepared:
+    """One set (not a sum of sets): see `data.load`."""
+    if is_file(name):
+        source, path = local(name), Path(name)
+        if not path.is_file():
+            raise GrpoError(f"data {name!r}: no such file")
+    else:
+        source = find(name, split)
+        path = _find(source, data_dir)
+    folder = _prepare(source, path)
+    try:
+        rows = Prepared(name if is_file(name) else f"{name}/{split}", folder)
+        rows[len(rows) - 1]
+    except Exception as error:
+        raise GrpoError(
+            f"{folder}: these prepared records cannot be read ({error}); delete the "
+            "folder and run again"
+        ) from error
+    for field in require:
+        if field in rows.first_empty:
+            raise GrpoError(
+                f"{path}: row {rows.first_empty[field]} has no {field!r}, which is "
+                "needed here"
+            )
+    return rows

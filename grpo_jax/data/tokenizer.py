@@ -1,0 +1,404 @@
+"""Text to token ids and back.
+
+In: a Hugging Face folder with `tokenizer.json`, or an alphabet of characters.
+Out: `Tokenizer`, which also knows the ids that end a completion and the model's own
+chat template, and writes a folder that transformers opens with the same ids.
+
+Special tokens (`<|im_end|>` …) are recognised only where a template wrote them, never
+in a question: a question cannot end its own turn or open another one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+# Set before the package is first used: its threads and a later fork do not go together.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import tokenizers
+
+from grpo_jax.data.special_tokens import flag_special, pattern, turn_end
+from grpo_jax.errors import GrpoError, one_line
+from grpo_jax.files import read_json, read_whole
+
+FILES = (  # what belongs to the tokenizer in a Hugging Face folder
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",  # lists all ids that end a completion
+)
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # of a character tokenizer
+
+
+class Tokenizer:
+    """A tokenizer of the `tokenizers` package with the ids that a sampler needs.
+
+    Use `from_folder` or `from_alphabet`. Encoding is thread-safe.
+
+    >>> tokenizer = Tokenizer.from_alphabet("0123456789+= ?")
+    >>> tokenizer.encode("1+2")
+    [4, 13, 5]
+    >>> tokenizer.decode([4, 13, 5, tokenizer.eos_id])
+    '1+2'
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        special: dict[str, str],
+        eos_ids: Sequence[int],
+        pad_id: int | None = None,
+        adds_bos: bool | None = None,
+        chat_template: str | None = None,
+        files: dict[str, bytes] | None = None,
+    ):
+        """special: eos_token, bos_token … as text; adds_bos None: as tokenizer says."""
+        tokenizer.no_truncation()  # some files ask for it: it loses text silently
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._files = files or {}  # the original ones, for `save`
+        self.special_tokens = special
+        self.chat_template = chat_template
+        # What a chat template's clock shows: one moment for all prompts of a run.
+        self.now = datetime.datetime.now()
+        flag_special(tokenizer, special.values())
+        flag_special(tokenizer, map(tokenizer.id_to_token, eos_ids), added_only=True)
+        ends = [*eos_ids, *turn_end(tokenizer, chat_template, special, self.now)]
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
+        self.bos_id: int | None = self.token_id(special.get("bos_token"))
+        self.pad_id: int = self.eos_id if pad_id is None else pad_id
+        self.special_pattern = pattern(tokenizer)
+        first = tokenizer.encode("").ids[:1]  # with what the file itself adds
+        by_file = self.bos_id is not None and first == [self.bos_id]
+        self.adds_bos: bool = by_file if adds_bos is None else adds_bos
+        known = tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(known.values(), default=-1) + 1  # the highest id + 1
+
+    # -- making one ----------------------------------------------------------------
+
+    @classmethod
+    def from_alphabet(
+        cls, characters: Iterable[str], *, chat_template: str | None = None
+    ) -> Tokenizer:
+        """One token a character, after <pad> 0, <bos> 1 and <eos> 2."""
+        from tokenizers import Regex, decoders, models, pre_tokenizers
+
+        tokens = dict.fromkeys([PAD, BOS, EOS, *characters])
+        if long := [t for t in list(tokens)[3:] if len(t) != 1]:
+            raise GrpoError(f"alphabet: {long[0]!r} is not one character")
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        tokenizer.add_special_tokens([PAD, BOS, EOS])
+        return cls(
+            tokenizer,
+            special={"pad_token": PAD, "bos_token": BOS, "eos_token": EOS},
+            eos_ids=[vocabulary[EOS]],
+            pad_id=vocabulary[PAD],
+            chat_template=chat_template,
+        )
+
+    @classmethod
+    def from_folder(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """The tokenizer of a Hugging Face folder.
+
+        The ids that end a completion: the tokenizer's own eos_token first, then those
+        of generation_config.json (or, without it, of config.json), then the one that
+        the chat template puts behind an answer.
+        Raises GrpoError if tokenizer.json is missing or damaged and if there is no EOS.
+        """
+        folder = Path(path)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise GrpoError(
+                f"{file}: no such file; get it from the model's page, or make it with "
+                "transformers: AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+            )
+        config = _read(folder / "tokenizer_config.json")
+        special = _special(_read(folder / "special_tokens_map.json") | config)
+        tokenizer = open_tokenizer(file)
+        eos_ids: list[int] = []
+        if name := special.get("eos_token"):
+            if (eos_id := tokenizer.token_to_id(name)) is None:
+                told = one_line(repr(name))
+                raise GrpoError(f"{folder}: its eos_token {told} is not in {file}")
+            eos_ids.append(eos_id)
+        sources = [folder / n for n in ("generation_config.json", "config.json")]
+        for source, values in [(source, _read(source)) for source in sources]:
+            found = values.get("eos_token_id")
+            if found is not None:
+                eos_ids += _token_ids(source, "eos_token_id", found, tokenizer)
+                break
+        if not eos_ids:
+            raise GrpoError(
+                f"{folder}: no EOS token in tokenizer_config.json, config.json or "
+                "generation_config.json; add eos_token to the first"
+            )
+        adds_bos = config.get("add_bos_token")
+        if adds_bos not in (True, False, None):
+            raise GrpoError(
+                f"{folder / 'tokenizer_config.json'}: add_bos_token="
+                f"{one_line(repr(adds_bos))} is not true or false"
+            )
+        pad = special.get("pad_token")
+        template = _template(folder, config)
+        return cls(
+            tokenizer,
+            special=special,
+            eos_ids=eos_ids,
+            pad_id=None if pad is None else tokenizer.token_to_id(pad),
+            adds_bos=adds_bos,
+            chat_template=template,
+            files={
+                name: read_whole(folder / name)
+                for name in FILES
+                if (folder / name).is_file()
+            },
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a folder that transformers and `from_folder` open with the same ids.
+
+        The files of a tokenizer that came from a folder are written byte for byte.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in (self._files or self._own_files()).items():
+            (folder / name).write_bytes(content)
+
+    def _own_files(self) -> dict[str, bytes]:
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "add_bos_token": self.adds_bos,
+            **self.special_tokens,
+        }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        return {
+            "tokenizer.json": self._tokenizer.to_str(pretty=True).encode(),
+            "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+            "special_tokens_map.json": json.dumps(self.special_tokens).encode(),
+        }
+
+    @functools.cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same, but for "<eos>" in a text, which is five characters here."""
+        plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        plain.encode_special_tokens = True
+        return plain
+
+    # -- ids -----------------------------------------------------------------------
+
+    @property
+    def eos_id(self) -> int:
+        """The id that closes an answer in training (`eos_ids` all end a completion)."""
+        return self.eos_ids[0]
+
+    def token_id(self, token: str | None) -> int | None:
+        """The id of a token's text, None if there is no such token."""
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def check_fits(self, vocab_rows: int) -> None:
+        """Refuses a model whose embedding has fewer rows than there are ids."""
+        if self.vocab_size > vocab_rows:
+            raise GrpoError(
+                f"tokenizer: its highest id is {self.vocab_size - 1}, and the model's "
+                f"embedding has {vocab_rows} rows; take the tokenizer of this model"
+            )
+
+    # -- text to ids and back ------------------------------------------------------
+
+    def encode(
+        self, text: str, *, add_bos: bool = False, parse_special: bool = False
+    ) -> list[int]:
+        """The ids of a text.
+
+        parse_special: read special tokens in the text as such (a template's text);
+        otherwise they are ordinary characters. add_bos: put the BOS first, if any.
+        """
+        ids = self.encode_parts([(text, parse_special)])[0]
+        return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of many texts, special tokens not parsed."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of some ids; skip_special leaves out special tokens and those that
+        end a completion."""
+        if skip_special:
+            ids = (i for i in ids if i not in self.eos_ids)
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each id adds to the text, special tokens too; joined they are the text.
+
+        "" where a character is not whole yet; it then stands with its last id.
+
+        >>> tokenizer = Tokenizer.from_alphabet("12+")
+        >>> tokenizer.pieces([3, 5, 4, tokenizer.eos_id])
+        ['1', '+', '2', '<eos>']
+        """
+        found, before, start, shown = [], 0, 0, ""
+        for end in range(1, len(ids) + 1):
+            # Decoded behind the piece before it, where a word keeps its space.
+            text = self.decode(ids[before:end], skip_special=False)
+            cut = text.endswith("\ufffd") and end < len(ids)
+            found.append("" if cut else text[len(shown) :])
+            if not cut:
+                before, start = start, end
+                shown = self.decode(ids[before:end], skip_special=False)
+        return found
+
+    def texts(self) -> list[str]:
+        """What every id adds in the middle of a text, [V]; "" for special tokens.
+
+        >>> Tokenizer.from_alphabet("1+").texts()
+        ['', '', '', '1', '+']
+        """
+        # Behind another token, as some decoders drop a space where a text begins.
+        alone = ((i, self.decode([i])) for i in range(self.vocab_size))
+        before, first = next(x for x in alone if x[1] and "\ufffd" not in x[1])
+        rows = [[before, i] for i in range(self.vocab_size)]
+        found = self._tokenizer.decode_batch(rows, skip_special_tokens=True)
+        return [text[len(first) :] for text in found]
+
+    def encode_parts(
+        self, parts: Sequence[tuple[str, bool]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of parts joined to one text, and each id's (start, end) in it.
+
+        parts: (text, whether special tokens are parsed in it). Exactly the ids of the
+        whole text where no unparsed part holds a special token's text.
+
+        >>> tokenizer = Tokenizer.from_alphabet("<eos> 1")
+        >>> tokenizer.encode_parts([("1", False), ("<eos>", True)])[0]
+        [9, 2]
+        >>> tokenizer.encode_parts([("1", False), ("<eos>", False)])[0]
+        [9, 3, 4, 5, 6, 7]
+        """
+        text = "".join(part for part, _ in parts)
+        spans: list[tuple[int, int]] = []  # of the special tokens that are meant
+        start = 0
+        for part, parse in parts:
+            if parse:
+                for found in self.special_pattern.finditer(part):
+                    spans.append((start + found.start(), start + found.end()))
+            start += len(part)
+        if spans == [found.span() for found in self.special_pattern.finditer(text)]:
+            return self._run(self._tokenizer, text)
+        # An unparsed part holds the text of a special token (or one formed at a
+        # joint): cut at the template's own special tokens, encode the rest as plain.
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        position = 0
+        for begin, end in [*spans, (len(text), len(text))]:
+            plain, plain_offsets = self._run(self._plain, text[position:begin])
+            ids += plain
+            offsets += [(a + position, b + position) for a, b in plain_offsets]
+            if (special := self.token_id(text[begin:end])) is not None:
+                ids.append(special)
+                offsets.append((begin, end))
+            position = end
+        return ids, offsets
+
+    def _run(
+        self, tokenizer: tokenizers.Tokenizer, text: str
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        try:
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:
+            raise GrpoError(f"tokenizer: {self._refusal(text)} ({error})") from None
+        return encoding.ids, encoding.offsets
+
+    def _refusal(self, text: str) -> str:
+        known = self._tokenizer.get_vocab(with_added_tokens=True)
+        unknown = next((c for c in text if c not in known), "")
+        return f"cannot encode {text[:40]!r}: character {unknown!r} is not in it"
+
+
+def open_tokenizer(file: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.json.
+
+    Raises:
+      GrpoError: it cannot be read, is a git-LFS pointer or not a tokenizer file.
+    """
+    raw = read_whole(file)
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(raw)
+        tokenizer.no_truncation()  # some files ask for it: it loses text silently
+        tokenizer.no_padding()
+        tokenizer.encode("")  # where a damaged post-processor shows
+        return tokenizer
+    except Exception as error:  # the package raises nothing narrower
+        reason = one_line(error)
+    except BaseException as error:  # pyo3's PanicException, of an assertion in Rust
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = one_line(error)
+    raise GrpoError(f"{file}: not a tokenizer file ({reason}); download it again")
+
+
+def _token_ids(
+    file: Path, key: str, value: Any, tokenizer: tokenizers.Tokenizer
+) -> list[int]:
+    """An id or a list of ids, each of a token that there is."""
+    found = value if isinstance(value, list) else [value]
+    for item in found:
+        whole = type(item) is int and 0 <= item < 2**32
+        if not whole or tokenizer.id_to_token(item) is None:
+            raise GrpoError(
+                f"{file}: {key}={one_line(repr(item))} is not the id of a token; put "
+                "those there that end an answer"
+            )
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that may be absent."""
+    return read_json(path) if path.is_file() else {}
+
+
+def _special(config: dict[str, Any]) -> dict[str, str]:
+    """eos_token, bos_token …: written as text or as an object with `content`."""
+    special = {}
+    for key, value in config.items():
+        if key.endswith("_token") and isinstance(value, dict):
+            value = value.get("content")
+        if key.endswith("_token") and isinstance(value, str):
+            special[key] = value
+    return special
+
+
+def _template(folder: Path, config: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return read_whole(file).decode("utf-8").replace("\r\n", "\n")
+        except UnicodeDecodeError as error:
+            raise GrpoError(f"{file}: not UTF-8 ({error.reason})") from None
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = [entry for entry in template if isinstance(entry, dict)]
+        default = [e.get("template") for e in named if e.get("name") == "default"]
+        template = default[-1] if default else None
+    if template is not None and not isinstance(template, str):
+        raise GrpoError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is "
+            f"{type(template).__name__}; expected text, or a list of name and template"
+        )
+    return template

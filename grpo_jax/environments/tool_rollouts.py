@@ -1,0 +1,248 @@
+r"""Tool-integrated reasoning: the model writes programs, an interpreter their output.
+
+In: model, parameters, prompts, an `Interpreter`. Out: `Solutions`, token ids with a
+mask that tells what was sampled from what the interpreter wrote.
+
+The loop of DeepSeekMath's evaluation, for all rows at once:
+1. sample up to EOS, or up to where the text has "```output", however it is tokenised;
+2. a row whose text now ends with a closed ```python block calls the interpreter: the
+   earlier blocks without their unindented lines that print, then the whole last block;
+3. the programs run in parallel in the sandbox (of several processes each runs its share
+   of them), while keys and values stay in the slots;
+4. "\n{result}\n```\n" is encoded and appended, and the row goes on, for as many
+   generations as are allowed.
+What was sampled stays the ids that it is: nothing is decoded and encoded again. The
+model never writes an output's text: "```output" ends its turn, and without a program
+before it the row.
+
+Axes: N rows, C positions of the longest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpo_jax.arguments import check_whole
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.distributed import sharding
+from grpo_jax.environments.interpreter import (
+    FENCE,
+    OUTPUT_TOKENS,
+    STOP,
+    Call,
+    Interpreter,
+    output_tokens,
+    program_of,
+)
+from grpo_jax.generation.continuation import continue_rollouts
+from grpo_jax.generation.kv_cache import of_slots
+from grpo_jax.generation.reshard import laid_out
+from grpo_jax.generation.sampler import Rollouts, bucket, generate
+from grpo_jax.generation.stop_strings import stop_table
+from grpo_jax.models.decoder import Decoder, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Solutions:
+    """N outputs, on the host; what follows a row's end is 0."""
+
+    tokens: np.ndarray  # [N, C] int32
+    logps: np.ndarray  # [N, C] float32, of sampled tokens; 0 at the interpreter's
+    mask: np.ndarray  # [N, C] bool: sampled
+    lengths: np.ndarray  # [N] int32
+    finished: np.ndarray  # [N] bool: ended with EOS
+    occupancy: float  # of the first generation
+    calls: list[list[Call]]  # of each row, in order
+
+
+class _Row:
+    """An output as it grows."""
+
+    def __init__(self):
+        self.tokens: list[int] = []
+        self.logps: list[float] = []
+        self.mask: list[bool] = []
+        self.texts: list[str] = []  # of the model's turns, without "```output"
+        self.calls: list[Call] = []
+        self.told: list[int] = []  # the tokens of the last output
+        self.program: str | None = None  # what its last turn asks to run
+        self.end = ""  # how the text ends where it asks
+        self.finished = False
+
+    def add(self, tokens: Sequence[int], logps: Sequence[float] | None = None) -> None:
+        self.tokens += tokens
+        self.logps += [0.0] * len(tokens) if logps is None else logps
+        self.mask += [logps is not None] * len(tokens)
+
+    def write(
+        self, tokenizer: Tokenizer, tokens: list[int], logps: list[float]
+    ) -> None:
+        """A turn of the model, which calls or ends the row."""
+        self.add(tokens, logps)
+        text = tokenizer.decode(tokens)
+        before, found, rest = text.partition(STOP)
+        program = program_of(self.texts, before)
+        self.texts.append(before)
+        self.finished = tokens[-1] in tokenizer.eos_ids
+        ends = self.finished or rest.strip()
+        self.program = None if ends else program
+        self.end = STOP + rest if found else FENCE + before[len(before.rstrip()) :]
+
+    def tell(self, tokenizer: Tokenizer, call: Call) -> None:
+        """A turn of the interpreter."""
+        self.calls.append(call)
+        self.told = output_tokens(tokenizer, self.end, call.output)
+        self.add(self.told)
+
+
+def _last_run(mask: Sequence[Any]) -> int:
+    """How many values at the end are true."""
+    return next((i for i, m in enumerate(reversed(mask)) if not m), len(mask))
+
+
+def solve(
+    model: Decoder,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    interpreter: Interpreter,
+    key: jax.Array,
+    samples: int = 1,
+    generations: int = 2,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    cache_dtype: str | None = None,
+    rows: int = 0,
+) -> Solutions:
+    """Outputs with programs: N = prompts × samples, those of a prompt side by side.
+
+    Args:
+      generations: of an output, at most; programs run after each, the last one too.
+      max_new_tokens: of each generation; an output that is cut off by it ends, unless
+        it ends with a program.
+      key: all draws come from it; in later generations also from which rows go on.
+      rows: whose keys and values are kept at a time (those of a prompt together); 0:
+        all.
+      others: as in `rollout.generate`.
+    """
+    options: Any = dict(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        eos_id=tokenizer.eos_ids,
+        stop_table=stop_table(tokenizer, (STOP,), model.config.vocab_size),
+    )
+    check_whole("solve", generations=generations)
+    check_whole("solve", least=0, rows=rows)
+    size = max(1, rows // samples) if rows else len(prompts)
+    layout, params = laid_out(model, params)
+    multiple = 1
+    if layout is not None:
+        multiple = sharding.rows_multiple(layout)
+        everywhere = jax.NamedSharding(layout, sharding.P())
+        bits = sharding.to_devices(jax.random.key_data(key), everywhere)
+        key = jax.random.wrap_key_data(bits, impl=jax.random.key_impl(key))
+    every, occupancy = [], []
+    with jax.set_mesh(layout) if layout else contextlib.nullcontext():
+        for start in range(0, len(prompts), size):
+            # Rows fold their own numbers into a key: those above are none of theirs.
+            own = jax.random.fold_in(key, (1 << 30) + start) if start else key
+            out = generate(
+                model,
+                params,
+                prompts[start : start + size],
+                key=own,
+                samples=samples,
+                cache_dtype=cache_dtype,
+                keep=generations > 1,
+                **options,
+            )
+            occupancy.append(out.occupancy)
+            seats = [_Row() for _ in range(out.tokens.shape[0])]
+            every += seats
+            for turn in range(1, generations + 1):
+                while not out.tokens.is_ready():  # asleep here, so that Ctrl-C is heard
+                    time.sleep(0.002)
+                got = sharding.to_hosts((out.tokens, out.logps, out.lengths))
+                for row, tokens, logps, n in zip(seats, *got, strict=True):
+                    new = slice(len(row.told), n)
+                    row.write(tokenizer, tokens[new].tolist(), logps[new].tolist())
+                calling = [row for row in seats if row.program is not None]
+                calls = interpreter([row.program or "" for row in calling])
+                for row, call in zip(calling, calls, strict=True):
+                    row.tell(tokenizer, call)
+                if not calling or turn == generations:
+                    break
+                going = [i for i, row in enumerate(seats) if row.program is not None]
+                out, seats = _only(out, going, multiple), calling
+                out = continue_rollouts(
+                    model,
+                    params,
+                    out,
+                    [row.told for row in seats],
+                    key=jax.random.fold_in(own, (1 << 29) + turn),
+                    **options,
+                )
+    return _gathered(every, float(np.mean(sharding.to_hosts(occupancy))))
+
+
+def _only(out: Rollouts, rows: Sequence[int], multiple: int) -> Rollouts:
+    """The kept rows of these numbers, in slots of their own: the others cost nothing
+    any more."""
+    size = -(-bucket(len(rows), smallest=8) // multiple) * multiple
+    size = min(out.cache.token.shape[0], size)
+    index = np.array([*rows, *[rows[0]] * (size - len(rows))])
+    cache = of_slots(out.cache, index)
+    return dataclasses.replace(out, tokens=out.tokens[index[: len(rows)]], cache=cache)
+
+
+def _gathered(rows: Sequence[_Row], occupancy: float) -> Solutions:
+    lengths = np.array([len(row.tokens) for row in rows], np.int32)
+    shape = (len(rows), int(lengths.max()))
+    found = {
+        "tokens": np.zeros(shape, np.int32),
+        "logps": np.zeros(shape, np.float32),
+        "mask": np.zeros(shape, bool),
+    }
+    for name, table in found.items():
+        for i, row in enumerate(rows):
+            table[i, : lengths[i]] = getattr(row, name)
+    return Solutions(
+        **found,
+        lengths=lengths,
+        finished=np.array([row.finished for row in rows]),
+        occupancy=occupancy,
+        calls=[row.calls for row in rows],
+    )
+
+
+def most_tokens(generations: int, max_new_tokens: int) -> int:
+    """The tokens of an output, at most, with what it is told; no generations: no tools.
+
+    >>> most_tokens(0, 1024), most_tokens(2, 1024)
+    (1024, 2368)
+    """
+    if not generations:
+        return max_new_tokens
+    return generations * (max_new_tokens + OUTPUT_TOKENS)
+
+
+# -- what an output says ---------------------------------------------------------------
+
+
+def text_of(tokenizer: Tokenizer, tokens: Sequence[int], mask: Sequence[Any]) -> str:
+    """An output's text; where the model opened an output that no program has, up to
+    there."""
+    text = tokenizer.decode(tokens)
+    if mask and mask[-1]:
+        own = tokenizer.decode(tokens[len(mask) - _last_run(mask) :])
+        if STOP in own:
+            text = text[: text.rindex(STOP)]
+    return text

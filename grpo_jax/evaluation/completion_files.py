@@ -1,0 +1,337 @@
+"""Completions on disk: kept batch by batch while they are made, and read from others.
+
+In: settings and batches of completions; or a file made elsewhere. Out: JSON lines, one
+a question, and the completions of all questions of a set.
+
+A file of completions, ours and anyone's, has one JSON object a line:
+
+    {"set": "gsm8k", "id": "gsm8k/test/7", "completions": ["… \\\\boxed{18}"]}
+
+`set`: a name as --sets has it; may be left out where there is but one. The question:
+`id` (ours: set/split/row from 0; or the set's own), `index` (row from 0) or `question`
+(its text). `completions`, a list, or `completion`; a question's further lines add
+samples. `mode`: "cot" (default) or "tool". `temperature`: 0 is greedy; left out, one
+completion is greedy and several are samples. Other fields are not looked at. Our own
+files begin with a line {"settings": …}, which is passed over, and say the question and
+its answer too; several of them may be put one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from grpo_jax.data.datasets import Example
+from grpo_jax.data.parsers import json_lines
+from grpo_jax.distributed import processes
+from grpo_jax.errors import GrpoError, one_line
+from grpo_jax.files import write_whole
+
+Key = tuple[str, str]  # mode, and greedy or sampled
+KINDS = ("greedy", "sampled")
+
+
+class Completion(NamedTuple):
+    text: str
+    cut_off: bool | None = None  # it was longer than it could be; None: not known
+
+
+class Group(NamedTuple):
+    """Completions of every question of a set, asked in one way."""
+
+    completions: list[list[Completion]]
+    temperature: float | None  # None: not known
+
+
+Rows = dict[int, list[Completion]]  # by the question's place in its set
+_Lines = dict[tuple[int, ...], list[list[Completion]]]
+
+
+def file_name(name: str, mode: str, kind: str) -> str:
+    """The file of a set's completions.
+
+    >>> file_name("data/my questions.jsonl", "cot", "greedy")
+    'data_my_questions.jsonl.cot.greedy.jsonl'
+    """
+    return f"{re.sub(r'[^A-Za-z0-9_.+-]+', '_', name)}.{mode}.{kind}.jsonl"
+
+
+class Log:
+    """One model's completions of one set, appended a batch at a time.
+
+    file: made with its folder where there is none. settings: all that the completions
+    depend on. A file that was made with others is refused, or with `restart` replaced.
+    What a kill cut off at the end of the file is dropped; `rows` is what is there.
+    Of several processes the first writes, and all read: before they ask for anything,
+    every one must see the same rows.
+    """
+
+    def __init__(self, file: Path, settings: Mapping[str, Any], *, restart: bool):
+        self.file = file
+        self.rows: Rows = {}
+        self.settings = json.loads(json.dumps(settings))
+        if processes.first():
+            self._open(restart)
+        if processes.count() > 1:
+            self._share()
+
+    def _open(self, restart: bool) -> None:
+        file = self.file
+        if file.exists() and self._read(restart):
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"settings": self.settings}, ensure_ascii=False)
+        write_whole(file, line + "\n")
+
+    def _share(self) -> None:
+        there = processes.from_first(lambda: sorted(self.rows))
+        if there and not processes.first() and self.file.exists():
+            self._read(restart=False)
+        if sorted(self.rows) != there:
+            raise GrpoError(
+                f"{self.file}: process {processes.index()} does not see what process 0 "
+                "wrote there; choose a folder on a disk that all of them share"
+            )
+
+    def _read(self, restart: bool) -> bool:
+        """Whether the file goes on; its rows are then known."""
+        whole = self.file.read_bytes()
+        end = whole.rfind(b"\n") + 1
+        if end < len(whole):
+            os.truncate(self.file, end)
+        lines = json_lines(self.file)
+        _, first = next(lines, (1, None))
+        before = first.get("settings") if isinstance(first, dict) else None
+        if before != self.settings:
+            if restart or not end:
+                return False
+            raise GrpoError(f"{self.file}: {_difference(before, self.settings)}")
+        for number, row in lines:
+            found = _own(row)
+            if found is None:
+                raise GrpoError(
+                    f"{self.file}:{number}: not a line of this file's making; delete "
+                    "the file to ask all its questions again"
+                )
+            self.rows[found[0]] = found[1]
+        return True
+
+    def append(self, found: Mapping[int, Sequence[Completion]], examples, **more):
+        """A batch, in one write that is on the disk when this returns."""
+        lines = []
+        for index, completions in found.items():
+            if index in self.rows:  # of a batch that a kill cut off
+                continue
+            example = examples[index]
+            row = {
+                **more,
+                "index": index,
+                "id": example.id,
+                "question": example.question,
+                "answer": example.answer,
+                "completions": [c.text for c in completions],
+                "cut_off": [c.cut_off for c in completions],
+            }
+            lines.append(_line(row))
+            self.rows[index] = list(completions)
+        if not processes.first():
+            return
+        with open(self.file, "ab") as file:
+            file.write(b"".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _own(row: Any) -> tuple[int, list[Completion]] | None:
+    """The place and the completions of a line as `Log.append` writes it."""
+    match row:
+        case {"index": int() as index, "completions": [*texts], "cut_off": [*cut]}:
+            known = all(c is None or isinstance(c, bool) for c in cut)
+            if isinstance(index, bool) or index < 0 or len(texts) != len(cut):
+                return None
+            if known and all(isinstance(text, str) for text in texts):
+                pairs = zip(texts, cut, strict=True)
+                return index, [Completion(text, c) for text, c in pairs]
+    return None
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    """As UTF-8, or all ASCII where a text holds a lone surrogate."""
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(row).encode() + b"\n"
+
+
+def _difference(before: Any, now: Mapping[str, Any]) -> str:
+    if not isinstance(before, dict):
+        return (
+            "it is no file of this program's completions; take another --out, or "
+            "move it away"
+        )
+    names = [n for n in {**now, **before} if before.get(n) != now.get(n)]
+    shown = ", ".join(f"{n} {before.get(n)!r} → {now.get(n)!r}" for n in names)
+    return (
+        f"made with other settings ({shown}); take another --out, or delete the file "
+        "to ask its questions again"
+    )
+
+
+# -- files made elsewhere --------------------------------------------------------------
+
+
+def read(
+    file: Path, sets: Mapping[str, Sequence[Example]], *, questions: int = 0
+) -> dict[str, dict[Key, Group]]:
+    """set → (mode, greedy | sampled) → completions of every question, in its order.
+
+    questions: only the first ones of each set (0: all), which must all be answered.
+    Raises GrpoError with file and line for a row that cannot be used, and with the
+    set for one that is not answered as a whole.
+    """
+    places = {name: _places(examples) for name, examples in sets.items()}
+    # set → (mode, temperature) → the places that a line answers → its completions
+    found: dict[str, dict[tuple[str, float | None], _Lines]] = {n: {} for n in sets}
+    others: set[str] = set()
+    for number, row in json_lines(file):
+        if isinstance(row, dict) and set(row) == {"settings"}:
+            continue
+        try:
+            name = _set(row, sets)
+            if name not in sets:
+                others.add(name)
+                continue
+            group = (_mode(row), _temperature(row))
+            completions = _completions(row)
+            where = tuple(_questions(row, places[name], name))
+            found[name].setdefault(group, {}).setdefault(where, []).append(completions)
+        except ValueError as error:
+            raise GrpoError(f"{file}:{number}: {error}") from None
+    result: dict[str, dict[Key, Group]] = {}
+    for name, examples in sets.items():
+        if not found[name]:
+            known = ", ".join(map(one_line, sorted(others)[:8]))
+            has = f"; it has {known}" if others else ""
+            raise GrpoError(f"{file}: no completions of the set {name}{has}")
+        result[name] = {}
+        for (mode, temperature), lines in found[name].items():
+            rows = _share(lines)
+            asked = examples[:questions] if questions else examples
+            every, samples = _whole(file, name, rows, asked)
+            greedy = temperature == 0 or (temperature is None and samples == 1)
+            key = mode, KINDS[not greedy]
+            if key in result[name]:
+                raise GrpoError(
+                    f"{file}: set {name}: {mode} completions at several temperatures; "
+                    "give a file for each"
+                )
+            result[name][key] = Group(every, 0.0 if greedy else temperature)
+    return result
+
+
+def _share(lines: _Lines) -> Rows:
+    """Each place's completions: lines of a question that a set has twice are dealt."""
+    rows: Rows = {}
+    for places, answers in lines.items():
+        for n, index in enumerate(places):
+            for completions in answers[n :: len(places)] or answers[:1]:
+                rows.setdefault(index, []).extend(completions)
+    return rows
+
+
+def _places(examples: Sequence[Example]) -> dict[tuple[str, Any], list[int]]:
+    places: dict[tuple[str, Any], list[int]] = {}
+    for index, example in enumerate(examples):
+        places[("index", index)] = [index]
+        if example.id:
+            places.setdefault(("id", example.id), []).append(index)
+        text = " ".join(example.question.split())
+        places.setdefault(("question", text), []).append(index)
+    return places
+
+
+def _set(row: Any, sets: Mapping[str, Any]) -> str:
+    if not isinstance(row, dict):
+        raise ValueError("expected a JSON object")
+    if "set" in row:
+        if not isinstance(row["set"], str):
+            raise ValueError(f"set {one_line(repr(row['set']))} is not a name")
+        return row["set"]
+    if len(sets) > 1:
+        raise ValueError("no 'set', and --sets names several")
+    return next(iter(sets))
+
+
+def _mode(row: Mapping[str, Any]) -> str:
+    mode = row.get("mode", "cot")
+    if mode not in ("cot", "tool"):
+        told = one_line(repr(mode))
+        raise ValueError(f"mode {told} is neither 'cot' nor 'tool'")
+    return mode
+
+
+def _temperature(row: Mapping[str, Any]) -> float | None:
+    value = row.get("temperature")
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 <= value <= 1e6:
+        told = one_line(repr(value))
+        raise ValueError(f"temperature {told} is not a number from 0 to 1e6")
+    return float(value)
+
+
+def _completions(row: Mapping[str, Any]) -> list[Completion]:
+    if ("completion" in row) == ("completions" in row):
+        raise ValueError("give either 'completion' or 'completions'")
+    texts = row["completions"] if "completions" in row else [row["completion"]]
+    if not isinstance(texts, list) or not texts:
+        raise ValueError("'completions' is not a list with one text or more")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a completion is not a text")
+    cut = row.get("cut_off")
+    known = isinstance(cut, list) and all(c in (True, False, None) for c in cut)
+    if not known or len(cut) != len(texts):
+        cut = [None] * len(texts)
+    return [Completion(text, c) for text, c in zip(texts, cut, strict=True)]
+
+
+def _questions(
+    row: Mapping[str, Any], places: Mapping[tuple[str, Any], list[int]], name: str
+) -> list[int]:
+    for field in ("id", "index", "question"):
+        value = row.get(field)
+        if value is None:
+            continue
+        if field == "question" and isinstance(value, str):
+            value = " ".join(value.split())
+        known = isinstance(value, str | int) and not isinstance(value, bool)
+        if not known or (field, value) not in places:
+            shown = ascii(value)[:80]
+            raise ValueError(f"the set {name} has no question with {field} {shown}")
+        return places[field, value]
+    raise ValueError("none of 'id', 'index' and 'question' says which it answers")
+
+
+def _whole(
+    file: Path, name: str, rows: Rows, examples: Sequence[Example]
+) -> tuple[list[list[Completion]], int]:
+    missing = [i for i in range(len(examples)) if i not in rows]
+    if missing:
+        raise GrpoError(
+            f"{file}: set {name}: {len(missing)} of {len(examples)} questions have no "
+            f"completion (the first: index {missing[0]}, id {examples[missing[0]].id});"
+            " add them, or ask for fewer by --questions"
+        )
+    every = [rows[i] for i in range(len(examples))]
+    samples = len(every[0])
+    uneven = next((i for i, row in enumerate(every) if len(row) != samples), None)
+    if uneven is not None:
+        raise GrpoError(
+            f"{file}: set {name}: index {uneven} has {len(every[uneven])} completions "
+            f"and index 0 has {samples}; every question needs as many"
+        )
+    return every, samples

@@ -1,0 +1,332 @@
+"""A model answers a set of questions: batch by batch, kept on disk, to be continued.
+
+In: a model, a set's name and `Settings`. Out: the completions of every question.
+
+A mode ("cot", chain of thought; "tool", with programs) is one function: prompts in,
+completions out. The sampler gets a queue of up to four batches at a time, the longest
+prompts first, and what it answered is written before it gets the next. Draws depend on
+the seed, the temperature and the place in that order alone, so that an evaluation which
+was stopped goes on to the completions that it would have come to.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path
+
+from grpo_jax.data import datasets, few_shot_prompts
+from grpo_jax.data.datasets import Example
+from grpo_jax.data.prompts import encode_prompts
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.distributed import processes, sharding
+from grpo_jax.environments.interpreter import Interpreter
+from grpo_jax.environments.tool_rollouts import solve, text_of
+from grpo_jax.evaluation.completion_files import Completion, Log
+from grpo_jax.generation.sampler import generate
+from grpo_jax.models.decoder import Decoder, Params
+from grpo_jax.training.metrics_writer import progress
+from grpo_jax.training.run import Preempted
+
+Answers = list[list[Completion]]  # [questions][samples]
+Mode = Callable[..., Answers]  # see `chain_of_thought`
+QUEUE = 4  # batches that the sampler gets at a time, at most
+PARTS = 4  # of a set, at least, so that progress shows and little is lost in a stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a set is asked and answered."""
+
+    template: str = "chat"
+    instruction: str = "cot"
+    mode: str = "cot"  # cot | tool
+    generations: int = 2  # of a completion with tools (`tools.py`)
+    tool_timeout: float = 10.0  # seconds of a program
+    few_shot: bool = False  # worked examples instead of template and instruction
+    max_prompt_tokens: int = 2048
+    max_new_tokens: int = 1024
+    questions: int = 0  # of each set; 0 is all
+    samples: int = 1  # a question, at `temperature`; 0 leaves that out
+    temperature: float = 1.0
+    batch: int = 64  # completions decoded at a time, at most
+    seed: int = 0
+    data_dir: str | None = None
+    grader: str = "strict"  # strict | paper: that rule's figures beside the strict ones
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A set's questions with their prompts; None: longer than a prompt may be."""
+
+    name: str
+    examples: Sequence[Example]
+    prompts: Sequence[list[int] | None]
+
+    @functools.cached_property
+    def order(self) -> list[int]:
+        """The questions that are asked, the longest prompts first."""
+        lengths = {i: len(ids) for i, ids in enumerate(self.prompts) if ids is not None}
+        return sorted(lengths, key=lambda i: -lengths[i])
+
+    def digest(self) -> str:
+        """Of all prompts: whatever changes one of them changes this."""
+        sha = hashlib.sha256()
+        for ids in self.prompts:
+            sha.update(np.array([-1] if ids is None else ids, "<i4").tobytes() + b"|")
+        return sha.hexdigest()[:16]
+
+
+def load_prompts(tokenizer: Tokenizer, name: str, settings: Settings) -> Asked:
+    """A set's questions as the settings ask them."""
+    limit, where = settings.questions or None, settings.data_dir
+    rows = datasets.load(name, "test", data_dir=where, limit=limit, require=("answer",))
+    examples = list(rows)
+    shown, form = examples, (settings.template, settings.instruction)
+    if settings.few_shot:
+        shown = [few_shot_prompts.prompt(name, e, data_dir=where) for e in examples]
+        form = ("plain", "none")
+    kept, _ = encode_prompts(
+        tokenizer,
+        shown,
+        limit=settings.max_prompt_tokens,
+        template=form[0],
+        instruction=form[1],
+    )
+    found = {id(example): ids for example, ids in kept}
+    asked = Asked(name, examples, [found.get(id(example)) for example in shown])
+    processes.agree(f"set {name}", {"rows": rows.digest, "prompts": asked.digest()})
+    return asked
+
+
+# -- modes -----------------------------------------------------------------------------
+
+
+def chain_of_thought(
+    model: Decoder,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    key: jax.Array,
+    samples: int,
+    temperature: float,
+    max_new_tokens: int,
+    slots: int = 0,
+    stop: Sequence[Sequence[int]] = (),
+) -> Answers:
+    """`samples` completions of every prompt, `slots` at a time (0: as it likes)."""
+    out = generate(
+        model,
+        params,
+        prompts,
+        key=key,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        eos_id=tokenizer.eos_ids,
+        stop=stop,
+        slots=slots or None,
+    )
+    while not out.tokens.is_ready():  # asleep here, so that Ctrl-C is heard
+        time.sleep(0.005)
+    arrays = out.tokens, out.lengths, out.finished
+    tokens, lengths, done = sharding.to_hosts(arrays)
+    rows = [
+        Completion(tokenizer.decode(ids[:n]), not end)
+        for ids, n, end in zip(tokens, lengths.tolist(), done.tolist(), strict=True)
+    ]
+    return [rows[i : i + samples] for i in range(0, len(rows), samples)]
+
+
+def with_programs(
+    model: Decoder,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    slots: int = 0,
+    stop: Sequence[Sequence[int]] = (),
+    **options: Any,
+) -> Answers:
+    """The same by tool-integrated reasoning, whose programs a sandbox runs; `slots`
+    completions at a time. options: as `tools.solve` has them; few-shot has no tools."""
+    assert not stop
+    found = solve(model, params, tokenizer, prompts, rows=slots, **options)
+    rows = []
+    for i, n in enumerate(found.lengths.tolist()):
+        ids, mask = found.tokens[i, :n].tolist(), found.mask[i, :n].tolist()
+        text = text_of(tokenizer, ids, mask)
+        rows.append(Completion(text, not found.finished[i]))
+    samples = options["samples"]
+    return [rows[i : i + samples] for i in range(0, len(rows), samples)]
+
+
+MODES: dict[str, Mode] = {"cot": chain_of_thought, "tool": with_programs}
+
+
+def find_mode(settings: Settings) -> Mode:
+    """The settings' mode; refused where it needs a sandbox and none works here."""
+    mode = MODES[settings.mode]
+    if settings.mode != "tool":
+        return mode
+    interpreter = Interpreter(settings.tool_timeout)
+    generations = settings.generations
+    return functools.partial(mode, interpreter=interpreter, generations=generations)
+
+
+# -- a whole set -----------------------------------------------------------------------
+
+
+def answer_all(
+    model: Decoder,
+    params: Params,
+    tokenizer: Tokenizer,
+    asked: Asked,
+    settings: Settings,
+    *,
+    kind: str,
+    label: str = "",
+    file: Path | None = None,
+    restart: bool = False,
+) -> list[list[Completion] | None]:
+    """Completions of every question, None for those that are too long to be asked.
+
+    kind: greedy (one, at temperature 0) or sampled. file: where they are kept, and
+    what is there already is not asked again; made with other settings it is refused,
+    or with `restart` replaced.
+    """
+    temperature, samples = 0.0, 1
+    if kind == "sampled":
+        temperature, samples = settings.temperature, settings.samples
+    ask = find_mode(settings)
+    form = few_shot_prompts.find(asked.name) if settings.few_shot else None
+    stop = few_shot_prompts.stop_ids(tokenizer, form) if form else []
+    size = questions_at_once(len(asked.order), samples, settings.batch)
+    log = None
+    if file is not None:
+        header = describe(asked, settings, kind, size)
+        header |= {"weights": fingerprint(params), "dtype": str(jnp.dtype(model.dtype))}
+        log = Log(file, header, restart=restart)
+    found = {} if log is None else dict(log.rows)
+    if all(i in found for i in asked.order):  # no bar: nothing is asked
+        return [found.get(i) for i in range(len(asked.examples))]
+    key = jax.random.fold_in(jax.random.key(settings.seed), round(1000 * temperature))
+    done = sum(i in found for i in asked.order)
+    with progress(label or asked.name, done, len(asked.order), unit="question") as bar:
+        for start in range(0, len(asked.order), size):
+            batch = asked.order[start : start + size]
+            left = [i for i in batch if i not in found]
+            if not left:
+                continue
+            queued = len(batch) * samples
+            rows = ask(
+                model,
+                params,
+                tokenizer,
+                [asked.prompts[i] for i in batch],
+                key=jax.random.fold_in(key, start),
+                samples=samples,
+                temperature=temperature,
+                max_new_tokens=settings.max_new_tokens,
+                slots=settings.batch if queued > settings.batch else 0,
+                stop=stop,
+            )
+            if form:
+                rows = [[_cut(c, form) for c in row] for row in rows]
+            new = dict(zip(batch, rows, strict=True))
+            if log is not None:
+                about = {"set": asked.name, "mode": settings.mode}
+                log.append(new, asked.examples, **about, temperature=temperature)
+                new = {i: log.rows[i] for i in batch}
+            found |= new
+            bar.update(len(left))
+            if processes.stopping():
+                raise Preempted(f"{label or asked.name}: stopped")
+    return [found.get(i) for i in range(len(asked.examples))]
+
+
+def _cut(completion: Completion, form: few_shot_prompts.Format) -> Completion:
+    text = few_shot_prompts.cut(completion.text, form)
+    went_on = len(text) < len(completion.text)
+    return Completion(text, completion.cut_off and not went_on)
+
+
+def questions_at_once(questions: int, samples: int, batch: int) -> int:
+    """Of a set: a quarter, though at least a batch and at most four, in completions.
+
+    >>> [questions_at_once(n, 1, 64) for n in (10, 400, 1319, 5000)]
+    [64, 100, 256, 256]
+    >>> questions_at_once(1000, 64, 64)
+    4
+    """
+    part = -(-questions * samples // PARTS)
+    return max(1, min(max(part, batch), QUEUE * batch) // samples)
+
+
+def describe(asked: Asked, settings: Settings, kind: str, size: int) -> dict[str, Any]:
+    """All that completions depend on, beside the model's own."""
+    how: dict[str, Any] = {
+        "set": asked.name,
+        "questions": len(asked.examples),
+        "mode": settings.mode,
+        "template": settings.template,
+        "instruction": settings.instruction,
+        "few_shot": settings.few_shot,
+        "max_prompt_tokens": settings.max_prompt_tokens,
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": 0.0,
+        "questions_at_once": size,
+        "batch": settings.batch,
+        "prompts": asked.digest(),
+    }
+    if settings.mode == "tool":
+        how |= {"generations": settings.generations}
+        how |= {"tool_timeout": settings.tool_timeout}
+    if kind == "sampled":
+        how |= {"temperature": settings.temperature, "samples": settings.samples}
+        how["seed"] = settings.seed
+    return how
+
+
+def fingerprint(params: Params) -> str:
+    """A checksum of all weights, the same however they are sharded.
+
+    >>> one = fingerprint({"a": jnp.ones(3), "b": jnp.zeros(2)})
+    >>> one == fingerprint({"a": jnp.ones(3), "b": -jnp.zeros(2)}), len(one)
+    (False, 16)
+    """
+    leaves = tree_leaves_with_path(params)
+    sums = sharding.to_hosts(_checksums([leaf for _, leaf in leaves]))
+    sha = hashlib.sha256()
+    for (path, leaf), total in zip(leaves, sums, strict=True):
+        sha.update(f"{keystr(path)} {leaf.dtype} {leaf.shape} {int(total)}\n".encode())
+    return sha.hexdigest()[:16]
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+    """Of each array: its bits, each mixed with its place, summed modulo 2³²."""
+
+    def one(x: jax.Array) -> jax.Array:
+        bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        mixed = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
+        stride = 0x9E3779B1
+        for axis in reversed(range(x.ndim)):
+            at = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            mixed += at * jnp.uint32(stride)
+            stride = stride * x.shape[axis] % 2**32
+        mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+        mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+        return (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32)
+
+    return [one(x) for x in leaves]

@@ -1,0 +1,217 @@
+"""What completions are worth: accuracy, pass@k, maj@k, and two models compared.
+
+In: the examples of a set and the completions of every question. Out: `Score`, whose
+`result` is what results.json holds and whose `right` the paired tests need.
+
+Intervals are 95 %. Of one completion a question: Wilson's. Of several, and of pass@k
+and maj@k: the bootstrap's, over questions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.data.datasets import Example
+from grpo_jax.distributed import processes
+from grpo_jax.evaluation import statistics
+from grpo_jax.evaluation.completion_files import Completion
+from grpo_jax.rewards.grading import answers, kinds
+from grpo_jax.rewards.grading.expressions import Unreadable, rational
+from grpo_jax.rewards.grading.notation import clean
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on one set, asked in one way."""
+
+    result: Result
+    right: np.ndarray  # [questions, samples], 0 or 1
+
+
+def score(
+    examples: Sequence[Example],
+    completions: Sequence[Sequence[Completion] | None],
+    *,
+    temperature: float | None = None,
+    rules: Sequence[str] = ("strict",),
+    programs: bool = False,
+) -> Score:
+    """Grades every completion; None: the question was too long and counts as wrong.
+
+    temperature: what they were sampled at, to be told with the result. rules: strict,
+    and paper for DeepSeekMath's lenient rule beside it. programs: also
+    the accuracy of the last ```output block, as tool-integrated reasoning is reported.
+
+    >>> two = [Example("1+1", "2"), Example("1+2", "3")]
+    >>> found = score(two, [[Completion("It is 2.")], [Completion("It is 2.")]])
+    >>> found.result["accuracy"], found.right.tolist()
+    (0.5, [[1.0], [0.0]])
+    """
+    samples = max((len(row) for row in completions if row is not None), default=1)
+    flat = [example for example in examples for _ in range(samples)]
+    texts = [
+        c.text if c else None for row in completions for c in row or [None] * samples
+    ]
+    shape = len(examples), samples
+
+    def graded(rule: str, output: bool = False) -> tuple[list[str | None], np.ndarray]:
+        def judge(places: Sequence[int]) -> list[tuple[str | None, bool]]:
+            given = []
+            for place in places:
+                text = texts[place]
+                if text is None:
+                    given.append(None)
+                elif output:
+                    given.append(answers.printed(text))
+                else:
+                    given.append(kinds.predict(text, flat[place], rule))
+            right = kinds.grade([flat[place] for place in places], given, rule)
+            return list(zip(given, right, strict=True))
+
+        judged = processes.divide(judge, range(len(flat)))
+        right = np.array([same for _, same in judged], float).reshape(shape)
+        return [said for said, _ in judged], right
+
+    given, right = graded("strict")
+    result: Result = _accuracy(right) | {"temperature": temperature}
+    result["too_long"] = sum(row is None for row in completions)
+    cut = [c.cut_off for row in completions for c in row or ()]
+    if cut and None not in cut:
+        result["cut_off"] = sum(map(bool, cut)) / len(cut)
+    if "paper" in rules:
+        result["paper"] = _accuracy(graded("paper")[1])
+    if programs:
+        result["program"] = _accuracy(graded("strict", True)[1])
+    if samples > 1:
+        result["samples"] = samples
+        result |= _at_k(votes(examples, given, right), right)
+    return Score(result, right)
+
+
+def _accuracy(right: np.ndarray) -> Result:
+    n, samples = right.shape
+    accuracy = float(right.mean())
+    if samples == 1:
+        return {"accuracy": accuracy, "ci95": statistics.wilson(accuracy, n)}
+    return {"accuracy": accuracy, "ci95": statistics.interval(right.mean(1))}
+
+
+def _at_k(votes: Sequence[Sequence[int | None]], right: np.ndarray) -> Result:
+    samples = right.shape[1]
+    counts = right.sum(1).astype(int).tolist()
+    powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
+    result: Result = {"pass@k": {}, "pass@k_ci95": {}, "maj@k": {}, "maj@k_ci95": {}}
+
+    def put(name: str, k: int, each: Sequence[float]) -> None:
+        result[name][str(k)] = float(np.mean(each))
+        result[f"{name}_ci95"][str(k)] = statistics.interval(np.array(each))
+
+    for k in powers:
+        put("pass@k", k, statistics.each_pass_at_k(counts, samples, k))
+    good = (right > 0).tolist()
+    for k in dict.fromkeys([*powers, samples]):
+        each = [statistics.maj_at_k(v, r, k) for v, r in zip(votes, good, strict=True)]
+        put("maj@k", k, each)
+    return result
+
+
+MOST_ANSWERS = 64  # different wrong ones of a question that are compared
+
+
+def votes(
+    examples: Sequence[Example], given: Sequence[str | None], right: np.ndarray
+) -> list[list[int | None]]:
+    """What each prediction votes for: equal ones, however they are written, for one.
+
+    given: the predictions of all questions, side by side. right: [questions, samples];
+    the right ones vote for the reference. None: it votes for nothing.
+
+    >>> said = ["5", "3 cm", "5", "x=3", "3", None]
+    >>> votes([Example("?", "3")], said, np.array([[0, 1, 0, 1, 1, 0]]))
+    [[1, 0, 1, 0, 0, None]]
+    """
+    samples = right.shape[1]
+
+    def vote(places: Sequence[int]) -> list[list[int | None]]:
+        answered, pairs = [], []
+        for i in places:
+            said = given[i * samples : (i + 1) * samples]
+            spelled = [p if p is None else _spelled(p) for p in said]
+            wrong = [s for s, good in zip(spelled, right[i], strict=True) if not good]
+            distinct = [s for s in dict.fromkeys(wrong) if s is not None]
+            answered.append((spelled, distinct))
+            # Where none is right, no vote can be.
+            compared = distinct[:MOST_ANSWERS] if right[i].any() else []
+            pairs += [(i, *pair) for pair in itertools.combinations(compared, 2)]
+        same = _equal([(examples[i], a, b) for i, a, b in pairs])
+        equal = {pair for pair, is_same in zip(pairs, same, strict=True) if is_same}
+        found = []
+        for i, (spelled, distinct) in zip(places, answered, strict=True):
+            number: dict[str, int] = {}
+            for n, answer in enumerate(distinct):
+                first = (a for a in distinct[:n] if (i, a, answer) in equal)
+                number[answer] = next((number[a] for a in first), n + 1)
+            row = zip(spelled, right[i], strict=True)
+            found.append(
+                [None if s is None else 0 if good else number[s] for s, good in row]
+            )
+        return found
+
+    return processes.divide(vote, range(len(examples)))
+
+
+def _equal(asked: Sequence[tuple[Example, str, str]]) -> list[bool]:
+    """Whether two predictions for an example are the same answer."""
+    references, predictions = [], []
+    for example, a, b in asked:
+        options = len(kinds.options_of(example))
+        if kinds.is_letters(b, options):  # a letter is asked for with its options
+            a, b = b, a
+        references.append(dataclasses.replace(example, answer=a))
+        predictions.append(b)
+    return kinds.grade(references, predictions)
+
+
+def _spelled(prediction: str) -> str:
+    """One spelling for 1/2, 0.5 and $0.50."""
+    if len(prediction) > answers.MAX_CHARS:
+        return prediction
+    text = clean(prediction)
+    try:
+        return str(rational(text))
+    except (Unreadable, RecursionError):
+        return prediction
+
+
+def paired(first: Score, second: Score) -> Result:
+    """Whether the second model is better than the first, on the same questions.
+
+    One completion a question: the exact McNemar test. Several: a paired bootstrap of
+    the difference between the questions' mean accuracies. The interval is the
+    bootstrap's in both.
+    """
+    a, b = first.right.mean(1), second.right.mean(1)
+    low, high, p = statistics.paired_bootstrap(a, b)
+    test = "paired bootstrap"
+    if first.right.shape[1] == second.right.shape[1] == 1:
+        test, p = "exact McNemar", statistics.mcnemar(a > 0, b > 0)
+    difference = float((b - a).mean())
+    return {"difference": difference, "ci95": (low, high), "p": p, "test": test}
+
+
+def pairs(scores: Mapping[tuple[str, str], Mapping[str, Score]]) -> list[Result]:
+    """The tests between every two models: scores[set, measure][model]."""
+    return [
+        {"set": name, "measure": measure, "models": [a, b], **paired(x, y)}
+        for (name, measure), models in scores.items()
+        for (a, x), (b, y) in itertools.combinations(models.items(), 2)
+        if len(x.right) == len(y.right)
+    ]

@@ -1,0 +1,347 @@
+"""What the slots hold, and attention to it.
+
+A prompt's keys and values stand once, in `Prefixes`, and every row that goes on from it
+reads them there: so many rows at a time as one matrix product. What a row adds stands
+in its slot's columns, in blocks of B. All slots write the same column at the same turn,
+into the last block; when that is full it is put away among the X others, which are used
+in a circle. `places` says which columns are of a slot's present row. Attention reads
+the blocks back to the oldest row that is being decoded, and no others: each is an array
+of its own, so that it is read where it stands.
+
+Axes: W slots, P prompts, S positions of a prompt, X + 1 blocks of columns, B columns of
+one, E entries (prompts with R slots each), e of them at once, K key heads, G query
+heads per key head, M = R·G, Q = K·G, H head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from grpo_jax.distributed import sharding
+from grpo_jax.models.kernels.products import einsum
+
+TOGETHER = 8  # R at most: rows of a prompt whose scores are one matrix product
+Pair = tuple[Array, Array]  # keys and values
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["lengths", "layers"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Prefixes:
+    """The prompts, each without its last token, which goes in with every row."""
+
+    lengths: Array  # [P] int32
+    layers: tuple[Pair, ...]  # [P, K, H, S] and [P, K, S, H] of each
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "turn",
+        "token",
+        "position",
+        "began",
+        "prompt",
+        "places",
+        "layers",
+        "prefixes",
+    ],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What the slots hold: all a row's tokens but the last, which is yet to go in."""
+
+    turn: Array  # [] int32, the column that is written next, counted without end
+    token: Array  # [W] int32
+    position: Array  # [W] int32, where it will go
+    began: Array  # [W] int32, the turn when the slot got its row
+    prompt: Array  # [W] int32, of the slot's row
+    places: tuple[Array, ...]  # [W, B] int32 each, the position in a column; -1: none
+    layers: tuple[tuple[Pair, ...], ...]  # of each block: [W, K, H, B], [W, K, B, H]
+    prefixes: Prefixes
+
+    @property
+    def block(self) -> int:
+        return self.places[0].shape[1]
+
+    @property
+    def columns(self) -> int:
+        return len(self.places) * self.block
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which slots go on from which prompt: entries of R slots with one prompt."""
+
+    prompts: Array  # [E]
+    slots: Array  # [E, R]; W: none
+    where: Array  # [W] a slot's place among the E·R
+    rounds: Array  # [] how many times `at_once` entries hold any slot
+    at_once: int
+
+
+def plan_of(cache: Cache, live: Bool[Array, "W"], together: int) -> Plan:
+    slots, index = len(live), jnp.arange(len(live))
+    at_once = max(1, slots // together)
+    # Slots by their prompt, those without a row last.
+    prompt = jnp.where(live, cache.prompt, 2**30)
+    order = jnp.argsort(prompt, stable=True)
+    ordered = prompt[order]
+    changes = jnp.pad(ordered[1:] != ordered[:-1], (1, 0), constant_values=True)
+    within = index - jax.lax.cummax(jnp.where(changes, index, 0))
+    entry = jnp.cumsum(within % together == 0) - 1
+    place = entry * together + within % together
+    entries = -(-slots // at_once) * at_once
+    filled = jnp.full(entries * together, slots).at[place].set(order)
+    return Plan(
+        prompts=jnp.zeros(entries, jnp.int32).at[entry].set(cache.prompt[order]),
+        slots=filled.reshape(entries, together),
+        where=jnp.zeros(slots, jnp.int32).at[order].set(place),
+        rounds=-(-jnp.max(jnp.where(live[order], entry + 1, 0)) // at_once),
+        at_once=at_once,
+    )
+
+
+Parts = tuple[Array, Array, Array]  # greatest score, sum of weights, weighted values
+
+
+def of_prefix(
+    q: Float[Array, "W K G H"],
+    layer: Pair,
+    lengths: Int[Array, "P"],
+    position: Int[Array, "W"],
+    plan: Plan,
+    window: int | None,
+) -> Parts:
+    """Attention to the prompts, each read once for R of its rows."""
+    slots, kv_heads, groups, head_dim = q.shape
+    entries, together = plan.slots.shape
+    size = plan.at_once
+    step = jnp.arange(layer[1].shape[2])
+
+    def some(turn, parts):
+        def here(x):
+            return jax.lax.dynamic_slice_in_dim(x, turn * size, size)
+
+        prompts, rows = here(plan.prompts), here(plan.slots)
+        mine = q.at[rows].get(mode="fill", fill_value=0)  # [e, R, K, G, H]
+        mine = mine.swapaxes(1, 2).reshape(size, kv_heads, together * groups, head_dim)
+
+        keys, values = (x[prompts].astype(q.dtype) for x in layer)
+        scores = einsum("EKHS,EKMH->EKMS", keys, mine)
+        scores = scores.reshape(size, kv_heads, together, groups, -1)
+        seen = step[None, None] < lengths[prompts][:, None, None]  # [e, R, S]
+        if window is not None:
+            at = position.at[rows].get(mode="fill", fill_value=0)
+            seen = seen & (at[..., None] - step[None, None] < window)
+        scores = scores / math.sqrt(head_dim)
+        scores = jnp.where(seen[:, None, :, None], scores, -1e30)
+        top = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        flat = weights.reshape(size, kv_heads, together * groups, -1).astype(q.dtype)
+        out = einsum("EKMS,EKSH->EKMH", flat, values)
+        found = (top, weights.sum(-1, keepdims=True), out.reshape(*top.shape[:4], -1))
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(
+                table, x.swapaxes(1, 2), turn * size, axis=0
+            )
+            for table, x in zip(parts, found, strict=True)
+        )
+
+    shape = (entries, together, kv_heads, groups)
+    zero = jnp.zeros((*shape, 1), jnp.float32)
+    empty = (zero - 1e30, zero, jnp.zeros((*shape, head_dim), jnp.float32))
+    with jax.named_scope("rounds"):
+        parts = jax.lax.fori_loop(0, plan.rounds, some, empty)
+    top, total, out = (
+        x.reshape(entries * together, *shape[2:], -1)[plan.where] for x in parts
+    )
+    return top, total, out
+
+
+def attend(
+    q: Float[Array, "W 1 Q H"],
+    parts: Parts,
+    blocks: Sequence[Pair],
+    cache: Cache,
+    window: int | None,
+    reads: Bool[Array, "X"],
+) -> Float[Array, "W 1 Q H"]:
+    """Softmax over the prompt, which is in `parts`, and then block after block."""
+    slots, kv_heads = blocks[0][0].shape[:2]
+    q = q.reshape(slots, kv_heads, -1, q.shape[-1])
+
+    def add(parts, block, places):
+        (top, total, out), (keys, values) = parts, block
+        seen = places >= 0  # [W, B]
+        if window is not None:
+            seen &= cache.position[:, None] - places < window
+        scores = einsum("WKGH,WKHB->WKGB", q, keys.astype(q.dtype))
+        scores = scores / math.sqrt(q.shape[-1])
+        scores = jnp.where(seen[:, None, None], scores, -1e30)
+        now = jnp.maximum(top, scores.max(-1, keepdims=True))
+        weights, fade = jnp.exp(scores - now), jnp.exp(top - now)
+        total = total * fade + weights.sum(-1, keepdims=True)
+        weights, values = weights.astype(q.dtype), values.astype(q.dtype)
+        taken = einsum("WKGB,WKBH->WKGH", weights, values)
+        return now, total, out * fade + taken
+
+    *others, last = blocks
+    # Branches: a loop of one turn or none computes its scores in either case, as XLA
+    # takes out of loops what does not change in them.
+    with jax.named_scope("blocks"):
+        for read, *block in zip(reads, others, cache.places[:-1], strict=True):
+            parts = jax.lax.cond(read, add, lambda parts, *_: parts, parts, *block)
+    _, total, out = add(parts, last, cache.places[-1])
+    return (out / total).astype(q.dtype).reshape(slots, 1, -1, q.shape[-1])
+
+
+def reads_of(cache: Cache, live: Bool[Array, "W"]) -> Bool[Array, "X"]:
+    """The blocks back to the oldest row, of those that were put away."""
+    last = cache.turn // cache.block
+    oldest = jnp.min(jnp.where(live, cache.began, cache.turn)) // cache.block
+    others = len(cache.places) - 1
+    number = last - 1 - (last - 1 - jnp.arange(others)) % max(others, 1)
+    return (number >= oldest) & (number >= 0)
+
+
+def written(blocks: Sequence[Pair], keys: Array, values: Array, cache: Cache):
+    """The blocks with [W, 1, K, H] keys and values of this turn."""
+    *others, (old_keys, old_values) = blocks
+    at = cache.turn % cache.block
+
+    def put(table, x, axis):
+        x = jnp.expand_dims(x[:, 0], axis).astype(table.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(table, x, at, axis)
+
+    return (*others, (put(old_keys, keys, 3), put(old_values, values, 2)))
+
+
+def seeing(
+    cache: Cache, live: Bool[Array, "W"], together: int, window: int | None
+) -> Callable[..., tuple[Array, tuple[Pair, ...]]]:
+    """A turn's attention, for each of the layers in turn.
+
+    (queries, keys, values, the layer's prompts, its blocks) → what the queries take,
+    and the blocks with the keys and values.
+    """
+    plan, reads = plan_of(cache, live, together), reads_of(cache, live)
+
+    def see(q, keys, values, prefix, blocks):
+        blocks = written(blocks, keys, values, cache)
+        heads = q.reshape(len(live), keys.shape[2], -1, q.shape[-1])
+        lengths = cache.prefixes.lengths
+        parts = of_prefix(heads, prefix, lengths, cache.position, plan, window)
+        return attend(q, parts, blocks, cache, window, reads), blocks
+
+    return see
+
+
+def next_column(cache: Cache, live: Bool[Array, "W"]) -> Cache:
+    """The column of this turn is each slot's; a full block is put away before."""
+    at = cache.turn % cache.block
+    *others, last = zip(cache.places, *cache.layers, strict=True)
+    full = (at == 0) & (cache.turn > 0)
+    index = (cache.turn // cache.block - 1) % max(len(others), 1)
+    others = [
+        jax.lax.cond(full & (index == i), lambda _: last, lambda block: block, block)
+        for i, block in enumerate(others)
+    ]
+    here = jnp.where(live, cache.position, -1)[:, None]
+    places = jax.lax.dynamic_update_slice_in_dim(
+        jnp.where(full, -1, last[0]), here, at, 1
+    )
+    places, *layers = zip(*others, (places, *last[1:]), strict=True)
+    return dataclasses.replace(cache, places=places, layers=tuple(layers))
+
+
+def block_size(tokens: int) -> int:
+    """B for rows of so many tokens: few blocks, and each mostly used.
+
+    >>> [block_size(n) for n in (20, 128, 512, 1024, 4096)]
+    [32, 64, 64, 128, 512]
+    """
+    size = 32
+    while size < min(tokens, 64) or size * 8 < tokens:
+        size *= 2
+    return size
+
+
+def others_for(tokens: int, queue: bool) -> int:
+    """X. A row that began within a block, out of a queue, reaches into one more.
+
+    >>> others_for(128, queue=False), others_for(128, queue=True)
+    (1, 2)
+    """
+    size = block_size(tokens)
+    return -(-(tokens - 1) // size) if queue else (tokens - 1) // size
+
+
+def empty(slots: int, tokens: int, queue: bool, prefixes: Prefixes) -> Cache:
+    """Slots without a row, for rows of so many tokens."""
+    keys, values = prefixes.layers[0]
+    heads, width, size = *keys.shape[1:3], block_size(tokens)
+    count = others_for(tokens, queue) + 1
+    rows = sharding.P(*sharding.BATCH, "tensor")
+    pair = (
+        jnp.zeros((slots, heads, width, size), keys.dtype),
+        jnp.zeros((slots, heads, size, width), values.dtype),
+    )
+    pair = jax.tree.map(lambda x: sharding.constrain(x, rows), pair)
+    zeros = jnp.zeros(slots, jnp.int32)
+    return Cache(
+        turn=jnp.int32(0),
+        token=zeros,
+        position=zeros,
+        began=zeros,
+        prompt=zeros,
+        places=(jnp.full((slots, size), -1, jnp.int32),) * count,
+        layers=((pair,) * count,) * len(prefixes.layers),
+        prefixes=prefixes,
+    )
+
+
+@jax.jit
+def of_slots(cache: Cache, index: Int[Array, "V"]) -> Cache:
+    """The cache of some slots, in this order."""
+    names = ("token", "position", "began", "prompt", "places", "layers")
+    chosen: Any = {
+        name: jax.tree.map(lambda x: x[index], getattr(cache, name)) for name in names
+    }
+    return dataclasses.replace(cache, **chosen)
+
+
+def grow(cache: Cache, tokens: int) -> Cache:
+    """Blocks for so many further tokens, where no column was used twice."""
+    more = -(-tokens // cache.block)
+    *others, last = cache.places
+    layers = tuple((*blocks[:-1], *blocks[-1:] * (more + 1)) for blocks in cache.layers)
+    places = (*others, *(jnp.full_like(last, -1),) * more, last)
+    return dataclasses.replace(cache, places=places, layers=layers)
+
+
+def joined(blocks: Sequence[Array], turn: Array, axis: int) -> Array:
+    """The blocks, each in its place among the columns, which were used once."""
+    *others, last = blocks
+    size = last.shape[axis]
+    at = jnp.maximum(turn - 1, 0) // size * size
+    flat = jnp.concatenate((*others, jnp.full_like(last, -1)), axis)
+    return jax.lax.dynamic_update_slice_in_dim(flat, last, at, axis)
+
+
+def parted(flat: Array, count: int, turn: Array, axis: int) -> tuple[Array, ...]:
+    """The opposite of `joined`."""
+    size = flat.shape[axis] // count
+    at = jnp.maximum(turn - 1, 0) // size * size
+    last = jax.lax.dynamic_slice_in_dim(flat, at, size, axis)
+    return (*jnp.split(flat, count, axis)[:-1], last)

@@ -1,0 +1,383 @@
+"""The sampler: prompts in, completions with their log-probabilities out.
+
+In: model, parameters, prompts (lists of token ids), a key. Out: `Rollouts`.
+
+A prompt is prefilled once, however many samples are drawn from it. Then one jitted
+while_loop (`decoding.py`) decodes W slots at a time, a token a turn. A slot whose row
+ended takes the next (prompt, sample) of the queue: the prompt's last token goes in, and
+the rest of its prompt is read where it stands. The same key gives the same tokens
+whatever the slots: a row's draws depend on its own number and turn alone.
+
+Axes: P prompts, M samples of each, N = P·M rows, W slots, S prompt positions, C new
+positions, K key heads, H head width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Int
+
+from grpo_jax.arguments import check_request, check_token_ids
+from grpo_jax.distributed import sharding
+from grpo_jax.errors import GrpoError
+from grpo_jax.generation.decode_loop import Ends, State, decode, start
+from grpo_jax.generation.decode_loop import Rollouts as Rollouts
+from grpo_jax.generation.kv_cache import Prefixes, empty
+from grpo_jax.generation.reshard import laid_out
+from grpo_jax.generation.token_sampling import Sampling
+from grpo_jax.models.decoder import Decoder, Params
+from grpo_jax.models.kernels.block_attention import marked
+
+
+def generate_tokens(
+    model: Decoder,
+    params: Params,
+    tokens: Int[Array, "P S"],
+    mask: Array,
+    *,
+    key: Array,
+    samples: int = 1,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    eos_id: int | tuple[int, ...],
+    stop: tuple[tuple[int, ...], ...] = (),
+    slots: int | None = None,
+    cache_dtype: str | None = None,
+    keep: bool = False,
+    groups: tuple[str, ...] = (),
+    stop_table: Array | None = None,
+) -> Rollouts:
+    """The jittable core of `generate`: all but the arrays is static.
+
+    tokens [P, S], mask [P, S] = 1 on real tokens; padding may stand on either side.
+    Prompts without a real token, which must be the last, only fill the shape. `groups`
+    are the axes of the shard_map that this is inside of, and these prompts a part.
+    """
+    request = max_new_tokens, eos_id, samples, slots, cache_dtype
+    check_request("generate_tokens", model.config.vocab_size, *request)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    ends = Ends(as_ids(eos_id), stop, max_new_tokens)
+    mask, total = mask != 0, tokens.shape[0] * samples
+    slots = total if keep else min(total, slots or default_slots(total))
+    order = jnp.argsort(~mask, axis=1, stable=True)  # padding goes to the right
+    tokens = jnp.take_along_axis(tokens, order, 1)
+    lengths = mask.sum(1, dtype=jnp.int32)
+    mask = jnp.arange(mask.shape[1])[None] < lengths[:, None]
+    _, kept = model.hidden(params, tokens, mask=mask, keep_cache=True)
+    keys, values = marked(*kept)
+    last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[:, None], 1)[:, 0]
+
+    def table(x: Array, *axes: int) -> Array:  # of [P, S, K, H]
+        x = x.transpose(axes).astype(cache_dtype or x.dtype)
+        return sharding.constrain(x, sharding.P(*sharding.BATCH, "tensor"))
+
+    depth = model.config.layers
+    prefixes = Prefixes(
+        jnp.maximum(lengths - 1, 0),
+        tuple(
+            (table(keys[i], 0, 2, 3, 1), table(values[i], 0, 2, 1, 3))
+            for i in range(depth)
+        ),
+    )
+    rows = lengths.astype(bool).sum() * samples
+
+    def refill(state: State) -> State:
+        """The queue's next rows into the slots that have none."""
+        cache, free = state.cache, state.row == total
+        row = state.queue + jnp.cumsum(free) - 1
+        taken = free & (row < rows)
+        prompt = jnp.where(taken, row // samples, cache.prompt)
+        return dataclasses.replace(
+            state,
+            queue=state.queue + taken.sum(),
+            row=jnp.where(taken, row, state.row),
+            recent=jnp.where(taken[:, None], -1, state.recent),
+            matched=jnp.where(taken, 0, state.matched),
+            cache=dataclasses.replace(
+                cache,
+                token=jnp.where(taken, last[prompt], cache.token),
+                position=jnp.where(taken, prefixes.lengths[prompt], cache.position),
+                began=jnp.where(taken, cache.turn, cache.began),
+                prompt=prompt,
+                places=tuple(jnp.where(taken[:, None], -1, x) for x in cache.places),
+            ),
+        )
+
+    cache = empty(slots, max_new_tokens, slots < total, prefixes)
+    state = decode(
+        model,
+        params,
+        start(cache, jnp.full(slots, total, jnp.int32), total, ends),
+        refill,
+        rows,
+        key=key,
+        sampling=sampling,
+        ends=ends,
+        widths=(slots,) if keep else widths_of(slots, sharding.platform()),
+        first=jax.lax.axis_index(groups) * total if groups else 0,
+        any_group=(lambda more: jax.lax.pmax(more, groups)) if groups else lambda x: x,
+        stop_table=stop_table,
+    )
+    return dataclasses.replace(state.out, cache=state.cache if keep else None)
+
+
+def spread_tokens(
+    model: Decoder,
+    params: Params,
+    tokens: Int[Array, "P S"],
+    mask: Array,
+    *,
+    key: Array,
+    samples: int = 1,
+    stop_table: Array | None = None,
+    **options: Any,
+) -> Rollouts:
+    """`generate_tokens` on the mesh in use: each group of devices for itself.
+
+    Along "data" (and "fsdp") every group has prompts, slots and a cache of its own, and
+    asks the others only whether they are done; along "tensor" devices share matrices
+    and heads. `slots` are one group's.
+    """
+
+    def of_group(params, tokens, mask, key, stop_table):
+        out = generate_tokens(
+            model,
+            params,
+            tokens,
+            mask,
+            key=key,
+            samples=samples,
+            groups=groups,
+            stop_table=stop_table,
+            **options,
+        )
+        return dataclasses.replace(out, occupancy=out.occupancy[None])
+
+    groups = sharding.AXES[:2]
+    rows, every = sharding.BATCH, sharding.P()
+    out = jax.shard_map(
+        of_group,
+        in_specs=(every, rows, rows, every, every),
+        out_specs=rows,
+        axis_names=set(groups),
+        check_vma=False,  # a group's loops start from constants
+    )(params, tokens, mask, key, stop_table)
+    return dataclasses.replace(out, occupancy=out.occupancy.mean())
+
+
+_STATIC = ("model", "max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+_STATIC += ("eos_id", "stop", "samples", "slots", "cache_dtype", "keep")
+_jitted = jax.jit(generate_tokens, static_argnames=_STATIC)
+_spread = jax.jit(spread_tokens, static_argnames=_STATIC)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What of a request is compiled: one program for many numbers of prompts."""
+
+    copies: int  # of each prompt, in turn, with `samples` samples each
+    samples: int
+    prompts: int  # P, with copies and padding
+    width: int  # S
+    slots: int  # W of each group of devices
+
+
+def shape_of(
+    prompts: int,
+    longest: int,
+    samples: int,
+    *,
+    groups: int = 1,
+    slots: int | None = None,
+) -> Shape:
+    """How a request is laid out over `groups` of devices.
+
+    Where prompts are fewer than groups, several groups draw a prompt's samples.
+
+    >>> shape_of(16, 100, 64, groups=64)
+    Shape(copies=4, samples=16, prompts=64, width=128, slots=16)
+    """
+    fit = [n for n in range(1, samples + 1) if not samples % n]
+    copies = max([n for n in fit if n * prompts <= groups], default=1)
+    each = -(-prompts * copies // groups)
+    each = bucket(each, smallest=2) if each > 1 else 1
+    samples //= copies
+    if slots is None:
+        slots = default_slots(each * samples)
+    else:
+        slots = -(-slots // groups)
+    return Shape(copies, samples, each * groups, bucket(longest), slots)
+
+
+def program(shape: Shape, *, spread: bool, **options: Any) -> functools.partial:
+    """The compiled sampler: (model, params, tokens, mask, key=…) → `Rollouts`."""
+    options |= {"samples": shape.samples, "slots": shape.slots}
+    return functools.partial(_spread if spread else _jitted, **options)
+
+
+def as_ids(ids: int | Sequence[int]) -> tuple[int, ...]:
+    return (int(ids),) if isinstance(ids, int | np.integer) else tuple(map(int, ids))
+
+
+def default_slots(rows: int) -> int:
+    """Rows decoded at a time: all of up to 128, then a quarter: few then stand idle.
+
+    A turn of 64 rows costs far less than two of 32: both read all weights. And rows
+    that begin together read only what they wrote.
+
+    >>> [default_slots(n) for n in (8, 100, 1024)]
+    [8, 100, 256]
+    """
+    return min(rows, max(128, rows // 4))
+
+
+def widths_of(slots: int, platform: str) -> tuple[int, ...]:
+    """The slots of the loops, one after the other; narrower where it is worth a loop.
+
+    Each is a program. On CPU a row more costs nearly as much as the row before.
+
+    >>> widths_of(32, "tpu"), widths_of(12, "tpu"), widths_of(64, "cpu")
+    ((32, 16, 8), (12,), (64, 56, 48, 32, 16))
+    """
+    eighths = (8, 7, 6, 4, 2) if slots >= 64 and platform == "cpu" else (8, 4, 2)
+    return tuple(slots * n // 8 for n in eighths if n == 8 or slots * n // 8 >= 8)
+
+
+def bucket(length: int, *, smallest: int = 16) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, …: a run then compiles a handful of shapes.
+
+    >>> [bucket(n) for n in (1, 17, 25, 100)]
+    [16, 24, 32, 128]
+    """
+    size = smallest
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def ragged(lists: Sequence[Sequence[int]], rows: int, width: int):
+    """([rows, width] tokens, [rows, width] mask), filled from the left."""
+    tokens, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
+    for i, ids in enumerate(lists):
+        tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
+    return tokens, mask
+
+
+def first_rows(out: Rollouts, rows: int) -> Rollouts:
+    if out.tokens.shape[0] == rows:
+        return out
+    names = ("tokens", "logps", "mask", "lengths", "finished")
+    return dataclasses.replace(out, **{n: getattr(out, n)[:rows] for n in names})
+
+
+def generate(
+    model: Decoder,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    key: Array,
+    samples: int = 1,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    eos_id: int | Sequence[int],
+    stop: Sequence[Sequence[int]] = (),
+    slots: int | None = None,
+    cache_dtype: str | None = None,
+    keep: bool = False,
+    stop_table: ArrayLike | None = None,
+) -> Rollouts:
+    """Sample completions: [N, max_new_tokens] with N = prompts × samples.
+
+    Args:
+      prompts: token ids on the host, none empty.
+      key: fresh for every call (jax.random.fold_in(key, step)).
+      samples: G, drawn from each prompt; the rows of a prompt are contiguous.
+      temperature: 0 is greedy (log-probabilities are then those at temperature 1).
+      top_k, top_p, min_p: rule tokens out, in this order (`Sampling`);
+        log-probabilities are those of the distribution that is left.
+      eos_id: one token or several; it belongs to the completion and to the mask.
+      stop: sequences of token ids that end a completion, and belong to it.
+      slots: rows decoded at a time (`default_slots`); results do not depend on it.
+      cache_dtype: of keys and values; the model's if None.
+      keep: keep the cache for `continue_rollouts`; every row then has its own slot.
+      stop_table: [V, S] of `stopping.stop_table`: texts that end a completion.
+
+    Raises:
+      GrpoError: no prompts, an empty one, or a choice that makes no sense.
+
+    >>> from grpo_jax.models.decoder import ModelConfig
+    >>> config = ModelConfig(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2,
+    ...                      head_dim=4, ffn=32)
+    >>> model = Decoder(config)
+    >>> out = generate(model, model.init(jax.random.key(0)), [[1, 2], [3]],
+    ...                key=jax.random.key(1), samples=2, max_new_tokens=4, eos_id=0)
+    >>> out.tokens.shape, bool((out.mask.sum(1) == out.lengths).all())
+    ((4, 4), True)
+    """
+    vocab_size = model.config.vocab_size
+    request = max_new_tokens, eos_id, samples, slots, cache_dtype
+    check_request("generate", vocab_size, *request)
+    if not len(prompts):
+        raise GrpoError("generate: no prompts")
+    check_token_ids("generate", prompts, vocab_size)
+    empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
+    if empty:
+        raise GrpoError(f"generate: prompt {empty[0]} is empty")
+    # Refuses here, before anything is traced.
+    Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    stop = as_stops(stop)
+    check_token_ids("generate", stop, vocab_size, what="stop sequence")
+    if stop_table is not None and np.shape(stop_table)[:-1] != (vocab_size,):
+        raise GrpoError(
+            f"generate: stop_table has shape {np.shape(stop_table)}; a row for each of "
+            f"the {vocab_size} tokens is needed"
+        )
+    layout, params = laid_out(model, params)
+    groups = sharding.rows_multiple(layout) if layout else 1
+    shape = shape_of(
+        len(prompts), max(map(len, prompts)), samples, groups=groups, slots=slots
+    )
+    lists = [ids for ids in prompts for _ in range(shape.copies)]
+    tokens, mask = ragged(lists, shape.prompts, shape.width)
+    if layout is not None:
+        rows = sharding.batch_sharding(layout)
+        tokens, mask = (sharding.to_devices(x, rows) for x in (tokens, mask))
+    sample = program(
+        shape,
+        # What is kept is one cache, not one of each group.
+        spread=layout is not None and not keep,
+        max_new_tokens=max_new_tokens,
+        temperature=float(temperature),
+        top_k=top_k,
+        top_p=float(top_p),
+        min_p=float(min_p),
+        eos_id=as_ids(eos_id),
+        stop=stop,
+        cache_dtype=cache_dtype,
+        keep=keep,
+    )
+    with jax.set_mesh(layout) if layout else contextlib.nullcontext():
+        out = sample(model, params, tokens, mask, key=key, stop_table=stop_table)
+    return first_rows(out, len(prompts) * samples)
+
+
+def as_stops(stop: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    if isinstance(stop, str) or any(isinstance(s, str) for s in stop):
+        raise GrpoError("generate: stop holds a text; give token ids, or a stop_table")
+    if not all(len(s) for s in stop):
+        raise GrpoError("generate: a stop sequence is empty")
+    return tuple(as_ids(s) for s in stop)

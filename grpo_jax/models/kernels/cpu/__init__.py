@@ -1,0 +1,235 @@
+"""What XLA's CPU code is slow at, in C++: attention, products with few rows, AMX.
+
+In: arrays of a turn of the sampler, or of packed rows. Out: what `model.few_rows`,
+`cache.seeing` and the loops of `block_attention.py` give, which do the same on
+accelerators, and where there is no C++ compiler; and large products where a CPU has
+bfloat16 tiles (AMX), for `products.py`.
+
+XLA computes a batch of small products on one core, in many small operations, and packs
+weights before it multiplies, which for few rows costs more than to multiply. The files
+beside this one are compiled when they are first needed, for this machine, and kept in
+$GRPO_JAX_CACHE.
+
+Axes: B rows, D and F width; else as in `cache.py` and `block_attention.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+from grpo_jax.distributed import sharding
+from grpo_jax.errors import GrpoError
+from grpo_jax.files import cache_folder
+from grpo_jax.training.packing import PROMPT
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
+    from grpo_jax.models.kernels.attention import Rows
+    from grpo_jax.models.kernels.block_attention import Pairs
+    from grpo_jax.generation.kv_cache import Cache, Pair
+
+log = logging.getLogger(__name__)
+_SYMBOLS = ("GrpoProduct", "GrpoFewRows", "GrpoDecodeAttention")
+_SYMBOLS += ("GrpoBlocksForward", "GrpoBlocksBackward")
+_FLAGS = "-std=c++17 -O3 -march=native -fPIC -shared -w -fno-math-errno".split()
+_FLAGS += "-fno-trapping-math -fno-signed-zeros -fassociative-math".split()
+_ROWS = 16  # a multiple of these at a time
+
+
+def fit(*arrays: Any) -> bool:
+    """Whether they can be used on these: one CPU, all in float32, and a compiler."""
+    floats = all(x.dtype == jnp.float32 for x in jax.tree.leaves(arrays))
+    return floats and sharding.alone() and sharding.platform() == "cpu" and ready()
+
+
+def product(
+    a: Float[Array, "M K"] | Float[Array, "K M"],
+    b: Float[Array, "N K"] | Float[Array, "K N"],
+    a_along: bool,
+    b_along: bool,
+) -> Float[Array, "M N"]:
+    """Σ_k a b by bfloat16 tiles; k is a factor's last axis ("along"), or its first."""
+    (m, k), n = a.shape[:: 1 if a_along else -1], b.shape[0 if b_along else 1]
+    out = jax.ShapeDtypeStruct((m, n), jnp.float32)
+    tiles = 2 * -(-n // 32) * -(-k // 32)  # of b; 16 · 32 numbers in 3 parts each
+    memory = jax.ShapeDtypeStruct((tiles * 3072 + 64,), jnp.uint8)
+    call = jax.ffi.ffi_call("GrpoProduct", (out, memory), vmap_method="sequential")
+    return call(a, b, a_along=a_along, b_along=b_along)[0]
+
+
+def few_rows(
+    weight: Float[Array, "F D"], x: Float[Array, "B D"], **_
+) -> Float[Array, "B F"]:
+    """x times weight transposed."""
+    rows = len(x)
+    padded = -(-rows // _ROWS) * _ROWS
+    x = jnp.pad(x.T, ((0, 0), (0, padded - rows)))
+    out = jax.ShapeDtypeStruct((len(weight), padded), x.dtype)
+    return jax.ffi.ffi_call("GrpoFewRows", out)(weight, x)[:, :rows].T
+
+
+def attend(
+    q: Float[Array, "W 1 Q H"],
+    keys: Float[Array, "W 1 K H"],
+    values: Float[Array, "W 1 K H"],
+    prefix: Pair,
+    blocks: Sequence[Pair],
+    cache: Cache,
+    live: Bool[Array, "W"],
+    window: int | None,
+) -> tuple[Float[Array, "W 1 Q H"], tuple[Pair, ...]]:
+    """Softmax over the prompts and the columns of each live slot; 0 for the others.
+
+    And the blocks with the keys and values of this turn, which the live slots see.
+    """
+    columns = [
+        x
+        for places, block in zip(cache.places, blocks, strict=True)
+        for x in (places, *block)
+    ]
+    operands = (
+        *(q[:, 0], keys[:, 0], values[:, 0]),
+        cache.turn % cache.block,
+        *prefix,
+        *(cache.prefixes.lengths, cache.prompt, cache.position, live),
+        *columns,
+    )
+    results = jax.eval_shape(lambda *x: x, q[:, 0], *blocks[-1])
+    count = len(operands)
+    call = jax.ffi.ffi_call(
+        "GrpoDecodeAttention",
+        results,
+        input_output_aliases={count - 2: 1, count - 1: 2},
+    )
+    out, *last = call(*operands, window=np.int64(window or 0))
+    return out[:, None], (*blocks[:-1], tuple(last))
+
+
+def _blocks(target: str, results: Any, rows: Rows, pairs: Pairs, *arrays: Array):
+    """One of the two calls: arrays of its own, then what both take."""
+    segments = rows.segments
+    if segments is None:  # all of one
+        segments = jnp.ones(rows.real.shape, jnp.int32)
+    size = rows.real.size // arrays[0].shape[0]
+    call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
+    return call(
+        *arrays,
+        *(pairs.row, pairs.queries, pairs.keys, pairs.count),
+        *(rows.real, segments, rows.positions.astype(jnp.int32)),
+        size=np.int64(size),
+        window=np.int64(rows.window or 0),
+        prompt=np.int64(PROMPT),
+    )
+
+
+def blocks_forward(
+    q: Float[Array, "X K M H"],
+    k: Float[Array, "X K s H"],
+    v: Float[Array, "X K s H"],
+    rows: Rows,
+    pairs: Pairs,
+) -> tuple[Float[Array, "X K M H"], Float[Array, "X K M 1"]]:
+    """What the queries take, and log Σ e^score."""
+    results = jax.eval_shape(lambda x: (x, x[..., :1]), q)
+    return _blocks("GrpoBlocksForward", results, rows, pairs, q, k.swapaxes(2, 3), v)
+
+
+def blocks_backward(
+    q: Float[Array, "X K M H"],
+    k: Float[Array, "X K s H"],
+    v: Float[Array, "X K s H"],
+    rows: Rows,
+    pairs: Pairs,
+    log_total: Float[Array, "X K M 1"],
+    d_out: Float[Array, "X K M H"],
+    inner: Float[Array, "X K M 1"],
+) -> tuple[Array, Array, Array]:
+    """The gradients of q, k and v; `inner` is Σ_h ∂L/∂out · out."""
+    results = jax.eval_shape(lambda *x: x, q, k, v)
+    arrays = (q, k, k.swapaxes(2, 3), v.swapaxes(2, 3), log_total, d_out, inner)
+    return _blocks("GrpoBlocksBackward", results, rows, pairs, *arrays)
+
+
+def ready() -> bool:
+    """The library is there and XLA knows it; says once why it is not."""
+    return _library() is not None
+
+
+@functools.cache
+def tiles() -> bool:
+    """Whether this CPU has bfloat16 tiles, and this process may use them."""
+    if "amx_bf16" not in _cpu():  # so that nothing is compiled for their sake
+        return False
+    library = _library()
+    return library is not None and library.GrpoTiles() == 1
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.cdll.LoadLibrary(str(_built()))
+    except (OSError, GrpoError, subprocess.CalledProcessError) as error:
+        lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        why = next((line for line in lines if "error" in line), lines[0])
+        log.warning("cpu_kernels: not compiled (%s); XLA's own code is slower", why)
+        return None
+    for symbol in _SYMBOLS:
+        handler = jax.ffi.pycapsule(getattr(library, symbol))
+        jax.ffi.register_ffi_target(symbol, handler, platform="cpu")
+    return library
+
+
+def _built() -> Path:
+    """The library for this source, compiler, jaxlib and kind of CPU."""
+    compiler = os.environ.get("CXX") or next(
+        filter(shutil.which, ("c++", "g++", "clang++")), None
+    )
+    if compiler is None:
+        raise OSError("no C++ compiler: no c++, g++ or clang++, and CXX is not set")
+    sources = sorted(Path(__file__).parent.glob("*.cc"))
+    header = Path(__file__).with_name("tiles.h")
+    command = [*compiler.split(), *_FLAGS]
+    version = subprocess.run(
+        [*compiler.split(), "--version"], capture_output=True, text=True, check=True
+    )
+    code = [file.read_text() for file in (header, *sources)]
+    parts = (*code, *command, version.stdout, jaxlib.__version__, _cpu())
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    file = cache_folder("native") / f"cpu_kernels-{key}.so"
+    if not file.exists():
+        handle, part = tempfile.mkstemp(dir=file.parent, suffix=".so")
+        os.close(handle)
+        try:
+            command += [f"-I{jax.ffi.include_dir()}", *map(str, sources), "-o", part]
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            os.replace(part, file)
+        finally:
+            Path(part).unlink(missing_ok=True)
+    return file
+
+
+def _cpu() -> str:
+    """What the compiler may use of this CPU; a home folder serves different ones."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    kinds = ("model name", "flags", "Features")
+    return " ".join(sorted({line for line in lines if line.startswith(kinds)}))

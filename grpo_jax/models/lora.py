@@ -1,0 +1,184 @@
+"""LoRA (Hu et al. 2021): low-rank adapters in the model's own parameter tree.
+
+In: parameters. Out: the same tree with A and B beside each target matrix W,
+y = W x + α/r · B (A x), of which A and B alone are trained; and back, merged.
+
+The base stays as it is, bit for bit. So π_ref is the same parameters without their
+adapters: no second copy of the base is held. Each stage has adapters of its own; those
+of the stage before are merged into the base where the next begins. RL after SFT thus
+has Instruct as its reference, which is the base and SFT's adapters.
+
+Adapters and their optimiser state are float32, whatever the base's dtype: steps as
+small as theirs would be lost in bfloat16.
+
+Axes: L layers, R rank r, D a matrix's inputs, F its outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.errors import GrpoError
+from grpo_jax.models.kernels.products import widened
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+Params = dict[str, Any]
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+A, B = "_lora_a", "_lora_b"  # [L, R, D] and [L, F, R], after the matrix's name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Which matrices have adapters, and of what size."""
+
+    rank: int = 0  # r; 0: there are none
+    alpha: float = 16.0  # α
+    targets: tuple[str, ...] = TARGETS
+
+    def delta(
+        self, x: Float[Array, "*B D"], a: Float[Array, "R D"], b: Float[Array, "F R"]
+    ) -> Float[Array, "*B F"]:
+        """α/r · B (A x), in the dtype of x."""
+        low = jnp.einsum("...D,RD->...R", x, a.astype(x.dtype))
+        return jnp.einsum("...R,FR->...F", low * self.scale(a), b.astype(x.dtype))
+
+    def scale(self, a: Array) -> float:
+        """α/r; the rank of A must be the model's, or α would not be A's own."""
+        if a.shape[-2] != self.rank:
+            raise GrpoError(
+                f"lora: the parameters' adapters have rank {a.shape[-2]}, the model's "
+                f"lora.rank is {self.rank}; give the model the rank it was trained with"
+            )
+        return self.alpha / self.rank
+
+
+def split(params: Any) -> tuple[Any, Any]:
+    """(what is trained, what is frozen): the adapters and the base, if there are any.
+
+    >>> split({"norm": 1, "layers": {"q_proj": 2, "q_proj_lora_a": 3}})
+    ({'layers': {'q_proj_lora_a': 3}}, {'norm': 1, 'layers': {'q_proj': 2}})
+    >>> split({"norm": 1, "layers": {"q_proj": 2}})
+    ({'norm': 1, 'layers': {'q_proj': 2}}, {})
+    """
+    adapters, base = _divide(params) if isinstance(params, dict) else ({}, params)
+    return (adapters, base) if adapters.keys() - {"value"} else (params, {})
+
+
+def _divide(tree: Params) -> tuple[Params, Params]:
+    adapters, base = {}, {}
+    for name, value in tree.items():
+        if name == "value":  # PPO's critic trains as a whole
+            adapters[name] = value
+        elif isinstance(value, dict):
+            inner, base[name] = _divide(value)
+            if inner:
+                adapters[name] = inner
+        elif isinstance(name, str) and name.endswith((A, B)):
+            adapters[name] = value
+        else:
+            base[name] = value
+    return adapters, base
+
+
+def join(trained: Any, frozen: Any) -> Any:
+    """The whole tree again, of what `split` gave.
+
+    >>> join({"layers": {"b": 1}}, {"a": 2, "layers": {"c": 3}})
+    {'a': 2, 'layers': {'c': 3, 'b': 1}}
+    """
+    if not isinstance(frozen, dict) or not frozen:
+        return trained
+    whole = dict(frozen)
+    for name, value in trained.items():
+        whole[name] = join(value, frozen[name]) if name in frozen else value
+    return whole
+
+
+def base(params: Any) -> Any:
+    """The parameters without their adapters: π_ref, by reference and not by copy.
+
+    Raises:
+      GrpoError: there are none, so that these would be the policy itself.
+    """
+    _, frozen = split(params)
+    if not frozen:
+        raise GrpoError(
+            "reference: None, and the parameters hold no LoRA adapters to leave out; "
+            "pass the reference's parameters"
+        )
+    return frozen
+
+
+def merge_lora(lora: Lora, params: Params) -> Params:
+    """W + α/r · B A in the place of each adapted W; pure, and nothing without adapters.
+
+    The sum is made in float32 and rounded to the dtype of W.
+
+    >>> layers = {"o_proj": jnp.zeros((1, 2, 2)), "o_proj_lora_a": jnp.ones((1, 1, 2)),
+    ...           "o_proj_lora_b": jnp.array([[[1.0], [2.0]]])}
+    >>> merged = merge_lora(Lora(rank=1, alpha=3.0), {"layers": layers})
+    >>> merged["layers"]["o_proj"].tolist()
+    [[[3.0, 3.0], [6.0, 6.0]]]
+    """
+    adapters, frozen = split(params)
+    if not frozen:
+        return params
+    layers = dict(frozen["layers"])
+    for name in layers:
+        if name + A in adapters["layers"]:
+            a, b = (adapters["layers"][name + end] for end in (A, B))
+            layers[name] = merge_matrix(lora, layers[name], a, b)
+    return {**frozen, "layers": layers}
+
+
+def merge_matrix(
+    lora: Lora, w: Float[Array, "*L F D"], a: Float[Array, "*L R D"], b: Array
+) -> Float[Array, "*L F D"]:
+    """W + α/r · B A of one layer or of all."""
+    a, b = widened(a, b)
+    product = jnp.matmul(b, a, precision="highest", preferred_element_type=jnp.float32)
+    return (w.astype(jnp.float32) + lora.scale(a) * product).astype(w.dtype)
+
+
+def begin(lora: Lora, params: Params, key: Array) -> Params:
+    """A stage's start: adapters of the stage before merged, new ones added.
+
+    A is normal with variance 1/D, B zero: the model is the merged one, bit for bit.
+    With rank 0 there are none to add.
+    """
+    params = merge_lora(lora, params)
+    if not lora.rank:
+        return params
+    layers = dict(params["layers"])
+    shapes = {name: layers[name].shape for name in lora.targets}
+    sizes = [n * lora.rank * d for n, _, d in shapes.values()]
+    # One vector of random numbers, as for the matrices: one program to compile.
+    noise, start = jax.random.normal(key, (sum(sizes),)), 0
+    for (name, (n, f, d)), size in zip(shapes.items(), sizes, strict=True):
+        a = noise[start : start + size].reshape(n, lora.rank, d) / math.sqrt(d)
+        layers |= {name + A: a, name + B: jnp.zeros((n, f, lora.rank))}
+        start += size
+    return {**params, "layers": layers}
+
+
+def stack(
+    lora: Lora, stages: list[Params]
+) -> tuple[Lora, dict[str, tuple[Array, Array]]]:
+    """The adapters of stages as one: B_1 A_1 + B_2 A_2 = [B_1 B_2] [A_1; A_2].
+
+    {matrix: (A [L, R, D], B [L, F, R])}, R the sum of the ranks, α/r the same.
+    """
+    joined = {}
+    for name in lora.targets:
+        a, b = ([p["layers"][name + end] for p in stages] for end in (A, B))
+        joined[name] = jnp.concatenate(a, axis=-2), jnp.concatenate(b, axis=-1)
+    n = len(stages)
+    grown = dataclasses.replace(lora, rank=n * lora.rank, alpha=n * lora.alpha)
+    return grown, joined

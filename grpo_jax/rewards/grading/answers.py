@@ -1,0 +1,264 @@
+r"""What a completion's final answer is, and whether two answers are the same.
+
+In: a model's text (`extract`), or a prediction and a reference (`equivalent`).
+Out: the answer's text or None; True or False. Both sides are cleaned into one
+spelling (`clean`), read as a small structure (`read`: list, tuple, interval,
+equation, leaf …) and matched (`match`). Policy: p % equals p and p/100, but n never
+equals 100n; a missing unit is fine, another unit is wrong; tuples are ordered,
+comma lists are not; an interval equals its inequality; a rounded decimal is not the
+exact answer. Rationals are decided here; the rest goes to `grading`'s workers.
+"""
+
+import re
+from fractions import Fraction
+
+from grpo_jax.data.brackets import boxed as boxed
+from grpo_jax.rewards.grading import notation
+from grpo_jax.rewards.grading.expressions import TooLarge, Unreadable, rational
+from grpo_jax.rewards.grading.extraction import MAX_CHARS
+from grpo_jax.rewards.grading.extraction import extract as extract
+from grpo_jax.rewards.grading.extraction import final_part as final_part
+from grpo_jax.rewards.grading.extraction import printed as printed
+from grpo_jax.rewards.grading.extraction import stated as stated
+from grpo_jax.rewards.grading.notation import clean
+from grpo_jax.rewards.grading.regions import is_region, region
+from grpo_jax.rewards.grading.structure import RELATION, Node, family_of, members, read
+from grpo_jax.rewards.grading.units import quantity
+from grpo_jax.rewards.grading.wording import changes_value
+
+MAX_MEMBERS = 64  # of a list
+
+_BEGINNING = re.compile(r"(-?)(\d*\.\d{5,})\\ldots")
+_GOES_ON = re.compile(r"\\(?:[lc]?dots)(?![A-Za-z])|\.\.\.|⋯")
+_PLAIN = re.compile(
+    r"(-?)(?:\\?\$)?((?:\d{1,3}(?:,\d{3})+|\d{1,30})(?:\.\d{1,11})?)\.?"
+)
+
+
+class Undecided(Exception):
+    """The comparison needs more than rational arithmetic."""
+
+
+class Exact:
+    """Leaf comparisons that rational arithmetic settles; others are `Undecided`."""
+
+    def same(self, a: str, b: str) -> bool:
+        try:
+            x, y = rational(a), rational(b)
+        except TooLarge:
+            return False
+        except Unreadable:
+            raise Undecided from None
+        return x == y or _same_float(a, b, x, y)
+
+    def proportional(self, a: str, b: str, positive: bool) -> bool:
+        raise Undecided
+
+    def value(self, text: str) -> Fraction | None:
+        """A real constant, rounded the same way as others; None for what is none."""
+        try:
+            return rational(text)
+        except TooLarge:
+            return None
+        except Unreadable:
+            raise Undecided from None
+
+    def close(self, a: str, b: str, within: float) -> bool:
+        try:
+            return abs(rational(a) - rational(b)) <= within
+        except TooLarge:
+            return False
+        except Unreadable:
+            raise Undecided from None
+
+
+def _same_float(a: str, b: str, x: Fraction, y: Fraction) -> bool:
+    """A program's 15-digit output (0.30000000000000004) equals the number it rounds."""
+    floats = [
+        "." in text and len(text.replace(".", "").strip("-0")) >= 15 for text in (a, b)
+    ]
+    return any(floats) and abs(x - y) <= Fraction(1, 10**13) * max(abs(x), abs(y))
+
+
+def match(a: Node, b: Node, numbers: Exact) -> bool:
+    """Whether two structures are the same answer; `Undecided` if that needs algebra."""
+    if a.text and a.text == b.text:
+        return True
+    if a.kind == "set" and len(a.items) == 1:
+        return match(a.items[0], b, numbers)
+    if b.kind == "set" and len(b.items) == 1:
+        return match(a, b.items[0], numbers)
+    if "family" in (a.kind, b.kind):
+        return _same_family(a, b, numbers)
+    if is_region(a) or is_region(b):
+        spans = [region(node, numbers.value) for node in (a, b)]
+        if None not in spans:
+            return spans[0] == spans[1]
+        if a.kind == b.kind == "set" and {a.marks, b.marks} == {"or", "and"}:
+            return False
+    if a.kind == "assign" and b.kind == "assign":
+        if a.items[0].text == b.items[0].text:
+            return match(a.items[1], b.items[1], numbers)
+        return numbers.proportional(_difference(a), _difference(b), False)
+    if a.kind == b.kind == "leaf":
+        return match_leaves(a.text, b.text, numbers)
+    for one, other in ((a, b), (b, a)):
+        if one.kind == "assign":
+            if other.kind == "equation":
+                return numbers.proportional(_difference(one), _difference(other), False)
+            return match(one.items[1], other, numbers)
+    if a.kind == b.kind == "equation":
+        return numbers.proportional(_difference(a), _difference(b), False)
+    if a.kind == b.kind == "set":
+        return _same_members(list(a.items), list(b.items), numbers)
+    if a.kind == b.kind and a.kind in ("tuple", "matrix", "chain"):
+        if a.marks == b.marks and len(a.items) == len(b.items):
+            if all(match(x, y, numbers) for x, y in zip(a.items, b.items, strict=True)):
+                return True
+            if a.kind != "chain":
+                return False
+        elif a.kind == "tuple":
+            return False
+        if a.kind == "chain" and len(a.items) == len(b.items) == 2:
+            if a.marks == b.marks and a.marks in ("<", "l"):
+                return numbers.proportional(_difference(a), _difference(b), True)
+        return False
+    for one, other in ((a, b), (b, a)):
+        if one.kind == "set" and re.fullmatch("[A-H]{2,}", other.text):  # options ACD
+            letters = sorted(notation.plain(item.text) for item in one.items)
+            return letters == sorted(other.text.lower())
+        if one.kind == "set" and other.kind == "tuple" and other.marks == "()":
+            named = all(item.kind == "assign" for item in one.items)
+            if named and len(one.items) == len(other.items):
+                pairs = zip(one.items, other.items, strict=True)
+                return all(match(x, y, numbers) for x, y in pairs)
+        if one.kind == "matrix" and other.kind == "tuple" and other.marks == "()":
+            column = all(len(row.items) == 1 for row in one.items)
+            flat = [row.items[0] for row in one.items] if column else one.items[0].items
+            if (column or len(one.items) == 1) and len(flat) == len(other.items):
+                return all(
+                    match(x, y, numbers) for x, y in zip(flat, other.items, strict=True)
+                )
+    kinds = {a.kind, b.kind}
+    structured = "leaf" not in kinds and kinds & {"chain", "equation", "matrix"}
+    if structured or (kinds == {"set", "tuple"} and RELATION.search(a.text + b.text)):
+        raise Undecided
+    return False
+
+
+def _same_family(a: Node, b: Node, numbers: Exact) -> bool:
+    """Whether both are the same for all integers, from whichever they count."""
+    if b.kind != "family":
+        a, b = b, a
+    letter = b.marks[0]
+    if a.kind != "family":
+        known = family_of(a, letter)
+        if known is None:
+            return False
+        a = known
+    if a.marks[1:] != b.marks[1:]:
+        return False
+    return any(match(form, b.items[0], numbers) for form in members(a, letter))
+
+
+def _difference(node: Node) -> str:
+    left, right = node.items
+    return f"({left.text})-({right.text})"
+
+
+def _same_members(left: list[Node], right: list[Node], numbers: Exact) -> bool:
+    """Each one of either side has its equal on the other."""
+    if max(len(left), len(right)) > MAX_MEMBERS:
+        return False
+    return all(
+        any(match(item, other, numbers) for other in others)
+        for items, others in ((left, right), (right, left))
+        for item in items
+    )
+
+
+def match_leaves(a: str, b: str, numbers: Exact) -> bool:
+    """Two answers without structure: text, times, ratios, bases, units, numbers."""
+    if notation.plain(a) == notation.plain(b):
+        return True
+    if changes_value(a) or changes_value(b):
+        return False
+    kinds = {notation.leaf_kind(a), notation.leaf_kind(b)}
+    if kinds == {"text"}:
+        return False
+    for one, other in ((a, b), (b, a)):
+        if begins := _BEGINNING.fullmatch(one):
+            # 1.41421… is what begins so, and nothing that ends there.
+            sign, digits = begins.groups()
+            ulp = 10.0 ** -len(digits.partition(".")[2])
+            return numbers.close(f"{sign}{digits}5", other, 0.499999 * ulp)
+        if _GOES_ON.search(one) and not _GOES_ON.search(other):
+            return False
+    if "time" in kinds:
+        return notation.same_time(a, b)
+    if "base" in kinds:
+        return notation.same_base(a, b)
+    quantities = [quantity(a), quantity(b)]
+    (x, unit_x), (y, unit_y) = quantities
+    if unit_x and unit_y and unit_x != unit_y:
+        return False
+    if "text" in kinds and not (x and y):
+        return False
+    if "ratio" in kinds:
+        return _same_ratio(x.split(":"), y.split(":"), numbers)
+    if (unit_x == "%") == (unit_y == "%"):
+        return numbers.same(x, y)
+    if unit_x == "%":
+        return numbers.same(x, y) or numbers.same(f"({x})/100", y)
+    return numbers.same(x, y) or numbers.same(x, f"({y})/100")
+
+
+def _same_ratio(a: list[str], b: list[str], numbers: Exact) -> bool:
+    """2:4 is 1:2 and 1/2; 1:2:3 is 2:4:6."""
+    if len(a) == 1 or len(b) == 1:
+        return len(a) + len(b) == 3 and numbers.same("/".join(a), "/".join(b))
+    return len(a) == len(b) and all(
+        numbers.same(f"({x})({b[0]})", f"({y})({a[0]})")
+        for x, y in zip(a[1:], b[1:], strict=True)
+    )
+
+
+def compare(prediction: str, reference: str, numbers: Exact) -> bool:
+    """`equivalent` with a given arithmetic: exact here, algebraic in a worker."""
+    prediction, reference = prediction.strip(), reference.strip()
+    if prediction == reference:
+        return bool(reference)
+    if max(len(prediction), len(reference)) > MAX_CHARS:
+        return False
+    numerals = [_PLAIN.fullmatch(text.strip("$")) for text in (prediction, reference)]
+    if numerals[0] and numerals[1]:  # most of GSM8K
+        x, y = (Fraction(m[1] + m[2].replace(",", "")) for m in numerals if m)
+        return x == y
+    p, r = clean(prediction), clean(reference)
+    if not p or not r:
+        return False
+    try:
+        a, b = read(p), read(r)
+        if match(a, b, numbers):
+            return True
+        if (a.kind == "set") != (b.kind == "set"):  # 100,200,300 may be three numbers
+            return match(read(p, thousands=False), read(r, thousands=False), numbers)
+    except RecursionError:  # hundreds of nested brackets
+        pass
+    return False
+
+
+def equivalent(prediction: str, reference: str) -> bool:
+    r"""Whether a predicted answer is the reference answer; never raises, bounded time.
+
+    Rational answers are settled in the calling thread; all else, and so any hostile
+    text, in the killable workers of `grading`.
+
+    >>> equivalent(r"\dfrac{3}{6}", "0.5"), equivalent("20%", "20")
+    (True, True)
+    >>> equivalent("$12,000", "12000 dollars"), equivalent("3 cm", r"3\text{ cm}^2")
+    (True, False)
+    """
+    from grpo_jax.rewards.grading import worker_pool
+
+    return worker_pool.grade([prediction], [reference])[0]

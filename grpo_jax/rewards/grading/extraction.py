@@ -1,0 +1,372 @@
+r"""What a completion states as its final answer.
+
+In: a model's text. Out: the answer's text, or None. Only what stands after a model's
+thoughts counts. Everything here is linear in the text's length, whatever the text.
+"""
+
+import re
+from collections.abc import Iterator
+
+from grpo_jax.data.brackets import boxed
+
+MAX_CHARS = 1000  # a longer answer must be the reference letter for letter
+_WINDOW = 2 * MAX_CHARS  # behind "the answer is", and before the last digit
+_TRIES = 64  # statements looked at, from the last one back
+
+# ---- which part of the text ----------------------------------------------------------
+_THOUGHTS = "think|thinking|thought|thoughts|reasoning"
+_THOUGHTS_END = re.compile(
+    rf"</(?:{_THOUGHTS})>|<\|end_of_thoughts?\|>|◁/think▷|\[/THINK\]", re.I
+)
+_THOUGHTS_BEGIN = re.compile(
+    rf"\s*(?:<(?:{_THOUGHTS})>|<\|begin_of_thoughts?\|>|◁think▷|\[THINK\])", re.I
+)
+# The end of a turn, where a tokenizer decodes it as text.
+_END_TOKENS = re.compile(
+    r"<\|[^<>|\s]{1,40}\|>|<｜[^<>｜\s]{1,40}｜>|</?s>|<eos>|<(?:end|start)_of_turn>"
+    r"|\[/?INST\]",
+    re.I,
+)
+_NOTES = re.compile(r"<<[^<>\n]{0,99}>>")  # GSM8K's calculator
+
+# ---- where an answer is stated -------------------------------------------------------
+_I_HOPE = re.compile(r"\$\.? I hope")
+_HASHES = re.compile(r"####[ \t]{0,99}([^\n]+)")
+_OUTPUT = re.compile(r"```output[ \t]{0,99}\n(.*?)(?:\n?```|\Z)", re.S)
+_MARK = r"[*_]{0,3}"  # bold, in Markdown
+_FOR = (
+    r"(?:\s(?:to|for|of)\s(?:the|this|that|your|part|question|problem|exercise|[#\d(q])"
+    r"[^.:=\n]{0,80}?)?(?:\s?\([^()\n]{1,20}\))?"
+)
+_THEREFORE = (
+    r"(?:\s(?:therefore|thus|then|hence|so|simply|just|indeed|also|clearly)\b,?)?"
+)
+# "The answer is": whatever follows is the answer.
+_IS = re.compile(
+    rf"answers?{_FOR}{_MARK}\s{{1,3}}(?:is|are|was|equals|(?:should|would|will|must) be"
+    rf"|comes (?:out )?to)\b{_THEREFORE}{_MARK}\s{{0,3}}:?"
+    r"|答案\s{0,3}(?:应该?|就)?(?:是|为|為|：|:|=){1,2}\s{0,3}[：:]?"
+    r"|答え\s{0,3}(?:は|：|:){1,2}",
+    re.I,
+)
+# "Answer:": also heads whole solutions, so only what looks like an answer is one.
+_COLON = re.compile(
+    rf"answer{_FOR}{_MARK}\s?[:=：]\s?{_MARK}|ans\s?[.:=]|答{_MARK}\s?[：:]{_MARK}"
+    r"|answer\s?(?:\*\*)?\s?\n",
+    re.I,
+)
+_HEADING = re.compile(r"(?:#|\*\*)\s?(?:final |correct )?$", re.I)
+_ELSEWHERE = {
+    "de": r"(?:antwort|lösung)\b[^.:=\n]{0,30}?(?:\b(?:ist|lautet|beträgt)\b|:)",
+    "es": r"respuesta\b[^.:=\n]{0,30}?(?:\bes\b|\s?:)",
+    "fr": r"réponse\b[^.:=\n]{0,30}?(?:\best\b|\s?:)",
+}
+_IS_ELSEWHERE = {
+    language: re.compile(rf"{words}{_MARK}\s?:?{_MARK}", re.I)
+    for language, words in _ELSEWHERE.items()
+}
+_KEYWORDS = ("answer", "ans", "答", "antwort", "lösung", "respuesta", "réponse")
+_NO_ANSWER = re.compile(
+    r"(?:\b(?:indeed|thus|also|now|probably|therefore)\b )?(?:"
+    r"(?:correct|right|wrong|incorrect|consistent|reasonable|verified|clear|unique|valid)"
+    r"(?=\s*(?:[,;:.!)]|$|\b(?:and|because|as|since|with|for)\b))"
+    r"|(?:not|n't)\s+(?:[-$(\\]?\d|\(?(?-i:[A-H])\b|correct|right|yet|in\b|the\b|unique)"
+    r"|(?:the same|as follows|given by|found by|obtained|in the form)\b"
+    r"|(?:a|an|to|in|found|that|what) (?!\d)[a-z]{2,}"
+    r")|(?:不(?:是|对|正确|唯一)|正确的|错误的|对的)",
+    re.I,
+)
+_SEVERAL = re.compile(
+    r"\$[^$]{1,99}\$(?:\s?(?:,|，|、)?\s?(?:and|or|和|或|及|，|、|,)\s?\$[^$]{1,99}\$){1,9}"
+)
+# What a sentence puts before a number.
+_ARTICLE = re.compile(
+    r"(?:an?|the|also|somit|daher|donc|de|entonces) (?=[-−$\\]?\d)", re.I
+)
+_VALUE = re.compile(
+    r"[-−+±(\[{<>≤≥$€£\\|]*\s?(?:\d|[A-Za-z]\b|[A-Za-z]\s?[=(<>]|\\|π|√|∞|∅)"
+)
+_SHORT_WORDS = 5  # of an answer in words: "all real numbers", "Friday"
+
+# ---- numbers -------------------------------------------------------------------------
+_DIGITS = r"(?:\d{1,3}(?:(?:,|\{,\}|\\[,!]|[\u00a0\u2009\u202f])\d{3})+(?!\d)|\d+)"
+_DOTS = r"(?:\.{3,}|…|\s?\\[lc]?dots)?"  # 0.333... goes on
+_FRACTION = r"\\[dtc]?frac\s?(?:\{-?\d+\}|\d)\s?(?:\{-?\d+\}|\d)"
+_NUMBER = re.compile(
+    rf"(?:百分之\s?)?(?:(?<![\d\w)}}])[-−])?(?:(?<![A-Za-z_^\\\d.])\d*{_FRACTION}"
+    rf"|(?<![A-Za-z_^\d])(?<![_^]\{{)(?:{_DIGITS}(?:\.\d+{_DOTS})?|\.\d+)"
+    r"(?::\d+(?!\d))?(?:\^\{?-?\d+\}?)?"
+    r"(?:\s?(?:\\times|×|\*)\s?10\s?\^\s?\{?-?\d+\}?|e[-+]?\d+(?!\w))?"
+    r"(?: \d+/\d+(?!\d|\.\d)|/\d+(?!\d|\.\d))?(?:\s?\\?%)?)"
+)
+_FORMULA = re.compile(
+    r"\$\$?([^$\n]{1,500})\$|\\\(([^\n]{1,500}?)\\\)|\\\[(.{1,500}?)\\\]", re.S
+)
+_EQUALS = re.compile(
+    r"=|≈|\\(?:approx|sim|Right[a-z]*arrow|right[a-z]*arrow|implies|iff|to)(?![A-Za-z])"
+)
+_WIDE = str.maketrans("０１２３４５６７８９，．－％／", "0123456789,.-%/")
+# How other languages group digits: 1.234,5 and 1 234,5.
+_GROUPED = re.compile(
+    r"(?<![\d.,])([1-9]\d{0,2})((?:[.,\u202f\u00a0 ]\d{3})+)(?!\d)(?:,(\d+))?"
+)
+_COMMA = re.compile(r"(?<![\d.,(\[])(\d+),(\d+)(?![\d.,]*\d)")
+COMMA_LANGUAGES = ("de", "es", "fr")
+
+
+def final_part(text: str) -> str:
+    """What follows a model's thoughts; "" where they were cut off.
+
+    >>> final_part("<think>so 5</think> It is 6."), final_part("<think>so 5")
+    (' It is 6.', '')
+    """
+    if ends := list(_THOUGHTS_END.finditer(text)):
+        return text[ends[-1].end() :]
+    return "" if _THOUGHTS_BEGIN.match(text) else text
+
+
+def _plain(text: str) -> str:
+    """Without a calculator's notes, and with a line's end for a turn's."""
+    if "<<" in text:
+        text = _NOTES.sub("", text)
+    return _END_TOKENS.sub("\n", text) if "<" in text or "[" in text else text
+
+
+def extract(text: str, language: str = "en") -> str | None:
+    r"""The final answer that a completion states, or None.
+
+    The order of DeepSeekMath's evaluation: `final answer is $…$. I hope`, the last
+    complete `\boxed{…}`, `the answer is …` (or 答案是 …), GSM8K's `#### …`, the last
+    ```output block, the last number. Thoughts, up to `</think>`, do not count.
+
+    language: "de", "es" and "fr" write 1.234,5 or 1 234,5 for 1,234.5.
+
+    >>> extract(r"First \boxed{1}. So it is \boxed{\frac{1}{2}}."), extract("Hm.")
+    ('\\frac{1}{2}', None)
+    >>> extract("He pays 3 + 4 = 7. The answer is $7.00."), extract("so 1,234 in all")
+    ('7.00', '1,234')
+    >>> extract("<think>\\boxed{1}</think> It is 3/4."), extract("#### 1.234", "de")
+    ('3/4', '1234')
+    """
+    said = stated(text, language)
+    if said is not None:
+        return said or None
+    text = final_part(text)
+    if _OUTPUT.search(text):
+        return printed(text)
+    found = last_number(_plain(text), language)
+    return found and _trim(found)
+
+
+def stated(text: str, language: str = "en") -> str | None:
+    """The answer that a completion names as its answer; see `extract` for the order.
+
+    None where it names none, "" where it was about to: no number before that is one.
+
+    >>> stated("He answers 3. The answer is 4."), stated("so 3 in all"), stated("#### ")
+    ('4', None, '')
+    """
+    text = _plain(final_part(text))
+    tagged = _tagged(text)
+    if tagged is not None:
+        text = tagged
+    if (hoped := _hoped(text)) is not None:
+        return _localized(_trim(hoped), language)
+    if boxes := [box for box in boxed(text) if box.strip()]:
+        return _localized(_trim(boxes[-1]), language)
+    hashes = "####" in text
+    for end, spoken, sure in _statements(text):
+        if hashes and not sure:
+            continue
+        window = text[end : end + _WINDOW]
+        if said := _statement(window, spoken or language, sure):
+            return said
+    for at in _last_places(text, "####"):
+        if found := _HASHES.match(text, at):
+            return _localized(_trim(found[1]), language)
+    if tagged and _looks_like_answer(tagged.strip()):
+        return _localized(_trim(tagged), language)
+    return None
+
+
+def printed(text: str) -> str | None:
+    """The last line of the last ```output block; None where the program failed.
+
+    >>> printed("```output\\n1\\n2\\n```"), printed("```output\\nRuntime errors: x")
+    ('2', None)
+    """
+    found = _OUTPUT.findall(text)
+    lines = [line.strip() for line in found[-1].splitlines()] if found else []
+    lines = [line for line in lines if line]
+    if not lines or re.match(r"Runtime errors?:|Traceback|Timeout", lines[0]):
+        return None
+    return lines[-1]
+
+
+def last_number(text: str, language: str = "en") -> str | None:
+    r"""The last number of a text, or the last formula that holds it.
+
+    >>> last_number("The probability is 3/4."), last_number(r"so $2\sqrt{3}$ cm long.")
+    ('3/4', '2\\sqrt{3}')
+    >>> last_number("an area of 12 m^2"), last_number("1 234 Eier", "de")
+    ('12', '1234')
+    """
+    digits = re.compile(r"\d")
+    last = -1
+    for at in range(len(text) - 1, -1, -_WINDOW):
+        begin = max(0, at - _WINDOW + 1)
+        if found := list(digits.finditer(text, begin, at + 1)):
+            last = found[-1].end()
+            break
+    if last < 0:
+        return None
+    # Short of the whole text: a number that is longer is nobody's answer.
+    window = text[max(0, last - _WINDOW) : last + 300]
+    window = window.translate(_WIDE)
+    if language[:2] in COMMA_LANGUAGES:
+        window = _to_points(window)
+    numbers = list(_NUMBER.finditer(window))
+    if not numbers:
+        return None
+    number = numbers[-1]
+    for found in _FORMULA.finditer(window):
+        inside = next(group for group in found.groups() if group is not None)
+        holds = found.start() <= number.start() and number.end() <= found.end()
+        inside = _EQUALS.split(inside)[-1].strip()
+        if holds and re.search(r"\\(?!text|mathrm|quad|[,;!% ])|\^", inside):
+            return inside
+    return number.group()
+
+
+# ---- statements ----------------------------------------------------------------------
+def _tagged(text: str) -> str | None:
+    """The inside of the last <answer>…</answer>."""
+    low = text.lower()
+    start = low.rfind("<answer>")
+    if start < 0:
+        return None
+    start += len("<answer>")
+    end = low.find("</answer>", start)
+    return text[start : end if end >= 0 else None]
+
+
+def _hoped(text: str) -> str | None:
+    """The last `final answer is $…$. I hope` (it is correct), of Minerva's prompt."""
+    words = "final answer is $"
+    for at in _last_places(text, words):
+        start = at + len(words)
+        if found := _I_HOPE.search(text, start + 1, start + 520):
+            return text[start : found.start()]
+    return None
+
+
+def _statements(text: str) -> Iterator[tuple[int, str, bool]]:
+    """(end, language, "is" or only a colon) of what announces one, the last first."""
+    low = text.lower()
+    low = low if len(low) == len(text) else text  # İ is two letters in lower case
+    places = {at for word in _KEYWORDS for at in _last_places(low, word)}
+    for at in sorted(places, reverse=True)[:_TRIES]:
+        before = text[max(0, at - 20) : at]
+        if found := _IS.match(text, at):
+            yield found.end(), "", True
+        elif (found := _COLON.match(text, at)) and not re.search(
+            r"[A-Za-z回解作]$", before
+        ):
+            if not found.group().endswith("\n") or _HEADING.search(before):
+                yield found.end(), "", False
+        for language, pattern in _IS_ELSEWHERE.items():
+            if found := pattern.match(text, at):
+                yield found.end(), language, False
+
+
+def _last_places(text: str, word: str) -> Iterator[int]:
+    at = len(text)
+    for _ in range(_TRIES):
+        at = text.rfind(word, 0, at)
+        if at < 0:
+            return
+        yield at
+
+
+def _statement(text: str, language: str, sure: bool) -> str | None:
+    """The clause after "the answer is": its formula, or all of it to the full stop.
+
+    sure: it says "is"; behind a mere colon ("Answer: First we add …") only what looks
+    like an answer is one.
+    """
+    line = next((part for part in text.splitlines() if part.strip(" :：*$#>")), "")
+    line = line.strip().lstrip(":：").strip().strip("*").strip()
+    if several := _SEVERAL.match(line):
+        return _localized(_trim(several.group().replace("$", "")), language)
+    if formula := re.match(r"\$\$?([^$]+)\$", line) or re.match(
+        r"\\[(\[](.+?)\\[)\]]", line
+    ):
+        return _localized(_trim(formula.group(1)), language) or None
+    if language[:2] in COMMA_LANGUAGES:
+        line = _to_points(line)
+    clause = re.split(r"(?<!\b[ap])(?<!\.[am])(?<!\.)[.!](?:\s|\*|$)|。|！", line)[0]
+    clause = _without_reason(clause.replace("**", ""))
+    if _NO_ANSWER.match(clause):
+        return None
+    said = _trim(
+        _ARTICLE.sub("", clause, count=1) if _ARTICLE.match(clause) else clause
+    )
+    if sure or not said:
+        return said or None
+    return said if _looks_like_answer(said) else None
+
+
+def _without_reason(clause: str) -> str:
+    """Without "(see step 3)" and "because …"."""
+    while remark := re.search(r"\s?[(（][^()（）]*[)）]\s*$", clause):
+        if not re.search(r"[a-z]{2,}[\s.]|[见由第共即]", remark.group(), re.I):
+            break
+        clause = clause[: remark.start()]
+    return re.split(
+        r",?\s(?:because|since|which|i\.e\.|that is,|so that|as (?:shown|we|in|above|"
+        r"required|desired|needed))\b|[,，]?(?:因为|所以|即)",
+        clause,
+    )[0]
+
+
+def _looks_like_answer(text: str) -> bool:
+    words = len(re.findall(r"[A-Za-z]{2,}|[\u3400-\u9fff]", text))
+    if _VALUE.match(text):
+        return words <= 12
+    return words <= (_SHORT_WORDS if not re.search(r"\d", text) else 2)
+
+
+def _trim(text: str) -> str:
+    text = text.strip()
+    if len(text) > MAX_CHARS:
+        return text
+    if not re.search(r"\.\d+\.{3,}$", text):  # 0.333... goes on
+        text = re.sub(r"(?<![apm])[.。,，;；:：]+$", "", text)
+    while len(text) > 1 and text[0] == text[-1] == "$":
+        text = text[1:-1].strip()
+    return re.sub(r"^\$(?=[\d.])", "", text).strip()
+
+
+# ---- numbers of other languages ------------------------------------------------------
+def _localized(text: str, language: str) -> str:
+    """An answer with its numbers as English writes them."""
+    if language[:2] not in COMMA_LANGUAGES or len(text) > MAX_CHARS:
+        return text
+    return _to_points(text)
+
+
+def _to_points(text: str) -> str:
+    r"""1.234,5 and 1 234,5 are 1234.5; 3,5 is 3.5.
+
+    >>> _to_points("1.234 €, 1 234,50 €, 3,5 kg und 2 oder 3")
+    '1234 €, 1234.50 €, 3.5 kg und 2 oder 3'
+    """
+
+    def joined(match: re.Match[str]) -> str:
+        groups, rest = match[2], match[3]
+        if len({groups[at] for at in range(0, len(groups), 4)}) > 1:
+            return match.group()
+        whole = match[1] + re.sub(r"\D", "", groups)
+        return f"{whole}.{rest}" if rest else whole
+
+    return _COMMA.sub(r"\1.\2", _GROUPED.sub(joined, text))

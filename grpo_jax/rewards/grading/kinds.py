@@ -1,0 +1,240 @@
+r"""Answers that are not one expression: options, several blanks, rounded numbers.
+
+In: an example, whose columns name its kind, and completions. Out: what a completion
+answers (`predict`), and which answers are right (`grade`).
+
+- `options`: the letter that is stated, or the one option that equals what is stated;
+  a letter elsewhere counts only as (B) or after "option", 选 and the like.
+- `blanks` k: k answers in their order, in one box or in the last k boxes.
+- `tolerance` [absolute, relative]: a number within both of the reference; what is no
+  number is compared as usual.
+"""
+
+import re
+from collections.abc import Sequence
+
+from grpo_jax.data.brackets import split
+from grpo_jax.data.datasets import Example
+from grpo_jax.rewards.grading import answers, worker_pool
+from grpo_jax.rewards.grading.expressions import Unreadable, rational
+from grpo_jax.rewards.grading.notation import clean
+from grpo_jax.rewards.grading.paper import AND
+from grpo_jax.rewards.grading.units import quantity
+
+_COMMA = re.compile("[,，、和]")
+_STYLE = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|rm|bf)\b|[{}$*\\]")
+# What may follow a letter that is a whole answer: "B) 12", "B: 12", "B because …".
+_AFTER = r"(?=$|[).:：、，。]|\s+(?:is|as|since|because|which)\b)"
+_REFUSED = (
+    r"(?!\s*(?:(?:is|are|was)\s*)?(?:not\b|n't|wrong|incorrect|false|fail|不|错))"
+)
+_HINT = re.compile(
+    r"(?:[故应就]选|选择|选项?|答案\s*[是为為]?|\b(?:option|choice|answer|choose|pick"
+    r"|select)(?:\s+(?:is|letter|option))?)\s*[:：]?\s*"
+    rf"\(?([A-H]{{1,4}})\)?(?![A-Za-z]){_REFUSED}",
+    re.I,
+)
+_RIGHT = re.compile(
+    r"(?<![A-Za-z])\(?([A-H])\)?(?:(?:\s*(?:,|and|、|和|及)\s*)+\(?([A-H])\)?)?\s*"
+    r"(?:(?:is|are|must be)\s+(?:therefore\s+|thus\s+|indeed\s+|the\s+)?(?:only\s+)?"
+    r"(?:correct|right|best|answer)\b|(?:选?项)?\s*(?:是|为)?\s*(?:正确|对的))"
+    r"|\b(?:hence|therefore|thus|so)[,:]?\s+\(?([A-H])\)?\s*[.。]?\s*$",
+    re.M | re.I,
+)
+
+
+def predict(text: str, example: Example, rule: str = "strict") -> str | None:
+    r"""What a completion answers: an expression, letters, or blanks joined by "; ".
+
+    >>> which = Example("?", "B", columns={"options": ["3", "4"]})
+    >>> predict(r"so \boxed{\text{(B)}}.", which), predict("So (A) is right.", which)
+    ('B', 'A')
+    >>> predict("答案是 $5$, $10$", Example("?", "5; 10", columns={"blanks": 2}))
+    '5; 10'
+    """
+    if options := options_of(example):
+        return choice(text, len(options))
+    if (count := blanks_of(example)) > 1:
+        return blanks(text, count)
+    boxes = answers.boxed(answers.final_part(text)) if rule == "paper" else []
+    if len(boxes) > 1 and "final answer is $" not in text:
+        return AND.join(boxes)  # that rule looks at all of them
+    return answers.extract(text, example.language)
+
+
+def grade(
+    examples: Sequence[Example],
+    predictions: Sequence[str | None],
+    rule: str = "strict",
+) -> list[bool]:
+    """Whether each prediction answers its example; None is wrong.
+
+    >>> which = Example("?", "B", columns={"options": ["3", "4"]})
+    >>> near = Example("?", "4.5e33", columns={"tolerance": [None, 1e-5]})
+    >>> grade([which, which, near], ["B", "4.0", r"4.5\\times10^{33} W"])
+    [True, True, True]
+    """
+    right = [False] * len(examples)
+    pairs: list[tuple[int, str, str]] = []  # (example, prediction, reference)
+    for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
+        options, tolerance = options_of(example), tolerance_of(example)
+        if prediction is None:
+            continue
+        if options:
+            if is_letters(prediction, len(options)):
+                right[i] = prediction == example.answer
+            elif len(example.answer) == 1:
+                spelled = [clean(option) for option in options]
+                if spelled.count(clean(prediction)) == 1:
+                    right[i] = "ABCDEFGH"[spelled.index(clean(prediction))] == (
+                        example.answer
+                    )
+                else:
+                    pairs += [(i, prediction, option) for option in options]
+        elif blanks_of(example) > 1:
+            wanted = split_blanks(example.answer)
+            given = split_blanks(prediction)
+            if len(given) == len(wanted):
+                pairs += [(i, *pair) for pair in zip(given, wanted, strict=True)]
+        elif tolerance and (x := number(prediction)) is not None:
+            y = number(example.answer)
+            absolute, relative = tolerance
+            if y is not None:
+                within = relative * abs(y)
+                within = within if absolute is None else min(within, absolute)
+                right[i] = abs(x - y) <= within
+            if not right[i] and rule != "strict":
+                pairs.append((i, prediction, example.answer))
+        else:
+            pairs.append((i, prediction, example.answer))
+    same = worker_pool.grade([p for _, p, _ in pairs], [r for _, _, r in pairs], rule)
+    equal: dict[int, list[bool]] = {}
+    for (i, _, _), is_same in zip(pairs, same, strict=True):
+        equal.setdefault(i, []).append(is_same)
+    for i, found in equal.items():
+        if options_of(examples[i]):  # exactly one option has that value
+            at = "ABCDEFGH".index(examples[i].answer)
+            right[i] = found[at] and sum(found) == 1
+        else:
+            right[i] = all(found)
+    return right
+
+
+# What a row's columns say; a user's own columns may hold anything under these names.
+
+
+def options_of(example: Example) -> list[str]:
+    """The options, where the answer is letters of them."""
+    options = example.columns.get("options")
+    if not isinstance(options, list) or not 2 <= len(options) <= 8:
+        return []
+    return [str(o) for o in options] if is_letters(example.answer, len(options)) else []
+
+
+def blanks_of(example: Example) -> int:
+    """How many answers the answer is."""
+    count = example.columns.get("blanks")
+    return count if isinstance(count, int) else 1
+
+
+def tolerance_of(example: Example) -> tuple[float | None, float] | None:
+    match example.columns.get("tolerance"):
+        case [(None | int() | float()) as absolute, (int() | float()) as relative]:
+            return absolute, relative
+    return None
+
+
+def is_letters(text: str, options: int) -> bool:
+    return bool(text) and set(text) <= set("ABCDEFGH"[:options])
+
+
+def choice(text: str, options: int) -> str | None:
+    r"""The option's letter (several as "ACD"), or the value that is stated instead.
+
+    >>> choice("The answer is B. It fits.", 4), choice(r"\boxed{A, C}", 4)
+    ('B', 'AC')
+    >>> choice(r"\boxed{12}", 4), choice("A dog has (D) four legs; 故选：C", 4)
+    ('12', 'C')
+    """
+    known = "ABCDEFGH"[:options]
+    said = answers.stated(text)
+    if said:
+        marked = set(re.findall(rf"(?<![A-Za-z])\(([{known}])\)", said))
+        if letters := _letters(said, known) or _hinted(said, known):
+            return letters
+        return marked.pop() if len(marked) == 1 else said
+    text = answers.final_part(text)
+    if hinted := _hinted(text, known):
+        return hinted
+    marks = re.findall(rf"\(([{known}])\)", text)
+    if marks:
+        return marks[-1]
+    last = text.strip().splitlines()[-1:] or [""]
+    return _letters(last[0], known)
+
+
+def _hinted(text: str, known: str) -> str | None:
+    """The letters that are last called right, or else those last called an option."""
+    for pattern in (_RIGHT, _HINT):
+        found = [
+            "".join(group for group in match.groups() if group)
+            for match in pattern.finditer(text)
+        ]
+        found = [letters for letters in found if set(letters) <= set(known)]
+        if found:
+            return "".join(sorted(set(found[-1])))
+    return None
+
+
+def _letters(text: str, known: str) -> str | None:
+    text = _STYLE.sub("", text).strip()
+    letter = rf"\(?([{known}])\)?"
+    if several := re.fullmatch(rf"{letter}(?:(?:[\s,、;和及]|and)*{letter})*", text):
+        found = re.findall(f"[{known}]", several.group())
+        return "".join(sorted(set(found)))
+    letter = rf"(?:\(([{known}]{{1,4}})\)|([{known}]){_AFTER}){_REFUSED}"
+    one = re.match(letter, text)
+    return one[1] or one[2] if one else None
+
+
+def blanks(text: str, count: int) -> str | None:
+    r"""The answers to several blanks, joined by "; "; None where it is another number.
+
+    >>> blanks(r"\boxed{1}, then \boxed{(2, 3)}", 2), blanks(r"\boxed{5, 10}", 2)
+    ('1; (2, 3)', '5; 10')
+    """
+    text = answers.final_part(text)
+    boxes = [box for box in answers.boxed(text) if box.strip()]
+    if boxes:
+        parts = split_blanks(boxes[-1])
+        parts = parts if len(parts) == count else boxes[-count:]
+    else:
+        clause = re.split(r"(?:答案|answers?)\s*(?:are|is|[是为為])?\s*[:：]?", text)
+        lines = clause[-1].strip().splitlines()
+        parts = split_blanks(lines[0] if lines else "")
+    return "; ".join(parts) if len(parts) == count else None
+
+
+def split_blanks(text: str) -> list[str]:
+    """At semicolons, or else at the commas and 和 that no bracket encloses."""
+    parts = [part for part in re.split(r"[;；]", text) if part.strip(" $")]
+    if len(parts) < 2:
+        parts = split(text, _COMMA)
+    return [part.strip().strip("$.。").strip() for part in parts if part.strip(" $.。")]
+
+
+def number(text: str) -> float | None:
+    r"""The value of a numeric answer, whatever its unit and what stands before "=".
+
+    >>> number(r"r = 4.5\times10^{3} \text{ m}"), number("1,200 kg"), number("x+1")
+    (4500.0, 1200.0, None)
+    """
+    if len(text) > answers.MAX_CHARS:
+        return None
+    text = re.split(r"=|\\approx|\\sim", clean(text))[-1]
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", quantity(text)[0])
+    text = re.sub(r"/?\\text\{[^{}]*\}(?:\^\{?-?\d+\}?)?", "", text)
+    try:
+        return float(rational(text))
+    except (Unreadable, OverflowError):
+        return None

@@ -1,0 +1,148 @@
+r"""The lenient rule that DeepSeekMath's published figures were graded by.
+
+In: two answers. Out: whether that rule takes them for the same. Never a reward: ×100
+and /100 pass, brackets of any kind are one, units are not looked at, of a longer list
+only the end counts. Only for a figure that stands beside a published one.
+
+The rule, in our words: numbers are equal within 0.001, also after ×100 or /100 (p % is
+p/100); tuples and matrices entry by entry, whatever their brackets; unions and lists
+without their order; x = 5 is 5, an equation is its multiple; the rest is algebra, or
+two constants within 0.001. Where the original asks sympy this asks the project's own
+algebra, and whatever the strict rule passes passes here.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from grpo_jax.data.brackets import split, unwrap
+from grpo_jax.rewards.grading import answers
+from grpo_jax.rewards.grading.answers import Exact, Undecided
+from grpo_jax.rewards.grading.notation import clean
+from grpo_jax.rewards.grading.structure import read
+from grpo_jax.rewards.grading.units import quantity
+
+WITHIN = 1e-3
+AND = r"\text{ and }"  # between the answers of a completion with several
+_CUT = re.compile(r"\\left|\\right|\\[,;!]|\s|\\\$|\$")
+
+
+def compare(prediction: str, reference: str, numbers: Exact) -> bool:
+    r"""The rule with a given arithmetic; `Undecided` if that needs algebra.
+
+    >>> compare("50", "0.5", Exact()), compare("[1,2)", "(1,2]", Exact())
+    (True, True)
+    >>> compare("7, 1, 2", "2, 1", Exact()), compare("1.334", "4/3", Exact())
+    (True, True)
+    """
+    if max(len(prediction), len(reference)) > answers.MAX_CHARS:
+        return prediction == reference
+    tests = (answers.compare, _lenient)
+    return _any(lambda test: test(prediction, reference, numbers), tests)
+
+
+def _lenient(prediction: str, reference: str, numbers: Exact) -> bool:
+    given, wanted = _list(prediction), _list(reference)
+    if _number(reference) is not None or not _is_list(reference):
+        wanted = [reference]
+        given = given if AND in prediction else [prediction]
+    given = given[-len(wanted) :]
+    return len(given) == len(wanted) and _same_members(given, wanted, numbers)
+
+
+def _is_list(text: str) -> bool:
+    return AND in text or not re.search(r"[()\[\]]", text)
+
+
+def _list(text: str) -> list[str]:
+    """The different answers of a text, in their order."""
+    parts = [text] if _number(text) is not None else text.split(AND)
+    if len(parts) == 1 and _number(text) is None:
+        parts = split(text, ",")
+    return list(dict.fromkeys(part.strip() for part in parts))
+
+
+def _same_members(given: list[str], wanted: list[str], numbers: Exact) -> bool:
+    """Each one of either side has its equal on the other."""
+    if max(len(given), len(wanted)) > answers.MAX_MEMBERS:
+        return False
+    return all(
+        _any(
+            lambda y, x=x, swap=swap: _same(*((y, x) if swap else (x, y)), numbers), ys
+        )
+        for xs, ys, swap in ((given, wanted, False), (wanted, given, True))
+        for x in xs
+    )
+
+
+def _any(test: Callable[[Any], bool], items: Sequence[Any]) -> bool:
+    """any(…), where an undecided item is only asked for if no other settles it."""
+    undecided = None
+    for item in items:
+        try:
+            if test(item):
+                return True
+        except Undecided as error:
+            undecided = error
+    if undecided:
+        raise undecided
+    return False
+
+
+def _number(text: str) -> float | None:
+    text = text.replace(",", "").strip()
+    percent = text.endswith("%")
+    try:
+        return float(text.rstrip("%\\")) / (100 if percent else 1)
+    except ValueError:
+        return None
+
+
+def _spell(text: str) -> str:
+    """Without spaces, dollars and the unit, whichever it is."""
+    bare, unit = quantity(clean(_CUT.sub("", text) if "begin" not in text else text))
+    return unwrap(bare) + ("%" if unit == "%" else "")
+
+
+def _same(prediction: str, reference: str, numbers: Exact) -> bool:
+    if not prediction.strip():
+        return False
+    p, r = _spell(prediction), _spell(reference)
+    if p == r:
+        return True
+    x, y = _number(p), _number(r)
+    if x is not None and y is not None:
+        return any(
+            abs(x - z) <= max(WITHIN, 1e-9 * max(abs(x), abs(z)))
+            for z in (y / 100, y, y * 100)
+        )
+    if r"\cup" in p and r"\cup" in r:
+        return _same_members(p.split(r"\cup"), r.split(r"\cup"), numbers)
+    if re.fullmatch(r"[(\[].+[)\]]", p) and re.fullmatch(r"[(\[].+[)\]]", r):
+        parts = split(p[1:-1], ","), split(r[1:-1], ",")
+        if len(parts[0]) == len(parts[1]) > 1:
+            return all(_same(a, b, numbers) for a, b in zip(*parts, strict=True))
+    a, b = read(p), read(r)
+    if a.kind == b.kind == "matrix":
+        rows = list(zip(a.items, b.items, strict=False))
+        same = len(a.items) == len(b.items) and all(
+            len(one.items) == len(other.items) for one, other in rows
+        )
+        return same and all(
+            _same(x.text, y.text, numbers)
+            for one, other in rows
+            for x, y in zip(one.items, other.items, strict=True)
+        )
+    for one, other in ((p, r), (r, p)):
+        left, equals, right = one.partition("=")
+        if equals and "=" not in right + other and len(left) <= 2:
+            sides = (right, other) if one is p else (other, right)
+            return _same(*sides, numbers)
+    tests = (
+        lambda: answers.compare(prediction, reference, numbers),
+        lambda: numbers.close(p, r, WITHIN),
+    )
+    return _any(lambda test: test(), tests)
+
+
+RULES = {"strict": answers.compare, "paper": compare}

@@ -1,0 +1,95 @@
+r"""Sets of real numbers: unions of intervals and points, in one form.
+
+In: the structure of an answer with \cup, \cap, "or", "and" or \ne. Out: its spans in
+order, those that touch joined, so that (1,2]\cup(2,3) and 1<x<3 are the same list.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from grpo_jax.rewards.grading.structure import RELATION, Node
+
+Bound = Fraction | float  # a float is infinite
+Span = tuple[Bound, bool, Bound, bool]  # from, is it in, to, is it in
+Value = Callable[[str], Fraction | None]
+ALL: list[Span] = [(-math.inf, False, math.inf, False)]
+
+
+def is_region(node: Node) -> bool:
+    """Whether it is written as a union, an intersection or an inequality."""
+    if node.kind == "tuple":
+        return bool(RELATION.search(node.text))
+    return node.kind == "set" and node.marks in ("or", "and", "either")
+
+
+def region(node: Node, value: Value) -> list[Span] | None:
+    """The spans of an answer; None for what is no set of real numbers.
+
+    value: of a text, exact or rounded alike; None for what is no real constant.
+    """
+    if node.kind == "assign":
+        return region(node.items[1], value)
+    if node.kind == "leaf":
+        x = value(node.text)
+        return None if x is None else [(x, True, x, True)]
+    if node.kind == "tuple":
+        return _interval(node, value)
+    if node.kind != "set":
+        return None
+    if node.marks == "{}" and any(item.kind == "tuple" for item in node.items):
+        return None  # of points in the plane
+    parts = [region(item, value) for item in node.items]
+    if any(part is None for part in parts):
+        return None
+    found = [part for part in parts if part is not None]
+    if node.marks in ("and", "either"):
+        common = ALL
+        for part in found:
+            common = _common(common, part)
+        if common or node.marks == "and":
+            return common
+    return _union([span for part in found for span in part])
+
+
+def _interval(node: Node, value: Value) -> list[Span] | None:
+    if len(node.items) != 2 or any(item.kind != "leaf" for item in node.items):
+        return None
+    low, high = (_bound(item.text, value) for item in node.items)
+    closed = node.marks[0] == "[", node.marks[1] == "]"
+    if low is None or high is None:
+        return None
+    if low > high or (low == high and not all(closed)):
+        return [] if RELATION.search(node.text) else None
+    return [(low, closed[0], high, closed[1])]
+
+
+def _bound(text: str, value: Value) -> Bound | None:
+    if infinite := re.fullmatch(r"([-+]?)\(?\\infty\)?", text):
+        return -math.inf if infinite[1] == "-" else math.inf
+    return value(text)
+
+
+def _union(spans: list[Span]) -> list[Span]:
+    joined: list[Span] = []
+    for span in sorted(spans, key=lambda s: (s[0], not s[1])):
+        if joined:
+            low, in_low, high, in_high = joined[-1]
+            if span[0] < high or (span[0] == high and (in_high or span[1])):
+                end = max((high, in_high), (span[2], span[3]))
+                joined[-1] = (low, in_low, *end)
+                continue
+        joined.append(span)
+    return joined
+
+
+def _common(left: list[Span], right: list[Span]) -> list[Span]:
+    found = []
+    for a in left:
+        for b in right:
+            low, not_low = max((a[0], not a[1]), (b[0], not b[1]))
+            high, in_high = min((a[2], a[3]), (b[2], b[3]))
+            if low < high or (low == high and not not_low and in_high):
+                found.append((low, not not_low, high, in_high))
+    return _union(found)

@@ -1,0 +1,360 @@
+r"""The structure of a cleaned answer: lists, tuples, intervals, equations, matrices.
+
+In: text that `notation.clean` has normalised. Out: a `Node` (`read`). An inequality
+in one name becomes its interval, ± two answers, ① ② a list.
+"""
+
+import re
+from dataclasses import dataclass
+
+from grpo_jax.data.brackets import closes, outside, split, unwrap
+from grpo_jax.rewards.grading.notation import APART, END, OR, ROW, rules
+from grpo_jax.rewards.grading.units import TEXT
+
+RELATION = re.compile(r"[<>]|\\(?:[lgn]e)(?![a-z])")
+_REALS = (
+    r"\mathbb{R}", r"\mathbf{R}", r"\R", r"\text{R}", r"\text{all real numbers}",
+    r"\text{all reals}", r"\text{实数集}", r"\text{全体实数}", r"\text{一切实数}",
+)  # fmt: skip
+_SIGN = re.compile(r"\\(pm|mp)(?![a-z])")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One part of an answer.
+
+    kind: leaf | set (unordered) | tuple | matrix | assign (name, value) |
+    equation (two sides) | chain (of inequalities) | family (over an integer).
+    marks: a tuple's brackets, an inequality's signs; of a set "{}" where it is written
+    so, or where it is a region how its parts are joined: or, and, either; a family's
+    letter and domain. An interval is a tuple of its ends; x > 1 is (1, infinity).
+    """
+
+    kind: str
+    text: str
+    items: tuple["Node", ...] = ()
+    marks: str = ""
+
+
+def read(text: str, *, thousands: bool = True) -> Node:
+    """The structure of a cleaned answer."""
+    text = unwrap(text)
+    if thousands:
+        text = join_thousands(text)
+    text = text.replace(APART, "")
+    if re.fullmatch(r"\\(emptyset|varnothing)|\\\{\\\}", text):
+        return Node("set", r"\emptyset")
+    if text in _REALS:
+        return Node("tuple", text, (leaf(r"-\infty"), leaf(r"\infty")), "()")
+    if family := _family(text):
+        return family
+    if inner := re.fullmatch(r"(?:[A-Za-z](?:_\w)?)\\in(?![a-z])(.+)", text):
+        return read(inner.group(1), thousands=thousands)
+    if matrix := _matrix(text):
+        return matrix
+    for separator in (OR, ";", ","):
+        parts = [part for part in split(text, separator) if part]
+        if parts and parts != [text]:
+            return _list(text, parts, separator, thousands)
+    if len(parts := split(text, r"\cup")) > 1:
+        nodes = tuple(read(part) for part in parts)
+        if all(node.marks == "{}" for node in nodes):
+            members = {item.text: item for node in nodes for item in node.items}
+            return Node("set", text, tuple(members.values()), "{}")
+        return Node("set", text, nodes, "or")
+    if len(parts := split(text, r"\cap")) > 1:
+        return Node("set", text, tuple(read(part) for part in parts), "and")
+    if text.startswith(r"\{") and closes(text, r"\{", r"\}"):
+        return _braces(text[2:-2])
+    if complement := re.fullmatch(
+        r"\\mathbb\{R\}(?:\\setminus|\\backslash|-)\\\{(.+)\\\}", text
+    ):
+        return _all_but(text, complement.group(1))
+    if text[:1] in "([" and text[-1:] in ")]" and closes(text):
+        parts = split(text[1:-1], ";")
+        parts = parts if len(parts) > 1 else split(text[1:-1], ",")
+        if len(parts) > 1:
+            inside = tuple(read(part, thousands=False) for part in parts)
+            if text[0] == "[" and (rows := _rows_of_lists(inside)):
+                return Node("matrix", text, rows)
+            return Node("tuple", text, inside, text[0] + text[-1])
+        if text[0] == "(" and text[-1] == ")":
+            return read(text[1:-1], thousands=thousands)
+    if sides := relation_sides(text):
+        return _relation(text, *sides)
+    if _SIGN.search(text):
+        swap = {r"\pm": r"\mp", r"\mp": r"\pm"}
+        plus = text.replace(r"\pm", "+").replace(r"\mp", "-")
+        minus = re.sub(r"\\pm|\\mp", lambda m: swap[m.group()], text)
+        minus = minus.replace(r"\pm", "+").replace(r"\mp", "-")
+        return Node("set", text, (leaf(plus), leaf(minus)))
+    return leaf(text)
+
+
+def _list(text: str, parts: list[str], separator: str, thousands: bool) -> Node:
+    """Answers beside each other; inequalities of one name are a region together."""
+    unequal = re.match(r"[A-Za-z]\\ne", parts[0])
+    if unequal and separator == "," and not any(map(RELATION.search, parts[1:])):
+        return _all_but(text, ",".join([parts[0][unequal.end() :], *parts[1:]]))
+    nodes: tuple[Node, ...] = ()
+    for part in parts:
+        node = read(part, thousands=thousands)
+        several = node.kind == "set" and not node.marks  # ±1, ±2 are four
+        named = all(item.kind == "assign" for item in node.items)
+        opened = _SIGN.search(part) or (separator == OR and not named)
+        nodes += node.items if several and opened else (node,)
+    marks = ""
+    relations = [bool(RELATION.search(part)) for part in parts]
+    if len({name for part in parts for name in re.findall(_NAME, part)}) <= 1:
+        if separator == OR and any(node.kind in ("tuple", "set") for node in nodes):
+            marks = "or"
+        elif separator == "," and all(relations):
+            marks = "either"
+    return Node("set", text, nodes, marks)
+
+
+def _braces(inner: str) -> Node:
+    """A set: its members, or what a condition says."""
+    builder = re.match(r"[A-Za-z](?:\\in\\mathbb\{[RCZ]\})?(?:\\mid|\||:)", inner)
+    if builder:
+        return read(inner[builder.end() :])
+    text = rf"\{{{inner}\}}"
+    inside = read(inner, thousands=False)
+    if inside.kind == "set" and not inside.marks:
+        return Node("set", text, inside.items, "{}")
+    return Node("set", text, (inside,), "{}")
+
+
+def leaf(text: str) -> Node:
+    return Node("leaf", text)
+
+
+def _all_but(text: str, holes: str) -> Node:
+    node = read(holes, thousands=False)
+    gaps = []
+    for hole in node.items if node.kind == "set" else (node,):
+        low = Node("tuple", "", (leaf(r"-\infty"), hole), "()")
+        high = Node("tuple", "", (hole, leaf(r"\infty")), "()")
+        gaps.append(Node("set", text, (low, high), "or"))
+    return gaps[0] if len(gaps) == 1 else Node("set", text, tuple(gaps), "and")
+
+
+def _absolute(text: str, parts: list[str], marks: str) -> Node | None:
+    """|x-1| < 2 is (-1, 3), and |x| > 3 the two half-lines outside."""
+    outside = re.fullmatch(r"\|[^|]*\|", parts[-1])
+    size, limit = (parts[-1], parts[0]) if outside else (parts[0], parts[-1])
+    found = re.fullmatch(r"\|[A-Za-z]((?:[-+][^|]+)?)\|", size)
+    if len(parts) != 2 or not found or has_unknown(limit + found[1]):
+        return None
+    closed = marks == "l"
+    low, high = (leaf(f"{sign}({limit})-(0{found[1]})") for sign in ("-", ""))
+    if not outside:
+        return Node("tuple", text, (low, high), "[]" if closed else "()")
+    left = Node("tuple", "", (leaf(r"-\infty"), low), "(]" if closed else "()")
+    right = Node("tuple", "", (high, leaf(r"\infty")), "[)" if closed else "()")
+    return Node("set", text, (left, right), "or")
+
+
+# ---- families: x = k\pi, k an integer ------------------------------------------------
+_SETS = (
+    r"(?:\\(?:mathbb|mathbf|text)\{([ZN])\}|[ \\]?([ZN]))(?:[\^_]\{?([+*])\}?|([+*]))?"
+)
+_INTEGER = (
+    r"[^{}]*?(positive|natural|non-?negative|正|自然)?"
+    r"[^{}]*?(?:integers?|numbers?|整数|数)"
+)  # fmt: skip
+_DOMAIN = re.compile(
+    r"(?:[,;:|]|\\mid)?\(?(?:\\text\{[^{}]*\})?(?:"
+    rf"([A-Za-z])\\in{_SETS}"
+    r"|([A-Za-z])=0,\\pm1(?:,\\pm2)?(?:,\\pm3)?,?(?:\\[lc]?dots|\.\.\.)"
+    rf"|([A-Za-z])\\text\{{{_INTEGER}\}}"
+    rf"|\\text\{{(?:where|for|with|when|对|其中)?{_INTEGER}\}}([A-Za-z])"
+    r")\)?$"
+)
+SHIFTS = 3  # of its integer, by which two families may differ
+
+
+def _family(text: str) -> Node | None:
+    if not re.search(r"\\in(?![a-z])|\\text|\\pm", text):
+        return None
+    found = _DOMAIN.search(text)
+    if not found or not found.start():
+        return None
+    name, *sets, counted, worded, words, words_before, before = found.groups()
+    letter = name or counted or worded or before
+    domain = sets[0] or sets[1] or "Z"
+    if sets[2] or sets[3] or (words or words_before) in ("positive", "正"):
+        domain = "N+"
+    elif words or words_before:
+        domain = "N"
+    rest = text[: found.start()]
+    if (
+        letter not in _letters(rest)
+        or rest.count("(") != rest.count(")")
+        and "[" not in rest
+    ):
+        return None
+    return Node("family", text, (read(rest),), letter + domain)
+
+
+def _letters(text: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
+
+
+def members(family: Node, letter: str) -> list[Node]:
+    """The same family, counted from other integers, and down as well as up."""
+    old, domain, rest = family.marks[0], family.marks[1:], family.items[0].text
+    forms = [letter]
+    if domain == "Z":
+        steps = range(-SHIFTS, SHIFTS + 1)
+        forms = [f"({s}{letter}{j:+d})" for j in steps for s in ("", "-")]
+        forms.sort(key=lambda form: form != f"({letter}+0)")
+
+    def put(form: str) -> str:
+        return re.sub(rf"(\\[A-Za-z]+)|{old}", lambda m: m[1] or form, rest)
+
+    return [read(put(form)) for form in forms]
+
+
+def family_of(node: Node, letter: str) -> Node | None:
+    """An answer whose integer is not said to be one, as a family in that letter."""
+    usual = letter in "knm" and letter in _letters(node.text)
+    return Node("family", node.text, (node,), letter + "Z") if usual else None
+
+
+def _relation(text: str, parts: list[str], signs: list[str]) -> Node:
+    names = [is_name(part) for part in parts]
+    if set(signs) == {"="}:
+        if names[0]:
+            return Node("assign", text, (leaf(unwrap(parts[0])), read(parts[-1])))
+        if names[-1] and len(parts) == 2:
+            return Node("assign", text, (leaf(unwrap(parts[1])), read(parts[0])))
+        if not re.search(r"[A-Za-z]", re.sub(r"\\[a-z]+", "", text)):
+            return read(parts[-1])  # 3+4=7 states 7
+        if len(parts) > 2 and not any(map(has_unknown, parts[-2:])):
+            return read(parts[-1])  # b^a = 3^5 = 243 states 243
+        return Node("equation", text, (leaf(parts[0]), leaf(parts[-1])))
+    if signs == [r"\ne"]:
+        if names[0] and not names[1]:
+            return _all_but(text, parts[1])
+        return Node("chain", text, tuple(map(leaf, parts)), "!")
+    short = {"<": "<", ">": ">", r"\le": "l", r"\ge": "g"}
+    marks = "".join(short.get(sign, "?") for sign in signs)
+    if set(marks) <= set(">g"):
+        parts, names = parts[::-1], names[::-1]
+        marks = marks[::-1].replace(">", "<").replace("g", "l")
+    if not set(marks) <= set("<l"):
+        return Node("chain", text, tuple(map(leaf, parts)), marks)
+    if (inside := _absolute(text, parts, marks)) is not None:
+        return inside
+    closing, opening = {"<": ")", "l": "]"}, {"<": "(", "l": "["}
+    constant = [not has_unknown(part) for part in parts]
+    if len(parts) == 3 and names[1] and constant[0] and constant[2]:
+        bracket = opening[marks[0]] + closing[marks[1]]
+        return Node("tuple", text, (leaf(parts[0]), leaf(parts[2])), bracket)
+    if len(parts) == 2 and names[0] and constant[1]:
+        ends = (leaf(r"-\infty"), leaf(parts[1]))
+        return Node("tuple", text, ends, "(" + closing[marks])
+    if len(parts) == 2 and names[1] and constant[0]:
+        ends = (leaf(parts[0]), leaf(r"\infty"))
+        return Node("tuple", text, ends, opening[marks] + ")")
+    return Node("chain", text, tuple(map(leaf, parts)), marks)
+
+
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_SIDES = re.compile(r"\\(?:le|ge|ne)(?![a-z])|[<>=]")
+
+
+def join_thousands(text: str) -> str:
+    """12,345 outside brackets is one number."""
+    if "," not in text:
+        return text
+    joined, last = "", 0
+    for match in outside(text, _THOUSANDS):
+        joined += text[last : match.start()] + match.group().replace(",", "")
+        last = match.end()
+    return joined + text[last:]
+
+
+_MATRIX = re.compile(
+    r"(.*?)\\begin\{([pv]matrix)\}(.*)\\end\{\2\}(\^\{?(?:T|\\text\{T\}|\\top|\\prime|')\}?)?",
+    re.S,
+)
+
+
+def _matrix(text: str) -> Node | None:
+    """One matrix with what it is multiplied by; the determinant between bars."""
+    if listed := re.fullmatch(r"([(\[].*[)\]])\^\{?(?:T|\\text\{T\}|\\top)\}?", text):
+        row = read(listed[1])
+        if row.kind == "tuple" and closes(listed[1]):
+            cells = tuple(Node("tuple", "", (item,), "[]") for item in row.items)
+            return Node("matrix", text, cells)
+    found = r"\begin" in text and _MATRIX.fullmatch(text)
+    if not found or r"\begin" in found[1] + found[3]:
+        return None
+    factor, name, body, transposed = found.groups()
+    cells = [row.split("&") for row in body.split(ROW) if row.strip()]
+    if name == "vmatrix":
+        return leaf(f"{factor}({_determinant(cells)})")
+    if re.search(r"[-+]$|[=<>]", factor[1:]):
+        return None
+    factor = "-1" if factor == "-" else factor
+    if factor:
+        cells = [[f"({factor})({cell})" for cell in row] for row in cells]
+    if transposed and len({len(row) for row in cells}) == 1:
+        cells = [list(column) for column in zip(*cells, strict=True)]
+    rows = tuple(Node("tuple", "", tuple(map(read, row)), "[]") for row in cells)
+    return Node("matrix", text, rows)
+
+
+def _determinant(cells: list[list[str]]) -> str:
+    if len(cells) > 4 or any(len(row) != len(cells) for row in cells):
+        return r"\text{determinant}"
+    if len(cells) == 1:
+        return cells[0][0]
+    terms = []
+    for n, cell in enumerate(cells[0]):
+        minor = [row[:n] + row[n + 1 :] for row in cells[1:]]
+        terms.append(f"{'-' if n % 2 else '+'}({cell})({_determinant(minor)})")
+    return "".join(terms)
+
+
+def _rows_of_lists(items: tuple[Node, ...]) -> tuple[Node, ...] | None:
+    """[[1,2],[3,4]] is a matrix."""
+    lists = all(item.kind == "tuple" and item.marks == "[]" for item in items)
+    same = len({len(item.items) for item in items}) == 1
+    return items if lists and same else None
+
+
+def relation_sides(text: str) -> tuple[list[str], list[str]] | None:
+    """The sides and the signs of an equation or inequality, or None."""
+    signs = [match.group() for match in outside(text, _SIDES)]
+    sides = [side.strip() for side in split(text, _SIDES)]
+    return (sides, signs) if signs and all(sides) else None
+
+
+_NAME = r"(?<!\\)(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
+_NAME_LIKE = rules(
+    (TEXT + r"|\\(?:angle|triangle|mathbf|vec)" + END, "w"),
+    (r"_(?:\{[^{}]*\}|\w)|\^\{-1\}(?=\()", ""),
+    (r"\\frac\{[A-Za-z]+\}\{[A-Za-z]+\}|\b[A-Z]+/[A-Z]+\b|\|[A-Z]{2}\|", "w"),
+    (r"(?<=[A-Za-z}'])\([^()]*\)", ""),
+    (r"^\([A-Za-z](?:,[A-Za-z])+\)$", "w"),
+)
+_VALUES = r"\\(?:infty|pi|sqrt|frac|cdot|times|div|ln|log|sin|cos|tan|sum|pm)" + END
+
+
+def is_name(text: str) -> bool:
+    r"""x, a_{12}, f(2), P(X=1), AB, V_1:V_2, (x,y), \angle A: can be assigned to."""
+    if len(text) > 60 or text in ("i", "e"):
+        return False
+    for pattern, replacement in _NAME_LIKE:
+        text = pattern.sub(replacement, text)
+    if re.search(_VALUES, text):
+        return False
+    return bool(re.fullmatch(r"[\\A-Za-z{}:' ]*[A-Za-z][\\A-Za-z{}:' ]*", text))
+
+
+def has_unknown(text: str) -> bool:
+    """Whether a name other than e and i appears."""
+    return bool(re.search(r"[A-Za-df-hj-z\\]", re.sub(TEXT + "|" + _VALUES, "", text)))

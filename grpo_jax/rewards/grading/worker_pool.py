@@ -1,0 +1,323 @@
+r"""Grading in worker processes that can be killed.
+
+In: predictions and references (text). Out: a bool a pair. The caller settles
+rational answers itself; the rest goes, one pair a line of JSON, to worker processes
+(this file started as `python -c`, never a fork of the trainer and never its
+`__main__`). The limit of a pair is CPU time, so that a busy machine makes no right
+answer wrong; by the clock it is `PATIENCE` times as long. A worker that passes it is
+killed and replaced, and its pair counts as not equal. One that somebody else killed is
+replaced, and its pair asked again. Workers start with the first pair that needs one,
+and leave when the pool closes or their parent is gone, however it went.
+"""
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import queue
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from grpo_jax.errors import GrpoError
+from grpo_jax.rewards.grading import answers
+from grpo_jax.rewards.grading.paper import RULES
+
+SECONDS = 3.0  # of CPU for one pair; with a fresh worker's start it stays under 5
+PATIENCE = 5  # times as many seconds by the clock, where the CPU is shared
+START_SECONDS = 120.0
+MEMORY = 2 << 30  # bytes of address space a worker may use
+WORKERS = max(1, min(8, (os.cpu_count() or 2) // 2))
+
+
+# ---- the caller's side --------------------------------------------------------------
+class _Worker:
+    """One process and its two pipes."""
+
+    def __init__(self):
+        root = str(Path(__file__).resolve().parents[3])
+        code = (
+            f"import sys; sys.path.insert(0, {root!r}); "
+            f"from grpo_jax.rewards.grading.worker_pool import work; work({os.getpid()})"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            bufsize=0,
+        )
+        self.ready = False
+
+    def ask(
+        self, prediction: str, reference: str, rule: str, seconds: float
+    ) -> bool | None:
+        """The answer; None if the worker ran out of time (it is then dead).
+
+        Raises:
+          _Died: the worker was killed, or crashed, before it answered.
+        """
+        try:
+            if not self.ready:
+                hello = self._line(START_SECONDS)
+                if hello != b"ready":
+                    raise GrpoError(
+                        "grading: a worker process did not start"
+                        f"{': ' + hello.decode(errors='replace') if hello else ''}; try"
+                        " `python -c 'import math_verify'`"
+                    )
+                self.ready = True
+            task = json.dumps([prediction, reference, rule, seconds])
+            assert self.process.stdin
+            self.process.stdin.write(task.encode() + b"\n")
+            reply = self._line(seconds)
+        except OSError:
+            reply = b""
+        except BaseException:
+            self.close()
+            raise
+        if reply in (b"1", b"0"):
+            return reply == b"1"
+        self.close()
+        if reply is None:
+            return None
+        raise _Died
+
+    def _line(self, seconds: float) -> bytes | None:
+        """What the worker says; None where its time is over, b"" where it is dead."""
+        assert self.process.stdout
+        pipe, line = self.process.stdout.fileno(), b""
+        began, used = time.monotonic(), _cpu_seconds(self.process.pid)
+        last = began + PATIENCE * seconds
+        until = began + seconds
+        while not line.endswith(b"\n"):
+            if not _readable(pipe, max(0.01, until - time.monotonic())):
+                left = seconds - (_cpu_seconds(self.process.pid) - used)
+                until = min(last, time.monotonic() + left)
+                if used < 0 or left <= 0 or time.monotonic() >= last:
+                    return None
+                continue
+            part = os.read(pipe, 4096)
+            if not part:
+                return b""
+            line += part
+        return line.strip()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+class _Died(Exception):
+    """A worker ended without an answer, and not because its time was over."""
+
+
+def _cpu_seconds(process: int) -> float:
+    """The CPU time that a process has used; -1 where the system does not say it."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return -1.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _readable(pipe: int, seconds: float) -> bool:
+    poller = select.poll()  # select() refuses descriptors above 1023
+    poller.register(pipe, select.POLLIN | select.POLLHUP)
+    return bool(poller.poll(seconds * 1000))
+
+
+class Pool:
+    """At most `workers` processes, handed out one pair at a time to any thread."""
+
+    def __init__(self, workers: int = WORKERS, seconds: float = SECONDS):
+        self.workers, self.seconds, self.owner = workers, seconds, os.getpid()
+        self.timeouts = 0  # pairs that counted as not equal for want of an answer
+        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        self._all: set[_Worker] = set()
+        self._lock = threading.Lock()
+        for _ in range(workers):
+            self._idle.put(None)  # a place where a worker may be started
+
+    def same(self, prediction: str, reference: str, rule: str = "strict") -> bool:
+        """One pair, decided by a worker; False if it takes too long.
+
+        A worker that died may have been killed by somebody else: another one is asked.
+        """
+        for _ in range(2):
+            with contextlib.suppress(_Died):
+                return self._same(prediction, reference, rule)
+        with self._lock:
+            self.timeouts += 1
+        return False
+
+    def _same(self, prediction: str, reference: str, rule: str) -> bool:
+        worker = self._idle.get()
+        try:
+            if worker is None or worker.process.poll() is not None:
+                self._forget(worker)
+                worker = self._start()
+            answer = worker.ask(prediction, reference, rule, self.seconds)
+            if answer is None:
+                with self._lock:
+                    self.timeouts += 1
+            return bool(answer)
+        finally:
+            if worker is not None and worker.process.returncode is not None:
+                # Its replacement starts now, so that the next pair need not wait.
+                worker = self._start() if self._forget(worker) else None
+            self._idle.put(worker)
+
+    def _start(self) -> _Worker:
+        worker = _Worker()
+        with self._lock:
+            self._all.add(worker)
+        return worker
+
+    def _forget(self, worker: _Worker | None) -> bool:
+        """Ends a worker; False if `close` had ended it."""
+        if worker is None:
+            return False
+        worker.close()
+        with self._lock:
+            known = worker in self._all
+            self._all.discard(worker)
+        return known
+
+    def close(self) -> None:
+        """Ends the workers; a later pair starts new ones."""
+        if os.getpid() != self.owner:  # a forked child: they are not its own
+            return
+        with self._lock:
+            workers, self._all = self._all, set()
+        for worker in workers:
+            worker.close()
+
+
+_pool: Pool | None = None
+_pool_lock = threading.Lock()
+
+
+def pool() -> Pool:
+    """This process's pool (a forked child gets its own)."""
+    global _pool
+    with _pool_lock:
+        if _pool is None or _pool.owner != os.getpid():
+            _pool = Pool()
+            atexit.register(_pool.close)
+        return _pool
+
+
+@functools.lru_cache(maxsize=65536)
+def _same(prediction: str, reference: str, rule: str) -> bool:
+    try:
+        return RULES[rule](prediction, reference, answers.Exact())
+    except answers.Undecided:
+        return pool().same(prediction, reference, rule)
+
+
+def grade(
+    predictions: Sequence[str | None], references: Sequence[str], rule: str = "strict"
+) -> list[bool]:
+    r"""Whether each prediction is its reference answer; None is wrong.
+
+    rule: strict, or paper: DeepSeekMath's own, for comparing with its figures only.
+
+    >>> grade(["0.5", None, "3"], [r"\frac{1}{2}", "1", "4"])
+    [True, False, False]
+    """
+    if len(predictions) != len(references):
+        raise GrpoError(
+            f"grade: {len(predictions)} predictions for {len(references)} references"
+        )
+    results: list[bool] = [False] * len(references)
+    hard: dict[tuple[str, str], list[int]] = {}
+    exact = answers.Exact()
+    for n, (prediction, reference) in enumerate(
+        zip(predictions, references, strict=True)
+    ):
+        if prediction is None:
+            continue
+        try:
+            results[n] = RULES[rule](prediction, reference, exact)
+        except answers.Undecided:
+            hard.setdefault((prediction, reference), []).append(n)
+    if len(hard) == 1:
+        decided = [_same(*next(iter(hard)), rule)]
+    elif hard:
+        with ThreadPoolExecutor(min(len(hard), pool().workers)) as threads:
+            decided = list(threads.map(lambda pair: _same(*pair, rule), hard))
+    else:
+        decided = []
+    for places, answer in zip(hard.values(), decided, strict=True):
+        for n in places:
+            results[n] = answer
+    return results
+
+
+# ---- the worker's side --------------------------------------------------------------
+def work(parent: int) -> None:
+    """A worker's life: a pair in, `1` or `0` out, until the pipe or the parent ends."""
+    import resource
+
+    # Ctrl-C, and a SIGTERM to all processes of a run, are the parent's to handle.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    replies = os.dup(1)
+    os.dup2(2, 1)  # whatever a library prints goes with the errors
+    try:
+        import math_verify  # noqa: F401  (its start is not in a pair's time)
+
+        from grpo_jax.rewards.grading.algebra import decide
+    except ImportError as error:
+        os.write(replies, f"{error}\n".encode())
+        return
+    decide("x+1", "1+x")
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.addaudithook(_refuse)
+    os.write(replies, b"ready\n")
+    buffer = b""
+    while True:
+        while b"\n" not in buffer:
+            while not _readable(0, 5.0):
+                if os.getppid() != parent:
+                    return
+            part = os.read(0, 1 << 16)
+            if not part:
+                return
+            buffer += part
+        line, _, buffer = buffer.partition(b"\n")
+        prediction, reference, rule, seconds = json.loads(line)
+        # The kernel ends this process if its parent can no longer do so.
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds + 1)
+        try:
+            answer = decide(prediction, reference, rule)
+        except (Exception, RecursionError, MemoryError):
+            answer = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        os.write(replies, b"1\n" if answer else b"0\n")
+
+
+def _refuse(event: str, args: tuple) -> None:
+    """No text makes a worker start a program, open a socket or write a file."""
+    if event.startswith(("subprocess.", "os.system", "os.exec", "os.posix_spawn",
+                         "os.fork", "os.spawn", "socket.", "os.remove", "os.rename",
+                         "shutil.", "ctypes.")):  # fmt: skip
+        raise PermissionError(f"grading worker: {event}")
+    if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+        raise PermissionError(f"grading worker: {event}")

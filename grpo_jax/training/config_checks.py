@@ -1,0 +1,168 @@
+"""Whether a run can start with a config: its fields, and what does not go together.
+
+In: a `Config`. Out: the same, or one line that names the field (faults 1 to 6).
+"""
+
+import dataclasses
+from typing import Any, get_type_hints
+
+from grpo_jax.algorithms.methods import METHODS, OWN_FIELDS
+from grpo_jax.config import (
+    Config,
+    flatten,
+    generations,
+    lora_targets,
+    reward_names,
+    reward_weights,
+    set_names,
+)
+from grpo_jax.config_fields import COUNT, check_value
+from grpo_jax.errors import GrpoError
+
+
+def validate(config: Config) -> Config:
+    """The config itself, if a run can start with it.
+
+    >>> validate(Config(group_size=1))
+    Traceback (most recent call last):
+    ...
+    grpo_jax.errors.GrpoError: config.group_size: 1 output a question has no group...
+    """
+    flat = check_fields(config)
+    for name in OWN_FIELDS:
+        if flat[name] is not None and name not in METHODS[config.method].fields:
+            raise GrpoError(
+                f"config.{name}: method {config.method} would ignore it; leave it out"
+            )
+    _validate_method(config)
+    if config.sft_steps and not config.data.sft:
+        raise GrpoError("config.data.sft: sft_steps is set; name the worked examples")
+    if not config.model.path:
+        for name in ("layers", "width", "heads", "ffn"):
+            if not flat[f"model.{name}"]:
+                raise GrpoError(
+                    f"config.model.{name}: 0; a new model needs it (or set model.path)"
+                )
+        if config.model.width % (2 * config.model.heads):
+            raise GrpoError(
+                f"config.model.width: {config.model.width} is not a multiple of twice "
+                f"the heads, {config.model.heads}"
+            )
+        if config.model.heads % (config.model.kv_heads or config.model.heads):
+            raise GrpoError(
+                f"config.model.kv_heads: {config.model.kv_heads} does not divide the "
+                f"heads, {config.model.heads}"
+            )
+    _validate_sizes(config)
+    lora_targets(config)
+    if not config.sft_steps and not config.model.path:
+        raise GrpoError(
+            "config.sft_steps: 0, so RL would start from random weights; set it, or "
+            "model.path"
+        )
+    names, weights = reward_names(config), reward_weights(config)
+    if len(names) != len(weights):
+        raise GrpoError(
+            f"config.rewards.weights: {len(weights)} for {len(names)} functions"
+        )
+    if config.eval.every and not set_names(config):
+        raise GrpoError(
+            f"config.eval.every: {config.eval.every}, but data.eval names no set; name "
+            "one, or leave eval.every out"
+        )
+    return config
+
+
+def _validate_sizes(config: Config) -> None:
+    """Products of fields, and sizes that others bound."""
+    outputs = config.questions_per_step * config.group_size
+    tokens = outputs * config.max_new_tokens * max(1, generations(config))
+    if tokens > COUNT:
+        raise GrpoError(
+            f"config.max_new_tokens: {config.max_new_tokens} for each of {outputs} "
+            f"outputs a step are more than {COUNT:,} tokens; lower it, "
+            "questions_per_step or group_size"
+        )
+    own, steps = config.own(), config.rl_steps
+    if steps * own.get("updates_per_rollout", 1) > COUNT:
+        raise GrpoError(
+            f"config.updates_per_rollout: more than {COUNT:,} updates in {steps} steps"
+        )
+    if steps and own.get("iterations", 1) > steps:
+        raise GrpoError(
+            f"config.iterations: {own['iterations']} do not fit into {steps} rl_steps; "
+            "an iteration has one at least"
+        )
+    mesh = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if 0 in mesh or mesh.count(-1) > 1:
+        raise GrpoError(
+            f"config.mesh: data, fsdp and tensor are {mesh}; each is 1 or more, "
+            "and one may be -1"
+        )
+
+
+def check_fields(config: Config) -> dict[str, Any]:
+    """Each field for itself, as `flatten` gives them; raises `GrpoError` of one."""
+    _check_fields(config)
+    return flatten(config)
+
+
+def _check_fields(part: Any, prefix: str = "") -> None:
+    hints = get_type_hints(type(part))
+    for field in dataclasses.fields(part):
+        name, value = prefix + field.name, getattr(part, field.name)
+        if not dataclasses.is_dataclass(hints[field.name]):
+            check_value(name, value, hints[field.name], field.metadata)
+        elif isinstance(value, hints[field.name]):
+            _check_fields(value, f"{name}.")
+        else:
+            wanted = hints[field.name].__name__
+            raise GrpoError(f"config.{name}: {value!r} is not a {wanted}")
+
+
+def _validate_method(config: Config) -> None:
+    """What only the method's row can tell."""
+    method = METHODS[config.method]
+    if not method.reward and config.rewards.functions:
+        reason = "learns from worked examples"
+        if method.coefficient == "process":
+            reason = "takes its rewards from the process reward model"
+        raise GrpoError(
+            f"config.rewards.functions: method {config.method} {reason}; leave it out"
+        )
+    groups = method.coefficient in ("outcome", "process", "pairs")
+    if "advantage_baseline" in method.fields:
+        groups = config.of_method("advantage_baseline") != "batch"
+    if groups and config.group_size < 2:
+        raise GrpoError(
+            f"config.group_size: {config.group_size} output a question has no group to "
+            "be compared with; 2 or more"
+        )
+    if "surrogate" in method.fields and config.of_method("surrogate") == "cispo":
+        if config.of_method("clip_high") is None:
+            raise GrpoError(
+                "config.clip_high: surrogate cispo needs it, the ratio's bound"
+            )
+    if method.loss == "sft" and config.aggregate == "constant":
+        raise GrpoError("config.aggregate: 'constant' is for GRPO's and PPO's losses")
+    judged = method.coefficient == "process" or "model" in reward_names(config)
+    r = config.reward_model
+    made = not r.labels or config.own().get("iterations", 1) > 1
+    if judged and made and r.questions * r.samples < r.batch_size:
+        raise GrpoError(
+            f"config.reward_model.questions: {r.questions} with {r.samples} output(s) "
+            f"each are fewer than reward_model.batch_size, {r.batch_size}"
+        )
+    if generations(config) and judged:
+        raise GrpoError(
+            "config.tools.generations: a reward model is trained on outputs without "
+            "programs; set it to 0, or take a method and rewards without the model"
+        )
+    has_buffer = "overlong_buffer" in method.fields
+    buffer = config.of_method("overlong_buffer") if has_buffer else 0
+    longest = config.max_new_tokens * max(1, generations(config))
+    if buffer > longest:
+        raise GrpoError(
+            f"config.overlong_buffer: {buffer} is more than max_new_tokens allows, "
+            f"{longest}"
+        )

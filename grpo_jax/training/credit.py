@@ -1,0 +1,257 @@
+"""Credit: what the rewards of a step teach each token of its outputs.
+
+In: the step's outputs and their rewards. Out: samples for `packing`, with Â where the
+method's row of the table (`methods.py`) has it. One function for each kind of row:
+
+    indicator   I(o) of RFT and Online RFT
+    outcome     Â_i of a group (section 4.1.2)
+    process     Â_it from the rewards of steps (section 4.1.3)
+    critic      A_t by GAE, with the KL term in the reward (PPO)
+    returns     the same without a critic (REINFORCE++)
+    pairs       o⁺ beside o⁻ (DPO)
+
+Axes: N outputs, the G of a question side by side; C the longest output's tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.algorithms.advantages import (
+    decoupled_advantages,
+    gae,
+    group_advantages,
+    process_advantages,
+)
+from grpo_jax.data.datasets import Example
+from grpo_jax.generation.sampler import bucket
+from grpo_jax.rewards.reward_functions import Scores
+from grpo_jax.training.packing import Sample
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """One output o_i of a question, as it was sampled."""
+
+    example: Example
+    prompt: list[int]
+    tokens: list[int]  # the EOS token included
+    logps: list[float]  # under the policy that sampled it
+    mask: list[int] | None = None  # 0 where a tool wrote the token; None: nowhere
+    text: str = ""  # its tokens decoded, where that was done
+    finished: bool  # with EOS, not cut off
+    calls: int | None = None  # programs that were run; None: a run without tools
+    failures: int = 0  # of them
+
+    @property
+    def sampled(self) -> list[int]:
+        """1 where the policy chose the token."""
+        return [1] * len(self.tokens) if self.mask is None else self.mask
+
+    @property
+    def sample(self) -> Sample:
+        """Prompt and output, with the output's sampled tokens in the loss."""
+        before = len(self.prompt)
+        return Sample(
+            tokens=[*self.prompt, *self.tokens],
+            mask=[0] * before + self.sampled,
+            logps=[0.0] * before + self.logps,
+            prompt=before,
+        )
+
+
+def indicator(outputs: Sequence[Output], rewards: np.ndarray) -> list[Sample]:
+    """I(o): 1 where the reward is above 0, the output then counts as right."""
+    return [
+        dataclasses.replace(o.sample, advantages=float(r > 0), logps=None)
+        for o, r in zip(outputs, rewards, strict=True)
+    ]
+
+
+def outcome(
+    outputs: Sequence[Output],
+    scores: Scores,
+    weights: Sequence[float],
+    group_size: int,
+    *,
+    scale: str,
+    baseline: str,
+    each: bool = False,
+) -> list[Sample]:
+    """Â_i for every token of o_i; scale and baseline as in `group_advantages`.
+
+    each: every reward function's values are normalised before they are summed with
+    their `weights`, and not their sum (`decoupled_advantages`).
+    """
+    options = dict(scale=scale, baseline=baseline)
+    if each:
+        table = jnp.stack([jnp.asarray(x) for x in scores.by_function.values()], 1)
+        by = jnp.asarray(weights)
+        advantages = decoupled_advantages(table, by, group_size, **options)
+    else:
+        rewards = jnp.asarray(scores.rewards)
+        advantages = group_advantages(rewards, group_size, **options)
+    return [
+        dataclasses.replace(o.sample, advantages=float(a))
+        for o, a in zip(outputs, np.asarray(advantages), strict=True)
+    ]
+
+
+def process(
+    outputs: Sequence[Output],
+    step_ends: Sequence[Sequence[int]],
+    step_rewards: Sequence[np.ndarray],
+    group_size: int,
+) -> list[Sample]:
+    """Â_it: the sum of the normalised rewards of the steps that end at t or later.
+
+    step_ends: of each output, the index of each step's last token; step_rewards: one
+    for each of them.
+    """
+    rewards, ends = padded(outputs), padded(outputs)
+    for i, (where, values) in enumerate(zip(step_ends, step_rewards, strict=True)):
+        rewards[i, list(where)] = values
+        ends[i, list(where)] = 1
+    advantages = process_advantages(jnp.asarray(rewards), jnp.asarray(ends), group_size)
+    return [
+        dataclasses.replace(o.sample, advantages=behind(o, a))
+        for o, a in zip(outputs, np.asarray(advantages), strict=True)
+    ]
+
+
+def critic(
+    outputs: Sequence[Output],
+    rewards: np.ndarray,
+    values: Sequence[np.ndarray],
+    ref_logps: Sequence[np.ndarray] | None,
+    *,
+    kl_coef: float,
+    gamma: float,
+    lam: float,
+) -> list[Sample]:
+    """A_t = GAE of r_t = -β log(π_old/π_ref) + r at the last token; normalised.
+
+    r stands at the last token that was sampled; a tool's tokens are passed over.
+    values, ref_logps: of each output, V(s_t) and log π_ref at its tokens. An output
+    without a reward (NaN) teaches nothing. log π_old is the sampler's, also where that
+    is a step older (max_staleness). Advantages are brought to mean 0 and
+    variance 1 over the batch's tokens, returns are not.
+    """
+    r, v, mask = padded(outputs), padded(outputs), padded(outputs)
+    for i, output in enumerate(outputs):
+        n = len(output.tokens)
+        v[i, :n] = values[i]
+        mask[i, :n] = np.isfinite(rewards[i]) * np.array(output.sampled)
+        if ref_logps is not None:
+            r[i, :n] = -kl_coef * (np.asarray(output.logps) - ref_logps[i])
+        r[i, np.flatnonzero(output.sampled)[-1]] += rewards[i]
+    advantages, returns = gae(
+        jnp.asarray(r), jnp.asarray(v), jnp.asarray(mask), gamma=gamma, lam=lam
+    )
+    advantages, returns = np.asarray(advantages), np.asarray(returns)
+    advantages = normalized(advantages, mask)
+    return [
+        dataclasses.replace(
+            masked(o.sample) if not np.isfinite(rewards[i]) else o.sample,
+            advantages=behind(o, advantages[i]),
+            returns=behind(o, returns[i]),
+            values=behind(o, v[i]),
+        )
+        for i, o in enumerate(outputs)
+    ]
+
+
+def returns(
+    outputs: Sequence[Output],
+    rewards: np.ndarray,
+    ref_logps: Sequence[np.ndarray] | None,
+    *,
+    kl_coef: float,
+) -> list[Sample]:
+    """A_t = r - β Σ_s≥t log(π_old/π_ref), normalised over the batch's tokens (Hu 2025).
+
+    Arguments as in `critic`, whose A_t this is with V = 0 and γ = λ = 1.
+    """
+    nothing = [np.zeros(len(o.tokens), np.float32) for o in outputs]
+    samples = critic(
+        outputs, rewards, nothing, ref_logps, kl_coef=kl_coef, gamma=1.0, lam=1.0
+    )
+    return [dataclasses.replace(s, returns=None, values=None) for s in samples]
+
+
+def divergence(
+    outputs: Sequence[Output], ref_logps: Sequence[np.ndarray]
+) -> np.ndarray:
+    """log π_old(o|q) - log π_ref(o|q) of each output, over the tokens it chose: [N]."""
+    return np.array(
+        [
+            ((np.asarray(o.logps) - ref) * np.array(o.sampled)).sum()
+            for o, ref in zip(outputs, ref_logps, strict=True)
+        ],
+        np.float32,
+    )
+
+
+def normalized(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """x with mean 0 and variance 1 where mask is not 0, and 0 elsewhere."""
+    # float64 holds a sum of float32 numbers exactly: what is tied comes to exactly 0.
+    held = x[mask > 0].astype(np.float64)
+    if held.size < 2:
+        return np.zeros_like(x)
+    scaled = (x - held.mean()) / (held.std(ddof=1) + 1e-8)
+    return np.where(mask > 0, scaled, 0).astype(x.dtype)
+
+
+def pairs(
+    outputs: Sequence[Output],
+    rewards: np.ndarray,
+    group_size: int,
+    rng: np.random.Generator,
+) -> list[Sample]:
+    """o⁺, o⁻, o⁺, o⁻, …: within each group the right ones (reward above 0) beside as
+    many wrong ones, at random; a group of one kind has no pair."""
+    chosen: list[Sample] = []
+    for start in range(0, len(outputs), group_size):
+        group = range(start, start + group_size)
+        right = rng.permutation([i for i in group if rewards[i] > 0])
+        wrong = rng.permutation([i for i in group if rewards[i] <= 0])
+        for pair in zip(right, wrong, strict=False):
+            chosen += [outputs[int(i)].sample for i in pair]
+    return chosen
+
+
+def overlong_punishment(lengths: Sequence[int], limit: int, buffer: int) -> np.ndarray:
+    """DAPO's soft punishment of length (Yu et al. 2025, equation 13), in tokens: [N].
+
+        0 up to limit - buffer, then falling to -1 at the limit
+
+    >>> overlong_punishment([5, 8, 9, 10], limit=10, buffer=4).tolist()
+    [0.0, -0.5, -0.75, -1.0]
+    """
+    over = np.asarray(lengths, np.float32) - (limit - buffer)
+    return 0.0 - np.clip(over / max(buffer, 1), 0.0, 1.0)
+
+
+def masked(sample: Sample) -> Sample:
+    """The same sample, teaching nothing."""
+    return dataclasses.replace(sample, mask=[0] * len(sample.tokens))
+
+
+def teaches(sample: Sample) -> bool:
+    """Whether a sample's policy term has any gradient."""
+    return any(sample.mask) and bool(np.any(sample.advantages))
+
+
+def padded(outputs: Sequence[Output]) -> np.ndarray:
+    """Zeros for every output's tokens, [N, C]; C of few sizes, for the compiler."""
+    longest = max(len(o.tokens) for o in outputs)
+    return np.zeros((len(outputs), bucket(longest)), np.float32)
+
+
+def behind(output: Output, values: np.ndarray) -> list[float]:
+    """An output's own values, with zeros for its prompt in front."""
+    return [0.0] * len(output.prompt) + values[: len(output.tokens)].tolist()

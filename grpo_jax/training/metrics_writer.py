@@ -1,0 +1,299 @@
+"""What a run tells: metrics, samples, report.html, TensorBoard, a progress bar.
+
+In: the metrics of a step. Out: one JSON object a line in the work directory, with the
+metric names of algorithms people know (TRL's); the same to TensorBoard, and to Weights
+& Biases where it is installed and WANDB_PROJECT is set.
+
+A resumed run drops the lines of steps that it does again. A line that is damaged says
+nothing of its step: it is set aside in a file of its own. Of several processes the
+first alone writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import socket
+import struct
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tqdm
+
+from grpo_jax import report
+from grpo_jax.distributed import processes
+from grpo_jax.errors import GrpoError
+from grpo_jax.files import write_whole
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
+
+class Recorder:
+    """Appends to the files of a work directory; use as a context manager.
+
+    Args:
+      workdir: must be there. Nothing is written in it before the first line is.
+      config: a run's, for Weights & Biases.
+      claim: called once, by every process, before the first thing is written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with Recorder(folder) as recorder:
+    ...         recorder.write("rl", 3, {"reward": 0.5, "kl": float("nan")})
+    ...     print(Path(folder, "metrics.jsonl").read_text().strip())
+    {"step": 3, "stage": "rl", "reward": 0.5, "kl": null}
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        config: Any = None,
+        claim: Callable[[], None] = lambda: None,
+    ):
+        self.workdir = Path(workdir)
+        self.config = config
+        self._claim: Callable[[], None] | None = claim
+        self._board: _Board | None = None
+        self._wandb: Any = None
+        self._stages: set[str] = set()  # whose steps W&B has been told of
+        self._next_report = 0.0
+
+    def __enter__(self) -> Recorder:
+        if processes.first() and (project := os.environ.get("WANDB_PROJECT")):
+            self._wandb = _start_wandb(project, self.workdir, self.config)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._wandb is not None:
+            try:
+                self._wandb.finish(exit_code=int(error[0] is not None))
+            except Exception as problem:  # which must not hide what ended the run
+                what = " ".join(str(problem).split())
+                print(f"Weights & Biases: {what}", file=sys.stderr)
+
+    def begin(self) -> None:
+        """The work directory becomes this run's; other files of it may be written."""
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            claim()
+
+    def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """One line; what is not finite becomes null."""
+        self.begin()
+        if not processes.first():
+            return
+        values = {k: _plain(v) for k, v in metrics.items()}
+        _append(self.workdir / METRICS, _line(stage, step, values))
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        numbers = {f"{stage}/{name}": value for name, value in numbers.items()}
+        if self._board is None:
+            self._board = _Board(self.workdir / "tensorboard")
+        self._board.write(step, numbers)
+        if self._wandb is not None:
+            if stage not in self._stages:  # W&B's own count of steps never goes back
+                self._wandb.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+                self._stages.add(stage)
+            self._wandb.log({f"{stage}/step": step, **numbers})
+
+    def write_samples(self, stage: str, step: int, samples: Mapping[str, Any]) -> None:
+        """One question with its completions, so that a reader sees what is going on."""
+        self.begin()
+        if processes.first():
+            _append(self.workdir / SAMPLES, _line(stage, step, samples))
+
+    def write_report(self, *, last: bool = False) -> None:
+        """report.html anew; before the last one in a fiftieth of the time at most."""
+        begin = time.monotonic()
+        if processes.first() and (last or begin >= self._next_report):
+            report.update(self.workdir)
+            self._next_report = begin + 50 * (time.monotonic() - begin)
+
+    def forget_after(self, stage: str, step: int) -> None:
+        """Drop the lines of a stage's steps beyond `step`: they will be done again.
+
+        A last line that a kill cut off goes too. Lines that cannot be read are moved to
+        FILE.damaged, which is said.
+        """
+        for name in (METRICS, SAMPLES) if processes.first() else ():
+            file = self.workdir / name
+            try:
+                _forget_after(file, stage, step)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise _not_written(file, error) from error
+
+
+def _forget_after(file: Path, stage: str, step: int) -> None:
+    kept, damaged, numbers = [], [], []
+    whole = file.read_bytes()
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        where = _stage_and_step(line)
+        if where is None:
+            damaged.append(line)
+            numbers.append(str(number))
+        elif where[0] != stage or where[1] <= step:
+            kept.append(line)
+    if damaged:
+        aside = file.with_name(f"{file.name}.damaged")
+        with open(aside, "ab") as lines:
+            lines.write(b"".join(line + b"\n" for line in damaged))
+        shown = ", ".join(numbers[:6]) + ", …" * (len(numbers) > 6)
+        print(
+            f"{file}:{shown}: not as a run writes it; moved to {aside.name}",
+            file=sys.stderr,
+        )
+    rest = b"".join(line + b"\n" for line in kept)
+    if rest != whole:
+        write_whole(file, rest)
+
+
+def _stage_and_step(line: bytes) -> tuple[str, int] | None:
+    """Of a line of metrics or samples; None where it is not one."""
+    try:
+        values = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict):
+        return None
+    stage, step = values.get("stage"), values.get("step")
+    if not isinstance(stage, str) or type(step) is not int:
+        return None
+    return stage, step
+
+
+def _not_written(file: Path, error: OSError) -> GrpoError:
+    return GrpoError(
+        f"{file}: cannot be written ({error.strerror}); the last checkpoint stands. "
+        "Make room there; the same command goes on from it"
+    )
+
+
+def _line(stage: str, step: int, values: Mapping[str, Any]) -> bytes:
+    whole = {"step": step, "stage": stage, **values}
+    try:
+        return json.dumps(whole, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate
+        return json.dumps(whole).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+class _Board:
+    """TensorBoard's file, written where it is called.
+
+    SummaryWriter writes in a thread behind a short queue: where that thread dies of a
+    full disk, the run would wait for ever to put another number there.
+    """
+
+    def __init__(self, folder: Path):
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self.file = folder / f"{name}.{uuid.uuid4().hex[:8]}"
+        self._put(file_version="brain.Event:2")
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """All numbers of a step as one event."""
+        from tensorboardX.summary import scalar
+
+        summary = None
+        for name, number in numbers.items():
+            one = scalar(name, number)
+            summary = summary or type(one)()
+            summary.value.extend(one.value)
+        if summary is not None:
+            self._put(step=step, summary=summary)
+
+    def _put(self, **event: Any) -> None:
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.record_writer import masked_crc32c
+
+        data = vars(event_pb2)["Event"](wall_time=time.time(), **event)
+        data = data.SerializeToString()
+        size = struct.pack("<Q", len(data))
+        sums = [struct.pack("<I", masked_crc32c(part)) for part in (size, data)]
+        _append(self.file, size + sums[0] + data + sums[1])
+
+
+def _append(file: Path, content: bytes) -> None:
+    try:
+        file.parent.mkdir(exist_ok=True)
+        with open(file, "ab") as end:
+            end.write(content)
+    except OSError as error:
+        raise _not_written(file, error) from error
+
+
+def _start_wandb(project: str, workdir: Path, config: Any) -> Any:
+    """The run's own W&B run, also where it is resumed; None without the package."""
+    try:
+        import wandb  # pyrefly: ignore[missing-import]  # the user may have it
+    except ImportError:
+        print("WANDB_PROJECT is set, but wandb is not installed", file=sys.stderr)
+        return None
+    file = workdir / "wandb_id"
+    try:
+        number = os.environ.get("WANDB_RUN_ID", "")
+        if not number and file.exists():
+            number = file.read_text(encoding="utf-8", errors="replace").strip()
+        if not re.fullmatch(r"[\w.-]+", number):
+            number = uuid.uuid4().hex[:8]
+        write_whole(file, number)
+        return wandb.init(
+            project=project,
+            dir=str(workdir),
+            name=workdir.resolve().name,
+            id=number,
+            resume="allow",
+            config=dataclasses.asdict(config) if config is not None else None,
+            allow_val_change=True,
+        )
+    except OSError as error:
+        raise _not_written(file, error) from error
+    except (wandb.Error, TypeError, ValueError) as error:
+        raise GrpoError(
+            f"Weights & Biases did not start ({' '.join(str(error).split())}); set "
+            "WANDB_MODE=offline, or leave WANDB_PROJECT out"
+        ) from None
+
+
+def progress(stage: str, start: int, steps: int, unit: str = "step") -> tqdm.tqdm:
+    """A bar with the time left; in a log a line every ten seconds and at the end."""
+    screen = sys.stderr.isatty()
+    return tqdm.tqdm(
+        desc=stage,
+        initial=start,
+        total=steps,
+        unit=unit,
+        disable=not processes.first(),
+        dynamic_ncols=screen,
+        mininterval=0.2 if screen else 10.0,
+        delay=0 if screen else 1e-9,  # no line at 0 %
+        file=sys.stderr if screen else _Lines(),
+    )
+
+
+class _Lines(io.StringIO):
+    """What tqdm draws over and over in one line, as lines; each count once."""
+
+    count = ""
+
+    def write(self, text: str) -> int:
+        shown = text.replace("\x1b[A", "").strip()
+        count = shown.partition(" [")[0]  # behind it stand times
+        if shown and count != self.count:
+            print(shown, file=sys.stderr, flush=True)
+            self.count = count
+        return len(text)

@@ -1,0 +1,209 @@
+"""Judges: the reward model of a run, and the critic of PPO, put to use.
+
+In: a run whose method or rewards need a reward model; the policy at the start of each
+iteration. Out: what the model says of outputs, as a whole or step by step.
+
+For an iteration: Math-Shepherd labels for outputs of the policy as it stands, or the
+labels of a file; from the second on 10 % of the labels before (`replay`); then the
+reward model trained on (Algorithm 1 of section 4.1.4). Labels and checkpoints stay in
+the work directory, so that a resumed run makes nothing twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from grpo_jax.algorithms.methods import METHODS
+from grpo_jax.config import reward_names
+from grpo_jax.data.datasets import Batches, Example
+from grpo_jax.distributed import processes, sharding
+from grpo_jax.errors import GrpoError
+from grpo_jax.models.decoder import Params
+from grpo_jax.models.value_head import RewardModel, score_samples
+from grpo_jax.training.credit import Output
+from grpo_jax.training.metrics_writer import progress
+from grpo_jax.training.reward_model import labelled
+from grpo_jax.training.reward_model.labelled import Labelled
+from grpo_jax.training.reward_model.shepherd import Sampler, label_questions
+from grpo_jax.training.reward_model.steps import step_ends
+from grpo_jax.training.reward_model.training import Settings, train
+from grpo_jax.training.run import Preempted, Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """A trained reward model; what it says is a probability of being right."""
+
+    run: Run
+    params: Params
+
+    def outcome(self, outputs: Sequence[Output]) -> np.ndarray:
+        """Of each output as a whole, read at its last token: [N]."""
+        return np.array([scores[-1] for scores in self._scores(outputs)], np.float32)
+
+    def steps(
+        self, outputs: Sequence[Output]
+    ) -> tuple[list[list[int]], list[np.ndarray]]:
+        """Where each output's steps end, and what each is worth."""
+        ends = [step_ends(self.run.tokenizer, o.tokens) for o in outputs]
+        scores = self._scores(outputs)
+        return ends, [s[where] for s, where in zip(scores, ends, strict=True)]
+
+    def _scores(self, outputs: Sequence[Output]) -> list[np.ndarray]:
+        config = self.run.config
+        longest = config.data.max_prompt_tokens + config.max_new_tokens
+        found = score_samples(
+            RewardModel(self.run.model),
+            self.params,
+            [[*o.prompt, *o.tokens] for o in outputs],
+            length=max(config.optimizer.row_length, longest),
+            rows=config.optimizer.micro_rows * sharding.rows_multiple(self.run.mesh),
+            place=sharding.batch_placer(self.run.mesh),
+        )
+        pairs = zip(outputs, found, strict=True)
+        return [1 / (1 + np.exp(-s[-len(o.tokens) :])) for o, s in pairs]
+
+
+class Judges:
+    """iteration → its judge; None where the run needs none."""
+
+    def __init__(self, run: Run, questions: Sequence[tuple[Example, list[int]]]):
+        config = run.config
+        own = config.own()
+        by_step = METHODS[config.method].coefficient == "process"
+        self.run, self.questions = run, questions
+        self.needed = by_step or "model" in reward_names(config)
+        self.replay = own.get("replay", 0.0)
+        r, o = config.reward_model, config.optimizer
+        self.settings = Settings(
+            kind="process" if by_step else "outcome",
+            steps=r.steps,
+            batch_size=r.batch_size,
+            learning_rate=r.learning_rate,
+            row_length=o.row_length
+            or config.data.max_prompt_tokens + config.max_new_tokens,
+            micro_rows=o.micro_rows,
+            shared=o,
+        )
+        if self.needed:  # refused here, before any training
+            self._check(own.get("iterations", 1))
+
+    def __call__(self, iteration: int, policy: Params | None) -> Judge | None:
+        """The reward model of an iteration, trained on outputs of that policy."""
+        if not self.needed:
+            return None
+        assert policy is not None  # rl.train keeps π_sft where a judge is needed
+        return Judge(self.run, self._trained(iteration, policy))
+
+    def _trained(self, iteration: int, policy: Params) -> Params:
+        def start() -> Params:
+            if iteration:
+                return self._trained(iteration - 1, policy)
+            return self.run.new_reward_model(self.run.key("reward", 0), policy)
+
+        return train(
+            self.run,
+            f"reward-{iteration + 1}",
+            start,
+            self._labels(iteration, policy),
+            self.settings,
+            seed=self.run.config.seed + iteration,
+        )
+
+    def _check(self, iterations: int) -> None:
+        """Refuses what is known to be too few labels, or too long for a row."""
+        config, r = self.run.config, self.run.config.reward_model
+        row = self.settings.row_length
+        if not r.labels or iterations > 1:
+            size = min(r.questions, len(self.questions))
+            if size * r.samples < r.batch_size:
+                raise GrpoError(
+                    f"config.reward_model.batch_size: {r.batch_size}, but {size} "
+                    f"questions with {r.samples} output(s) each are fewer; lower it, "
+                    "or raise reward_model.samples"
+                )
+            # One position more than the policy needs: the last token is scored too.
+            longest = max(len(ids) for _, ids in self.questions) + config.max_new_tokens
+            if longest > row:
+                raise GrpoError(
+                    f"config.optimizer.row_length: {row}; the longest prompt and an "
+                    f"output of {config.max_new_tokens} take {longest} in the reward "
+                    "model; raise it, or set 0"
+                )
+        if not r.labels:
+            return
+        items = self._of_file()
+        if len(items) < r.batch_size:
+            raise GrpoError(
+                f"config.reward_model.batch_size: {r.batch_size}, but {r.labels} has "
+                f"{len(items)} sequences; lower it"
+            )
+        longest = max(len(item.tokens) for item in items)
+        if longest > row:
+            own = config.optimizer.row_length
+            field = "optimizer.row_length" if own else "max_new_tokens"
+            raise GrpoError(
+                f"{r.labels}: a sequence of {longest} tokens fits no row of {row}; "
+                f"raise config.{field}"
+            )
+
+    def _labels(self, iteration: int, policy: Params) -> list[Labelled]:
+        """The iteration's own, and a share of those before it."""
+        files = [
+            self.run.workdir / f"labels-{i + 1}.jsonl" for i in range(iteration + 1)
+        ]
+        size = self.run.tokenizer.vocab_size
+        if processes.from_first(files[-1].exists):
+            new = labelled.read(files[-1], vocab_size=size)
+        else:
+            new = self._new(iteration, policy)
+            self.run.recorder.begin()
+            if processes.first():
+                labelled.write(files[-1], new)
+        before = [labelled.read(f, vocab_size=size) for f in files[:-1]]
+        history = [item for items in before for item in items]
+        return labelled.replay(
+            new,
+            history,
+            seed=self.run.config.seed,
+            iteration=iteration,
+            share=self.replay,
+        )
+
+    def _new(self, iteration: int, policy: Params) -> list[Labelled]:
+        config, r = self.run.config, self.run.config.reward_model
+        if r.labels and not iteration:
+            return self._of_file()
+        sampler = Sampler(
+            self.run.model,
+            policy,
+            self.run.tokenizer,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            batch=config.questions_per_step * config.group_size,
+        )
+        size = min(r.questions, len(self.questions))
+        asked = Batches(self.questions, size, seed=config.seed)[iteration]
+        items: list[Labelled] = []
+        chunk = 1024  # labelled at a time: progress, and prefixes sorted by length
+        with progress(f"labels {iteration + 1}", 0, size, unit="question") as bar:
+            for at in range(0, size, chunk):
+                items += label_questions(
+                    sampler,
+                    asked[at : at + chunk],
+                    key=self.run.key("reward", 1 + iteration * size + at),
+                    outputs=r.samples,
+                    completions=r.completions,
+                    soft=r.soft,
+                )
+                bar.update(len(asked[at : at + chunk]))
+                if processes.stopping():
+                    raise Preempted(f"labels {iteration + 1}: stopped")
+        return items
+
+    def _of_file(self) -> list[Labelled]:
+        file = self.run.config.reward_model.labels
+        return labelled.read(file, vocab_size=self.run.tokenizer.vocab_size)

@@ -1,0 +1,216 @@
+"""Step-labelled sequences, what a reward model learns from: kept, shared, replayed.
+
+In: sequences of tokens with a label in [0, 1] at each step's last token, made by
+`shepherd.py` or read from others' files of worked solutions. Out: `Labelled`; JSON
+lines of them; the mix of new and old ones for iterative GRPO (section 4.1.4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.data.parsers import check_text, json_lines
+from grpo_jax.errors import GrpoError
+from grpo_jax.files import write_whole
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """A question's prompt and one output, with what its steps are worth."""
+
+    tokens: tuple[int, ...]  # prompt and output
+    prompt: int  # how many of them are the prompt
+    ends: tuple[int, ...]  # the index in `tokens` of each step's last token, rising
+    labels: tuple[float, ...]  # of each step; the last is the whole output's
+    id: str = ""  # of the question
+
+    def __post_init__(self):
+        ends, n = self.ends, len(self.tokens)
+        if len(ends) != len(self.labels) or not ends:
+            raise GrpoError(f"{len(ends)} step ends and {len(self.labels)} labels")
+        rising = all(a < b for a, b in zip(ends, ends[1:], strict=False))
+        if not (rising and 0 <= self.prompt <= ends[0] and ends[-1] < n):
+            raise GrpoError(
+                f"step ends {list(ends)} do not rise from the prompt's end "
+                f"{self.prompt} to below {n} tokens"
+            )
+        if not all(0 <= label <= 1 for label in self.labels):
+            raise GrpoError(f"labels {list(self.labels)} are not all in [0, 1]")
+
+    def outcome(self) -> Labelled:
+        """The same with the last label alone, for an outcome reward model."""
+        return dataclasses.replace(self, ends=self.ends[-1:], labels=self.labels[-1:])
+
+
+def write(path: str | os.PathLike[str], items: Sequence[Labelled]) -> None:
+    """JSON lines, one a sequence; the file appears whole or not at all."""
+    lines = (json.dumps(dataclasses.asdict(i), ensure_ascii=False) for i in items)
+    write_whole(path, "".join(line + "\n" for line in lines))
+
+
+def read(
+    path: str | os.PathLike[str], *, vocab_size: int | None = None
+) -> list[Labelled]:
+    """What `write` wrote; a damaged line is refused with its number.
+
+    vocab_size: refuse tokens of another tokenizer, as far as their numbers tell.
+    """
+    items = []
+    for number, row in read_rows(path):
+        try:
+            lists = {
+                "tokens": _list(row, "tokens", int),
+                "ends": _list(row, "ends", int),
+                "labels": _list(row, "labels", int, float),
+            }
+            (prompt,) = _list({"prompt": [row["prompt"]]}, "prompt", int)
+            (name,) = _list({"id": [row["id"]]}, "id", str)
+            item = Labelled(**lists, prompt=prompt, id=name)
+        except KeyError as error:
+            raise GrpoError(f"{path}:{number}: no field {error}") from None
+        except (TypeError, ValueError) as error:
+            raise GrpoError(f"{path}:{number}: {error}") from None
+        known = range(2**31 if vocab_size is None else vocab_size)
+        if unknown := [token for token in item.tokens if token not in known]:
+            raise GrpoError(
+                f"{path}:{number}: token {unknown[0]} is not one of this tokenizer's "
+                f"{len(known)}; label with the model that you train"
+            )
+        items.append(item)
+    if not items:
+        raise GrpoError(f"{path}: no labelled sequence in it")
+    return items
+
+
+def _list(row: dict, key: str, *kinds: type) -> tuple[Any, ...]:
+    """A field that is a list of such values; a bool is no number."""
+    values = row[key]
+    if not isinstance(values, list) or any(type(v) not in kinds for v in values):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"field {key!r} does not hold {names}")
+    return tuple(values)
+
+
+def replay(
+    new: Sequence[Labelled],
+    history: Sequence[Labelled],
+    *,
+    seed: int,
+    iteration: int,
+    share: float = 0.1,
+) -> list[Labelled]:
+    """The new ones and a share of the historical ones (section 4.1.4, Algorithm 1).
+
+    The paper's "10 % of historical data" is read as a tenth of the history; which, is
+    drawn without replacement from (seed, iteration).
+
+    >>> old = [Labelled(tokens=(i,), prompt=0, ends=(0,), labels=(1.0,))
+    ...        for i in range(20)]
+    >>> len(replay(old[:5], old, seed=0, iteration=1))
+    7
+    """
+    count = round(share * len(history))
+    generator = np.random.default_rng([seed, iteration])
+    drawn = np.sort(generator.choice(len(history), count, replace=False))
+    return [*new, *(history[i] for i in drawn.tolist())]
+
+
+# -- worked solutions as text ------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """A question with labelled steps, as others publish them."""
+
+    question: str
+    steps: tuple[str, ...]
+    labels: tuple[float, ...]
+    id: str = ""  # of the question
+
+
+def encode(tokens_of: Callable[[str], list[int]], solution: Solution) -> Labelled:
+    r"""Question and steps, each on a line (or more) of its own, as tokens.
+
+    Each is encoded by itself, so that a step's last token is its line break's.
+
+    >>> solution = Solution("1+1?", ("1+1=2", "2"), (1.0, 1.0))
+    >>> item = encode(lambda text: list(text.encode()), solution)
+    >>> item.prompt, item.ends, len(item.tokens)
+    (5, (10, 12), 13)
+    """
+    tokens = tokens_of(solution.question + "\n")
+    prompt, ends = len(tokens), []
+    for step in solution.steps:
+        tokens += tokens_of(step + "\n")
+        ends.append(len(tokens) - 1)
+    return Labelled(
+        tokens=tuple(tokens),
+        prompt=prompt,
+        ends=tuple(ends),
+        labels=solution.labels,
+        id=solution.id,
+    )
+
+
+_MARK = "ки"  # ends a step in Math-Shepherd's `input`; + or - stand there in `label`
+
+
+def read_math_shepherd(path: str | os.PathLike[str]) -> list[Solution]:
+    """The published Math-Shepherd format (Wang et al. 2023): `input` and `label`.
+
+    Raises GrpoError where the two texts differ in more than the marks.
+    """
+    solutions = []
+    for number, row in read_rows(path):
+        try:
+            if not isinstance(row["input"], str) or not isinstance(row["label"], str):
+                raise ValueError("`input` or `label` is not text")
+            question, steps, labels = _marked(row["input"], row["label"])
+        except KeyError as error:
+            raise GrpoError(f"{path}:{number}: no field {error}") from None
+        except ValueError as error:
+            raise GrpoError(f"{path}:{number}: {error}") from None
+        name = hashlib.blake2b(question.encode(), digest_size=8).hexdigest()
+        solutions.append(Solution(question, steps, labels, name))
+    return solutions
+
+
+def _marked(text: str, label: str) -> tuple[str, tuple[str, ...], tuple[float, ...]]:
+    *parts, rest = text.split(_MARK)
+    if rest.strip() or not parts:
+        raise ValueError(f"`input` does not end with {_MARK!r}")
+    question, first, _ = parts[0].partition("Step 1:")
+    if not first:
+        raise ValueError("`input` has no 'Step 1:'")
+    labels, at = [], 0
+    for part in parts:
+        at += len(part)
+        if label[:at][-len(part) :] != part or label[at : at + 1] not in ("+", "-"):
+            raise ValueError(f"`label` has no + or - after {part.strip()[-40:]!r}")
+        labels.append(float(label[at] == "+"))
+        at += 1
+    parts[0] = parts[0][len(question) :]
+    return question.strip(), tuple(p.strip() for p in parts), tuple(labels)
+
+
+def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict]]:
+    """The objects of a JSON-lines file with their line numbers."""
+    try:
+        for number, row in json_lines(Path(path)):
+            if not isinstance(row, dict):
+                raise GrpoError(f"{path}:{number}: expected an object with fields")
+            try:
+                check_text(row)
+            except ValueError as error:
+                raise GrpoError(f"{path}:{number}: {error}") from None
+            yield number, row
+    except OSError as error:
+        raise GrpoError(f"{path}: cannot be read ({error.strerror})") from None

@@ -1,0 +1,180 @@
+"""Step labels without human hands: Math-Shepherd (Wang et al. 2023).
+
+In: a policy, questions with their answers, a grader. Out: `Labelled` outputs, in these
+steps:
+
+1. outputs of each question, sampled from the policy, and whether they are right;
+2. where the steps of each output end;
+3. K completions sampled from the end of each step but the last;
+4. a step is worth whether any of its completions is right (hard label), or the share
+   of them that is (soft label); the last step, whether the output itself is.
+
+A prefix is a prompt of the very token ids that the policy wrote. Soft labels also say
+how hard a question is for the policy: on chain sums a model of hard ones tells wrong
+steps better (AUC 0.860 against 0.800; 4,096 questions, K 4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from grpo_jax.data.datasets import Example
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.distributed import processes, sharding
+from grpo_jax.generation.sampler import generate
+from grpo_jax.models.decoder import Decoder, Params
+from grpo_jax.rewards.reward_functions import rule_reward
+from grpo_jax.training.reward_model.labelled import Labelled
+from grpo_jax.training.reward_model.steps import step_ends
+
+Tokens = list[int]
+# (examples, texts of their outputs) → a reward each; above ½ is right
+Grade = Callable[[Sequence[Example], Sequence[str]], Sequence[float]]
+# (prompts, samples of each, key) → continuations of each prompt
+Sample = Callable[[Sequence[Tokens], int, jax.Array], list[list[Tokens]]]
+
+
+def grade_by_rule(examples: Sequence[Example], texts: Sequence[str]) -> list[float]:
+    """1 where the final answer is the reference's; equal pairs are graded once."""
+    pairs = [(e.answer, text) for e, text in zip(examples, texts, strict=True)]
+    unique = list(dict.fromkeys(pairs))
+    found = rule_reward(
+        [""] * len(unique), [t for _, t in unique], answer=[a for a, _ in unique]
+    )
+    values = dict(zip(unique, found, strict=True))
+    return [values[pair] for pair in pairs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """The policy, and how it is sampled: as in training."""
+
+    model: Decoder
+    params: Params
+    tokenizer: Tokenizer
+    max_new_tokens: int  # of a whole output: its prefix counts
+    temperature: float = 1.0
+    batch: int = 512  # outputs decoded at a time
+
+    def __call__(
+        self, prompts: Sequence[Tokens], samples: int, key: jax.Array
+    ) -> list[list[Tokens]]:
+        """`samples` continuations of each prompt, EOS included."""
+        found: list[list[Tokens]] = [[] for _ in prompts]
+        size = max(1, self.batch // samples)
+        # By length, so that each call pads its prompts to one of few widths.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for at in range(0, len(order), size):
+            chunk = order[at : at + size]
+            filled = chunk + chunk[-1:] * (size - len(chunk))  # one shape for all
+            rollouts = generate(
+                self.model,
+                self.params,
+                [prompts[i] for i in filled],
+                key=jax.random.fold_in(key, at),
+                samples=samples,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                eos_id=self.tokenizer.eos_ids,
+            )
+            tokens, ends = sharding.to_hosts((rollouts.tokens, rollouts.lengths))
+            for place, i in enumerate(chunk):
+                rows = range(place * samples, (place + 1) * samples)
+                found[i] = [tokens[row, : ends[row]].tolist() for row in rows]
+        return found
+
+
+def label_questions(
+    sample: Sampler,
+    prompts: Sequence[tuple[Example, Tokens]],
+    *,
+    key: jax.Array,
+    outputs: int = 1,
+    completions: int = 8,
+    soft: bool = False,
+    grade: Grade = grade_by_rule,
+) -> list[Labelled]:
+    """Outputs of each question with a label a step: questions × outputs sequences.
+
+    Args:
+      sample: the policy.
+      prompts: the questions with their prompts' tokens (`prompts.encode_prompts`).
+      key: all draws come from it.
+      outputs: of each question.
+      completions: K, sampled from each prefix.
+      soft: the share of right completions, instead of whether any is.
+      grade: what tells right from wrong, on the texts of whole outputs.
+    """
+    asked = [prompt for _, prompt in prompts]
+    sampled = sample(asked, outputs, jax.random.fold_in(key, 0))
+    return label_outputs(
+        sample,
+        sample.tokenizer,
+        [
+            (example, prompt, output)
+            for (example, prompt), several in zip(prompts, sampled, strict=True)
+            for output in several
+        ],
+        max_new_tokens=sample.max_new_tokens,
+        key=jax.random.fold_in(key, 1),
+        completions=completions,
+        soft=soft,
+        grade=grade,
+    )
+
+
+def label_outputs(
+    sample: Sample,
+    tokenizer: Tokenizer,
+    outputs: Sequence[tuple[Example, Tokens, Tokens]],
+    *,
+    max_new_tokens: int,
+    key: jax.Array,
+    completions: int = 8,
+    soft: bool = False,
+    grade: Grade = grade_by_rule,
+) -> list[Labelled]:
+    """Labels for outputs that are there already: (example, prompt, output) each.
+
+    `sample` may be any sampler of the policy; what it writes beyond `max_new_tokens`
+    of a whole output is cut off, as the policy's own outputs are. Other arguments as
+    in `label_questions`.
+    """
+    ends = [step_ends(tokenizer, output) for _, _, output in outputs]
+    places = [(i, end) for i, steps in enumerate(ends) for end in steps[:-1]]
+    prefixes = [outputs[i][1] + outputs[i][2][: end + 1] for i, end in places]
+    continued = sample(prefixes, completions, key) if prefixes else []
+
+    examples = [example for example, _, _ in outputs]
+    whole = [output for _, _, output in outputs]
+    for (i, end), several in zip(places, continued, strict=True):
+        examples += [outputs[i][0]] * completions
+        start = outputs[i][2][: end + 1]
+        whole += [(start + tokens)[:max_new_tokens] for tokens in several]
+
+    def graded(rows: Sequence[tuple[Example, Tokens]]) -> Sequence[float]:
+        texts = [tokenizer.decode(tokens) for _, tokens in rows]
+        return grade([example for example, _ in rows], texts)
+
+    rewards = processes.divide(graded, list(zip(examples, whole, strict=True)))
+    right = np.asarray(rewards, np.float64) > 0.5  # a reward of NaN is not right
+
+    own = right[: len(outputs)].astype(float).tolist()
+    shares = right[len(outputs) :].reshape(-1, completions).mean(1)
+    values = iter((shares if soft else shares > 0).astype(float).tolist())
+    return [
+        Labelled(
+            tokens=(*prompt, *output),
+            prompt=len(prompt),
+            ends=tuple(len(prompt) + end for end in steps),
+            labels=(*(next(values) for _ in steps[:-1]), own[i]),
+            id=example.id,
+        )
+        for i, ((example, prompt, output), steps) in enumerate(
+            zip(outputs, ends, strict=True)
+        )
+    ]

@@ -1,0 +1,78 @@
+"""The rollout of the next step, while this one is graded and taught.
+
+In: a step and the parameters it starts from. Out: the step's rollout, and its
+staleness: how many updates the policy that samples it is behind the one it teaches.
+
+With max_staleness 1 the rollout of step k+1 is dispatched before update k, from the
+same parameters. The device samples while the host decodes, grades and packs the outputs
+of step k, and goes on to update k when it is done; the update donates those parameters,
+and the runtime keeps them until what was dispatched before has read them. What update k
+changed is corrected by truncated importance sampling. The first step of a run and of
+each iteration is sampled afresh: there is no older policy with that reference.
+
+What is under way goes into the checkpoint: a run ends with the same bits wherever, and
+however often, it is saved and resumed.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.config import generations
+from grpo_jax.distributed import sharding
+from grpo_jax.models.decoder import Params
+from grpo_jax.training.rollouts import Drawn, Experience
+
+
+class Pipeline:
+    """The rollouts of the steps before `until`, at most `staleness` of them ahead."""
+
+    def __init__(self, experience: Experience, *, staleness: int, until: int):
+        self.experience, self.staleness, self.until = experience, staleness, until
+        self.ahead: Drawn | None = None
+
+    def take(self, step: int, params: Params) -> tuple[Drawn, int]:
+        """(the step's rollout, its staleness); sampled from `params` where it is 0."""
+        drawn, self.ahead = self.ahead, None
+        if drawn is not None and drawn.step == step:
+            return drawn, 1
+        return self.experience.draw(step, params), 0
+
+    def start(self, step: int, params: Params) -> None:
+        """Dispatches a step's rollout, if it may be ahead."""
+        if self.staleness and step < self.until:
+            self.ahead = self.experience.draw(step, params)
+
+    def keep(self) -> dict[str, Any]:
+        """What is under way, waited for, as JSON."""
+        if self.ahead is None:
+            return {}
+        file, step = io.BytesIO(), self.ahead.step
+        np.savez_compressed(file, **sharding.to_hosts(self.ahead.arrays))
+        arrays = base64.b64encode(file.getvalue()).decode("ascii")
+        return {"ahead": {"step": step, "of": self._asked(step), "arrays": arrays}}
+
+    def resume(self, kept: Mapping[str, Any]) -> None:
+        """Takes up what `keep` gave; not what other questions were asked for."""
+        saved = kept.get("ahead")
+        if not self.staleness or not saved or saved["step"] >= self.until:
+            return
+        step = saved["step"]
+        if saved["of"] == self._asked(step):
+            with np.load(io.BytesIO(base64.b64decode(saved["arrays"]))) as arrays:
+                prompts = self.experience.batches[0][step]
+                self.ahead = Drawn(step, prompts, dict(arrays))
+
+    def _asked(self, step: int) -> int:
+        """A checksum of a step's prompts and of the shape of its rollout."""
+        config = self.experience.run.config
+        ids = [ids for _, ids in self.experience.batches[0][step]]
+        asked = [ids, config.group_size, config.max_new_tokens, generations(config)]
+        return zlib.crc32(json.dumps(asked).encode())

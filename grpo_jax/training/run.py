@@ -1,0 +1,257 @@
+"""A run: its work directory, its mesh, its model, and the loop that stages share.
+
+In: a checked config and a work directory. Out: everything a stage needs (`Run`); and
+`run_stage`, which resumes, steps, records, saves and stops for SFT, reward models and
+RL alike; a finished run opened again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from grpo_jax.checkpoints.run_checkpoints import Checkpoints
+from grpo_jax.config import Config
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.distributed import processes, sharding
+from grpo_jax.errors import GrpoError
+from grpo_jax.models import lora
+from grpo_jax.models.decoder import Decoder, Params
+from grpo_jax.models.value_head import RewardModel
+from grpo_jax.training import setup
+from grpo_jax.training.metrics_writer import Recorder, progress
+from grpo_jax.training.start_time import start_time
+from grpo_jax.training.train_step import TrainState
+from grpo_jax.training.work_directory import Claim, read_config
+
+Body = Callable[[int, TrainState], tuple[TrainState, Mapping[str, Any]]]
+STAGES = {"sft": "sft_steps", "rl": "rl_steps"}
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and its state is saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the stages of one run share."""
+
+    config: Config
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    model: Decoder
+    tokenizer: Tokenizer
+    recorder: Recorder
+    claim: Claim
+
+    def key(self, stage: str, step: int) -> jax.Array:
+        return setup.key(self.config.seed, stage, step)
+
+    @functools.cached_property
+    def prompt_options(self) -> dict[str, str]:
+        data = self.config.data
+        return {"template": data.template, "instruction": data.instruction}
+
+    def checkpoints(self, stage: str, *, clean: bool = True) -> Checkpoints:
+        folder = self.workdir / "checkpoints" / stage
+        every, keep = self.config.checkpoint_every, self.config.checkpoints_kept
+        objection = functools.partial(self.claim.objection, stage)
+        return Checkpoints(
+            folder, every=every, keep=keep, clean=clean, objection=objection
+        )
+
+    def begin(self, stage: str, params: Params) -> Params:
+        """A stage's start: with LoRA, adapters of its own (`lora.begin`).
+
+        The parameters given are used up: their buffers hold the new ones.
+        """
+        if not self.model.lora.rank:
+            return params
+        key = self.key("init", 1 + list(STAGES).index(stage))
+        make = functools.partial(lora.begin, self.model.lora)
+        shapes = jax.eval_shape(make, params, key)
+        out = sharding.shardings(shapes, self.mesh)
+        return jax.jit(make, out_shardings=out, donate_argnums=0)(params, key)
+
+    def abstract_params(self, stage: str) -> Params:
+        return setup.abstract_params(self.config, self.model, stage)
+
+    def abstract_state(
+        self, stage: str, optimizer: optax.GradientTransformation
+    ) -> TrainState:
+        return setup.abstract_state(
+            self.config, self.model, self.mesh, stage, optimizer
+        )
+
+    def new_reward_model(self, key: jax.Array, params: Params) -> Params:
+        """A reward model (or PPO's critic) that starts from a policy's trunk."""
+
+        def init(params):
+            base = lora.merge_lora(self.model.lora, params)
+            return RewardModel(self.model).init(key, base)
+
+        out = sharding.shardings(jax.eval_shape(init, params), self.mesh)
+        return jax.jit(init, out_shardings=out)(params)
+
+    # π_ref of iteration i, where the method iterates (section 4.1.4).
+
+    def references(self, iteration: int) -> Checkpoints:
+        folder, stage = self._reference_folder(iteration), f"reference-{iteration}"
+        objection = functools.partial(self.claim.objection, stage)
+        return Checkpoints(folder, every=1, objection=objection)
+
+    def _reference_folder(self, iteration: int) -> Path:
+        return self.workdir / "checkpoints" / f"reference-{iteration}"
+
+    def has_reference(self, iteration: int) -> bool:
+        if not self._reference_folder(iteration).is_dir():
+            return False
+        with self.references(iteration) as checkpoints:
+            return bool(checkpoints.steps())
+
+    def load_reference(self, iteration: int) -> Params:
+        like = sharding.abstract(self.abstract_params("rl"), self.mesh)
+        with self.references(iteration) as checkpoints:
+            return checkpoints.restore(like)[1]
+
+    def save_reference(self, iteration: int, params: Params) -> Params:
+        origin = self.claim.origin(f"reference-{iteration}")
+        with self.references(iteration) as checkpoints:
+            checkpoints.save(iteration, params, origin, force=True)
+        return params
+
+
+def run_stage(
+    run: Run,
+    stage: str,
+    optimizer: optax.GradientTransformation,
+    start_params: Callable[[], Params],
+    make_body: Callable[[Any], Body],
+    *,
+    steps: int,
+    until: int | None = None,
+    keep: Callable[[], Mapping[str, Any]] = dict,
+    resume: Callable[[Mapping[str, Any]], None] = lambda kept: None,
+) -> Params:
+    """All steps of a stage from wherever it stands; returns its final parameters.
+
+    make_body(state shardings) → body(step, state) → (state, metrics). `start_params`
+    is called only where the stage has no checkpoint yet; they are donated. `until`
+    stops it before its `steps` are done, to go on later. What `keep` gives at a
+    checkpoint, as JSON, `resume` gets back from it.
+    """
+    abstract = run.abstract_state(stage, optimizer)
+    shardings = sharding.shardings(abstract, run.mesh)
+    end = steps if until is None else until
+    with run.checkpoints(stage) as checkpoints:
+        if checkpoints.steps():
+            done, state, kept = checkpoints.restore(abstract)
+            resume(kept)
+            if until is None or done < end:
+                processes.say(f"{stage}: resumed at step {done} of {steps}")
+        else:
+            create = functools.partial(TrainState.create, optimizer=optimizer)
+            create = jax.jit(create, out_shardings=shardings, donate_argnums=0)
+            done, state = 0, create(start_params())
+        run.recorder.forget_after(stage, done)
+        if done >= end:
+            return state.params
+        body = make_body(shardings)
+        with progress(stage, done, steps) as bar:
+            for step in range(done, end):
+                begin = time.perf_counter()
+                state, metrics = body(step, state)
+                seconds = time.perf_counter() - begin
+                _stop_if_broken(run, stage, step, state)
+                run.recorder.write(stage, step + 1, {**metrics, "step_time": seconds})
+                bar.set_postfix_str(_headline(metrics), refresh=False)
+                bar.update()
+                stop = checkpoints.preempted()
+                force = stop or step + 1 == end
+                metadata = run.claim.origin(stage)
+                saved = force or (step + 1) % run.config.checkpoint_every == 0
+                if saved:
+                    metadata |= keep()
+                checkpoints.save(step + 1, state, metadata, force=force)
+                if saved or "time/eval" in metrics:
+                    run.recorder.write_report(last=force)
+                if stop:
+                    raise Preempted(f"{stage}: stopped after step {step + 1}")
+        return state.params
+
+
+def _headline(metrics: Mapping[str, Any]) -> str:
+    shown = {"loss": "loss", "reward": "reward", "kl": "kl", "entropy": "entropy"}
+    return " ".join(
+        f"{label} {float(metrics[name]):.3f}"
+        for name, label in shown.items()
+        if name in metrics
+    )
+
+
+def _stop_if_broken(run: Run, stage: str, step: int, state: TrainState) -> None:
+    limit = run.config.optimizer.max_skipped
+    if int(state.skipped) >= limit:
+        raise GrpoError(
+            f"{stage}: step {step + 1}: the gradient was not finite {limit} times in a "
+            "row (optimizer.max_skipped); the last checkpoint stands. Lower the "
+            "learning rate, or compute in float32"
+        )
+
+
+def load_run(workdir: str | Path) -> tuple[Decoder, Params, Tokenizer]:
+    """The newest model of a work directory: RL's if there is one, else SFT's."""
+    run = open_run(Path(workdir))
+    return run.model, stage_params(run, newest_stage(run)), run.tokenizer
+
+
+def open_run(workdir: Path) -> Run:
+    """A run that is there already, on all devices, to be read."""
+    config = read_config(workdir)
+    model, tokenizer = setup.make_model(config)
+    tokenizer.now = start_time(workdir)
+    mesh = sharding.make_mesh(fsdp=-1)
+    claim = Claim(config, workdir, accept_changes=True)  # it is only read
+    return Run(config, workdir, mesh, model, tokenizer, Recorder(workdir), claim)
+
+
+def load_adapters(workdir: str | Path) -> tuple[lora.Lora, list[Params], str]:
+    """LoRA's settings, the adapters of each stage up to the newest, and model.path."""
+    run = open_run(Path(workdir))
+    if not run.model.lora.rank:
+        raise GrpoError(f"{workdir}: the run has no adapters (model.lora_rank is 0)")
+    names = list(STAGES)[: 1 + list(STAGES).index(newest_stage(run))]
+    trained = [name for name in names if getattr(run.config, STAGES[name])]
+    adapters = [lora.split(stage_params(run, name))[0] for name in trained]
+    return run.model.lora, adapters, run.config.model.path
+
+
+def policy(params: Params) -> Params:
+    """What a stage trained, without PPO's critic."""
+    return {name: x for name, x in params.items() if name != "value"}
+
+
+def newest_stage(run: Run) -> str:
+    for stage in reversed(STAGES):
+        if (run.workdir / "checkpoints" / stage).is_dir():
+            with run.checkpoints(stage, clean=False) as checkpoints:
+                if checkpoints.steps():
+                    return stage
+    raise GrpoError(f"{run.workdir}: it holds no finished checkpoint")
+
+
+def stage_params(run: Run, stage: str) -> Params:
+    """The parameters of a stage's newest checkpoint."""
+    from grpo_jax.training import rl, sft
+
+    optimizer, _ = {"sft": sft, "rl": rl}[stage].optimizer(run.config)
+    with run.checkpoints(stage, clean=False) as checkpoints:
+        _, state, _ = checkpoints.restore(run.abstract_state(stage, optimizer))
+    return policy(state.params)

@@ -1,0 +1,98 @@
+"""The reward functions of a run: those that its config names, applied to outputs.
+
+In: a config and the questions, whose columns the functions get. Out: `Rewards`, a
+function of outputs to `Scores`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.config import Config, generations, reward_names, reward_weights
+from grpo_jax.data.datasets import Example
+from grpo_jax.rewards.reward_calls import Calls
+from grpo_jax.rewards.reward_functions import (
+    Scores,
+    check_calls,
+    resolve,
+    rule_reward,
+    score,
+)
+from grpo_jax.training.credit import Output, overlong_punishment
+
+
+class Rewards:
+    """The reward functions that a config names, applied to outputs."""
+
+    def __init__(self, config: Config, questions: Sequence[Example]):
+        # A process reward model judges by step; what the rule says is then only shown.
+        names = reward_names(config) or ["rule"]
+        self.weights = reward_weights(config) or [1.0]
+        self.functions = [None if n == "model" else resolve(n) for n in names]
+        self.timeout = config.rewards.timeout
+        own = config.own()
+        self.limit = config.max_new_tokens * max(1, generations(config))
+        self.buffer = own.get("overlong_buffer", 0)
+        # of `Scores.by_function`: the punishment of length is one of them
+        self.all_weights = [*self.weights, 1.0] if self.buffer else self.weights
+        self.calls = Calls()
+        # Of all questions: a function gets the same columns at every step.
+        self.columns = sorted({name for e in questions for name in e.columns})
+        # Graders read numbers as the question's language writes them.
+        self.tells_language = any(e.language != "en" for e in questions)
+        given = ["answer", *(["language"] if self.tells_language else [])]
+        check_calls([f for f in self.functions if f], [*self.columns, *given])
+
+    @property
+    def asks_model(self) -> bool:
+        return None in self.functions
+
+    def __call__(self, outputs: Sequence[Output], judged: np.ndarray | None) -> Scores:
+        examples = [o.example for o in outputs]
+        columns: dict[str, list[Any]] = {
+            name: [e.columns.get(name) for e in examples] for name in self.columns
+        }
+        columns["answer"] = [e.answer for e in examples]
+        if self.tells_language:
+            columns["language"] = [e.language for e in examples]
+
+        def model(prompts, completions, **columns):
+            return judged
+
+        scores = score(
+            [function or model for function in self.functions],
+            self.weights,
+            [e.question for e in examples],
+            [o.text for o in outputs],
+            columns,
+            timeout=self.timeout,
+            calls=self.calls,
+        )
+        if not self.buffer:
+            return scores
+        lengths = [sum(o.sampled) for o in outputs]
+        punishment = overlong_punishment(lengths, self.limit, self.buffer)
+        return dataclasses.replace(
+            scores,
+            rewards=scores.rewards + punishment,
+            by_function=scores.by_function | {"overlong": punishment},
+            failures=scores.failures | {"overlong": 0},
+        )
+
+    def correctness(self, scores: Scores) -> np.ndarray:
+        """What tells right outputs from wrong, [N]; without the punishment of length.
+
+        The rule's reward where it is one of the functions, else the weighted sum: a
+        group teaches where 0 < number right < G (DAPO, Yu et al. 2025, equation 11).
+        """
+        if rule_reward.__name__ in scores.by_function:
+            return scores.by_function[rule_reward.__name__]
+        given = {k: x for k, x in scores.by_function.items() if k != "overlong"}
+        total = np.zeros(len(scores.rewards), np.float64)
+        for weight, values in zip(self.weights, given.values(), strict=True):
+            total += weight * np.nan_to_num(values)
+        return np.where(np.isnan(scores.rewards), np.nan, total)

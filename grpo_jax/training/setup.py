@@ -1,0 +1,238 @@
+"""What a config names: model, tokenizer, state as shapes, first weights.
+
+In: a checked config and a mesh. Out: a `Decoder` and a `Tokenizer`; the training state
+of a stage without an array allocated; the parameters that the first stage starts from.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from grpo_jax.algorithms.methods import METHODS
+from grpo_jax.config import (
+    Config,
+    OptimizerSettings,
+    generations,
+    lora_targets,
+    reward_names,
+)
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.distributed import processes, sharding
+from grpo_jax.errors import GrpoError
+from grpo_jax.files import digest
+from grpo_jax.models import lora
+from grpo_jax.models.decoder import Decoder, ModelConfig, Params
+from grpo_jax.models.value_head import RewardModel
+from grpo_jax.training.train_step import TrainState, make_optimizer
+
+_STREAMS = ("init", "sft", "rl", "eval", "reward", "critic")
+
+
+def key(seed: int, stage: str, step: int) -> jax.Array:
+    """The randomness of one step: of the seed, the stage and the step alone."""
+    stream = jax.random.fold_in(jax.random.key(seed), _STREAMS.index(stage))
+    return jax.random.fold_in(stream, step)
+
+
+def adamw(
+    settings: OptimizerSettings,
+    learning_rate: float,
+    *,
+    steps: int,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """A stage's optimiser and its schedule, with what all stages of a run share."""
+    return make_optimizer(
+        learning_rate,
+        steps=steps,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        b1=settings.b1,
+        b2=settings.b2,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        master=settings.master,
+    )
+
+
+def make_model(config: Config) -> tuple[Decoder, Tokenizer]:
+    """The decoder and the tokenizer that a config names; no weights yet."""
+    settings = config.model
+    if settings.path:
+        from grpo_jax.checkpoints.huggingface import weights
+
+        if settings.hint and not Path(settings.path).is_dir():
+            raise GrpoError(
+                f"config.model.path: {settings.path}: no such folder; {settings.hint}"
+            )
+        folder = weights.find_folder(settings.path, settings.revision or None)
+        model_config = weights.model_config(folder)
+        tokenizer = Tokenizer.from_folder(folder)
+        for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "ffn"):
+            wanted, found = getattr(settings, name), getattr(model_config, name)
+            if wanted and wanted != found:
+                raise GrpoError(
+                    f"config.model.{name}: {wanted}, but {settings.path} has {found}"
+                )
+    else:
+        from grpo_jax.data import chain_sums
+
+        alphabet = (
+            chain_sums.TOOL_ALPHABET if generations(config) else chain_sums.ALPHABET
+        )
+        tokenizer = Tokenizer.from_alphabet(alphabet)
+        if settings.vocab_size not in (0, tokenizer.vocab_size):
+            raise GrpoError(
+                f"config.model.vocab_size: {settings.vocab_size}; a new model has its "
+                f"tokenizer's, {tokenizer.vocab_size}; leave it out, or set model.path"
+            )
+        model_config = declared_config(config, tokenizer.vocab_size)
+    tokenizer.check_fits(model_config.vocab_size)
+    return make_decoder(config, model_config), tokenizer
+
+
+def agree_on_files(config: Config) -> None:
+    """Refuses processes that read other files than process 0, of a model or rewards.
+
+    Their data sets are compared where they are read.
+    """
+    if processes.count() == 1:
+        return
+    if config.model.path:
+        from grpo_jax.checkpoints.huggingface.folders import agree_on_folder
+
+        agree_on_folder(config.model.path, config.model.revision or None)
+    files = [name.rpartition(":")[0] for name in reward_names(config)]
+    files = [name for name in files if name.endswith(".py")]
+    if config.reward_model.labels:
+        files.append(config.reward_model.labels)
+    found = {name: digest(Path(name).expanduser()) for name in files}
+    processes.agree("rewards", found)
+
+
+def make_decoder(config: Config, model_config: ModelConfig) -> Decoder:
+    return Decoder(
+        model_config,
+        config.model.dtype,
+        config.model.remat,
+        adapters_of(config),
+        config.mesh.decode_tensor,
+    )
+
+
+def adapters_of(config: Config) -> lora.Lora:
+    m = config.model
+    return lora.Lora(rank=m.lora_rank, alpha=m.lora_alpha, targets=lora_targets(config))
+
+
+def declared_config(config: Config, vocab_size: int) -> ModelConfig:
+    """The architecture that the config itself states: Llama's."""
+    m = config.model
+    return ModelConfig(
+        vocab_size=vocab_size,
+        width=m.width,
+        layers=m.layers,
+        heads=m.heads,
+        kv_heads=m.kv_heads or m.heads,
+        head_dim=m.width // m.heads,
+        ffn=m.ffn,
+        tied=m.tied,
+    )
+
+
+def describe_state(config: Config) -> str:
+    """One line on the whole training state, built from shapes alone."""
+    from grpo_jax.training import rl, sft
+
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    declared = declared_config(config, config.model.vocab_size)
+    decoder = Decoder(declared, lora=adapters_of(config))
+    stage = "sft" if config.method == "sft" else "rl"
+    optimizer, _ = {"sft": sft, "rl": rl}[stage].optimizer(config)
+    state = abstract_state(config, decoder, mesh, stage, optimizer)
+
+    def size(x, shape):
+        return math.prod(shape) * np.dtype(x.dtype).itemsize
+
+    leaves = jax.tree.leaves(state)
+    whole = sum(size(x, x.shape) for x in leaves)
+    local = sum(size(x, x.sharding.shard_shape(x.shape)) for x in leaves)
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    return (
+        f"state: {count / 1e9:.2f} B parameters, {whole / 1e9:.1f} GB with the "
+        f"optimiser's in {config.model.param_dtype}, {local / 1e9:.1f} GB on each of "
+        f"{mesh.size} device(s)"
+    )
+
+
+def describe_size(model: Decoder) -> str:
+    """How many parameters there are, and with LoRA how many of them are trained."""
+    init = functools.partial(lora.begin, model.lora)
+    key = jax.random.key(0)
+    whole = jax.eval_shape(lambda key: init(model.init(key), key), key)
+    trained, frozen = lora.split(whole)
+    count, some = (
+        sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) / 1e6
+        for tree in (whole, trained)
+    )
+    part = f", {some:.3g} M of them trained (LoRA)," if frozen else ""
+    return f"{count:.1f} M parameters{part}"
+
+
+def abstract_params(config: Config, model: Decoder, stage: str) -> Params:
+    """The parameters that a stage trains, as shapes and dtypes."""
+    dtype = config.model.param_dtype
+
+    def policy(key):
+        return lora.begin(model.lora, model.init(key, dtype), key)
+
+    def reward_model(key):
+        return RewardModel(model).init(key, model.init(key, dtype))
+
+    key = jax.random.key(0)
+    if stage.startswith("reward"):
+        return jax.eval_shape(reward_model, key)
+    params = jax.eval_shape(policy, key)
+    if stage == "rl" and METHODS[config.method].coefficient == "critic":
+        params["value"] = jax.eval_shape(reward_model, key)
+    return params
+
+
+def abstract_state(
+    config: Config,
+    model: Decoder,
+    mesh: Mesh,
+    stage: str,
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
+    """A stage's training state as shapes, dtypes and shardings: nothing allocated."""
+    create = functools.partial(TrainState.create, optimizer=optimizer)
+    state = jax.eval_shape(create, abstract_params(config, model, stage))
+    return sharding.abstract(state, mesh)
+
+
+def initial_params(config: Config, model: Decoder, mesh: Mesh) -> Params:
+    """The weights of model.path, or fresh ones of the seed, laid out on the mesh."""
+    settings = config.model
+    if settings.path:
+        from grpo_jax.checkpoints.huggingface import weights
+
+        _, params = weights.load_pretrained(
+            settings.path,
+            dtype=settings.param_dtype,
+            revision=settings.revision or None,
+            mesh=mesh,
+        )
+        return params
+    init = functools.partial(model.init, dtype=settings.param_dtype)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    make = jax.jit(init, out_shardings=sharding.shardings(shapes, mesh))
+    return make(key(config.seed, "init", 0))
