@@ -145,7 +145,7 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> Generator[dict]:
         make_grpo_step,
         pack,
     )
-    from grpo_jax.data.datasets import Example
+    from grpo_jax.data.example import Example
     from grpo_jax.data.prompts import encode_prompt
     from grpo_jax.data.tokenizer import Tokenizer
     from grpo_jax.generation.sampler import bucket

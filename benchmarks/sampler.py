@@ -126,7 +126,7 @@ def main() -> None:
     flags = parse()
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from grpo_jax.checkpoints.huggingface import weights
-    from grpo_jax.data.datasets import Example
+    from grpo_jax.data.example import Example
     from grpo_jax.data.prompts import encode_prompt
     from grpo_jax.data.tokenizer import Tokenizer
 

@@ -47,11 +47,11 @@ if TYPE_CHECKING:
     from grpo_jax.models.decoder import ModelConfig as ModelConfig
     from grpo_jax.models.logprobs import token_logprobs as token_logprobs
     from grpo_jax.models.value_head import RewardModel as RewardModel
-    from grpo_jax.models.value_head import score_samples as score_samples
     from grpo_jax.rewards.grading import answers as answers
     from grpo_jax.training.packing import Batch as Batch
     from grpo_jax.training.packing import Sample as Sample
     from grpo_jax.training.packing import pack as pack
+    from grpo_jax.training.reward_model.scoring import score_samples as score_samples
     from grpo_jax.training.train_step import TrainState as TrainState
     from grpo_jax.training.train_step import make_grpo_step as make_grpo_step
 
@@ -75,7 +75,7 @@ _HOMES = {
     "Tokenizer": "data.tokenizer",
     "RewardModel": "models.value_head",
     "reward_loss": "algorithms.reward_model_losses",
-    "score_samples": "models.value_head",
+    "score_samples": "training.reward_model.scoring",
     "generate": "generation.sampler",
     "generate_tokens": "generation.sampler",
     "Rollouts": "generation.sampler",

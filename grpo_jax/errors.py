@@ -54,3 +54,7 @@ def out_of_memory(error: BaseException) -> str:
     if not known and not isinstance(error, MemoryError):
         return ""
     return (text.splitlines() or [type(error).__name__])[0]
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and its state is saved."""

@@ -25,10 +25,10 @@ from typing import Any
 from grpo_jax.checkpoints.huggingface.folders import agree_on_folder, find_folder
 from grpo_jax.config_fields import COUNT, LONGEST, ROWS, TOKENS
 from grpo_jax.data import datasets, few_shot_prompts, registry
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.distributed import processes
-from grpo_jax.errors import GrpoError, disk_full, out_of_memory
+from grpo_jax.errors import GrpoError, Preempted, disk_full, out_of_memory
 from grpo_jax.evaluation import (
     completion_files,
     generate_answers,
@@ -43,14 +43,14 @@ from grpo_jax.evaluation.comparison import (
     grade,
     measure,
     measure_name,
-    trained_on,
     write_json,
 )
 from grpo_jax.evaluation.generate_answers import Settings
 from grpo_jax.files import digest, write_whole
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.report import tables, update
-from grpo_jax.training.run import Preempted, load_run
+from grpo_jax.training.run import load_run
+from grpo_jax.training.run_comparison import trained_on
 from grpo_jax.training.start_time import start_time
 from grpo_jax.training.work_directory import read_config
 

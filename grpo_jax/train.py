@@ -23,7 +23,7 @@ from ml_collections import config_flags
 
 from grpo_jax.config import Config, flatten, unknown_field
 from grpo_jax.config_fields import LONGEST
-from grpo_jax.errors import GrpoError, disk_full, out_of_memory
+from grpo_jax.errors import GrpoError, Preempted, disk_full, out_of_memory
 from grpo_jax.training.config_checks import validate
 
 USAGE = "usage: python train.py --config FILE [--workdir DIR] [--config.name=value …]"
@@ -162,9 +162,8 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
 
     from grpo_jax.checkpoints.run_checkpoints import lock
     from grpo_jax.distributed import processes, sharding
-    from grpo_jax.evaluation import comparison
     from grpo_jax.report import tables
-    from grpo_jax.training import rl, run, setup, sft
+    from grpo_jax.training import rl, run, run_comparison, setup, sft
     from grpo_jax.training.metrics_writer import Recorder
     from grpo_jax.training.start_time import start_time
     from grpo_jax.training.work_directory import Claim
@@ -192,7 +191,7 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
         tokenizer.now = start_time(workdir, keep=True, again=again)
         recorder = Recorder(workdir, config, claim.write)
         here = run.Run(config, workdir, mesh, model, tokenizer, recorder, claim)
-        comparison.check_sets(here)
+        run_comparison.check_sets(here)
         with_rl = config.method != "sft" and config.rl_steps
         prepared = rl.prepare(here) if with_rl else None
         with recorder:
@@ -205,9 +204,9 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
                     models = {"instruct": before, "rl": after}
                 else:
                     models = {"instruct": instruct()}
-                results = comparison.compare(here, models)
+                results = run_comparison.compare(here, models)
                 recorder.write_report(last=True)
-            except run.Preempted as stopped:
+            except Preempted as stopped:
                 processes.say(f"{stopped}; the same command goes on from there")
                 return
     processes.say(f"\n{tables.table(results)}\n\nwritten to {workdir}")

@@ -37,8 +37,7 @@ WITHIN = 3600.0  # seconds until a run reaches what it is to be killed in
 # train.py, which says in a pipe of its own what it is about to do.
 TELLING = """
 import os
-from grpo_jax.evaluation import comparison
-from grpo_jax.training import rollout_pipeline, rl, sft
+from grpo_jax.training import rl, rollout_pipeline, run_comparison, sft
 from grpo_jax.checkpoints.run_checkpoints import Checkpoints
 from grpo_jax.training.rollouts import Experience
 from grpo_jax.train import main
@@ -57,7 +56,7 @@ tell(Checkpoints, "save", "save",
 tell(rollout_pipeline.Pipeline, "take", "rollout")
 tell(Experience, "grade", "reward")
 tell(rl.Layout, "__call__", "update")
-tell(comparison, "measure", "evaluation")
+tell(run_comparison, "measure", "evaluation")
 main()
 """
 # The demo with fewer and smaller steps, and with saves and evaluations that come often.
@@ -265,11 +264,11 @@ def digest(workdir: Path, stage: str) -> str:
     import jax
     import numpy as np
 
-    from grpo_jax.training import rl, sft
+    from grpo_jax.training.optimizers import stage_optimizer
     from grpo_jax.training.run import open_run
 
     run = open_run(workdir)
-    optimizer, _ = {"sft": sft, "rl": rl}[stage].optimizer(run.config)
+    optimizer, _ = stage_optimizer(stage, run.config)
     with run.checkpoints(stage, clean=False) as checkpoints:
         step, state, _ = checkpoints.restore(run.abstract_state(stage, optimizer))
     sha = hashlib.sha256(str(step).encode())

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.errors import GrpoError
 from grpo_jax.evaluation import completion_files
 from grpo_jax.evaluation.completion_files import Completion

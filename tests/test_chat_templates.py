@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax.data import chat_templates
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.data.prompts import (
     encode_prompt,
     encode_prompts,

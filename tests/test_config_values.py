@@ -24,6 +24,7 @@ from grpo_jax.models.logprobs import token_logprobs
 from grpo_jax.train import parse
 from grpo_jax.training import setup
 from grpo_jax.training.config_checks import validate
+from grpo_jax.training.optimizers import adamw
 
 
 def kinds(kind: Any = Config, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -94,7 +95,7 @@ def test_every_number_is_refused_or_means_something():
             # what a run makes of it before the first step
             setup.key(config.seed, "rl", 1)
             own = dataclasses.replace(config, method=config.method)
-            _, rate = setup.adamw(own.optimizer, own.learning_rate, steps=4)
+            _, rate = adamw(own.optimizer, own.learning_rate, steps=4)
             assert 0 < np.asarray(rate(0)) <= 1
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.rewards.reward_functions import Scores
 from grpo_jax.training import credit
 from grpo_jax.training.credit import Output

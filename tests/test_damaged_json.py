@@ -16,7 +16,7 @@ from test_tokenizer import byte_level, write_folder
 from grpo_jax.checkpoints.huggingface.config import from_hf
 from grpo_jax.checkpoints.huggingface.weights import load_pretrained
 from grpo_jax.data import datasets, parsers, registry
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
 from grpo_jax.evaluation import completion_files

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.data import datasets, parsers, prepared_sets, registry
-from grpo_jax.data.datasets import Batches, Dataset, Example
+from grpo_jax.data.datasets import Batches, Dataset
+from grpo_jax.data.example import Example
 from grpo_jax.errors import GrpoError
 
 DATA = os.environ.get("GRPO_JAX_DATA", "")

@@ -15,7 +15,7 @@ import pytest
 
 from grpo_jax import evaluate
 from grpo_jax.checkpoints.huggingface.weights import save_pretrained
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
 from grpo_jax.evaluation import (

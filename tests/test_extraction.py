@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.rewards import reward_functions
 from grpo_jax.rewards.grading import answers, extraction, kinds, worker_pool

@@ -20,12 +20,14 @@ import pytest
 from small_runs import SMALL, dotted, small_config, write_questions
 
 from grpo_jax.distributed import sharding
+from grpo_jax.errors import Preempted
 from grpo_jax.training import compiled_steps, credit, rl, setup
 from grpo_jax.training.metrics_writer import Recorder
 from grpo_jax.training.objectives import grpo_objective
+from grpo_jax.training.optimizers import rl_optimizer
 from grpo_jax.training.rollout_pipeline import Pipeline
 from grpo_jax.training.rollouts import Experience, read
-from grpo_jax.training.run import Preempted, Run
+from grpo_jax.training.run import Run
 from grpo_jax.training.train_step import TrainState, make_step
 from grpo_jax.training.work_directory import Claim
 
@@ -95,7 +97,7 @@ def metrics(workdir: Path) -> list[dict]:
 def one_after_the_other(run: Run, *, lag: int, cap: float | None):
     """GRPO with nothing at the same time as anything else, π_ref in the update."""
     config, experience, reference = run.config, Experience(run), initial(run)
-    transformation, _ = rl.optimizer(config)
+    transformation, _ = rl_optimizer(config)
     objective = grpo_objective(run.model, importance_cap=cap)  # β = 0.04
     update = make_step(objective, transformation)
     policies = []

@@ -15,7 +15,7 @@ from test_tokenizer import (  # pyrefly: ignore[missing-import]
     write_folder,
 )
 
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.data.prompts import (
     content,
     encode_prompt,

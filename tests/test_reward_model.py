@@ -17,18 +17,18 @@ from grpo_jax.config import Config, ModelSettings, to_json
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.models.decoder import Decoder, ModelConfig
-from grpo_jax.models.value_head import (
-    RewardModel,
-    make_reward_scorer,
-    reward_objective,
-    reward_sample,
-    score_samples,
-)
+from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.metrics_writer import Recorder
 from grpo_jax.training.packing import pack
 from grpo_jax.training.reward_model import prmbench
 from grpo_jax.training.reward_model.auc import auc, auc_interval
 from grpo_jax.training.reward_model.labelled import Labelled
+from grpo_jax.training.reward_model.scoring import (
+    make_reward_scorer,
+    reward_objective,
+    reward_sample,
+    score_samples,
+)
 from grpo_jax.training.reward_model.training import Settings, load_reward_model, train
 from grpo_jax.training.run import Run
 from grpo_jax.training.setup import make_model

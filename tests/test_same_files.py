@@ -18,9 +18,8 @@ import os, sys
 from pathlib import Path
 os.chdir(f"{folder}/{{number}}")
 from small_runs import small_config
-from grpo_jax.evaluation import generate_answers, comparison
 from grpo_jax import evaluate
-from grpo_jax.training import rollouts, setup, sft
+from grpo_jax.training import rollouts, run_comparison, setup, sft
 from grpo_jax.training.run import Run
 
 def refused(function, *arguments):
@@ -39,7 +38,7 @@ def run(**other):
 
 for name in ("same", "middle", "column"):
     refused(rollouts.load_questions, run(data__train=f"{{name}}.jsonl"))
-    refused(comparison.check_sets, run(data__eval=f"{{name}}.jsonl"))
+    refused(run_comparison.check_sets, run(data__eval=f"{{name}}.jsonl"))
 refused(sft.train, run(data__sft="middle.jsonl"), None)
 for settings in (
     {{}},

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from grpo_jax.data import datasets, few_shot_prompts, parsers, registry
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
 from grpo_jax.rewards.grading import kinds, worker_pool

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
 from grpo_jax.generation.sampler import generate

@@ -12,9 +12,10 @@ from grpo_jax.checkpoints.huggingface.weights import save_pretrained
 from grpo_jax.data.prompts import encode_sft
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
-from grpo_jax.evaluation import comparison, generate_answers
+from grpo_jax.evaluation import generate_answers
 from grpo_jax.models.decoder import Decoder, ModelConfig
 from grpo_jax.train import train
+from grpo_jax.training import run_comparison
 from grpo_jax.training.run import open_run
 from grpo_jax.training.start_time import start_time
 
@@ -89,7 +90,7 @@ def test_a_run_and_its_evaluation_ask_as_on_its_first_day(model, tmp_path, monke
     train(small_config(settings | {"sft_steps": 2}), workdir, accept_changes=True)
     run = open_run(workdir)
     assert run.tokenizer.now == LONG_AGO
-    asked = comparison.settings_of(run.config)
+    asked = run_comparison.settings_of(run.config)
     tokenizer = Tokenizer.from_folder(model)
     tokenizer.now = LONG_AGO
     expected = generate_answers.load_prompts(tokenizer, questions, asked)

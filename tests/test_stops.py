@@ -48,13 +48,18 @@ sys.argv[0] = "train.py"
 train.main()
 """
 STOPS = [  # the process and its signal, the stage that stops and from which step on
-    (0, "sft lay_out 2 SIGTERM", "sft", 2),
-    (1, "experience draw 1 SIGTERM", "rl", 1),  # in the rollout
-    (0, "rl check_gap 1 SIGTERM", "rl", 2),  # in the update
-    (1, "checkpoint _describe 3 SIGTERM", "rl", 4),  # a save, after two checks of saved
-    (0, "comparison evaluate_set 1 SIGTERM", "rl", EVALUATED),
+    (0, "training.sft lay_out 2 SIGTERM", "sft", 2),
+    (1, "training.rollouts draw 1 SIGTERM", "rl", 1),  # in the rollout
+    (0, "training.rl check_gap 1 SIGTERM", "rl", 2),  # in the update
+    (
+        1,
+        "checkpoints.run_checkpoints describe 3 SIGTERM",
+        "rl",
+        4,
+    ),  # a save, after two checks of saved
+    (0, "training.run_comparison evaluate_set 1 SIGTERM", "rl", EVALUATED),
 ]
-KILL = {0: "experience draw 2 SIGTERM", 1: "experience draw 2 SIGKILL"}
+KILL = {0: "training.rollouts draw 2 SIGTERM", 1: "training.rollouts draw 2 SIGKILL"}
 
 
 def start(folder: Path, name: str, stop: dict[int, str]) -> list[SimpleNamespace]:

@@ -18,14 +18,14 @@ from test_tools import SCRIPTS
 
 from grpo_jax import report, sandbox
 from grpo_jax.distributed import sharding
-from grpo_jax.errors import GrpoError
-from grpo_jax.evaluation import comparison
+from grpo_jax.errors import GrpoError, Preempted
 from grpo_jax.report import tables
 from grpo_jax.rewards.reward_functions import Scores
-from grpo_jax.training import compiled_steps, credit, packing, rl
+from grpo_jax.training import compiled_steps, credit, packing, rl, run_comparison
 from grpo_jax.training.metrics_writer import Recorder
+from grpo_jax.training.optimizers import rl_optimizer
 from grpo_jax.training.rollouts import Experience, read
-from grpo_jax.training.run import Preempted, Run
+from grpo_jax.training.run import Run
 from grpo_jax.training.train_step import TrainState, make_scorer, make_step
 from grpo_jax.training.work_directory import Claim
 
@@ -136,7 +136,7 @@ def test_only_sampled_tokens_are_taught_and_counted(folder, recital):
             terms[0].append(float(0.04 * kl - taught(s)))
         told = [len(o.tokens) - sum(o.sampled) for o in outputs]
         assert max(told) > 10 and min(told) == 0
-        optimizer, _ = rl.optimizer(run.config)
+        optimizer, _ = rl_optimizer(run.config)
         step = make_step(compiled_steps.make_objective(run.config, model), optimizer)
         metrics = []
         for noise in (0.0, 5.0):
@@ -207,7 +207,7 @@ def test_the_comparison_of_a_run_runs_programs_too(folder, recital):
     found = []
     for batch in (4, 2):
         with opened(folder, recital, f"by-{batch}", eval__batch=batch) as run:
-            found.append(comparison.compare(run, {"rl": params}))
+            found.append(run_comparison.compare(run, {"rl": params}))
             now = rl.evaluate_now(run, params)
             name = f"eval/{run.config.data.eval}"
             assert now[f"{name}/greedy_accuracy"] == 0.75
@@ -227,7 +227,7 @@ def test_a_comparison_that_is_stopped_has_the_sets_that_are_to_come(
     """Without figures, whatever an earlier one found; and then it goes on to all."""
     names = [str(folder / "questions.jsonl"), str(folder / "others.jsonl")]
     (folder / "others.jsonl").write_text('{"question": "a", "answer": "1"}')
-    measure, asked = comparison.measure, []
+    measure, asked = run_comparison.measure, []
 
     def stopping(*arguments, **options):
         asked.append(arguments[3])
@@ -235,19 +235,19 @@ def test_a_comparison_that_is_stopped_has_the_sets_that_are_to_come(
             raise KeyboardInterrupt
         return measure(*arguments, **options)
 
-    monkeypatch.setattr(comparison, "measure", stopping)
+    monkeypatch.setattr(run_comparison, "measure", stopping)
     with opened(folder, recital, "by-set", data__eval="+".join(names)) as run:
-        whole = comparison.compare(run, {"rl": recital[1]})
+        whole = run_comparison.compare(run, {"rl": recital[1]})
         whole = json.loads(json.dumps(whole))  # lists, as in the file
         with pytest.raises(KeyboardInterrupt):
-            comparison.compare(run, {"rl": recital[1]})
+            run_comparison.compare(run, {"rl": recital[1]})
         found = json.loads((run.workdir / "results.json").read_text())
         assert found["sets"][names[0]] == whole["sets"][names[0]]
         assert list(found["sets"]) == names
         assert found["sets"][names[1]] == {"in_domain": False}
         assert "| – | – |" in tables.table(found)
         assert "others.jsonl" in report.write(run.workdir).read_text()
-        comparison.compare(run, {"rl": recital[1]})
+        run_comparison.compare(run, {"rl": recital[1]})
         assert json.loads((run.workdir / "results.json").read_text()) == whole
 
 

@@ -24,8 +24,8 @@ from grpo_jax.checkpoints.run_checkpoints import Checkpoints
 from grpo_jax.config import Config, flatten
 from grpo_jax.errors import GrpoError
 from grpo_jax.train import train
-from grpo_jax.training import rl, sft
 from grpo_jax.training.metrics_writer import Recorder
+from grpo_jax.training.optimizers import stage_optimizer
 from grpo_jax.training.run import load_run, open_run, stage_params
 from grpo_jax.training.work_directory import Claim
 
@@ -206,8 +206,8 @@ def as_before(workdir: Path, done: Path) -> Path:
     """A copy whose checkpoints say as little of where they come from as they did."""
     copied(done, workdir)
     run = open_run(done)
-    for stage, module in (("sft", sft), ("rl", rl)):
-        optimizer, _ = module.optimizer(run.config)
+    for stage in ("sft", "rl"):
+        optimizer, _ = stage_optimizer(stage, run.config)
         like = run.abstract_state(stage, optimizer)
         shutil.rmtree(workdir / "checkpoints" / stage)
         for step in steps(done, stage):

@@ -14,7 +14,7 @@ import hashlib
 import random
 import string
 
-from grpo_jax.data.datasets import Example, Indexed
+from grpo_jax.data.example import Example, Indexed
 from grpo_jax.errors import GrpoError
 
 ALPHABET = "0123456789+-=?# \n,.Sabdefhikmnorstuwy加减等于几从开始"

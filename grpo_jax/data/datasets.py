@@ -13,38 +13,13 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar, overload
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar, overload
 
+from grpo_jax.data.example import Example, Indexed
 from grpo_jax.errors import GrpoError
 
 T = TypeVar("T")
-Item = TypeVar("Item", covariant=True)
-
-
-class Indexed(Protocol[Item]):
-    """What has a length and gives the item at an index."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Item: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One question q with what is known about its answer.
-
-    >>> Example("What is 2 + 3?", answer="5").language
-    'en'
-    """
-
-    question: str
-    answer: str = ""  # the short final answer, which a completion is graded against
-    solution: str = ""  # the worked text, which SFT imitates
-    language: str = "en"  # chooses the instruction: "zh" the Chinese one
-    id: str = ""
-    # further fields, handed on to the reward functions (level, subject, options …)
-    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 class Dataset(Sequence[Example]):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.data.brackets import boxed
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.errors import GrpoError, one_line
 from grpo_jax.files import parse_json
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.data.registry import GITHUB, Source, examples, find, is_file, local
 from grpo_jax.errors import GrpoError
 from grpo_jax.files import cache_folder

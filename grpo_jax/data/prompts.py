@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 
 from grpo_jax.data import chat_templates
 from grpo_jax.data.chat_templates import Message, Rendered, ended, quoted, unmarked
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_jax.data import parsers
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.data.parsers import Row, check_text, kind
 from grpo_jax.errors import GrpoError
 

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.data.parsers import json_lines
 from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError, one_line

@@ -25,17 +25,17 @@ import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from grpo_jax.data import datasets, few_shot_prompts
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.data.prompts import encode_prompts
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.distributed import processes, sharding
+from grpo_jax.distributed.progress import progress
 from grpo_jax.environments.interpreter import Interpreter
 from grpo_jax.environments.tool_rollouts import solve, text_of
+from grpo_jax.errors import Preempted
 from grpo_jax.evaluation.completion_files import Completion, Log
 from grpo_jax.generation.sampler import generate
 from grpo_jax.models.decoder import Decoder, Params
-from grpo_jax.training.metrics_writer import progress
-from grpo_jax.training.run import Preempted
 
 Answers = list[list[Completion]]  # [questions][samples]
 Mode = Callable[..., Answers]  # see `chain_of_thought`

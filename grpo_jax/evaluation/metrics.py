@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.distributed import processes
 from grpo_jax.evaluation import statistics
 from grpo_jax.evaluation.completion_files import Completion

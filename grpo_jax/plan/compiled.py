@@ -29,8 +29,9 @@ from grpo_jax.plan import hlo, trips
 from grpo_jax.plan.chips import Chip, Topology
 from grpo_jax.plan.flops import flops
 from grpo_jax.plan.trips import Lengths
-from grpo_jax.training import rl, setup, sft
+from grpo_jax.training import setup, sft
 from grpo_jax.training.compiled_steps import Layout, make_programs
+from grpo_jax.training.optimizers import stage_optimizer
 from grpo_jax.training.packing import Batch, Sample
 from grpo_jax.training.run import policy
 
@@ -118,7 +119,7 @@ def prepare(config: Config, topology: Topology, lengths: Lengths) -> Asks:
     )
     stage = "sft" if config.method == "sft" else "rl"
     model = decoder(config)
-    optimizer, _ = {"sft": sft, "rl": rl}[stage].optimizer(config)
+    optimizer, _ = stage_optimizer(stage, config)
     state = setup.abstract_state(config, model, mesh, stage, optimizer)
     ask = sft_programs if stage == "sft" else rl_programs
     return ask(config, model, mesh, state, optimizer, lengths)

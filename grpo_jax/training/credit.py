@@ -27,7 +27,7 @@ from grpo_jax.algorithms.advantages import (
     group_advantages,
     process_advantages,
 )
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.generation.sampler import bucket
 from grpo_jax.rewards.reward_functions import Scores
 from grpo_jax.training.packing import Sample

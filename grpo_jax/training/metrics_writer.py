@@ -12,7 +12,6 @@ first alone writes.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import os
@@ -25,8 +24,6 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import tqdm
 
 from grpo_jax import report
 from grpo_jax.distributed import processes
@@ -267,33 +264,3 @@ def _start_wandb(project: str, workdir: Path, config: Any) -> Any:
             f"Weights & Biases did not start ({' '.join(str(error).split())}); set "
             "WANDB_MODE=offline, or leave WANDB_PROJECT out"
         ) from None
-
-
-def progress(stage: str, start: int, steps: int, unit: str = "step") -> tqdm.tqdm:
-    """A bar with the time left; in a log a line every ten seconds and at the end."""
-    screen = sys.stderr.isatty()
-    return tqdm.tqdm(
-        desc=stage,
-        initial=start,
-        total=steps,
-        unit=unit,
-        disable=not processes.first(),
-        dynamic_ncols=screen,
-        mininterval=0.2 if screen else 10.0,
-        delay=0 if screen else 1e-9,  # no line at 0 %
-        file=sys.stderr if screen else _Lines(),
-    )
-
-
-class _Lines(io.StringIO):
-    """What tqdm draws over and over in one line, as lines; each count once."""
-
-    count = ""
-
-    def write(self, text: str) -> int:
-        shown = text.replace("\x1b[A", "").strip()
-        count = shown.partition(" [")[0]  # behind it stand times
-        if shown and count != self.count:
-            print(shown, file=sys.stderr, flush=True)
-            self.count = count
-        return len(text)

@@ -30,45 +30,21 @@ import numpy as np
 import optax
 
 from grpo_jax.algorithms.methods import METHODS
-from grpo_jax.config import Config, generations
+from grpo_jax.config import generations, set_names
 from grpo_jax.distributed import sharding
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, Preempted
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Params
 from grpo_jax.rewards.reward_functions import Scores
 from grpo_jax.training import credit
 from grpo_jax.training.compiled_steps import Layout, make_programs, teaches_all
 from grpo_jax.training.credit import Output
+from grpo_jax.training.optimizers import rl_optimizer
 from grpo_jax.training.packing import Sample, unpack
 from grpo_jax.training.reward_model.judge import Judge, Judges
 from grpo_jax.training.rollout_pipeline import Pipeline
 from grpo_jax.training.rollouts import Experience, outcome_metrics, read, show
-from grpo_jax.training.run import Body, Preempted, Run, policy, run_stage
-from grpo_jax.training.setup import adamw
-
-
-def optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
-    """The policy's; PPO's critic has one of its own, with its own rate and clip."""
-    o, own = config.optimizer, config.own()
-    make = functools.partial(
-        adamw,
-        o,
-        steps=config.rl_steps * own.get("updates_per_rollout", 1),
-        schedule=o.schedule,
-        warmup_steps=o.warmup_steps,
-    )
-    policy, rate = make(config.learning_rate)
-    if METHODS[config.method].coefficient != "critic":
-        return policy, rate
-    critic, _ = make(own["value_learning_rate"] or 10 * config.learning_rate)
-
-    def owner(params):
-        labels = {
-            name: jax.tree.map(lambda _: "policy", x) for name, x in params.items()
-        }
-        return labels | {"value": jax.tree.map(lambda _: "critic", params["value"])}
-
-    return optax.partition({"policy": policy, "critic": critic}, owner), rate
+from grpo_jax.training.run import Body, Run, policy, run_stage
 
 
 def prepare(run: Run) -> tuple[Experience, Judges]:
@@ -91,7 +67,7 @@ def train(
     """
     config, own = run.config, run.config.own()
     method = METHODS[config.method]
-    transformation, rate = optimizer(config)
+    transformation, rate = rl_optimizer(config)
     only_base = run.model.lora.rank and method.source == "policy" and not judges.needed
     given = [] if only_base else [instruct()]  # until RL has its own
     sft = frozen(run, given[0]) if given else None
@@ -327,11 +303,12 @@ def by_output(values: Any, outputs: Sequence[Output]) -> list[np.ndarray]:
 def evaluate_now(run: Run, params: Params) -> dict[str, float]:
     """Greedy accuracy on the first set of the comparison, and what it took."""
     from grpo_jax.evaluation import comparison
+    from grpo_jax.training import run_comparison
 
     started = time.perf_counter()
-    name = comparison.set_names(run.config)[0]
+    name = set_names(run.config)[0]
     try:
-        result = comparison.evaluate_set(run, params, name, sampled=False)
+        result = run_comparison.evaluate_set(run, params, name, sampled=False)
     except Preempted:  # the step is done: its loop saves it and stops
         return {}
     mode = "tool" if generations(run.config) else "cot"

@@ -18,7 +18,7 @@ import numpy as np
 
 from grpo_jax.config import Config, generations
 from grpo_jax.data import datasets
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.data.prompts import encode_prompts
 from grpo_jax.distributed import processes, sharding
 from grpo_jax.environments.interpreter import Interpreter

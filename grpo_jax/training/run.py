@@ -21,22 +21,20 @@ from grpo_jax.checkpoints.run_checkpoints import Checkpoints
 from grpo_jax.config import Config
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.distributed import processes, sharding
-from grpo_jax.errors import GrpoError
+from grpo_jax.distributed.progress import progress
+from grpo_jax.errors import GrpoError, Preempted
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training import setup
-from grpo_jax.training.metrics_writer import Recorder, progress
+from grpo_jax.training.metrics_writer import Recorder
+from grpo_jax.training.optimizers import stage_optimizer
 from grpo_jax.training.start_time import start_time
 from grpo_jax.training.train_step import TrainState
 from grpo_jax.training.work_directory import Claim, read_config
 
 Body = Callable[[int, TrainState], tuple[TrainState, Mapping[str, Any]]]
 STAGES = {"sft": "sft_steps", "rl": "rl_steps"}
-
-
-class Preempted(Exception):
-    """The run was asked to stop, and its state is saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,9 +247,7 @@ def newest_stage(run: Run) -> str:
 
 def stage_params(run: Run, stage: str) -> Params:
     """The parameters of a stage's newest checkpoint."""
-    from grpo_jax.training import rl, sft
-
-    optimizer, _ = {"sft": sft, "rl": rl}[stage].optimizer(run.config)
+    optimizer, _ = stage_optimizer(stage, run.config)
     with run.checkpoints(stage, clean=False) as checkpoints:
         _, state, _ = checkpoints.restore(run.abstract_state(stage, optimizer))
     return policy(state.params)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.config import Config, generations, reward_names, reward_weights
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.rewards.reward_calls import Calls
 from grpo_jax.rewards.reward_functions import (
     Scores,

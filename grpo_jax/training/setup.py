@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from grpo_jax.algorithms.methods import METHODS
 from grpo_jax.config import (
     Config,
-    OptimizerSettings,
     generations,
     lora_targets,
     reward_names,
@@ -30,7 +29,8 @@ from grpo_jax.files import digest
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder, ModelConfig, Params
 from grpo_jax.models.value_head import RewardModel
-from grpo_jax.training.train_step import TrainState, make_optimizer
+from grpo_jax.training.optimizers import stage_optimizer
+from grpo_jax.training.train_step import TrainState
 
 _STREAMS = ("init", "sft", "rl", "eval", "reward", "critic")
 
@@ -39,28 +39,6 @@ def key(seed: int, stage: str, step: int) -> jax.Array:
     """The randomness of one step: of the seed, the stage and the step alone."""
     stream = jax.random.fold_in(jax.random.key(seed), _STREAMS.index(stage))
     return jax.random.fold_in(stream, step)
-
-
-def adamw(
-    settings: OptimizerSettings,
-    learning_rate: float,
-    *,
-    steps: int,
-    schedule: str = "constant",
-    warmup_steps: int = 0,
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """A stage's optimiser and its schedule, with what all stages of a run share."""
-    return make_optimizer(
-        learning_rate,
-        steps=steps,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        b1=settings.b1,
-        b2=settings.b2,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        master=settings.master,
-    )
 
 
 def make_model(config: Config) -> tuple[Decoder, Tokenizer]:
@@ -150,13 +128,11 @@ def declared_config(config: Config, vocab_size: int) -> ModelConfig:
 
 def describe_state(config: Config) -> str:
     """One line on the whole training state, built from shapes alone."""
-    from grpo_jax.training import rl, sft
-
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     declared = declared_config(config, config.model.vocab_size)
     decoder = Decoder(declared, lora=adapters_of(config))
     stage = "sft" if config.method == "sft" else "rl"
-    optimizer, _ = {"sft": sft, "rl": rl}[stage].optimizer(config)
+    optimizer, _ = stage_optimizer(stage, config)
     state = abstract_state(config, decoder, mesh, stage, optimizer)
 
     def size(x, shape):

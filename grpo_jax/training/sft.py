@@ -18,25 +18,16 @@ import optax
 
 from grpo_jax.config import Config
 from grpo_jax.data import datasets
+from grpo_jax.data.example import Example
 from grpo_jax.data.prompts import encode_sft
 from grpo_jax.distributed import processes, sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.training.objectives import sft_objective
+from grpo_jax.training.optimizers import sft_optimizer
 from grpo_jax.training.packing import Batch, Sample, pack
 from grpo_jax.training.run import Body, Run, run_stage
-from grpo_jax.training.setup import adamw
 from grpo_jax.training.train_step import make_step
-
-
-def optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
-    return adamw(
-        config.optimizer,
-        config.sft.learning_rate,
-        steps=config.sft_steps,
-        schedule=config.sft.schedule,
-        warmup_steps=config.sft.warmup_steps,
-    )
 
 
 def train(run: Run, start_params: Callable[[], Params]) -> Params:
@@ -53,7 +44,7 @@ def train(run: Run, start_params: Callable[[], Params]) -> Params:
     )
     processes.agree("data.sft", {"rows": examples.digest})
     batches = Samples(run, examples)
-    transformation, rate = optimizer(config)
+    transformation, rate = sft_optimizer(config)
 
     def make_body(shardings) -> Body:
         update = make_update(config, run.model, transformation, shardings)
@@ -135,7 +126,7 @@ def concatenate(lengths: list[int], size: int, seed: int) -> list[list[int]]:
     return rows
 
 
-def may_be_long(run: Run, example: datasets.Example) -> bool:
+def may_be_long(run: Run, example: Example) -> bool:
     """False where an example surely fits a row: a token has a byte of text, or more."""
     plain = (
         run.config.data.template == "plain" and run.config.data.instruction == "none"
@@ -146,7 +137,7 @@ def may_be_long(run: Run, example: datasets.Example) -> bool:
     return around + len(text.encode()) > run.config.sft.row_length
 
 
-def encode(run: Run, examples: list[datasets.Example]) -> list[Sample]:
+def encode(run: Run, examples: list[Example]) -> list[Sample]:
     """Token ids with the loss mask; an example that fits no row is refused by name."""
     samples = []
     for example in examples:

@@ -79,8 +79,8 @@ class Claim:
         self._accepted, self._orphaned = processes.from_first(self._read)
         if not (self.workdir / ".lock").exists():
             raise GrpoError(
-                f"workdir {self.workdir}: process {processes.index()} does not see what "
-                "process 0 writes there; choose a folder on a disk that all share"
+                f"workdir {self.workdir}: process {processes.index()} does not see "
+                "what process 0 writes there; choose a folder on a disk that all share"
             )
 
     def write(self) -> None:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 
 from grpo_jax.data.brackets import split
-from grpo_jax.data.datasets import Example
+from grpo_jax.data.example import Example
 from grpo_jax.rewards.grading import answers, worker_pool
 from grpo_jax.rewards.grading.expressions import Unreadable, rational
 from grpo_jax.rewards.grading.notation import clean

@@ -45,7 +45,8 @@ class _Worker:
         root = str(Path(__file__).resolve().parents[3])
         code = (
             f"import sys; sys.path.insert(0, {root!r}); "
-            f"from grpo_jax.rewards.grading.worker_pool import work; work({os.getpid()})"
+            "from grpo_jax.rewards.grading.worker_pool import work; "
+            f"work({os.getpid()})"
         )
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", code],

@@ -18,19 +18,21 @@ import numpy as np
 
 from grpo_jax.algorithms.methods import METHODS
 from grpo_jax.config import reward_names
-from grpo_jax.data.datasets import Batches, Example
+from grpo_jax.data.datasets import Batches
+from grpo_jax.data.example import Example
 from grpo_jax.distributed import processes, sharding
-from grpo_jax.errors import GrpoError
+from grpo_jax.distributed.progress import progress
+from grpo_jax.errors import GrpoError, Preempted
 from grpo_jax.models.decoder import Params
-from grpo_jax.models.value_head import RewardModel, score_samples
+from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.credit import Output
-from grpo_jax.training.metrics_writer import progress
 from grpo_jax.training.reward_model import labelled
 from grpo_jax.training.reward_model.labelled import Labelled
+from grpo_jax.training.reward_model.scoring import score_samples
 from grpo_jax.training.reward_model.shepherd import Sampler, label_questions
 from grpo_jax.training.reward_model.steps import step_ends
 from grpo_jax.training.reward_model.training import Settings, train
-from grpo_jax.training.run import Preempted, Run
+from grpo_jax.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True)

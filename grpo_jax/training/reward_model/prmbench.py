@@ -31,14 +31,15 @@ import numpy as np
 from grpo_jax.config import Config, ModelSettings, OptimizerSettings
 from grpo_jax.data.tokenizer import EOS, PAD, Tokenizer
 from grpo_jax.distributed import sharding
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, Preempted
 from grpo_jax.models.decoder import Decoder, Params
-from grpo_jax.models.value_head import RewardModel, score_samples
+from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.metrics_writer import Recorder
 from grpo_jax.training.reward_model import auc
 from grpo_jax.training.reward_model.labelled import Solution, encode, read_rows
+from grpo_jax.training.reward_model.scoring import score_samples
 from grpo_jax.training.reward_model.training import Settings, load_reward_model, train
-from grpo_jax.training.run import Preempted, Run
+from grpo_jax.training.run import Run
 from grpo_jax.training.setup import declared_config
 from grpo_jax.training.work_directory import Claim
 

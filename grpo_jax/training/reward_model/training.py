@@ -26,11 +26,12 @@ from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.models.decoder import Params
-from grpo_jax.models.value_head import RewardModel, reward_objective, reward_sample
+from grpo_jax.models.value_head import RewardModel
+from grpo_jax.training.optimizers import adamw
 from grpo_jax.training.packing import Sample, pack
 from grpo_jax.training.reward_model.labelled import Labelled
+from grpo_jax.training.reward_model.scoring import reward_objective, reward_sample
 from grpo_jax.training.run import Body, Run, open_run, run_stage
-from grpo_jax.training.setup import adamw
 from grpo_jax.training.train_step import make_step
 
 KINDS = ("process", "outcome")

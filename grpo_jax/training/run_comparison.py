@@ -1,0 +1,95 @@
+"""The comparison of a run's own models, during and at the end of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from grpo_jax.config import Config, generations, set_names
+from grpo_jax.data import registry
+from grpo_jax.evaluation import generate_answers, metrics
+from grpo_jax.evaluation.comparison import Result, Scores, add, measure, write_json
+from grpo_jax.evaluation.generate_answers import Settings
+from grpo_jax.models.decoder import Params
+from grpo_jax.training.run import Run
+
+
+def settings_of(config: Config) -> Settings:
+    return Settings(
+        template=config.data.template,
+        instruction=config.data.instruction,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_new_tokens=config.max_new_tokens,
+        questions=config.eval.questions,
+        samples=config.eval.samples,
+        temperature=config.eval.temperature,
+        batch=config.eval.batch,
+        seed=config.seed,
+        data_dir=config.data.dir or None,
+        mode="tool" if generations(config) else "cot",
+        generations=generations(config),
+        tool_timeout=config.tools.timeout,
+    )
+
+
+def check_sets(run: Run) -> None:
+    """Refuses before the training what the comparison would refuse after it."""
+    generate_answers.find_mode(settings_of(run.config))
+    for name in set_names(run.config):
+        generate_answers.load_prompts(run.tokenizer, name, settings_of(run.config))
+
+
+def evaluate_set(
+    run: Run, params: Params, name: str, *, sampled: bool = True, label: str = ""
+) -> Result:
+    """One set of a run's comparison, of parameters that change: nothing is kept."""
+    settings = settings_of(run.config)
+    measured = measure(
+        run.model, params, run.tokenizer, name, settings, sampled=sampled, label=label
+    )
+    return measured.result
+
+
+def trained_on(config: Config) -> list[str]:
+    return (config.data.in_domain or config.data.train).split("+")
+
+
+def compare(run: Run, models: Mapping[str, Params]) -> Result:
+    """The comparison of a run's models on all its sets; what is measured stays so.
+
+    Completions are kept in the work directory, so that no question is asked again
+    while weights and settings stay the same. results.json is written whole after every
+    set; the sets that are still to come stand in it without figures.
+    """
+    run.recorder.begin()
+    config, settings = run.config, settings_of(run.config)
+    steps = {"instruct": config.sft_steps, "rl": config.rl_steps}
+    results: Result = {
+        "name": config.name,
+        "seed": config.seed,
+        "method": config.method,
+        "steps": {name: steps[name] for name in models},
+        "settings": settings.__dict__,
+        "models": list(models),
+        "sets": {
+            name: {"in_domain": registry.in_domain(name, trained_on(config))}
+            for name in set_names(config)
+        },
+    }
+    found: Scores = {}
+    for name, row in results["sets"].items():
+        for model, params in models.items():
+            measured = measure(
+                run.model,
+                params,
+                run.tokenizer,
+                name,
+                settings,
+                label=model,
+                folder=run.workdir / "completions" / model,
+                restart=True,
+            )
+            row[model] = measured.result
+            add(found, name, model, measured)
+        results["paired"] = metrics.pairs(found)
+        write_json(run.workdir / "results.json", results)
+    return results
