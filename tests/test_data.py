@@ -395,7 +395,8 @@ def test_two_processes_prepare_the_same_file(tmp_path):
     rows = [{"question": f"q{i}", "answer": i} for i in range(2000)]
     path = write(tmp_path / "a.jsonl", *rows)
     code = (
-        "import sys; from grpo_jax.data.datasets import datasets as d; d = d.load(sys.argv[1]);"
+        "import sys; from grpo_jax.data import datasets;"
+        " d = datasets.load(sys.argv[1]);"
         "print(len(d), d[1999].answer)"
     )
     environment = os.environ | {"GRPO_JAX_CACHE": str(tmp_path / "cache")}
