@@ -8,7 +8,9 @@ import random
 import jax
 import jax.numpy as jnp
 import numpy as np
+import prmbench
 import pytest
+from auc import auc, auc_interval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,8 +22,6 @@ from grpo_jax.models.decoder import Decoder, ModelConfig
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.metrics_writer import Recorder
 from grpo_jax.training.packing import pack
-from grpo_jax.training.reward_model import prmbench
-from grpo_jax.training.reward_model.auc import auc, auc_interval
 from grpo_jax.training.reward_model.labelled import Labelled
 from grpo_jax.training.reward_model.scoring import (
     make_reward_scorer,

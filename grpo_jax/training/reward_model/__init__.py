@@ -1,12 +1,10 @@
 """The reward model r_φ: what it is, what it learns from, and what it says.
 
-model      a decoder's trunk with one number at every token
+scoring    a decoder's trunk with one number at every token
 losses     cross-entropy with the labels
 labelled   sequences with a label a step, kept as JSON lines
 steps      where the steps of an output end
 shepherd   labels without human hands (Math-Shepherd)
 training   the stage that trains it
 judge      its use in a run, also as PPO's critic
-auc        how well it tells right from wrong
-prmbench   measured on steps that people labelled
 """

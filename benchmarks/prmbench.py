@@ -1,7 +1,7 @@
 """A process reward model on PRMBench (Song et al. 2025): does it see a wrong step?
 
-    python -m grpo_jax.training.reward_model.prmbench FILE --model WORKDIR [--stage reward]
-    python -m grpo_jax.training.reward_model.prmbench FILE --train OUT [--steps N]
+    python benchmarks/prmbench.py FILE --model WORKDIR [--stage reward]
+    python benchmarks/prmbench.py FILE --train OUT [--steps N]
 
 In: prmbench_all.jsonl, whose rows hold a right solution (`original_process`) and one
 with planted mistakes (`modified_process`, `error_steps` from 1); a reward model of a
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import auc
 import jax
 import numpy as np
 
@@ -35,7 +36,6 @@ from grpo_jax.errors import GrpoError, Preempted
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.metrics_writer import Recorder
-from grpo_jax.training.reward_model import auc
 from grpo_jax.training.reward_model.labelled import Solution, encode, read_rows
 from grpo_jax.training.reward_model.scoring import score_samples
 from grpo_jax.training.reward_model.training import Settings, load_reward_model, train
@@ -260,7 +260,7 @@ def report(result: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m grpo_jax.training.reward_model.prmbench",
+        prog="python benchmarks/prmbench.py",
         description="The AUC of a process reward model on PRMBench.",
     )
     add = parser.add_argument
