@@ -196,13 +196,14 @@ def test_the_lenient_rule_passes_all_that_the_strict_one_passes(data_dir):
 # -- few-shot --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", few_shot_prompts.WRITTEN)
+@pytest.mark.parametrize("source", few_shot_prompts.written_examples())
 def test_our_worked_examples_are_extracted_as_they_say(source):
     """What a base model is shown is what is understood of it afterwards."""
     (form,) = {f for f in few_shot_prompts.FORMATS.values() if f.source == source}
-    written = few_shot_prompts.WRITTEN[source]
+    written = few_shot_prompts.written_examples()[source]
     assert len(written) == form.shots
-    for question, worked, answer in written:
+    for shot in written:
+        question, worked, answer = shot["question"], shot["solution"], shot["answer"]
         columns = {}
         if "(D)" in question:
             columns = {"options": ["w", "x", "y", "z"]}

@@ -1,7 +1,8 @@
 """Measures of an evaluation: intervals, pass@k, maj@k, and whether two models differ.
 
 In: which of a question's samples are right, and what they answer. Out: numbers in
-[0, 1]. Pure functions, without jax.
+[0, 1]. Wilson's interval and McNemar's test are scipy's; the bootstrap is ours, since
+it draws equal values together and so is some hundred times as fast.
 """
 
 import collections
@@ -9,19 +10,18 @@ import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+import scipy.stats
 
 
 def wilson(accuracy: float, n: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a proportion measured on n questions.
+    """Returns Wilson's 95 % confidence interval of a proportion measured on n items.
 
     >>> [round(x, 3) for x in wilson(0.5, 100)]
     [0.404, 0.596]
     """
-    z = 1.959964
-    center = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
-    spread = math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
-    spread *= z / (1 + z * z / n)
-    return max(0.0, center - spread), min(1.0, center + spread)
+    test = scipy.stats.binomtest(round(accuracy * n), n)
+    interval = test.proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 RESAMPLES = 10_000  # of a bootstrap: its bounds are then steady to a few parts in 1000
@@ -66,9 +66,9 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     """
     a, b = np.asarray(first, bool), np.asarray(second, bool)
     one, other = int((a & ~b).sum()), int((b & ~a).sum())
-    m, fewer = one + other, min(one, other)
-    tail = sum(math.comb(m, i) for i in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**m)
+    if not one + other:
+        return 1.0
+    return float(scipy.stats.binomtest(one, one + other).pvalue)
 
 
 def paired_bootstrap(
