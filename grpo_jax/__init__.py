@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from grpo_jax.checkpoints.huggingface.weights import (
         save_pretrained as save_pretrained,
     )
+    from grpo_jax.data.prompts import encode_prompt as encode_prompt
     from grpo_jax.data.tokenizer import Tokenizer as Tokenizer
     from grpo_jax.errors import GrpoError as GrpoError
     from grpo_jax.generation.continuation import continue_rollouts as continue_rollouts
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from grpo_jax.models.logprobs import token_logprobs as token_logprobs
     from grpo_jax.models.value_head import RewardModel as RewardModel
     from grpo_jax.rewards.grading import answers as answers
+    from grpo_jax.rewards.reward_functions import rule_reward as rule_reward
     from grpo_jax.training.packing import Batch as Batch
     from grpo_jax.training.packing import Sample as Sample
     from grpo_jax.training.packing import pack as pack
@@ -73,6 +75,8 @@ _HOMES = {
     "load_pretrained": "checkpoints.huggingface.weights",
     "save_pretrained": "checkpoints.huggingface.weights",
     "Tokenizer": "data.tokenizer",
+    "encode_prompt": "data.prompts",
+    "rule_reward": "rewards.reward_functions",
     "RewardModel": "models.value_head",
     "reward_loss": "algorithms.reward_model_losses",
     "score_samples": "training.reward_model.scoring",

@@ -66,12 +66,12 @@ def content(example: Example, instruction: str = "cot") -> str:
 
 def encode_prompt(
     tokenizer: Tokenizer,
-    example: Example,
+    question: Example | str,
     *,
     template: str = "chat",
     instruction: str = "cot",
 ) -> list[int]:
-    """The ids of the prompt q, up to where the model's answer starts.
+    """Returns the token ids of the prompt q, up to where the model's answer starts.
 
     Special tokens are parsed where the template wrote them and nowhere else.
 
@@ -80,6 +80,7 @@ def encode_prompt(
     >>> encode_prompt(tokenizer, Example("1+2="), template="plain", instruction="none")
     [3, 5, 4, 6]
     """
+    example = Example(question) if isinstance(question, str) else question
     return _encode(tokenizer, [example], template, instruction)[0]
 
 

@@ -55,12 +55,8 @@ class Output:
     @property
     def sample(self) -> Sample:
         """Prompt and output, with the output's sampled tokens in the loss."""
-        before = len(self.prompt)
-        return Sample(
-            tokens=[*self.prompt, *self.tokens],
-            mask=[0] * before + self.sampled,
-            logps=[0.0] * before + self.logps,
-            prompt=before,
+        return Sample.from_output(
+            self.prompt, self.tokens, logps=self.logps, mask=self.sampled
         )
 
 

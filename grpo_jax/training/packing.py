@@ -39,6 +39,41 @@ class Sample:
     returns: Sequence[float] | None = None  # what PPO's critic learns
     values: Sequence[float] | None = None  # what it said before
 
+    @classmethod
+    def from_output(
+        cls,
+        prompt: Sequence[int],
+        tokens: Sequence[int],
+        *,
+        logps: Sequence[float] | None = None,
+        advantages: Sequence[float] | float | None = None,
+        mask: Sequence[int] | None = None,
+    ) -> Sample:
+        """Returns a prompt with one output, whose sampled tokens are in the loss.
+
+        Args:
+          prompt: token ids.
+          tokens: the output's token ids, its EOS token included; C of them.
+          logps: [C] their log-probabilities when they were sampled, in nats.
+          advantages: Â of the output, or of each of its tokens [C].
+          mask: [C] 0 where a tool wrote the token; None: the policy sampled all.
+
+        >>> Sample.from_output([7, 8], [9, 2], advantages=0.5).mask
+        [0, 0, 1, 1]
+        """
+        before = len(prompt)
+        if advantages is not None and np.ndim(advantages):
+            advantages = [0.0] * before + np.asarray(advantages).tolist()
+        elif advantages is not None:
+            advantages = float(advantages)  # type: ignore[arg-type]
+        return cls(
+            tokens=[*map(int, prompt), *map(int, tokens)],
+            mask=[0] * before + [int(m) for m in mask or [1] * len(tokens)],
+            logps=None if logps is None else [0.0] * before + [float(x) for x in logps],
+            advantages=advantages,
+            prompt=before,
+        )
+
 
 _PER_TOKEN = (
     "tokens",
