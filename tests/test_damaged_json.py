@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import prmbench
 import pytest
 from damage import DEEP, LEAVES, mutate, mutations, one_clear_line
 from hypothesis import given
@@ -20,7 +21,7 @@ from grpo_jax.data.example import Example
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
 from grpo_jax.evaluation import completion_files
-from grpo_jax.training.reward_model import labelled, prmbench
+from grpo_jax.training.reward_model import labelled
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARD = GOLDEN / "families" / "deepseek" / "model-00001-of-00003.safetensors"
