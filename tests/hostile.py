@@ -128,7 +128,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     "/etc/passwd": (_reads("/etc/passwd", "/etc/shadow", "/etc/hosts"), "ok"),
     "a file of the host": (_reads("FILE"), "ok"),
     "the project": (
-        _reads("PROJECT/README.md", "PROJECT/grpo_jax/sandbox/inside.py")
+        _reads("PROJECT/README.md", "PROJECT/grpo_jax/sandbox/server.py")
         + "attempt(lambda: os.listdir('PROJECT'))\n"
         + "attempt(lambda: __import__('grpo_jax'))\nattempt(lambda: __import__('jax'))",
         "ok",

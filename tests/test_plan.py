@@ -20,11 +20,11 @@ from grpo_jax.errors import GrpoError
 from grpo_jax.generation.sampler import shape_of
 from grpo_jax.models.decoder import Decoder, ModelConfig
 from grpo_jax.models.logprobs import token_logprobs
-from grpo_jax.plan import chips, hlo
-from grpo_jax.plan.compiled import Program
+from grpo_jax.plan import chips, hlo_text
+from grpo_jax.plan.compiled_programs import Program
 from grpo_jax.plan.flops import flops
-from grpo_jax.plan.table import report, table
-from grpo_jax.plan.trips import Lengths, columns, of_sampler
+from grpo_jax.plan.loop_trip_counts import Lengths, columns, of_sampler
+from grpo_jax.plan.plan_table import report, table
 from grpo_jax.training.packing import Sample, pack
 from grpo_jax.training.train_step import TrainState, make_grpo_step
 
@@ -117,15 +117,15 @@ def test_collectives_of_a_compiled_program_in_its_loops():
         return jax.lax.psum_scatter(gathered * 2, "a", tiled=True)
 
     text = compiled(f, mesh, P("a"), out=P("a"))
-    sent = hlo.collectives(text, 8, {"turns": 7, "blocks": 0.25})
+    sent = hlo_text.collectives(text, 8, {"turns": 7, "blocks": 0.25})
     assert sent["all-reduce"] == 5 * 2 * (1 / 2) * whole / 4
     assert sent["collective-permute"] == (7 + 0.25) * whole / 4
-    always = hlo.collectives(text, 8, {"turns": 7})
+    always = hlo_text.collectives(text, 8, {"turns": 7})
     assert always["collective-permute"] == (7 + 1) * whole / 4
     assert sent["all-gather"] == 3 / 4 * whole
     assert sent["reduce-scatter"] == 3 / 4 * whole
     with pytest.raises(KeyError, match="turns"):
-        hlo.collectives(text, 8)
+        hlo_text.collectives(text, 8)
 
 
 def test_groups_in_each_form_that_xla_writes():
@@ -187,7 +187,7 @@ dimensions={0}
 
 def test_a_tpus_loops_are_counted_from_their_conditions():
     """Its text has no trip counts: from 4 to 10 by 2 is three times."""
-    sent = hlo.collectives(TPU_TEXT, 32)
+    sent = hlo_text.collectives(TPU_TEXT, 32)
     assert sent == {
         "collective-permute": 3 * 8 * 128 * 2,
         "all-gather": 15 / 16 * 128 * 128 * 2,
@@ -208,7 +208,7 @@ def test_the_output_matrix_and_its_gradient_travel_once():
     with jax.set_mesh(mesh):
         step = jax.jit(jax.grad(loss, argnums=(0, 1)))
         text = str(step.lower(hidden, unembed, targets).compile().as_text())
-    sent = sum(hlo.collectives(text, 8).values())
+    sent = sum(hlo_text.collectives(text, 8).values())
     matrix = 64 * 128 * 4
     assert 7 / 8 * matrix < sent < 4 * matrix  # CPUs sum up by all-reduce
 
@@ -366,7 +366,7 @@ def test_the_seven_billion_parameters_by_hand():
     """83 GB of float32 weights and moments; 7b.py spreads them evenly over 64 chips."""
     import runpy
 
-    from grpo_jax.plan.compiled import local_bytes, prepare
+    from grpo_jax.plan.compiled_programs import local_bytes, prepare
 
     config = runpy.run_path(str(ROOT / "configs/7b.py"))["get_config"]()
     devices = jax.devices() * 8  # shapes alone: each may stand for eight

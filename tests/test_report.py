@@ -13,7 +13,7 @@ from grpo_jax import report
 from grpo_jax.report import tables
 from grpo_jax.report.__main__ import main
 from grpo_jax.report.charts import BOTTOM, LEFT, RIGHT, TOP, thin
-from grpo_jax.report.text import visible
+from grpo_jax.report.safe_text import visible
 
 
 def read(workdir) -> Page:
@@ -208,7 +208,7 @@ def test_a_long_run_makes_a_small_page(tmp_path):
     with open(tmp_path / "samples.jsonl", "w") as file:
         for i in range(1, 301):
             file.write(f'{{"step": {i}, {line[1:]}\n')
-    assert (tmp_path / "samples.jsonl").stat().st_size > report.read.WHOLE
+    assert (tmp_path / "samples.jsonl").stat().st_size > report.run_files.WHOLE
     page = read(tmp_path)
     assert (tmp_path / "report.html").stat().st_size < 5_000_000
     steps = [g["step"] for g in page.data["groups"]]
@@ -246,7 +246,7 @@ def test_the_command_writes_the_page_or_says_why_not(tmp_path, capsys):
 
 def test_texts_can_be_read_on_every_colour():
     """WCAG's 4.5 to 1, in light and dark, also on a token of full colour."""
-    css = (report.read.Path(report.__file__).parent / "report.css").read_text()
+    css = (report.run_files.Path(report.__file__).parent / "report.css").read_text()
     themes = [
         {name: bytes.fromhex(x) for name, x in re.findall(r"--(\w+): #(\w{6})", block)}
         for block in re.findall(r":root \{(.*?)\}", css, re.S)

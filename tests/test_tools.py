@@ -433,6 +433,6 @@ def test_a_sandbox_that_fails_is_no_wrong_answer():
 
 def test_without_a_sandbox_nothing_starts(monkeypatch):
     monkeypatch.setattr(sandbox, "_shared", None)
-    monkeypatch.setattr(sandbox.launch, "MECHANISMS", {})
+    monkeypatch.setattr(sandbox.mechanisms, "MECHANISMS", {})
     with pytest.raises(GrpoError, match="no way to confine a program"):
         Interpreter()

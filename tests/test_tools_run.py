@@ -291,7 +291,7 @@ def test_refused_where_no_sandbox_works_or_an_output_fits_no_row(
         with pytest.raises(GrpoError, match="row_length: 300; a prompt of 1 tokens"):
             rl.prepare(run)
     monkeypatch.setattr(sandbox, "_shared", None)
-    monkeypatch.setattr(sandbox.launch, "MECHANISMS", {})
+    monkeypatch.setattr(sandbox.mechanisms, "MECHANISMS", {})
     with opened(folder, recital, "bare") as run:
         with pytest.raises(GrpoError, match="no way to confine a program"):
             rl.prepare(run)

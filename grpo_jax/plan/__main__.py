@@ -47,20 +47,20 @@ def plan(argv: list[str]) -> str:
     for flag in (_OUTPUT, _PROMPT, _PRICE):
         if flag.value is not None and not math.isfinite(flag.value):
             raise GrpoError(f"--{flag.name}: {flag.value}; a finite number is needed")
-    from grpo_jax.plan import chips, search, table
-    from grpo_jax.plan.compiled import compile_all
-    from grpo_jax.plan.trips import Lengths
+    from grpo_jax.plan import chips, plan_table, smallest_slice
+    from grpo_jax.plan.compiled_programs import compile_all
+    from grpo_jax.plan.loop_trip_counts import Lengths
 
     topology = chips.topology(_TOPOLOGY.value)
     lengths = Lengths.assumed(config, _PROMPT.value, _OUTPUT.value)
     programs = compile_all(config, topology, lengths, only=_ONLY.value, say=say)
     smallest = None
     if _SMALLEST.value and topology.chip and not _ONLY.value:
-        smallest = search.smallest(config, topology, programs, lengths, say=say)
-    found = table.report(
+        smallest = smallest_slice.smallest(config, topology, programs, lengths, say=say)
+    found = plan_table.report(
         config, topology, programs, lengths, price=_PRICE.value, smallest=smallest
     )
-    return json.dumps(found, indent=2) if _JSON.value else table.table(found)
+    return json.dumps(found, indent=2) if _JSON.value else plan_table.table(found)
 
 
 def say(what: str) -> None:

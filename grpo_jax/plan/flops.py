@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from grpo_jax.plan.trips import named, share
+from grpo_jax.plan.loop_trip_counts import named, share
 
 
 def flops(jaxpr: Any, trips: Mapping[str, float] | None = None) -> float:

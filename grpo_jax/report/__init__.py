@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 from grpo_jax.files import write_whole
-from grpo_jax.report import read
-from grpo_jax.report.groups import show_groups
+from grpo_jax.report import run_files
 from grpo_jax.report.page import page
+from grpo_jax.report.sample_groups import show_groups
 
 GROUPS = 60
 
@@ -24,14 +24,14 @@ GROUPS = 60
 def write(workdir: str | os.PathLike[str]) -> Path:
     """Writes report.html into a work directory anew; returns its path."""
     folder = Path(workdir)
-    config = read.read_object(folder / "config.json")
-    results = read.read_object(folder / "results.json")
+    config = run_files.read_object(folder / "config.json")
+    results = run_files.read_object(folder / "results.json")
     html = page(
         folder.resolve().name,
         config,
         results,
-        read.read_curves(folder / "metrics.jsonl"),
-        show_groups(read.read_groups(folder / "samples.jsonl", GROUPS)),
+        run_files.read_curves(folder / "metrics.jsonl"),
+        show_groups(run_files.read_groups(folder / "samples.jsonl", GROUPS)),
     )
     file = folder / "report.html"
     write_whole(file, html, errors="replace")

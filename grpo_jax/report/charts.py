@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_jax.report.text import escape, short, visible
+from grpo_jax.report.safe_text import escape, short, visible
 
 Line = tuple[str, Sequence[float], Sequence[float]]
 POINTS = 240  # of a line

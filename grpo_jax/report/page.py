@@ -18,8 +18,8 @@ from typing import Any
 
 from grpo_jax.evaluation import published_figures
 from grpo_jax.report.charts import Line, draw
-from grpo_jax.report.read import Curve
-from grpo_jax.report.text import escape, number, script_json, short
+from grpo_jax.report.run_files import Curve
+from grpo_jax.report.safe_text import escape, number, script_json, short
 
 # Title: the metrics in it, by pattern.
 CHARTS = {

@@ -3,8 +3,8 @@
 In: Python programs (numpy and sympy are inside) and their limits. Out: for each a
 `Result`: how it ended, what it printed, how long it took.
 
-    launch   starts a server under bubblewrap, else bare for Landlock
-    inside   the server: one fork a program, which gives up everything and then runs it
+    mechanisms   how a server is started: under bubblewrap, else bare for Landlock
+    server   the server: one fork a program, which gives up everything and then runs it
 
 bubblewrap: namespaces with no network, no /proc and no files but the libraries; a
 program also has a /tmp of its own, of 16 MiB. Landlock: the libraries can be read and
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import IO, Literal
 
 from grpo_jax.errors import GrpoError
-from grpo_jax.sandbox import launch
+from grpo_jax.sandbox import mechanisms
 
 Status = Literal["ok", "error", "timeout", "output_limit"]
 WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
@@ -79,7 +79,7 @@ class Sandbox:
     def __init__(self, mechanism: str | None = None):
         self._lock = threading.Lock()
         self._server: _Server | None = None
-        names = [mechanism] if mechanism else list(launch.MECHANISMS)
+        names = [mechanism] if mechanism else list(mechanisms.MECHANISMS)
         faults = []
         for self.mechanism in names:
             try:
@@ -162,14 +162,14 @@ class Sandbox:
 
 
 class _Server:
-    """The process of `inside.py`, and the socket on which it takes connections."""
+    """The process of `server.py`, and the socket on which it takes connections."""
 
     def __init__(self, mechanism: str):
         self.control, inner = socket.socketpair()
         self.errors: IO[bytes] = tempfile.TemporaryFile()
         self.fault = ""  # the last line that the process wrote there, once closed
         with inner:
-            command, environment = launch.MECHANISMS[mechanism](inner.fileno())
+            command, environment = mechanisms.MECHANISMS[mechanism](inner.fileno())
             self.process = subprocess.Popen(
                 command,
                 env=environment,

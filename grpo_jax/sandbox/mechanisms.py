@@ -16,7 +16,7 @@ from grpo_jax.errors import GrpoError
 
 PACKAGES = ("numpy", "numpy.libs", "sympy", "mpmath")
 LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
-SERVER = Path(__file__).with_name("inside.py")
+SERVER = Path(__file__).with_name("server.py")
 
 
 def packages() -> list[Path]:

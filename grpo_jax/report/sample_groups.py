@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from grpo_jax.report.text import number, script_json, visible
+from grpo_jax.report.safe_text import number, script_json, visible
 
 COMPLETIONS = 16  # of a group
 TOKENS = 2_000  # of a completion

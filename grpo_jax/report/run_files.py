@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.report.text import number
+from grpo_jax.report.safe_text import number
 
 Curve = tuple[list[float], list[float]]  # steps, values
 MOST = 1e30  # what is drawn of a diverged run

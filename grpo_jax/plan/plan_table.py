@@ -12,8 +12,8 @@ from typing import Any
 
 from grpo_jax.config import Config
 from grpo_jax.plan.chips import Topology
-from grpo_jax.plan.compiled import Program
-from grpo_jax.plan.trips import Lengths
+from grpo_jax.plan.compiled_programs import Program
+from grpo_jax.plan.loop_trip_counts import Lengths
 
 
 def report(

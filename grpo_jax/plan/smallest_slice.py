@@ -12,8 +12,8 @@ from grpo_jax.config import Config
 from grpo_jax.errors import GrpoError
 from grpo_jax.plan import chips
 from grpo_jax.plan.chips import Topology
-from grpo_jax.plan.compiled import Program, compile_one, local_bytes, prepare
-from grpo_jax.plan.trips import Lengths
+from grpo_jax.plan.compiled_programs import Program, compile_one, local_bytes, prepare
+from grpo_jax.plan.loop_trip_counts import Lengths
 
 
 def smallest(

@@ -25,10 +25,10 @@ from grpo_jax.errors import GrpoError
 from grpo_jax.generation import kv_cache, reshard, sampler
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder
-from grpo_jax.plan import hlo, trips
+from grpo_jax.plan import hlo_text, loop_trip_counts
 from grpo_jax.plan.chips import Chip, Topology
 from grpo_jax.plan.flops import flops
-from grpo_jax.plan.trips import Lengths
+from grpo_jax.plan.loop_trip_counts import Lengths
 from grpo_jax.training import setup, sft
 from grpo_jax.training.compiled_steps import Layout, make_programs
 from grpo_jax.training.optimizers import stage_optimizer
@@ -146,7 +146,7 @@ def rl_programs(
     shardings = sharding.shardings(state, mesh)
     programs = make_programs(config, model, optimizer, shardings)
     layout = Layout(config, mesh)
-    passes = trips.of_pass(layout, config, lengths)
+    passes = loop_trip_counts.of_pass(layout, config, lengths)
     weights = local_bytes(compute_params(model, state.params, mesh))
     whole = weights * mesh.shape["fsdp"]  # what a pass reads: gathered over fsdp
     batches = passes["micro_batches"]
@@ -232,13 +232,13 @@ def sampler_of(
         for kind in (jnp.int32, jnp.bool)
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    often = trips.of_sampler(config, shape, groups, lengths)
+    often = loop_trip_counts.of_sampler(config, shape, groups, lengths)
     c = model.config
     position = 2 * c.layers * c.kv_heads * c.head_dim / tensor  # keys and values
     position *= np.dtype(config.model.cache_dtype or model.dtype).itemsize
     outputs = shape.prompts // groups * shape.samples
     slots = min(shape.slots, outputs)
-    columns = trips.columns(config.max_new_tokens, queue=slots < outputs)
+    columns = loop_trip_counts.columns(config.max_new_tokens, queue=slots < outputs)
     # A prompt is read once for several of its rows.
     cached = slots * (columns + shape.width / kv_cache.TOGETHER)
     asked = []
@@ -285,7 +285,9 @@ def sft_programs(
         state,
         {
             "micro_batches": capacity,
-            "pairs": trips.pairs(config.sft.micro_rows, config.sft.row_length),
+            "pairs": loop_trip_counts.pairs(
+                config.sft.micro_rows, config.sft.row_length
+            ),
         },
         traffic=6 * capacity * whole + 2 * local_bytes(state),
     )
@@ -308,7 +310,7 @@ def compile_one(asked: Asked, resident: Any, devices: int) -> Program:
             message = out_of_memory(str(error))
         else:
             peak = float(compiled.memory_analysis().peak_memory_in_bytes)
-            sent = hlo.collectives(compiled.as_text(), devices, asked.trips)
+            sent = hlo_text.collectives(compiled.as_text(), devices, asked.trips)
     return Program(
         name=asked.name,
         runs=asked.runs,

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-from grpo_jax.plan.trips import named, share
+from grpo_jax.plan.loop_trip_counts import named, share
 
 _BYTES = {"pred": 1, "c64": 8, "c128": 16}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
