@@ -48,7 +48,7 @@ from grpo_jax.evaluation.comparison import (
 from grpo_jax.evaluation.generate_answers import Settings
 from grpo_jax.files import digest, write_whole
 from grpo_jax.models.decoder import Decoder, Params
-from grpo_jax.report import tables, update
+from grpo_jax.report import comparison, update
 from grpo_jax.training.run import load_run
 from grpo_jax.training.run_comparison import trained_on
 from grpo_jax.training.start_time import start_time
@@ -236,10 +236,10 @@ def run_command(flags: argparse.Namespace) -> str:
     report = "\n\n".join(
         part
         for part in (
-            tables.table(results),
-            tables.at_k(results),
-            tables.paired(results),
-            "\n".join(f"- {line}" for line in tables.remarks(results)),
+            comparison.table(results),
+            comparison.at_k(results),
+            comparison.paired(results),
+            "\n".join(f"- {line}" for line in comparison.remarks(results)),
             published_figures.table(flags.sets, published_modes(flags)),
         )
         if part

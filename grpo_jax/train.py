@@ -162,7 +162,7 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
 
     from grpo_jax.checkpoints.run_checkpoints import lock
     from grpo_jax.distributed import processes, sharding
-    from grpo_jax.report import tables
+    from grpo_jax.report import comparison
     from grpo_jax.training import rl, run, run_comparison, setup, sft
     from grpo_jax.training.metrics_writer import Recorder
     from grpo_jax.training.start_time import start_time
@@ -209,7 +209,7 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
             except Preempted as stopped:
                 processes.say(f"{stopped}; the same command goes on from there")
                 return
-    processes.say(f"\n{tables.table(results)}\n\nwritten to {workdir}")
+    processes.say(f"\n{comparison.table(results)}\n\nwritten to {workdir}")
 
 
 def start_cache() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from report_cases import HOSTILE, Page, completion, measured, write_case, write_lines
 
 from grpo_jax import report
-from grpo_jax.report import tables
+from grpo_jax.report import comparison
 from grpo_jax.report.__main__ import main
 from grpo_jax.report.charts import BOTTOM, LEFT, RIGHT, TOP, thin
 from grpo_jax.report.safe_text import visible
@@ -59,7 +59,7 @@ def test_the_comparison_is_evaluates(tmp_path):
     results["sets"] = {"gsm8k": {"in_domain": True, **row}}
     (tmp_path / "results.json").write_text(json.dumps(results))
     cells = [" ".join(cell.split()) for cell in read(tmp_path).cells]
-    before, after = re.findall(r"[\d.]+ ± [\d.]+", tables.table(results))
+    before, after = re.findall(r"[\d.]+ ± [\d.]+", comparison.table(results))
     at = cells.index(before)
     assert cells[at - 2 : at + 3] == ["gsm8k in-domain", "200", before, after, "+30.0"]
     assert "DeepSeekMath-RL 7B" in cells  # published figures, for a set that has any

@@ -19,7 +19,7 @@ from test_tools import SCRIPTS
 from grpo_jax import report, sandbox
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError, Preempted
-from grpo_jax.report import tables
+from grpo_jax.report import comparison
 from grpo_jax.rewards.reward_functions import Scores
 from grpo_jax.training import compiled_steps, credit, packing, rl, run_comparison
 from grpo_jax.training.metrics_writer import Recorder
@@ -218,7 +218,7 @@ def test_the_comparison_of_a_run_runs_programs_too(folder, recital):
     assert result["cut_off"] == 0.5 and row["rl"] == again["rl"]  # b; c's third turn
     page = report.write(folder / "by-4").read_text()
     assert "(programs 50.0)" in page and "programs, greedy" in page
-    assert "with programs, greedy, its programs: rl |" in tables.table(found[0])
+    assert "with programs, greedy, its programs: rl |" in comparison.table(found[0])
 
 
 def test_a_comparison_that_is_stopped_has_the_sets_that_are_to_come(
@@ -245,7 +245,7 @@ def test_a_comparison_that_is_stopped_has_the_sets_that_are_to_come(
         assert found["sets"][names[0]] == whole["sets"][names[0]]
         assert list(found["sets"]) == names
         assert found["sets"][names[1]] == {"in_domain": False}
-        assert "| – | – |" in tables.table(found)
+        assert "| – | – |" in comparison.table(found)
         assert "others.jsonl" in report.write(run.workdir).read_text()
         run_comparison.compare(run, {"rl": recital[1]})
         assert json.loads((run.workdir / "results.json").read_text()) == whole

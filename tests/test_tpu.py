@@ -12,8 +12,8 @@ from test_attention import mesh_of
 from grpo_jax.generation.sampler import generate_tokens, spread_tokens
 from grpo_jax.models.decoder import Decoder, ModelConfig
 from grpo_jax.plan import chips
-from grpo_jax.plan.compiled import compile_all
-from grpo_jax.plan.trips import Lengths
+from grpo_jax.plan.compiled_programs import compile_all
+from grpo_jax.plan.loop_trip_counts import Lengths
 
 CONFIG = ModelConfig(
     vocab_size=64, width=64, layers=1, heads=4, kv_heads=4, head_dim=16, ffn=64
