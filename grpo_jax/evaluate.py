@@ -48,7 +48,9 @@ from grpo_jax.evaluation.comparison import (
 from grpo_jax.evaluation.generate_answers import Settings
 from grpo_jax.files import digest, write_whole
 from grpo_jax.models.decoder import Decoder, Params
-from grpo_jax.report import comparison, update
+from grpo_jax.report import try_write_report
+from grpo_jax.report.comparison import comparison_remarks, comparison_tables
+from grpo_jax.report.tables import to_markdown
 from grpo_jax.training.run import load_run
 from grpo_jax.training.run_comparison import trained_on
 from grpo_jax.training.start_time import start_time
@@ -236,17 +238,15 @@ def run_command(flags: argparse.Namespace) -> str:
     report = "\n\n".join(
         part
         for part in (
-            comparison.table(results),
-            comparison.at_k(results),
-            comparison.paired(results),
-            "\n".join(f"- {line}" for line in comparison.remarks(results)),
+            *map(to_markdown, comparison_tables(results)),
+            "\n".join(f"- {remark}" for remark in comparison_remarks(results)),
             published_figures.table(flags.sets, published_modes(flags)),
         )
         if part
     )
     if processes.first():
         write_whole(out / "results.md", report + "\n")
-        update(out)
+        try_write_report(out)
     return report
 
 

@@ -162,7 +162,8 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
 
     from grpo_jax.checkpoints.run_checkpoints import lock
     from grpo_jax.distributed import processes, sharding
-    from grpo_jax.report import comparison
+    from grpo_jax.report.comparison import accuracy_table
+    from grpo_jax.report.tables import to_markdown
     from grpo_jax.training import rl, run, run_comparison, setup, sft
     from grpo_jax.training.metrics_writer import Recorder
     from grpo_jax.training.start_time import start_time
@@ -209,7 +210,7 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
             except Preempted as stopped:
                 processes.say(f"{stopped}; the same command goes on from there")
                 return
-    processes.say(f"\n{comparison.table(results)}\n\nwritten to {workdir}")
+    processes.say(f"\n{to_markdown(accuracy_table(results))}\n\nwritten to {workdir}")
 
 
 def start_cache() -> None:

@@ -28,7 +28,12 @@ from grpo_jax.evaluation import (
 from grpo_jax.evaluation.completion_files import Completion
 from grpo_jax.evaluation.statistics import majority, mcnemar, pass_at_k, wilson
 from grpo_jax.models.decoder import Decoder, ModelConfig
-from grpo_jax.report import comparison
+from grpo_jax.report.comparison import (
+    accuracy_table,
+    comparison_remarks,
+    paired_table,
+)
+from grpo_jax.report.tables import to_markdown
 from grpo_jax.rewards.grading import kinds
 
 CACHE = str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
@@ -173,7 +178,7 @@ def test_paired_tests_say_which_they_are():
     assert (tests[0]["test"], tests[0]["p"]) == ("exact McNemar", 1.0)
     assert tests[1]["test"] == "paired bootstrap"
     assert tests[1]["difference"] == 0.125
-    shown = comparison.paired({"paired": tests, "sets": {}, "models": []})
+    shown = to_markdown(paired_table({"paired": tests, "sets": {}, "models": []}))
     assert "| s | greedy | a → c | +12.5 [+0.0, +37.5] |" in shown
 
 
@@ -200,7 +205,7 @@ def test_the_table_says_what_was_measured_where():
             }
         },
     }
-    text = comparison.table(results)
+    text = to_markdown(accuracy_table(results))
     assert "temperature 0.7: instruct → rl" in text
     assert "| a (in-domain) | 100 | 25.0 ± 8.4 → 75.0 ± 8.4 | 50.0 ± 9.6 →" in text
     assert (
@@ -209,7 +214,7 @@ def test_the_table_says_what_was_measured_where():
     )
     assert "– → 80.0 ± 7.8 | – → 70.0 ± 8.8 |" in text
     results["sets"]["b"] = {"rl": {"tool_greedy": {"cut_off": 1.0, "too_long": 3}}}
-    assert comparison.remarks(results) == [
+    assert comparison_remarks(results) == [
         "rl, tool, greedy: completions cut off: a 25 %, b 100 %",
         "rl, tool, greedy: prompts too long, which count as wrong: b 3",
     ]

@@ -1,6 +1,7 @@
 """report.html: its numbers are the run's, and no text becomes anything but text."""
 
 import json
+import pathlib
 import re
 from typing import Any
 
@@ -10,14 +11,19 @@ from hypothesis import strategies as st
 from report_cases import HOSTILE, Page, completion, measured, write_case, write_lines
 
 from grpo_jax import report
-from grpo_jax.report import comparison
 from grpo_jax.report.__main__ import main
-from grpo_jax.report.charts import BOTTOM, LEFT, RIGHT, TOP, thin
-from grpo_jax.report.safe_text import visible
+from grpo_jax.report.charts import BOTTOM, LEFT, RIGHT, TOP, downsample_curve
+from grpo_jax.report.comparison import (
+    accuracy_table,
+    comparison_remarks,
+    paired_table,
+)
+from grpo_jax.report.safe_text import make_visible
+from grpo_jax.report.tables import to_markdown
 
 
 def read(workdir) -> Page:
-    return Page(report.write(workdir).read_text(encoding="utf-8"))
+    return Page(report.write_report(workdir).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -59,29 +65,46 @@ def test_the_comparison_is_evaluates(tmp_path):
     results["sets"] = {"gsm8k": {"in_domain": True, **row}}
     (tmp_path / "results.json").write_text(json.dumps(results))
     cells = [" ".join(cell.split()) for cell in read(tmp_path).cells]
-    before, after = re.findall(r"[\d.]+ ± [\d.]+", comparison.table(results))
+    before, after = re.findall(r"[\d.]+ ± [\d.]+", to_markdown(accuracy_table(results)))
     at = cells.index(before)
-    assert cells[at - 2 : at + 3] == ["gsm8k in-domain", "200", before, after, "+30.0"]
+    assert cells[at - 2 : at + 3] == [
+        "gsm8k (in-domain)",
+        "200",
+        before,
+        after,
+        "+30.0",
+    ]
     assert "DeepSeekMath-RL 7B" in cells  # published figures, for a set that has any
 
 
-def test_the_paired_test_stands_by_the_change(tmp_path):
+def test_the_paired_test_stands_below(tmp_path):
+    """As in the Markdown; tests that no evaluation writes cost nothing else."""
     row = {
         m: {"n": 9, "tool_greedy": measured(a, 9)} for m, a in [("x", 0.4), ("y", 0.7)]
     }
     test = {"set": "s", "measure": "tool_greedy", "models": ["x", "y"], "p": 0.03125}
-    results: dict[str, Any] = {
-        "models": ["x", "y"],
-        "settings": {"temperature": 1.0},
-        "sets": {"s": row},
-    }
-    others = [{**test, "set": "other", "p": 0.5}, 3, {**test, "models": ["y", "x"]}]
-    results["paired"] = [*others, test]
+    test |= {"difference": 0.3, "ci95": [-0.1, 0.5], "test": "exact McNemar"}
+    results: dict[str, Any] = {"models": ["x", "y"], "sets": {"s": row}}
+    results["paired"] = [{"ci95": 3, "p": "0", "models": {}}, 3, test]
     (tmp_path / "results.json").write_text(json.dumps(results))
     page = read(tmp_path)
-    assert "programs, greedy" in page.texts
-    cells = [" ".join(cell.split()) for cell in page.cells]
-    assert "+30.0 p = 0.031" in cells
+    assert "with programs, greedy" in page.texts
+    assert page.cells.count("+30.0") == 1  # the change
+    shown = ["s", "with programs, greedy", "x → y", "+30.0 [−10.0, +50.0]", "0.031"]
+    assert page.cells[-6:] == [*shown, "exact McNemar"]
+    assert to_markdown(paired_table(results)).endswith(
+        "| " + " | ".join(page.cells[-6:]) + " |"
+    )
+
+
+def test_remarks_stand_below_the_comparison(tmp_path):
+    cut = {"greedy": measured(0.5, 9) | {"cut_off": 0.25, "too_long": 2}}
+    results = {"models": ["<x>"], "sets": {"s": {"<x>": cut}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    page = read(tmp_path)
+    for remark in comparison_remarks(results):
+        assert remark in page.texts
+    assert "<x>, greedy: completions cut off: s 25 %" in page.texts
 
 
 def test_samples_are_shown_failures_first(friendly):
@@ -107,7 +130,7 @@ def test_no_element_and_no_attribute_comes_from_data(friendly, tmp_path):
 
     assert sorted(map(str, outline(hostile))) == sorted(map(str, outline(friendly)))
     tokens = hostile.data["groups"][0]["completions"][-1]["tokens"]
-    assert tokens[0] == visible(HOSTILE, 400) and "</script><script>" in tokens[0]
+    assert tokens[0] == make_visible(HOSTILE, 400) and "</script><script>" in tokens[0]
     assert any(HOSTILE[:60] in text for text in hostile.texts)
     assert hostile.scripts[""] == friendly.scripts[""]
     source = (tmp_path / "run/report.html").read_bytes()
@@ -190,7 +213,7 @@ def test_any_json_makes_a_page(tmp_path, data):
 
 def test_a_curve_is_thinned_to_means_of_its_stretches():
     values = [float(i * i % 97) for i in range(10_000)]
-    steps, means = thin(list(range(1, 10_001)), values, 240)
+    steps, means = downsample_curve(list(range(1, 10_001)), values, 240)
     assert len(steps) == 240 and steps[-1] == 10_000
     sizes = [b - a for a, b in zip([0, *steps], steps, strict=False)]
     assert sum(s * m for s, m in zip(sizes, means, strict=True)) == pytest.approx(
@@ -208,7 +231,9 @@ def test_a_long_run_makes_a_small_page(tmp_path):
     with open(tmp_path / "samples.jsonl", "w") as file:
         for i in range(1, 301):
             file.write(f'{{"step": {i}, {line[1:]}\n')
-    assert (tmp_path / "samples.jsonl").stat().st_size > report.run_files.WHOLE
+    assert (
+        tmp_path / "samples.jsonl"
+    ).stat().st_size > report.run_files.LARGEST_WHOLE_FILE
     page = read(tmp_path)
     assert (tmp_path / "report.html").stat().st_size < 5_000_000
     steps = [g["step"] for g in page.data["groups"]]
@@ -229,7 +254,7 @@ def test_huge_texts_are_cut(tmp_path):
 
 
 def test_a_fault_is_one_line_and_never_ends_a_run(tmp_path, capsys):
-    report.update(tmp_path / "absent")
+    report.try_write_report(tmp_path / "absent")
     shown = capsys.readouterr().err
     assert shown.startswith("report.html: not written (FileNotFoundError")
     assert shown.count("\n") == 1
@@ -246,7 +271,7 @@ def test_the_command_writes_the_page_or_says_why_not(tmp_path, capsys):
 
 def test_texts_can_be_read_on_every_colour():
     """WCAG's 4.5 to 1, in light and dark, also on a token of full colour."""
-    css = (report.run_files.Path(report.__file__).parent / "report.css").read_text()
+    css = (pathlib.Path(report.__file__).parent / "report.css").read_text()
     themes = [
         {name: bytes.fromhex(x) for name, x in re.findall(r"--(\w+): #(\w{6})", block)}
         for block in re.findall(r":root \{(.*?)\}", css, re.S)

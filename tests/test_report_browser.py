@@ -81,7 +81,7 @@ def tools(tmp_path_factory) -> Path:
     write_lines(folder / "samples.jsonl", [{**group, "completions": [solved, failed]}])
     rows = [{"step": i, "stage": "rl", "reward": i / 8} for i in range(1, 6)]
     write_lines(folder / "metrics.jsonl", rows)
-    return report.write(folder)
+    return report.write_report(folder)
 
 
 def test_the_console_tells_of_faults(tools):
@@ -91,7 +91,7 @@ def test_the_console_tells_of_faults(tools):
 
 
 def test_hostile_text_is_shown_and_does_nothing(tmp_path):
-    file = report.write(write_case(tmp_path / "run", HOSTILE))
+    file = report.write_report(write_case(tmp_path / "run", HOSTILE))
     page, said = browse(file)
     assert said == []
     tags = {tag for tag, _ in page.elements}
@@ -160,7 +160,7 @@ def test_the_keyboard_reads_tokens_and_curves(tools):
 
 def test_a_phone_shows_it_without_scrolling_sideways(tools, tmp_path):
     """360 px: nothing but tables is wider than the window, hostile text neither."""
-    hostile = report.write(write_case(tmp_path / "run", HOSTILE + "x" * 500))
+    hostile = report.write_report(write_case(tmp_path / "run", HOSTILE + "x" * 500))
     for file in (tools, hostile):
         inner = re.sub("<meta http-equiv=[^>]*>", "", file.read_text("utf-8"))
         inner = inner.replace("&", "&amp;").replace('"', "&quot;")

@@ -19,7 +19,8 @@ from test_tools import SCRIPTS
 from grpo_jax import report, sandbox
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError, Preempted
-from grpo_jax.report import comparison
+from grpo_jax.report.comparison import accuracy_table
+from grpo_jax.report.tables import to_markdown
 from grpo_jax.rewards.reward_functions import Scores
 from grpo_jax.training import compiled_steps, credit, packing, rl, run_comparison
 from grpo_jax.training.metrics_writer import Recorder
@@ -216,9 +217,11 @@ def test_the_comparison_of_a_run_runs_programs_too(folder, recital):
     result = row["rl"]["tool_greedy"]
     assert result["accuracy"] == 0.75 and result["program"]["accuracy"] == 0.5
     assert result["cut_off"] == 0.5 and row["rl"] == again["rl"]  # b; c's third turn
-    page = report.write(folder / "by-4").read_text()
-    assert "(programs 50.0)" in page and "programs, greedy" in page
-    assert "with programs, greedy, its programs: rl |" in comparison.table(found[0])
+    page = report.write_report(folder / "by-4").read_text()
+    assert "with programs, greedy, its programs" in page and "<td>50.0 <" in page
+    assert "with programs, greedy, its programs: rl |" in to_markdown(
+        accuracy_table(found[0])
+    )
 
 
 def test_a_comparison_that_is_stopped_has_the_sets_that_are_to_come(
@@ -245,8 +248,8 @@ def test_a_comparison_that_is_stopped_has_the_sets_that_are_to_come(
         assert found["sets"][names[0]] == whole["sets"][names[0]]
         assert list(found["sets"]) == names
         assert found["sets"][names[1]] == {"in_domain": False}
-        assert "| – | – |" in comparison.table(found)
-        assert "others.jsonl" in report.write(run.workdir).read_text()
+        assert "| – | – |" in to_markdown(accuracy_table(found))
+        assert "others.jsonl" in report.write_report(run.workdir).read_text()
         run_comparison.compare(run, {"rl": recital[1]})
         assert json.loads((run.workdir / "results.json").read_text()) == whole
 
@@ -263,7 +266,7 @@ def test_the_report_tells_programs_from_their_outputs(folder, straight):
                 assert text.startswith("\n") and text.endswith("\n```\n")
                 assert text in completion["completion"]
     assert told
-    page = report.write(folder / "straight").read_text()
+    page = report.write_report(folder / "straight").read_text()
     assert '"mask":[1.0,' in page and "tools/call_frequency" in page
 
 

@@ -1,10 +1,10 @@
-"""report.html of a work directory: one file, for any browser, without a network.
+"""Writes report.html of a work directory: one file, for any browser, without a network.
 
     python -m grpo_jax.report WORKDIR
 
-In: config.json, results.json, metrics.jsonl and samples.jsonl, those that are there.
-Out: the comparison, the curves, and completions token by token: what each token was
-taught and how far the policy has moved on it, the failures first.
+It reads config.json, results.json, metrics.jsonl and samples.jsonl, those that exist,
+and shows the comparison, the curves, and completions token by token: each token's
+advantage and how far the policy has moved on it, failures first.
 """
 
 from __future__ import annotations
@@ -15,33 +15,32 @@ from pathlib import Path
 
 from grpo_jax.files import write_whole
 from grpo_jax.report import run_files
-from grpo_jax.report.page import page
-from grpo_jax.report.sample_groups import show_groups
+from grpo_jax.report.page import render_page
+from grpo_jax.report.sample_groups import prepare_sample_groups
 
-GROUPS = 60
+MAX_GROUPS = 60
 
 
-def write(workdir: str | os.PathLike[str]) -> Path:
-    """Writes report.html into a work directory anew; returns its path."""
+def write_report(workdir: str | os.PathLike[str]) -> Path:
+    """Writes report.html into a work directory, or replaces it; returns its path."""
     folder = Path(workdir)
-    config = run_files.read_object(folder / "config.json")
-    results = run_files.read_object(folder / "results.json")
-    html = page(
+    groups = run_files.read_sample_groups(folder / "samples.jsonl", MAX_GROUPS)
+    html = render_page(
         folder.resolve().name,
-        config,
-        results,
-        run_files.read_curves(folder / "metrics.jsonl"),
-        show_groups(run_files.read_groups(folder / "samples.jsonl", GROUPS)),
+        config=run_files.read_json_object(folder / "config.json"),
+        results=run_files.read_json_object(folder / "results.json"),
+        stages=run_files.read_metric_curves(folder / "metrics.jsonl"),
+        groups=prepare_sample_groups(groups),
     )
     file = folder / "report.html"
     write_whole(file, html, errors="replace")
     return file
 
 
-def update(workdir: str | os.PathLike[str]) -> None:
-    """`write` in a run, which no fault of it may end: that is one printed line."""
+def try_write_report(workdir: str | os.PathLike[str]) -> None:
+    """Writes report.html; an error is printed as one line and does not end the run."""
     try:
-        write(workdir)
+        write_report(workdir)
     except Exception as error:
         what = " ".join(str(error).split())
         print(

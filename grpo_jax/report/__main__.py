@@ -1,4 +1,4 @@
-"""python -m grpo_jax.report WORKDIR …: report.html, also while a run goes on."""
+"""python -m grpo_jax.report WORKDIR …: writes report.html, also of a run under way."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from grpo_jax.report import write
+from grpo_jax.report import write_report
 
 FILES = ("config.json", "metrics.jsonl", "results.json", "samples.jsonl")
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command; a mistake ends it with one line."""
     parser = argparse.ArgumentParser(
         prog="python -m grpo_jax.report",
         description="Writes report.html into work directories.",
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"error: {workdir}: no work directory (none of {', '.join(FILES)})"
             )
         try:
-            print(write(workdir))
+            print(write_report(workdir))
         except OSError as error:
             sys.exit(f"error: {workdir}: {error.strerror}")
 

@@ -1,8 +1,8 @@
-"""Curves → SVG, drawn here and not in the browser.
+"""Charts of curves, drawn as SVG when the page is written.
 
-In: lines of one chart, (label, steps, values). Out: an <svg> of fixed proportions whose
-colours are the page's, and the same points for the page's script, which reads them out.
-A curve of many steps is drawn as the means of as many stretches as fit.
+A chart has fixed proportions and takes its colours from the page. Its points also go to
+the page's script, which shows the values under the pointer. A long curve is drawn as
+the means of equal stretches.
 """
 
 from __future__ import annotations
@@ -11,35 +11,37 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_jax.report.safe_text import escape, short, visible
+from grpo_jax.report.safe_text import escape_html, format_number, make_visible
 
-Line = tuple[str, Sequence[float], Sequence[float]]
-POINTS = 240  # of a line
+Line = tuple[str, Sequence[float], Sequence[float]]  # label, steps, values
+MAX_POINTS = 240  # of a line
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 350, 10, 166
 
 
-def thin(
-    steps: Sequence[float], values: Sequence[float], most: int = POINTS
+def downsample_curve(
+    steps: Sequence[float], values: Sequence[float], max_points: int = MAX_POINTS
 ) -> tuple[list[float], list[float]]:
-    """At most so many points: the last step of each stretch and its values' mean.
+    """The last step and the mean value of each of `max_points` stretches of a curve.
 
-    >>> thin([1, 2, 3, 4], [0.0, 2.0, 4.0, 6.0], most=2)
+    A curve with fewer points is returned as it is.
+
+    >>> downsample_curve([1, 2, 3, 4], [0.0, 2.0, 4.0, 6.0], max_points=2)
     ([2, 4], [1.0, 5.0])
     """
     n = len(steps)
-    if n <= most:
+    if n <= max_points:
         return list(steps), list(values)
-    edges = [n * i // most for i in range(most + 1)]
+    edges = [n * i // max_points for i in range(max_points + 1)]
     spans = list(zip(edges, edges[1:], strict=False))
     means = [math.fsum(values[a:b]) / (b - a) for a, b in spans]
     return [steps[b - 1] for _, b in spans], means
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers from low to high, about `count` of them.
+def choose_ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers between low and high, about `count` of them.
 
-    >>> ticks(0.0, 1.0), ticks(3.0, 61.0, 3)
+    >>> choose_ticks(0.0, 1.0), choose_ticks(3.0, 61.0, 3)
     ([0.0, 0.25, 0.5, 0.75, 1.0], [20.0, 40.0, 60.0])
     """
     rough = (high - low) / count
@@ -49,8 +51,8 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [i * by for i in range(first, last + 1)]
 
 
-def _range(values: Sequence[float], margin: float) -> tuple[float, float]:
-    """Low and high, never the same, with room at both ends."""
+def _axis_range(values: Sequence[float], margin: float) -> tuple[float, float]:
+    """(low, high) with a margin at both ends; they are never equal."""
     low, high = min(values), max(values)
     if low == high == 0:
         return 0.0, 1.0
@@ -60,8 +62,8 @@ def _range(values: Sequence[float], margin: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _merge(lines: Sequence[Line]) -> list[Line]:
-    """Lines that lie on each other, as one with both names."""
+def _merge_equal_lines(lines: Sequence[Line]) -> list[Line]:
+    """The lines, of which equal ones become one line with all their labels."""
     merged: list[Line] = []
     for label, xs, ys in lines:
         for i, (other, *curve) in enumerate(merged):
@@ -73,15 +75,26 @@ def _merge(lines: Sequence[Line]) -> list[Line]:
     return merged
 
 
-def draw(title: str, lines: Sequence[Line]) -> tuple[str, dict[str, Any]]:
-    """(HTML of one chart, its points for the script)."""
-    thinned = [(visible(label, 200), *thin(xs, ys)) for label, xs, ys in _merge(lines)]
-    all_x = [x for _, xs, _ in thinned for x in xs]
-    all_y = [y for _, _, ys in thinned for y in ys]
+def draw_chart(title: str, lines: Sequence[Line]) -> tuple[str, dict[str, Any]]:
+    """Draws one chart.
+
+    Args:
+      title: above the chart, from this package.
+      lines: (label, steps, values) each, with at least one point.
+
+    Returns:
+      The chart as HTML, and the points that the page's script reads out.
+    """
+    drawn = [
+        (make_visible(label, 200), *downsample_curve(xs, ys))
+        for label, xs, ys in _merge_equal_lines(lines)
+    ]
+    all_x = [x for _, xs, _ in drawn for x in xs]
+    all_y = [y for _, _, ys in drawn for y in ys]
     x0, x1 = min(all_x), max(all_x)
     if x0 == x1:
         x0, x1 = x0 - 1, x1 + 1
-    y0, y1 = _range(all_y, 0.06)
+    y0, y1 = _axis_range(all_y, 0.06)
 
     def px(x: float) -> float:
         return LEFT + (x - x0) / (x1 - x0) * (RIGHT - LEFT)
@@ -90,14 +103,18 @@ def draw(title: str, lines: Sequence[Line]) -> tuple[str, dict[str, Any]]:
         return BOTTOM - (y - y0) / (y1 - y0) * (BOTTOM - TOP)
 
     parts = []
-    for y in ticks(y0, y1):
+    for y in choose_ticks(y0, y1):
         at = f"{py(y):.1f}"
         parts.append(f'<path class="grid" d="M{LEFT} {at}H{RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 5}" y="{at}" class="y">{short(y)}</text>')
-    for x in ticks(x0, x1, 3):
-        parts.append(f'<text x="{px(x):.1f}" y="{BOTTOM + 16}">{short(x)}</text>')
-    legend, says = [], []
-    for i, (label, xs, ys) in enumerate(thinned):
+        parts.append(
+            f'<text x="{LEFT - 5}" y="{at}" class="y">{format_number(y)}</text>'
+        )
+    for x in choose_ticks(x0, x1, 3):
+        parts.append(
+            f'<text x="{px(x):.1f}" y="{BOTTOM + 16}">{format_number(x)}</text>'
+        )
+    legend, spoken = [], []
+    for i, (label, xs, ys) in enumerate(drawn):
         points = " ".join(
             f"{px(x):.1f},{py(y):.1f}" for x, y in zip(xs, ys, strict=True)
         )
@@ -108,17 +125,17 @@ def draw(title: str, lines: Sequence[Line]) -> tuple[str, dict[str, Any]]:
                 f'<circle class="{color}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.5"/>'
                 for x, y in zip(xs, ys, strict=True)
             ]
-        first, last = short(ys[0]), short(ys[-1])
+        first, last = format_number(ys[0]), format_number(ys[-1])
         legend.append(
             f'<li><svg class="key" viewBox="0 0 18 8" aria-hidden="true">'
-            f'<path class="{color}" d="M0 4H18"/></svg>{escape(label)} '
+            f'<path class="{color}" d="M0 4H18"/></svg>{escape_html(label)} '
             f'<span class="num">{first} → {last}</span></li>'
         )
-        says.append(f"{label} from {first} at step {short(xs[0])} to {last}")
-    name = escape(title)
+        spoken.append(f"{label} from {first} at step {format_number(xs[0])} to {last}")
+    name = escape_html(title)
     head = (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" '
-        f'aria-label="{name}: {escape("; ".join(says), 600)}">'
+        f'aria-label="{name}: {escape_html("; ".join(spoken), 600)}">'
     )
     html = (
         f"<figure><h3>{name}</h3>{head}{''.join(parts)}"
@@ -128,7 +145,7 @@ def draw(title: str, lines: Sequence[Line]) -> tuple[str, dict[str, Any]]:
     )
     data = {
         "x": [x0, x1],
-        "lines": [{"label": a, "x": xs, "y": _rounded(ys)} for a, xs, ys in thinned],
+        "lines": [{"label": a, "x": xs, "y": _rounded(ys)} for a, xs, ys in drawn],
     }
     return html, data
 

@@ -1,166 +1,262 @@
-"""The comparison in Markdown.
+"""The comparison of models: the tables and remarks that results.json gives.
 
-In: results, as results.json holds them. Out: tables: accuracy by set and model, pass@k
-and maj@k, the paired tests.
-
-results["sets"][set][model][measure] is what one model got on one set in one way of
-asking: `greedy`, `sampled`, and with programs `tool_greedy`, `tool_sampled`.
+results["sets"][set][model][measure] is what one model reached on one set in one way of
+answering: `greedy`, `sampled`, and with programs `tool_greedy`, `tool_sampled`. A
+figure that is missing or malformed is shown as an en dash.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-Result = dict[str, Any]
+from grpo_jax.report.safe_text import finite_number, format_number
+from grpo_jax.report.tables import Cell, Column, Table
+
+Results = Mapping[str, Any]
 MEASURES = ("greedy", "sampled", "tool_greedy", "tool_sampled")
-# Further accuracies of a measure, by the key they stand under.
-SIDES = {"": "", "program": ", its programs", "paper": ", the paper's grader"}
+# Further gradings of the same completions: key in the measure's result → title.
+GRADINGS = {"": "", "program": ", its programs", "paper": ", the paper's grader"}
 
 
-def title(measure: str, temperature: float | None) -> str:
+def comparison_tables(results: Results, *, changes: bool = False) -> list[Table]:
+    """The accuracies, pass@k and maj@k, and the paired tests, where there are any.
+
+    Args:
+      results: the content of results.json.
+      changes: whether the accuracies of two models have their difference beside them.
+    """
+    tables = accuracy_table(results, changes=changes), samples_table(results)
+    return [table for table in (*tables, paired_table(results)) if table.rows]
+
+
+def accuracy_table(results: Results, *, changes: bool = False) -> Table:
+    """Accuracy in % with half of its 95 % interval: a row a set, a column a model.
+
+    `changes` adds a column with the difference between two models.
+    """
+    models = model_names(results)
+    shown = [
+        (measure, grading)
+        for measure in MEASURES
+        for grading in GRADINGS
+        if any(
+            _result(results, name, model, measure, grading)
+            for name in set_names(results)
+            for model in models
+        )
+    ]
+    changes = changes and len(models) == 2
+    columns = [Column("set"), Column("n")]
+    for measure, grading in shown:
+        title = _title(results, measure) + GRADINGS[grading]
+        columns += [Column(model, title) for model in models]
+        columns += [Column("change", title)] if changes else []
+    rows = []
+    for name in set_names(results):
+        row: list[Cell | str] = [Cell(name, _domain(results["sets"][name]))]
+        counts = [_object(results["sets"][name], model).get("n") for model in models]
+        known = [n for n in map(finite_number, counts) if n is not None]
+        row.append(format_number(known[0] if known else None))
+        for measure, grading in shown:
+            found = [_result(results, name, m, measure, grading) for m in models]
+            row += [_accuracy(one.get("accuracy"), one.get("ci95")) for one in found]
+            row += [_change(*found)] if changes else []
+        rows.append(row)
+    return Table(columns, rows, "Accuracy in %, ± half of the 95 % interval")
+
+
+def samples_table(results: Results) -> Table:
+    """pass@k and maj@k in % with half of their 95 % intervals: a column a k.
+
+    It has no rows where no question was answered more than once.
+    """
+    found = [
+        (name, model, measure, kind, _result(results, name, model, measure))
+        for name in set_names(results)
+        for model in model_names(results)
+        for measure in MEASURES
+        for kind in ("pass@k", "maj@k")
+        if _result(results, name, model, measure, kind)
+    ]
+    counts = {k for *_, kind, result in found for k in result[kind] if _is_count(k)}
+    ks = sorted(counts, key=int)
+    rows = [
+        [name, model, f"{kind}, {_title(results, measure)}"]
+        + [
+            _accuracy(result[kind].get(k), _object(result, f"{kind}_ci95").get(k))
+            for k in ks
+        ]
+        for name, model, measure, kind, result in found
+    ]
+    names = ["set", "model", "measure", *(f"k = {k}" for k in ks)]
+    caption = "Of several samples, in %, ± half of the 95 % interval"
+    return Table([*map(Column, names)], rows if ks else [], caption)
+
+
+def paired_table(results: Results) -> Table:
+    """The tests of the differences between models on the same questions, in points.
+
+    It has no rows where nothing was tested.
+    """
+    tests = results.get("paired")
+    rows = []
+    for test in tests if isinstance(tests, list | tuple) else ():
+        if not isinstance(test, dict):
+            continue
+        bounds = [_signed(bound) for bound in _interval(test.get("ci95"))]
+        interval = f" [{', '.join(bounds)}]" if bounds else ""
+        rows.append(
+            [
+                str(test.get("set")),
+                _title(results, str(test.get("measure"))),
+                " → ".join(_texts(test.get("models"))),
+                _signed(finite_number(test.get("difference"))) + interval,
+                format_p_value(finite_number(test.get("p"))),
+                str(test.get("test", "–")),
+            ]
+        )
+    names = "set", "measure", "models", "difference, 95 % interval", "p", "test"
+    return Table(
+        [*map(Column, names)], rows, "Differences on the same questions, in points"
+    )
+
+
+def comparison_remarks(results: Results) -> list[str]:
+    """Sentences on completions that were cut off and questions that were left out."""
+    remarks = []
+    for model in model_names(results):
+        for measure in MEASURES:
+            cut_off, too_long = [], []
+            for name in set_names(results):
+                result = _result(results, name, model, measure)
+                if (share := finite_number(result.get("cut_off")) or 0) >= 0.01:
+                    cut_off.append(f"{name} {100 * share:.0f} %")
+                if count := finite_number(result.get("too_long")):
+                    too_long.append(f"{name} {format_number(count)}")
+            who = f"{model}, {measure.replace('_', ', ')}"
+            if cut_off:
+                remarks.append(f"{who}: completions cut off: {', '.join(cut_off)}")
+            if too_long:
+                remarks.append(
+                    f"{who}: prompts too long, which count as wrong: "
+                    f"{', '.join(too_long)}"
+                )
+    return remarks
+
+
+def set_names(results: Results) -> list[str]:
+    """The names of the evaluation sets, in the order of the file."""
+    sets = _object(results, "sets")
+    return [name for name, row in sets.items() if isinstance(row, dict)]
+
+
+def model_names(results: Results) -> list[str]:
+    """The names of the models, in the order of the file."""
+    return _texts(results.get("models"))
+
+
+def prompting_modes(results: Results) -> list[str]:
+    """How questions were asked, as published_figures names it: "cot", "tool", or
+    "few_shot"."""
+    if _object(results, "settings").get("few_shot") is True:
+        return ["few_shot"]
+    measures = {
+        measure
+        for name in set_names(results)
+        for model in model_names(results)
+        for measure in MEASURES
+        if _result(results, name, model, measure)
+    }
+    with_tools = {measure.startswith("tool") for measure in measures} or {False}
+    return ["tool" if tool else "cot" for tool in sorted(with_tools)]
+
+
+def measure_title(measure: str, temperature: float | None) -> str:
     """A measure as people read it.
 
-    >>> title("tool_sampled", 0.7), title("greedy", None)
+    >>> measure_title("tool_sampled", 0.7), measure_title("greedy", None)
     ('with programs, temperature 0.7', 'greedy')
     """
     tool, _, kind = measure.rpartition("_")
-    if kind == "sampled":
-        known = isinstance(temperature, int | float)
-        kind = f"temperature {temperature:g}" if known else "sampled"
+    if kind == "sampled" and temperature is not None:
+        kind = f"temperature {temperature:g}"
     return f"with programs, {kind}" if tool else kind
 
 
-def _title(results: Mapping[str, Any], measure: str) -> str:
-    """With the temperature, where all of it was sampled at the same one."""
-    heats = {
-        row[model][measure].get("temperature")
-        for row in results["sets"].values()
-        for model in results["models"]
-        if measure in row.get(model, {})
-    }
-    return title(measure, heats.pop() if len(heats) == 1 else None)
+def format_p_value(p: float | None) -> str:
+    """Two digits, down to 0.001.
 
-
-def table(results: Mapping[str, Any]) -> str:
-    """The comparison in Markdown: accuracy in %, ± half of the 95 % interval."""
-    models, rows = results["models"], list(results["sets"].values())
-    columns = [
-        (measure, side)
-        for measure in MEASURES
-        for side in SIDES
-        if any(_figure(row, m, measure, side) for row in rows for m in models)
-    ]
-    titles = [_title(results, measure) + SIDES[side] for measure, side in columns]
-    arrow = " → ".join(models)
-    lines = [
-        "| set | n | " + " | ".join(f"{t}: {arrow}" for t in titles) + " |",
-        "|---|---|" + "---|" * len(columns),
-    ]
-    for name, row in results["sets"].items():
-        known = row.get("in_domain")
-        where = " (in-domain)" if known else ""
-        where = " (out-of-domain)" if known is False else where
-        cells = [
-            " → ".join(accuracy(_figure(row, m, measure, side)) for m in models)
-            for measure, side in columns
-        ]
-        n = next((row[m]["n"] for m in models if m in row), "–")
-        lines.append(f"| {name}{where} | {n} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _figure(row: Mapping[str, Any], model: str, measure: str, side: str) -> Any:
-    found = row.get(model, {}).get(measure)
-    return found.get(side) if found and side else found
-
-
-def accuracy(result: Mapping[str, Any] | None) -> str:
-    if result is None:
-        return "–"
-    low, high = result["ci95"]
-    return f"{100 * result['accuracy']:.1f} ± {50 * (high - low):.1f}"
-
-
-def at_k(results: Mapping[str, Any]) -> str:
-    """pass@k and maj@k with their intervals; "" where there are no several samples."""
-    found = [
-        (name, model, measure, kind, row[model][measure])
-        for name, row in results["sets"].items()
-        for model in results["models"]
-        for measure in MEASURES
-        for kind in ("pass@k", "maj@k")
-        if kind in row.get(model, {}).get(measure, {})
-    ]
-    ks = sorted({int(k) for *_, kind, result in found for k in result[kind]})
-    if not ks:
-        return ""
-    lines = [
-        "| set | model | | " + " | ".join(f"k = {k}" for k in ks) + " |",
-        "|---|---|---|" + "---|" * len(ks),
-    ]
-    for name, model, measure, kind, result in found:
-        cells = []
-        for k in map(str, ks):
-            value, ci = result[kind].get(k), result.get(f"{kind}_ci95", {}).get(k)
-            known = None if value is None else {"accuracy": value, "ci95": ci}
-            cells.append(accuracy(known))
-        way = f"{kind}, {_title(results, measure)}"
-        lines.append(f"| {name} | {model} | {way} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def paired(results: Mapping[str, Any]) -> str:
-    """The tests between models on the same questions; "" where there are none."""
-    tests: Sequence[Result] = results.get("paired", ())
-    if not tests:
-        return ""
-    lines = [
-        "| set | measure | models | difference, 95 % interval | p | test |",
-        "|---|---|---|---|---|---|",
-    ]
-    for test in tests:
-        low, high = test["ci95"]
-        change = (
-            f"{100 * test['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-        )
-        cells = [
-            test["set"],
-            _title(results, test["measure"]),
-            " → ".join(test["models"]),
-            change.replace("-", "−"),
-            p_value(test["p"]),
-            test["test"],
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def p_value(p: float) -> str:
-    """>>> p_value(0.0123), p_value(1e-9)
-    ('0.012', '< 0.001')
+    >>> format_p_value(0.0123), format_p_value(1e-9), format_p_value(None)
+    ('0.012', '< 0.001', '–')
     """
+    if p is None:
+        return "–"
     return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
-def remarks(results: Mapping[str, Any]) -> list[str]:
-    """What a reader should know: completions that were cut off, questions left out."""
-    lines = []
-    for model in results["models"]:
-        for measure in MEASURES:
-            cut, left_out = [], []
-            for name, row in results["sets"].items():
-                result = row.get(model, {}).get(measure, {})
-                if result.get("cut_off", 0) >= 0.01:
-                    cut.append(f"{name} {100 * result['cut_off']:.0f} %")
-                if result.get("too_long"):
-                    left_out.append(f"{name} {result['too_long']}")
-            where = f"{model}, {measure.replace('_', ', ')}"
-            if cut:
-                lines.append(f"{where}: completions cut off: {', '.join(cut)}")
-            if left_out:
-                lines.append(
-                    f"{where}: prompts too long, which count as wrong: "
-                    f"{', '.join(left_out)}"
-                )
-    return lines
+def _title(results: Results, measure: str) -> str:
+    """With the temperature, where all of it was sampled at the same one."""
+    found = [
+        _result(results, name, model, measure)
+        for name in set_names(results)
+        for model in model_names(results)
+    ]
+    temperatures = {finite_number(x.get("temperature")) for x in found if x}
+    return measure_title(
+        measure, temperatures.pop() if len(temperatures) == 1 else None
+    )
+
+
+def _result(results: Results, name: str, model: str, measure: str, part: str = ""):
+    """One model's result on one set, or a part of it; {} where there is none."""
+    keys = ("sets", name, model, measure, part)
+    return _object(results, *(keys if part else keys[:-1]))
+
+
+def _object(value: Any, *keys: str) -> dict[str, Any]:
+    """The object at a path of keys; {} where there is none."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _texts(value: Any) -> list[str]:
+    given = value if isinstance(value, list | tuple) else ()
+    return [x for x in given if isinstance(x, str)]
+
+
+def _interval(value: Any) -> list[float]:
+    """Both bounds, or nothing."""
+    given = value if isinstance(value, list | tuple) else ()
+    bounds = [bound for bound in map(finite_number, given) if bound is not None]
+    return bounds if len(bounds) == 2 else []
+
+
+def _accuracy(accuracy: Any, interval: Any) -> Cell:
+    share = finite_number(accuracy)
+    if share is None:
+        return Cell("–")
+    bounds = _interval(interval)
+    margin = f"± {50 * (bounds[1] - bounds[0]):.1f}" if bounds else ""
+    return Cell(f"{100 * share:.1f}", margin)
+
+
+def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    a, b = (finite_number(result.get("accuracy")) for result in (before, after))
+    return _signed(None if a is None or b is None else b - a)
+
+
+def _signed(share: float | None) -> str:
+    """In points, with its sign."""
+    return "–" if share is None else f"{100 * share:+.1f}".replace("-", "−")
+
+
+def _domain(row: Mapping[str, Any]) -> str:
+    known = row.get("in_domain")
+    out_of_domain = "(out-of-domain)" if known is False else ""
+    return "(in-domain)" if known is True else out_of_domain
+
+
+def _is_count(k: str) -> bool:
+    return k.isdecimal() and len(k) < 10

@@ -1,10 +1,10 @@
 
 "use strict";
-// Reads the points of the charts out, and lays the completions out. Text from data is
-// only ever given to textContent, and colours are classes.
+// Shows the values of the charts' points, and the completions token by token. Text from
+// data is only ever assigned to textContent, and colours are classes.
 const data = JSON.parse(document.getElementById("data").textContent);
-const known = (x) => typeof x === "number";
-const show = (x) => known(x) ? String(Number(x.toPrecision(4))).replace("-", "−") : "–";
+const isNumber = (x) => typeof x === "number";
+const formatNumber = (x) => isNumber(x) ? String(Number(x.toPrecision(4))).replace("-", "−") : "–";
 
 function element(tag, name, text) {
   const made = document.createElement(tag);
@@ -17,7 +17,7 @@ function element(tag, name, text) {
 
 const LEFT = 46, RIGHT = 350, WIDTH = 360;
 
-function nearest(steps, x) {
+function nearestIndex(steps, x) {
   let best = 0;
   steps.forEach((s, i) => { if (Math.abs(s - x) < Math.abs(steps[best] - x)) best = i; });
   return best;
@@ -29,60 +29,59 @@ document.querySelectorAll(".chart").forEach((chart, number) => {
   const cursor = chart.querySelector(".cursor");
   const steps = lines.reduce((a, b) => (b.x.length > a.x.length ? b : a)).x;
   let at = steps.length - 1;
-  function read(index) {
+  function readOut(index) {
     at = Math.max(0, Math.min(steps.length - 1, index));
     const x = steps[at], place = LEFT + (x - first) / (last - first) * (RIGHT - LEFT);
     cursor.setAttribute("transform", `translate(${place + 9} 0)`);
-    const said = lines.map((line) => `${line.label} ${show(line.y[nearest(line.x, x)])}`);
-    readout.textContent = `step ${show(x)}: ${said.join(", ")}`;
+    const said = lines.map((line) => `${line.label} ${formatNumber(line.y[nearestIndex(line.x, x)])}`);
+    readout.textContent = `step ${formatNumber(x)}: ${said.join(", ")}`;
   }
   chart.addEventListener("pointermove", (event) => {
     const box = chart.getBoundingClientRect();
     const place = (event.clientX - box.left) / box.width * WIDTH;
     const x = first + (place - LEFT) / (RIGHT - LEFT) * (last - first);
-    read(nearest(steps, x));
+    readOut(nearestIndex(steps, x));
   });
   chart.addEventListener("keydown", (event) => {
     const by = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: steps.length }[event.key];
     if (by === undefined) return;
     event.preventDefault();
-    read(by);
+    readOut(by);
   });
 });
 
-// -- what is known of a token ----------------------------------------------------------
+// -- the measures of a token ------------------------------------------------------------
 
-const minus = (a, b) => (known(a) && known(b) ? a - b : null);
-const of = (values, i) => (Array.isArray(values) ? values[i] : values);
+const difference = (a, b) => (isNumber(a) && isNumber(b) ? a - b : null);
 
 const MEASURES = {
-  advantage: (c, i) => of(c.advantage, i),
-  log_ratio: (c, i) => c.ref_logps ? minus(c.logps?.[i], c.ref_logps[i]) : null,
+  advantage: (c, i) => Array.isArray(c.advantage) ? c.advantage[i] : c.advantage,
+  log_ratio: (c, i) => c.ref_logps ? difference(c.logps?.[i], c.ref_logps[i]) : null,
   // The estimator of GRPO's KL term: π_ref/π − log(π_ref/π) − 1.
   kl: (c, i) => {
-    const d = c.ref_logps ? minus(c.ref_logps[i], c.logps?.[i]) : null;
-    return known(d) ? Math.exp(Math.min(d, 60)) - d - 1 : null;
+    const d = c.ref_logps ? difference(c.ref_logps[i], c.logps?.[i]) : null;
+    return isNumber(d) ? Math.exp(Math.min(d, 60)) - d - 1 : null;
   },
   ratio: (c, i) => {
-    const d = c.old_logps ? minus(c.old_logps[i], c.logps?.[i]) : null;
-    return known(d) ? Math.exp(Math.max(-60, Math.min(d, 60))) : null;
+    const d = c.old_logps ? difference(c.old_logps[i], c.logps?.[i]) : null;
+    return isNumber(d) ? Math.exp(Math.max(-60, Math.min(d, 60))) : null;
   },
-  surprise: (c, i) => minus(0, c.logps?.[i]),
+  surprise: (c, i) => difference(0, c.logps?.[i]),
 };
 const NAMES = {
   advantage: "Â", log_ratio: "log π/π_ref", kl: "KL", ratio: "π_old/π_sampler",
   surprise: "−log π",
 };
-const middle = (measure) => (measure === "ratio" ? 1 : 0);
+const neutralValue = (measure) => (measure === "ratio" ? 1 : 0);
 
-// A measure's full colour: what one value in fifty exceeds.
-function scaleOf(measure) {
+// The value that gets the full colour: the 98th percentile of a measure's sizes.
+function fullColourValue(measure) {
   const sizes = [];
   for (const group of data.groups) for (const c of group.completions) {
     const n = c.tokens ? c.tokens.length : 1;
     for (let i = 0; i < n; i++) {
       const value = c.mask?.[i] === 0 ? null : MEASURES[measure](c, i);
-      if (known(value)) sizes.push(Math.abs(value - middle(measure)));
+      if (isNumber(value)) sizes.push(Math.abs(value - neutralValue(measure)));
     }
   }
   if (!sizes.length) return null;
@@ -90,10 +89,11 @@ function scaleOf(measure) {
   return sizes[Math.floor(0.98 * (sizes.length - 1))] || sizes[sizes.length - 1] || 1;
 }
 
-// Blue above, orange below; of what is never negative, more is orange.
-function colour(measure, scale, value) {
-  if (!known(value)) return "";
-  const from = value - middle(measure);
+// Blue above the neutral value, orange below it. KL and surprise are never negative;
+// the larger, the more orange.
+function colourClass(measure, scale, value) {
+  if (!isNumber(value)) return "";
+  const from = value - neutralValue(measure);
   const level = Math.min(8, Math.round(8 * Math.abs(from) / scale));
   const bad = measure === "kl" || measure === "surprise" ? from > 0 : from < 0;
   return level ? (bad ? "d" : "u") + level : "";
@@ -101,12 +101,12 @@ function colour(measure, scale, value) {
 
 // -- completions -----------------------------------------------------------------------
 
-function start() {
+function showCompletions() {
   const list = document.getElementById("groups"), more = document.getElementById("more");
   const order = document.getElementById("order"), scaleText = document.getElementById("scale");
   const tokenText = document.getElementById("token");
   const radios = [...document.querySelectorAll("#colors input")];
-  const scales = Object.fromEntries(Object.keys(MEASURES).map((m) => [m, scaleOf(m)]));
+  const scales = Object.fromEntries(Object.keys(MEASURES).map((m) => [m, fullColourValue(m)]));
   for (const radio of radios) radio.disabled = scales[radio.value] === null;
   let measure = (radios.find((r) => !r.disabled) || radios[0]).value;
   radios.find((r) => r.value === measure).checked = true;
@@ -117,7 +117,7 @@ function start() {
     text.querySelectorAll("[data-i]").forEach((span) => {
       const i = Number(span.dataset.i);
       const tool = c.mask?.[i] === 0;
-      const hue = tool ? "" : colour(measure, scales[measure], MEASURES[measure](c, i));
+      const hue = tool ? "" : colourClass(measure, scales[measure], MEASURES[measure](c, i));
       const names = [hue, span.dataset.code && "code", span === marked && "at"];
       span.className = names.filter(Boolean).join(" ");
     });
@@ -125,17 +125,17 @@ function start() {
 
   function paintAll() {
     laidOut.forEach((c, text) => paint(text, c));
-    const scale = scales[measure], center = middle(measure);
+    const scale = scales[measure], center = neutralValue(measure);
     scaleText.replaceChildren();
     if (scale === null) return;
     const both = !["kl", "surprise"].includes(measure);
     for (const share of both ? [-1, -0.5, 0, 0.5, 1] : [0, 0.25, 0.5, 0.75, 1]) {
       const value = center + share * scale;
-      scaleText.append(element("span", colour(measure, scale, value), show(value)));
+      scaleText.append(element("span", colourClass(measure, scale, value), formatNumber(value)));
     }
   }
 
-  function tell(text, i) {
+  function describeToken(text, i) {
     const c = laidOut.get(text), spans = text.querySelectorAll("[data-i]");
     const at = Math.max(0, Math.min(spans.length - 1, i));
     if (!spans.length) return;
@@ -144,8 +144,8 @@ function start() {
     marked.classList.add("at");
     const said = Object.keys(MEASURES)
       .map((m) => [NAMES[m], MEASURES[m](c, at)])
-      .filter(([, value]) => known(value))
-      .map(([name, value]) => `${name} ${show(value)}`);
+      .filter(([, value]) => isNumber(value))
+      .map(([name, value]) => `${name} ${formatNumber(value)}`);
     if (c.mask?.[at] === 0) said.splice(0, said.length, "written by a tool");
     const token = c.tokens ? `token ${at + 1} of ${c.tokens.length + c.cut} ` +
       JSON.stringify(c.tokens[at]) : "all tokens";
@@ -153,7 +153,7 @@ function start() {
   }
 
   // Which tokens lie in a ```python block that the model wrote.
-  function programs(c) {
+  function programTokens(c) {
     const inside = new Set(), parts = c.tokens.map((t, i) => c.mask?.[i] === 0 ? "" : t);
     const whole = parts.join("");
     for (const found of whole.matchAll(/```(?:python|py)\b[^]*?(?:```|$)/g)) {
@@ -167,13 +167,13 @@ function start() {
     return inside;
   }
 
-  function textOf(c) {
+  function textElement(c) {
     const text = element("div", "text");
     text.tabIndex = 0;
     text.setAttribute("role", "group");
     text.setAttribute("aria-label", "completion, token by token");
     laidOut.set(text, c);
-    const tokens = c.tokens || [c.text], code = c.tokens ? programs(c) : new Set();
+    const tokens = c.tokens || [c.text], code = c.tokens ? programTokens(c) : new Set();
     let box = text;
     tokens.forEach((token, i) => {
       const tool = c.mask?.[i] === 0;
@@ -192,24 +192,24 @@ function start() {
     if (c.cut) text.append(element("span", "by", `… and ${c.cut} more tokens`));
     text.addEventListener("pointerover", (event) => {
       const span = event.target.closest("[data-i]");
-      if (span) tell(text, Number(span.dataset.i));
+      if (span) describeToken(text, Number(span.dataset.i));
     });
     text.addEventListener("keydown", (event) => {
       const here = marked && text.contains(marked) ? Number(marked.dataset.i) : -1;
       const to = { ArrowLeft: here - 1, ArrowRight: here + 1, Home: 0, End: 1e9 }[event.key];
       if (to === undefined) return;
       event.preventDefault();
-      tell(text, to);
+      describeToken(text, to);
       marked?.scrollIntoView({ block: "nearest" });
     });
     return text;
   }
 
-  function completion(c) {
-    const right = known(c.reward) && c.reward > 0;
+  function completionElement(c) {
+    const right = isNumber(c.reward) && c.reward > 0;
     const card = element("article", right ? "completion" : "completion failed");
-    const facts = [known(c.reward) ? `reward ${show(c.reward)}` : "no reward"];
-    if (known(c.advantage)) facts.push(`Â ${show(c.advantage)}`);
+    const facts = [isNumber(c.reward) ? `reward ${formatNumber(c.reward)}` : "no reward"];
+    if (isNumber(c.advantage)) facts.push(`Â ${formatNumber(c.advantage)}`);
     if (c.tokens) facts.push(`${c.tokens.length + c.cut} tokens`);
     if (c.calls) {
       const failed = c.failures ? `, ${c.failures} failed` : "";
@@ -217,18 +217,18 @@ function start() {
     }
     if (!c.finished) facts.push("cut off");
     card.append(element("p", "", facts.join(" · ")));
-    const text = textOf(c);
+    const text = textElement(c);
     card.append(text);
     paint(text, c);
     return card;
   }
 
-  function group(g, open) {
+  function groupElement(g, open) {
     const box = element("details", "group"), head = element("summary");
     const line = g.question.split("\n").find((x) => x.trim()) || "";
-    head.append(element("span", "", `step ${show(g.step)}`));
+    head.append(element("span", "", `step ${formatNumber(g.step)}`));
     head.append(element("span", "quiet", `${g.failed} of ${g.of} failed`));
-    head.append(element("span", "quiet", `reward ${show(g.reward)}`));
+    head.append(element("span", "quiet", `reward ${formatNumber(g.reward)}`));
     head.append(element("bdi", "quiet", line.length > 90 ? line.slice(0, 89) + "…" : line));
     box.append(head);
     let filled = false;
@@ -238,7 +238,7 @@ function start() {
       box.append(element("p", "question", g.question));
       if (g.answer) box.append(element("p", "question quiet", `answer: ${g.answer}`));
       const sides = element("div", "sides");
-      g.completions.forEach((c) => sides.append(completion(c)));
+      g.completions.forEach((c) => sides.append(completionElement(c)));
       box.append(sides);
       const rest = g.of - g.completions.length;
       if (rest > 0) box.append(element("p", "quiet", `and ${rest} more completions`));
@@ -254,27 +254,27 @@ function start() {
     oldest: (a, b) => a.step - b.step,
   };
   let sorted = [];
-  function next() {
+  function showMore() {
     const until = Math.min(sorted.length, shown + 20);
-    for (; shown < until; shown++) list.append(group(sorted[shown], shown < 3));
+    for (; shown < until; shown++) list.append(groupElement(sorted[shown], shown < 3));
     more.hidden = shown >= sorted.length;
   }
-  function lay() {
+  function showSorted() {
     list.replaceChildren();
     laidOut.clear();
     marked = null;
     shown = 0;
     sorted = data.groups.slice().sort(ORDERS[order.value]);
-    next();
+    showMore();
   }
-  order.addEventListener("change", lay);
-  more.addEventListener("click", next);
+  order.addEventListener("change", showSorted);
+  more.addEventListener("click", showMore);
   radios.forEach((radio) => radio.addEventListener("change", () => {
     measure = radio.value;
     paintAll();
   }));
-  lay();
+  showSorted();
   paintAll();
 }
 
-if (data.groups.length) start();
+if (data.groups.length) showCompletions();

@@ -1,7 +1,7 @@
-"""What a work directory holds, as far as it can be read.
+"""Reads what a run has written into its work directory.
 
-In: a work directory, of a run that is done, goes on or died. Out: plain values; what is
-missing, cut off or damaged is left out and never raises.
+The run may be done, under way or dead: what is missing, cut off or damaged is left out,
+and nothing raises.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.report.safe_text import number
+from grpo_jax.report.safe_text import finite_number
 
 Curve = tuple[list[float], list[float]]  # steps, values
-MOST = 1e30  # what is drawn of a diverged run
-WHOLE = 8_000_000  # bytes of samples that are read through
+LARGEST_VALUE = 1e30  # of a curve; a diverged run goes beyond
+LARGEST_WHOLE_FILE = 8_000_000  # bytes of samples.jsonl that are read from end to end
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is none."""
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The file's JSON object; {} if there is none."""
     try:
-        return _object(file.read_bytes())
+        return _parse_object(file.read_bytes())
     except OSError:
         return {}
 
 
-def _object(text: bytes) -> dict[str, Any]:
+def _parse_object(text: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
@@ -34,17 +34,17 @@ def _object(text: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def read_curves(file: Path) -> dict[str, dict[str, Curve]]:
+def read_metric_curves(file: Path) -> dict[str, dict[str, Curve]]:
     """metrics.jsonl as stage → metric → (steps, values), in the order of the file."""
     stages: dict[str, dict[str, Curve]] = {}
     for line in _lines(file):
-        row = _object(line)
-        stage, step = row.pop("stage", None), number(row.pop("step", None))
-        if not isinstance(stage, str) or step is None or abs(step) > MOST:
+        row = _parse_object(line)
+        stage, step = row.pop("stage", None), finite_number(row.pop("step", None))
+        if not isinstance(stage, str) or step is None or abs(step) > LARGEST_VALUE:
             continue
         curves = stages.setdefault(stage, {})
         for name, value in row.items():
-            if (y := number(value)) is not None and abs(y) < MOST:
+            if (y := finite_number(value)) is not None and abs(y) < LARGEST_VALUE:
                 steps, values = curves.setdefault(name, ([], []))
                 steps.append(step)
                 values.append(y)
@@ -59,32 +59,40 @@ def _lines(file: Path) -> Iterator[bytes]:
         return
 
 
-def read_groups(file: Path, most: int) -> list[dict[str, Any]]:
-    """At most so many groups of samples.jsonl, from all of it, the last one among them.
+def read_sample_groups(file: Path, max_groups: int) -> list[dict[str, Any]]:
+    """Groups of samples.jsonl, evenly spread over the file, the last one among them.
 
-    Of a large file only those are read.
+    Of a file beyond `LARGEST_WHOLE_FILE` only the lines that are returned are read.
+
+    Args:
+      file: samples.jsonl; it may be missing.
+      max_groups: how many groups to return at most; at least 2.
+
+    Returns:
+      The objects of the lines that have a list of completions.
     """
     try:
         size = file.stat().st_size
     except OSError:
         return []
-    if size <= WHOLE:
+    if size <= LARGEST_WHOLE_FILE:
         lines = list(_lines(file))
         n = len(lines)
-        if n > most:
-            lines = [lines[(n - 1) * i // (most - 1)] for i in range(most)]
+        if n > max_groups:
+            places = range(max_groups)
+            lines = [lines[(n - 1) * i // (max_groups - 1)] for i in places]
     else:
-        lines = list(_spread(file, size, most))
-    groups = map(_object, lines)
+        lines = list(_spread_lines(file, size, max_groups))
+    groups = map(_parse_object, lines)
     return [g for g in groups if isinstance(g.get("completions"), list)]
 
 
-def _spread(file: Path, size: int, most: int) -> Iterator[bytes]:
-    """Lines that follow evenly spaced places of a file, and its last whole one."""
+def _spread_lines(file: Path, size: int, count: int) -> Iterator[bytes]:
+    """The lines that follow evenly spaced places of a file, and its last whole one."""
     with open(file, "rb") as lines:
         found = -1
-        for i in range(most - 1):
-            lines.seek(size * i // (most - 1))
+        for i in range(count - 1):
+            lines.seek(size * i // (count - 1))
             if i:
                 lines.readline()
             if lines.tell() > found:

@@ -1,8 +1,7 @@
-"""Text and numbers from anywhere → what may stand in a page.
+"""Untrusted text and numbers, made safe to stand in an HTML page.
 
-In: strings that a model, a data set or a file holds; JSON values. Out: strings without
-a character that hides, turns round or breaks what stands near it; HTML; JSON for a
-script element.
+A model, a data set or a damaged file may hold anything. What comes out has no character
+that hides, reverses or breaks the text beside it.
 """
 
 from __future__ import annotations
@@ -13,42 +12,44 @@ import math
 import unicodedata
 from typing import Any
 
-_SHOWN_AS_THEY_ARE = "\n\t\u200c\u200d"  # the joiners: Persian and emoji need them
-_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_KEPT = "\n\t\u200c\u200d"  # the joiners: Persian and emoji need them
+_HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
-def visible(value: Any, most: int = 20_000) -> str:
-    r"""The text with control, direction and format characters made visible.
+def make_visible(value: Any, max_characters: int = 20_000) -> str:
+    r"""The text with control, direction and format characters written as ⟨U+…⟩.
 
-    Cut after `most` characters; "" for what is not text.
+    A longer text ends in an ellipsis. Returns "" for a value that is no text.
 
-    >>> visible("a\x1b[31m \u202eb")
+    >>> make_visible("a\x1b[31m \u202eb")
     'a⟨U+001B⟩[31m ⟨U+202E⟩b'
     """
     if not isinstance(value, str):
         return ""
-    text = value[:most]
+    text = value[:max_characters]
     if not text.isprintable():
-        text = "".join(map(_visible, text))
-    return text if len(value) <= most and len(text) <= most else text[: most - 1] + "…"
+        text = "".join(map(_visible_character, text))
+    if len(value) <= max_characters and len(text) <= max_characters:
+        return text
+    return text[: max_characters - 1] + "…"
 
 
-def _visible(c: str) -> str:
-    if c in _SHOWN_AS_THEY_ARE or unicodedata.category(c) not in _HIDDEN:
+def _visible_character(c: str) -> str:
+    if c in _KEPT or unicodedata.category(c) not in _HIDDEN_CATEGORIES:
         return c
     return f"⟨U+{ord(c):04X}⟩"
 
 
-def escape(value: Any, most: int = 200) -> str:
-    """A text as HTML, for an element or for a quoted attribute."""
-    return html.escape(visible(value, most))
+def escape_html(value: Any, max_characters: int = 200) -> str:
+    """The visible text as HTML, for an element or for a quoted attribute."""
+    return html.escape(make_visible(value, max_characters))
 
 
-def number(value: Any) -> float | None:
-    """A finite number, or None.
+def finite_number(value: Any) -> float | None:
+    """The value as a float; None if it is not a finite number.
 
-    >>> number(1), number(float("nan")), number("1"), number(10**999), number(True)
-    (1.0, None, None, None, None)
+    >>> [finite_number(x) for x in (1, float("nan"), "1", 10**999, True)]
+    [1.0, None, None, None, None]
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -59,11 +60,11 @@ def number(value: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def short(value: float | None) -> str:
-    """Four digits; an en dash for None.
+def format_number(value: float | None) -> str:
+    """The number with four digits; an en dash for None.
 
-    >>> short(0.123456), short(-1e-9), short(12345.6), short(None)
-    ('0.1235', '−1e−09', '12346', '–')
+    >>> [format_number(x) for x in (0.123456, -1e-9, 12345.6, None)]
+    ['0.1235', '−1e−09', '12346', '–']
     """
     if value is None:
         return "–"
@@ -72,7 +73,7 @@ def short(value: float | None) -> str:
 
 
 def script_json(value: Any) -> str:
-    """JSON that stands inside <script>: no character of it can end the element.
+    """The value as JSON that can stand inside <script>: nothing in it ends the element.
 
     >>> script_json({"a": "</script><!--"})
     '{"a":"\\\\u003c/script\\\\u003e\\\\u003c!--"}'

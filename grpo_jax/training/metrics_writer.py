@@ -110,7 +110,7 @@ class Recorder:
         """report.html anew; before the last one in a fiftieth of the time at most."""
         begin = time.monotonic()
         if processes.first() and (last or begin >= self._next_report):
-            report.update(self.workdir)
+            report.try_write_report(self.workdir)
             self._next_report = begin + 50 * (time.monotonic() - begin)
 
     def forget_after(self, stage: str, step: int) -> None:
