@@ -59,7 +59,7 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from grpo_jax import sandbox
 
-    workers = flags.workers or sandbox.WORKERS
+    workers = flags.workers or sandbox.DEFAULT_WORKERS
     begin = time.perf_counter()
     with sandbox.Sandbox(flags.mechanism) as box:
         who = {"mechanism": box.mechanism, "workers": workers}
@@ -68,7 +68,7 @@ def main() -> None:
             for _ in range(flags.repeats):
                 programs = [CASES[case].format(n=n) for n in range(flags.programs)]
                 begin = time.perf_counter()
-                found = box.run_many(programs, workers=workers)
+                found = box.run_programs(programs, workers=workers)
                 seconds = time.perf_counter() - begin
                 bad = [x for x in found if x.status != "ok" or not x.stdout]
                 if bad:

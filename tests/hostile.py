@@ -355,7 +355,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0
 try:
     with sandbox.Sandbox() as box:
-        print(box.mechanism, box.run("print(6 * 7)").stdout)
+        print(box.mechanism, box.run_program("print(6 * 7)").stdout)
 except sandbox.GrpoError as error:
     print("refused:", error)
 """

@@ -34,7 +34,7 @@ from grpo_jax.generation.sampler import generate
 from grpo_jax.generation.stop_strings import stop_table
 from grpo_jax.models.logprobs import token_logprobs
 from grpo_jax.rewards.grading import answers
-from grpo_jax.sandbox import Result, Sandbox, SandboxFailed
+from grpo_jax.sandbox import ProgramResult, Sandbox, SandboxError
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2 = ROOT / "models" / "smollm2-135m-instruct"
@@ -147,13 +147,13 @@ sys.path.insert(0, "tests")
 import jax
 from grpo_jax.distributed import processes, sharding
 from grpo_jax.environments.interpreter import Interpreter
-from grpo_jax.sandbox import shared
+from grpo_jax.sandbox import shared_sandbox
 from test_tools import row_of, run
 class Watched:
     ran = []
-    def run_many(self, programs, **limits):
+    def run_programs(self, programs, **limits):
         self.ran += programs
-        return shared().run_many(programs, **limits)
+        return shared_sandbox().run_programs(programs, **limits)
 port, number, file = sys.argv[1:]
 with processes.together(f"127.0.0.1:{port}", 2, int(number)):
     model, params = pickle.load(open(file, "rb"))
@@ -359,7 +359,7 @@ def test_the_program_of_a_text(text, program):
 
 def test_what_the_interpreter_says():
     def result(status: Any = "ok", out="", err=""):
-        return Result(status, out, err, 0.1)
+        return ProgramResult(status, out, err, 0.1)
 
     assert said(result(out=" 3\n4\n")) == "3\n4"
     assert said(result(out="x" * 100)) == "x" * 100
@@ -420,8 +420,8 @@ def test_the_embedded_task_is_solved_by_its_programs():
 class Broken(Sandbox):
     """A sandbox whose server cannot be started any more."""
 
-    def _running(self):
-        raise SandboxFailed("sandbox: a program could not be run: no more processes")
+    def _running_server(self):
+        raise SandboxError("sandbox: a program could not be run: no more processes")
 
 
 def test_a_sandbox_that_fails_is_no_wrong_answer():

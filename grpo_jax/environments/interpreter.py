@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
-from grpo_jax.sandbox import Result, Sandbox, SandboxFailed, shared
+from grpo_jax.sandbox import ProgramResult, Sandbox, SandboxError, shared_sandbox
 
 STOP = "```output"
 PROGRAM = "```python"
@@ -82,7 +82,7 @@ class Interpreter:
     """
 
     def __init__(self, timeout: float = 10.0, sandbox: Sandbox | None = None):
-        self.timeout, self.sandbox = timeout, sandbox or shared()
+        self.timeout, self.sandbox = timeout, sandbox or shared_sandbox()
 
     def __call__(self, programs: Sequence[str]) -> list[Call]:
         once = list(dict.fromkeys(programs))
@@ -94,13 +94,13 @@ class Interpreter:
         """What is told of each, and whether it failed."""
         limits = dict(wall_seconds=self.timeout, cpu_seconds=self.timeout)
         try:
-            found = self.sandbox.run_many(programs, **limits)
-        except SandboxFailed as fault:
+            found = self.sandbox.run_programs(programs, **limits)
+        except SandboxError as fault:
             raise GrpoError(f"tools: {fault}; no output was counted as wrong") from None
         return [(said(result), result.status != "ok") for result in found]
 
 
-def said(result: Result) -> str:
+def said(result: ProgramResult) -> str:
     """What the model is told of a program: what it printed, or how it failed."""
     if result.status in ("ok", "output_limit") and (text := result.stdout.strip()):
         return shortened(text)

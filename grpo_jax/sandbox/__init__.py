@@ -1,16 +1,19 @@
-"""Programs that a model wrote, run where they can do no harm.
+"""Runs programs that a model wrote where they can do no harm.
 
-In: Python programs (numpy and sympy are inside) and their limits. Out: for each a
-`Result`: how it ended, what it printed, how long it took.
+A program is Python, with numpy and sympy at hand, and has limits on time, memory and
+output. `mechanisms` builds the command that starts a server, under one of two
+mechanisms:
 
-    mechanisms   how a server is started: under bubblewrap, else bare for Landlock
-    server   the server: one fork a program, which gives up everything and then runs it
+- bubblewrap: namespaces without a network, without /proc, and with no files but the
+  libraries; each program also has a /tmp of its own, of 16 MiB.
+- Landlock: a program can read the libraries and write no file. It can still see whether
+  a path exists.
 
-bubblewrap: namespaces with no network, no /proc and no files but the libraries; a
-program also has a /tmp of its own, of 16 MiB. Landlock: the libraries can be read and
-no file written (whether a path exists can still be seen). Under both: seccomp (no
-processes, sockets, signals to others), rlimits, no capabilities. With neither there is
-no `Sandbox`: a program is never just executed.
+`server` is that server: it forks for each program, and the fork gives up everything
+that it will not need before it runs the program. Under both mechanisms seccomp refuses
+new processes, sockets and signals to others, rlimits bound the resources, and there are
+no capabilities. On a machine with neither there is no `Sandbox`: a program never runs
+unconfined.
 """
 
 import atexit
@@ -31,11 +34,13 @@ from grpo_jax.errors import GrpoError
 from grpo_jax.sandbox import mechanisms
 
 Status = Literal["ok", "error", "timeout", "output_limit"]
-WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+DEFAULT_WORKERS = (
+    len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+)
 START_SECONDS = 120.0
-GRACE_SECONDS = 30.0  # beyond its own wall time, before a program's keeper is given up
+GRACE_SECONDS = 30.0  # that a reply may take beyond the program's wall time
 
-# Before any other program: what must fail does fail, and what must work works.
+# Runs before any other program, and checks that what must fail does fail.
 PROBE = """
 import os, socket
 for forbidden in (os.fork, socket.socket, lambda: os.kill(os.getppid(), 9),
@@ -51,29 +56,39 @@ print('confined')
 """
 
 
-class SandboxFailed(RuntimeError):
-    """The sandbox itself failed, twice; it says nothing about the program."""
+class SandboxError(RuntimeError):
+    """The sandbox itself failed twice, which says nothing about the program."""
 
 
 @dataclass(frozen=True)
-class Result:
-    """How a program ended. `error`: an exception, an exit code, a signal.
+class ProgramResult:
+    """How a program ended, and what it printed until then.
 
-    `timeout` is of wall or CPU time; stdout and stderr have what came before, and
-    together at most `output_bytes`.
+    "error" is an exception, an exit code other than 0 or a signal; "timeout" is one of
+    wall or CPU time. stdout and stderr together have at most `output_bytes`.
     """
 
     status: Status
     stdout: str
     stderr: str
-    seconds: float
+    seconds: float  # wall time
 
 
 class Sandbox:
-    """One server and the programs under it; any thread may run some.
+    """A server and the programs under it. Any thread may run programs.
 
-    Mechanism: "bubblewrap", "landlock" or, by default, the first that works here.
-    Raises GrpoError where none does. Close it, or use `with`.
+    Close it, or use it in a `with` statement.
+
+    Args:
+      mechanism: "bubblewrap" or "landlock"; by default the first that works here.
+
+    Raises:
+      GrpoError: no mechanism works on this machine.
+
+    >>> with Sandbox() as sandbox:
+    ...     results = sandbox.run_programs(["print(1)", "1 / 0", "exit(0)"])
+    >>> [result.status for result in results]
+    ['ok', 'error', 'ok']
     """
 
     def __init__(self, mechanism: str | None = None):
@@ -83,14 +98,14 @@ class Sandbox:
         faults = []
         for self.mechanism in names:
             try:
-                found = self.run(PROBE)
-            except (OSError, ValueError, SandboxFailed) as fault:
+                result = self.run_program(PROBE)
+            except (OSError, ValueError, SandboxError) as fault:
                 faults.append(f"{self.mechanism}: {fault}")
                 self.close()
                 continue
-            if found.status == "ok" and found.stdout == "confined\n":
+            if result.status == "ok" and result.stdout == "confined\n":
                 return
-            faults.append(f"{self.mechanism}: {found.stderr.strip()[-300:]}")
+            faults.append(f"{self.mechanism}: {result.stderr.strip()[-300:]}")
             self.close()
         self.close()
         raise GrpoError(
@@ -98,7 +113,7 @@ class Sandbox:
             f"`apt-get install bubblewrap` ({'; '.join(faults)})"
         )
 
-    def run(
+    def run_program(
         self,
         program: str,
         *,
@@ -106,11 +121,20 @@ class Sandbox:
         cpu_seconds: float = 10.0,
         memory_bytes: int = 1 << 30,
         output_bytes: int = 1 << 16,
-    ) -> Result:
-        """Runs one program; SandboxFailed if that could not be done, twice.
+    ) -> ProgramResult:
+        """Runs one program and returns how it ended.
 
-        `cpu_seconds` is rounded up to whole ones. `memory_bytes` is of address space,
-        of which Python, numpy and sympy have taken 150 MB.
+        Args:
+          program: Python source; it runs as `__main__`.
+          wall_seconds: limit of elapsed time.
+          cpu_seconds: limit of CPU time, rounded up to whole seconds.
+          memory_bytes: limit of address space, of which Python, numpy and sympy take
+            150 MB.
+          output_bytes: limit of stdout and stderr together.
+
+        Raises:
+          GrpoError: a limit is not above 0.
+          SandboxError: the sandbox itself failed, and again on a second attempt.
         """
         limits = {
             "wall_seconds": wall_seconds,
@@ -123,27 +147,42 @@ class Sandbox:
                 raise GrpoError(f"sandbox.{name}: {limit} is not above 0")
         fault = ""
         for _ in range(2):
-            server = self._running()
+            server = self._running_server()
             try:
-                reply = server.ask({"program": program, **limits}, wall_seconds)
+                reply = server.send_request(
+                    {"program": program, **limits}, wall_seconds
+                )
             except (OSError, ValueError) as error:
                 server.close()
                 fault = f"{type(error).__name__} {server.fault}"
                 continue
             if "failed" not in reply:
-                return Result(**reply)
+                return ProgramResult(**reply)
             fault = reply["failed"]
-        raise SandboxFailed(f"sandbox: a program could not be run: {fault.strip()}")
+        raise SandboxError(f"sandbox: a program could not be run: {fault.strip()}")
 
-    def run_many(
-        self, programs: Sequence[str], *, workers: int = WORKERS, **limits
-    ) -> list[Result]:
-        """`run` for each, `workers` at a time; results in the programs' order."""
+    def run_programs(
+        self, programs: Sequence[str], *, workers: int = DEFAULT_WORKERS, **limits
+    ) -> list[ProgramResult]:
+        """Runs several programs, `workers` at a time.
+
+        Args:
+          programs: Python sources.
+          workers: how many programs run at the same time.
+          **limits: of each program, as in `run_program`.
+
+        Returns:
+          The results, in the order of the programs.
+
+        Raises:
+          GrpoError, SandboxError: as `run_program`.
+        """
+        run = functools.partial(self.run_program, **limits)
         with ThreadPoolExecutor(workers) as threads:
-            return list(threads.map(functools.partial(self.run, **limits), programs))
+            return list(threads.map(run, programs))
 
     def close(self) -> None:
-        """Ends the server; the next `run` starts another."""
+        """Ends the server; the next program starts another one."""
         with self._lock:
             if self._server is not None:
                 self._server.close()
@@ -154,7 +193,7 @@ class Sandbox:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _running(self) -> "_Server":
+    def _running_server(self) -> "_Server":
         with self._lock:
             if self._server is None or self._server.process.poll() is not None:
                 self._server = _Server(self.mechanism)
@@ -167,7 +206,7 @@ class _Server:
     def __init__(self, mechanism: str):
         self.control, inner = socket.socketpair()
         self.errors: IO[bytes] = tempfile.TemporaryFile()
-        self.fault = ""  # the last line that the process wrote there, once closed
+        self.fault = ""  # once closed: the last line that the process wrote to errors
         with inner:
             command, environment = mechanisms.MECHANISMS[mechanism](inner.fileno())
             self.process = subprocess.Popen(
@@ -189,8 +228,8 @@ class _Server:
             self.close()
             raise GrpoError(self.fault or "its server did not start")
 
-    def ask(self, request: dict, wall_seconds: float) -> dict:
-        """A request's reply; OSError or ValueError if none came."""
+    def send_request(self, request: dict, wall_seconds: float) -> dict:
+        """Returns the reply to a request; raises OSError or ValueError if none came."""
         here, there = socket.socketpair()
         with here:
             with there:
@@ -201,7 +240,7 @@ class _Server:
                 return json.loads(reply.readline())
 
     def close(self) -> None:
-        """Lets the server end, which it does when nobody holds the socket."""
+        """Closes the socket, upon which the server ends, and waits for its end."""
         self.control.close()
         try:
             self.process.wait(5)
@@ -209,8 +248,8 @@ class _Server:
             self.process.kill()
             self.process.wait()
         with contextlib.suppress(ValueError):  # another thread was faster
-            said = os.pread(self.errors.fileno(), 1 << 16, 0).decode(errors="replace")
-            self.fault = said.strip().rpartition("\n")[2]
+            errors = os.pread(self.errors.fileno(), 1 << 16, 0).decode(errors="replace")
+            self.fault = errors.strip().rpartition("\n")[2]
             self.errors.close()
 
 
@@ -218,35 +257,24 @@ _shared: tuple[int, Sandbox] | None = None
 _shared_lock = threading.Lock()
 
 
-def shared() -> Sandbox:
-    """This process's sandbox, started with the first program (a fork gets its own)."""
+def shared_sandbox() -> Sandbox:
+    """This process's own sandbox, started by the first call; a fork gets another.
+
+    Raises:
+      GrpoError: no mechanism works on this machine.
+
+    >>> shared_sandbox().run_program("import sympy; print(sympy.sqrt(8))").stdout
+    '2*sqrt(2)\\n'
+    """
     global _shared
     with _shared_lock:
         if _shared is None or _shared[0] != os.getpid():
             _shared = os.getpid(), Sandbox()
-            atexit.register(_close, os.getpid())
+            atexit.register(_close_shared, os.getpid())
         return _shared[1]
 
 
-def _close(owner: int) -> None:
+def _close_shared(owner: int) -> None:
     if _shared is not None and os.getpid() == owner == _shared[0]:
         with contextlib.suppress(OSError):
             _shared[1].close()
-
-
-def run(program: str, **limits) -> Result:
-    """`Sandbox.run` in this process's own sandbox.
-
-    >>> run("import sympy; print(sympy.sqrt(8))").stdout
-    '2*sqrt(2)\\n'
-    """
-    return shared().run(program, **limits)
-
-
-def run_many(programs: Sequence[str], **limits) -> list[Result]:
-    """`Sandbox.run_many` in this process's own sandbox.
-
-    >>> [found.status for found in run_many(["print(1)", "1 / 0", "exit(0)"])]
-    ['ok', 'error', 'ok']
-    """
-    return shared().run_many(programs, **limits)

@@ -1,8 +1,7 @@
-"""How the sandbox's server is started, by bubblewrap or bare under Landlock.
+"""Commands that start the sandbox's server: under bubblewrap, or bare for Landlock.
 
-In: the mechanism and the socket's descriptor. Out: a command for `subprocess`, and its
-environment. Nothing of the host's environment goes in, and of its files only shared
-libraries, Python, numpy, sympy and mpmath, to be read.
+The server gets nothing of the host's environment. Of the host's files it can read the
+shared libraries, Python, numpy, sympy and mpmath, and no others.
 """
 
 import importlib.util
@@ -19,8 +18,8 @@ LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
 SERVER = Path(__file__).with_name("server.py")
 
 
-def packages() -> list[Path]:
-    """The folders of `PACKAGES` (numpy.libs only where numpy has one)."""
+def package_folders() -> list[Path]:
+    """The folders of `PACKAGES`; numpy.libs only if numpy has one."""
     found = []
     for name in PACKAGES:
         if name.endswith(".libs"):
@@ -34,8 +33,8 @@ def packages() -> list[Path]:
     return found
 
 
-def environment(library: str) -> dict[str, str]:
-    """The whole environment of a program."""
+def program_environment(library: str) -> dict[str, str]:
+    """The whole environment of a program; `library` is where Python's libraries are."""
     return {
         "PATH": "/usr/bin:/bin",
         "HOME": "/tmp",
@@ -47,15 +46,27 @@ def environment(library: str) -> dict[str, str]:
     }
 
 
-def _server(python: str, *arguments: object) -> list[str]:
-    # As text, so that no file of the project need be seen from inside.
+def _server_command(python: str, *arguments: object) -> list[str]:
+    # As text: the server then needs to see no file of this project.
     source = SERVER.read_text(encoding="utf-8")
     flags = ["-s", "-S", "-B", "-P", "-X", "utf8"]
     return [python, *flags, "-c", source, json.dumps(arguments)]
 
 
-def bubblewrap(control: int) -> tuple[list[str], dict[str, str]]:
-    """Own namespaces; a root of libraries alone, read-only, without /proc and /sys."""
+def bubblewrap_command(control: int) -> tuple[list[str], dict[str, str]]:
+    """Starts the server in namespaces of its own, without a network, /proc and /sys.
+
+    Its root holds the libraries alone and is read-only.
+
+    Args:
+      control: descriptor of the server's end of the socket.
+
+    Returns:
+      The command and its environment, for `subprocess`.
+
+    Raises:
+      GrpoError: bubblewrap or a package is not installed.
+    """
     program = shutil.which("bwrap")
     if program is None:
         raise GrpoError("no `bwrap` on PATH (apt-get install bubblewrap)")
@@ -75,7 +86,7 @@ def bubblewrap(control: int) -> tuple[list[str], dict[str, str]]:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     for name in [*kept, "SYS_ADMIN"]:  # to mount each program's own /tmp
         command += ["--cap-add", f"CAP_{name}"]
-    # Folders that bubblewrap makes unasked, on the way to another, are for root alone.
+    # bubblewrap would make these on its own, but for root alone.
     for folder in ("/usr", "/py", "/py/lib", "/site", "/dev", "/tmp"):
         command += ["--dir", folder]
     for library in LIBRARIES:
@@ -87,29 +98,32 @@ def bubblewrap(control: int) -> tuple[list[str], dict[str, str]]:
         if (prefix / folder).is_dir():
             command += ["--ro-bind", str(prefix / folder), f"/py/{folder}"]
     inner = Path("/py") / Path(os.__file__).resolve().parent.relative_to(prefix)
-    for folder in ("site-packages", "dist-packages"):  # what else is installed
+    for folder in ("site-packages", "dist-packages"):  # hides what else is installed
         if Path(os.__file__).with_name(folder).is_dir():
             command += ["--tmpfs", str(inner / folder)]
             command += ["--remount-ro", str(inner / folder)]
-    for package in packages():
+    for package in package_folders():
         command += ["--ro-bind", str(package), f"/site/{package.name}"]
     for device in ("null", "zero", "urandom"):
         command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
     command += ["--remount-ro", "/", "--chdir", "/tmp", "--"]
-    command += _server(str(python), control, ["/site"], None)
-    return command, environment("/py/lib")
+    command += _server_command(str(python), control, ["/site"], None)
+    return command, program_environment("/py/lib")
 
 
-def landlock(control: int) -> tuple[list[str], dict[str, str]]:
-    """A plain process; each program shuts itself off from all but the libraries."""
+def landlock_command(control: int) -> tuple[list[str], dict[str, str]]:
+    """Starts the server as a plain process, whose programs confine themselves.
+
+    Args and returns are those of `bubblewrap_command`.
+    """
     prefix = Path(sys.base_prefix).resolve()
-    folders = [str(folder) for folder in packages()]
+    folders = [str(folder) for folder in package_folders()]
     readable = [*LIBRARIES, str(prefix / "lib"), "/dev/null", "/dev/urandom"]
     readable += [str(Path(os.__file__).resolve().parent), *folders]
     sites = sorted({str(Path(folder).parent) for folder in folders})
     python = str(Path(sys.executable).resolve())
-    command = _server(python, control, sites, readable)
-    return command, environment(str(prefix / "lib"))
+    command = _server_command(python, control, sites, readable)
+    return command, program_environment(str(prefix / "lib"))
 
 
-MECHANISMS = {"bubblewrap": bubblewrap, "landlock": landlock}
+MECHANISMS = {"bubblewrap": bubblewrap_command, "landlock": landlock_command}

@@ -1,16 +1,17 @@
-"""The sandbox's inner side: a server that imports numpy and sympy once, then forks.
+"""The sandbox's server: imports numpy and sympy once, then forks for every program.
 
-Started as `python -c`, with the standard library alone. In: a socket, of which each
-message carries one connection; on that, a line of JSON {program, wall_seconds,
-cpu_seconds, memory_bytes, output_bytes}. Out: a line of JSON {status, stdout, stderr,
-seconds}, or {failed} if the program was not run.
+It is started as `python -c` and needs the standard library alone. Each message on its
+socket carries one connection. A connection brings a line of JSON {program,
+wall_seconds, cpu_seconds, memory_bytes, output_bytes} and gets a line of JSON {status,
+stdout, stderr, seconds}, or {failed} if the program did not run. Three processes share
+the work:
 
-    server   never runs a program; forks for every connection a
-    keeper   collects the output, watches the clock, kills; and forks the
-    program  which first gives up everything that it will not need (`confine`)
+    server   forks a keeper for every connection, and never runs a program itself
+    keeper   forks the program, collects its output, and kills it at its limits
+    program  gives up everything that it will not need (`confine_process`), then runs
 
-A program has a process, and under bubblewrap a /tmp, of its own, and cannot make
-another process: when the keeper has seen it end, nothing of it is left.
+A program has a process of its own, and under bubblewrap a /tmp of its own. It cannot
+make another process: once the keeper has seen it end, nothing of it is left.
 """
 
 import builtins
@@ -55,14 +56,14 @@ _ALWAYS = {
     "getrandom": 318, "statx": 332, "rseq": 334, "close_range": 436,
     "faccessat2": 439,
 }  # fmt: skip
-_OPEN = {"open": 2, "openat": 257}  # number → which argument has the flags: below
+_OPEN = {"open": 2, "openat": 257}
 _WRITING = {
     "fsync": 74, "ftruncate": 77, "rename": 82, "mkdir": 83, "rmdir": 84, "creat": 85,
     "unlink": 87, "mkdirat": 258, "unlinkat": 263, "renameat": 264,
 }  # fmt: skip
-_ABSENT = {"clone3": 435, "openat2": 437}  # the C library then takes the older call
+_ABSENT = {"clone3": 435, "openat2": 437}  # the C library then uses the older call
 _FCNTL = 72
-# Not F_SETOWN: with it a pipe's signals kill another process, without any kill().
+# Without F_SETOWN, which lets a pipe signal another process without any kill().
 _FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030)  # F_DUPFD, F_GET/SETFD, F_GET/SETFL, …CLOEXEC
 _OPEN_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _ALLOW, _KILL, _REFUSE = 0x7FFF0000, 0x80000000, 0x00050000  # REFUSE | errno
@@ -71,10 +72,13 @@ _EPERM, _ENOSYS, _X86_64, _X32 = 1, 38, 0xC000003E, 0x40000000
 
 
 def seccomp_filter(may_write: bool) -> bytes:
-    """The system call filter: everything that is not named is refused with EPERM.
+    """The system call filter as a BPF program: refuses with EPERM what is not listed.
 
-    A wrong architecture or numbering kills. Without `may_write` no file is opened for
-    writing, whatever Landlock of an older kernel would let through (O_TRUNC).
+    A call of another architecture or numbering kills the process.
+
+    Args:
+      may_write: whether files may be opened for writing. If not, the filter alone
+        refuses it: Landlock of older kernels lets O_TRUNC through.
     """
     steps: list[tuple[int, int, int, int]] = []  # code, if true skip, if false skip, k
     add = steps.append
@@ -126,7 +130,7 @@ def _prctl(option: int, value: object, more: object = 0) -> None:
 
 
 def landlock_ruleset(readable: list[str]) -> int:
-    """A Landlock rule set: these may be read, and no other file touched."""
+    """Returns the descriptor of a Landlock rule set that allows to read these paths."""
     version = _call("Landlock", LIBC.syscall(444, None, ctypes.c_size_t(0), 1))
     rights = 13 + (version >= 2) + (version >= 3) + (version >= 5)
     handled = ctypes.c_uint64((1 << rights) - 1)
@@ -142,8 +146,8 @@ def landlock_ruleset(readable: list[str]) -> int:
     return ruleset
 
 
-def own_tmp() -> None:
-    """A mount namespace of the program's own, with an empty /tmp of bounded size."""
+def mount_own_tmp() -> None:
+    """Enters a new mount namespace with an empty /tmp of bounded size."""
     new_mounts, recursive, private = 0x20000, 0x4000, 1 << 18
     nosuid_nodev_noexec = 2 | 4 | 8
     _call("unshare", LIBC.unshare(new_mounts))
@@ -155,7 +159,7 @@ def own_tmp() -> None:
 
 
 def set_limits(memory_bytes: int, cpu_seconds: float) -> None:
-    """rlimits, hard as soft: at the hard CPU limit the kernel kills."""
+    """Sets soft and hard rlimits; at the hard CPU limit the kernel kills."""
     for limit, value in (
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_CPU, math.ceil(cpu_seconds)),
@@ -169,12 +173,21 @@ def set_limits(memory_bytes: int, cpu_seconds: float) -> None:
         resource.setrlimit(limit, (value, value))
 
 
-def confine(asked: dict, ruleset: int | None, filter_: bytes, nobody: bool) -> None:
-    """From here on this process can compute, read the libraries, and little else."""
+def confine_process(
+    request: dict, ruleset: int | None, filter_: bytes, nobody: bool
+) -> None:
+    """Leaves this process able to compute, to read the libraries, and little else.
+
+    Args:
+      request: has the limits `memory_bytes` and `cpu_seconds`.
+      ruleset: descriptor of a Landlock rule set; None under bubblewrap.
+      filter_: the system call filter (`seccomp_filter`).
+      nobody: whether to become the user nobody.
+    """
     if ruleset is None:
-        own_tmp()
+        mount_own_tmp()
     os.chdir("/tmp" if ruleset is None else "/")
-    set_limits(asked["memory_bytes"], asked["cpu_seconds"])
+    set_limits(request["memory_bytes"], request["cpu_seconds"])
     if nobody:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -194,8 +207,11 @@ def confine(asked: dict, ruleset: int | None, filter_: bytes, nobody: bool) -> N
 
 
 # ---- the program's process -----------------------------------------------------------
-def run_program(source: str) -> int:
-    """Runs it as `__main__`; its exit code. What it prints before a crash is kept."""
+def execute_program(source: str) -> int:
+    """Executes the source as `__main__` and returns its exit code.
+
+    Output is line-buffered, so that what it prints before a crash is kept.
+    """
     sys.stdin = open(0, encoding="utf-8", closefd=False)
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = open(number, "w", 1, "utf-8", errors="replace", closefd=False)
@@ -223,8 +239,17 @@ def run_program(source: str) -> int:
     return code
 
 
-def start_program(asked, keeper, ready, out, err, confinement) -> None:
-    """In a fresh fork: descriptors, confinement, the program; does not return."""
+def start_program(request, keeper, ready, out, err, confinement) -> None:
+    """Confines this fresh fork and runs the program in it; does not return.
+
+    Args:
+      request: the request.
+      keeper: the parent's process id.
+      ready: descriptor that gets "ok" before the program starts, or the reason why not.
+      out: descriptor for stdout.
+      err: descriptor for stderr.
+      confinement: the Landlock rule set, the filter, and whether to become nobody.
+    """
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -235,47 +260,47 @@ def start_program(asked, keeper, ready, out, err, confinement) -> None:
         for begin, end in zip([2, *kept], [*kept, 4 * DESCRIPTORS], strict=True):
             os.closerange(begin + 1, end)
         try:
-            confine(asked, ruleset, filter_, nobody)
+            confine_process(request, ruleset, filter_, nobody)
         except BaseException as error:
             os.write(ready, f"{type(error).__name__}: {error}".encode())
             return
-        if os.getppid() != keeper:  # it ended before its death could be a signal
+        if os.getppid() != keeper:  # the keeper ended before the death signal was set
             return
-        # The same program prints the same: no seed is taken from the machine.
+        # Fixed seeds: the same program prints the same.
         random.seed(0), sys.modules["numpy"].random.seed(0)
         os.write(ready, b"ok")
         os.close(ready)
-        code = run_program(asked["program"])
+        code = execute_program(request["program"])
     finally:
         os._exit(code)
 
 
 # ---- the keeper ----------------------------------------------------------------------
-def keep(connection: socket.socket, confinement) -> None:
-    """One program, from the request to the answer."""
-    asked = json.loads(connection.makefile(encoding="utf-8").readline())
+def handle_connection(connection: socket.socket, confinement) -> None:
+    """Reads one request, runs its program, sends the reply."""
+    request = json.loads(connection.makefile(encoding="utf-8").readline())
     (ready, ready_in), (out, out_in), (err, err_in) = (os.pipe() for _ in range(3))
     keeper, program = os.getpid(), os.fork()
     if program == 0:
-        start_program(asked, keeper, ready_in, out_in, err_in, confinement)
+        start_program(request, keeper, ready_in, out_in, err_in, confinement)
     for end in (ready_in, out_in, err_in):
         os.close(end)
-    said = os.read(ready, 4096)
+    message = os.read(ready, 4096)
     begin = time.monotonic()
-    if said != b"ok":
+    if message != b"ok":
         _, status = os.waitpid(program, 0)
         code = os.waitstatus_to_exitcode(status)
-        fault = said.decode(errors="replace") or f"its process ended with {code}"
+        fault = message.decode(errors="replace") or f"its process ended with {code}"
         reply = {"failed": fault}
     else:
-        texts, reason = watch(program, out, err, connection, begin, asked)
+        texts, reason = watch_program(program, out, err, connection, begin, request)
         _, status, used = os.wait4(program, 0)
         seconds = time.monotonic() - begin
         code = os.waitstatus_to_exitcode(status)
         spent = used.ru_utime + used.ru_stime
         if not reason and code == -signal.SIGKILL:
-            # The kernel's own kill: at the CPU limit, or for memory.
-            if spent > math.ceil(asked["cpu_seconds"]) - 0.5:
+            # The kernel killed it: at the CPU limit, or for memory.
+            if spent > math.ceil(request["cpu_seconds"]) - 0.5:
                 reason = "timeout"
         if code < 0 and not reason:
             texts[1] += f"killed by signal {-code}\n".encode()
@@ -289,17 +314,23 @@ def keep(connection: socket.socket, confinement) -> None:
     connection.sendall(json.dumps(reply).encode() + b"\n")
 
 
-def watch(program, out, err, connection, begin, asked) -> tuple[list[bytes], str]:
-    """([stdout, stderr], why it was killed or ""), once the program has ended."""
-    texts, reason, left = [b"", b""], "", asked["output_bytes"]
-    until: float | None = begin + asked["wall_seconds"]
+def watch_program(
+    program, out, err, connection, begin, request
+) -> tuple[list[bytes], str]:
+    """Collects a program's output until it ends, and kills it at a limit.
+
+    Returns:
+      [stdout, stderr], and the status that it was killed for, or "".
+    """
+    texts, reason, left = [b"", b""], "", request["output_bytes"]
+    until: float | None = begin + request["wall_seconds"]
     ended = os.pidfd_open(program)
     poller = select.poll()
     for end in (out, err, connection.fileno(), ended):
         poller.register(end, select.POLLIN)
     open_ends = {out, err, ended}
     while open_ends:
-        # After a kill the pipes end by themselves.
+        # After a kill there is no deadline: the pipes end on their own.
         wait = None if until is None else max(0.0, until - time.monotonic()) * 1000
         events = poller.poll(wait)
         if until is not None and time.monotonic() >= until:
@@ -323,8 +354,8 @@ def watch(program, out, err, connection, begin, asked) -> tuple[list[bytes], str
 
 
 # ---- the server ----------------------------------------------------------------------
-def preload() -> None:
-    """Imports that cost a second, and the tables that sympy builds at first use."""
+def preload_libraries() -> None:
+    """Imports numpy and sympy, and makes sympy build the tables of its first use."""
     import numpy.random  # noqa: F401
     import sympy
 
@@ -335,19 +366,22 @@ def preload() -> None:
     sympy.integrate(x**2, x), sympy.diff(x**3, x), sympy.Matrix([[1, 2], [3, 4]]).inv()
 
 
-def serve(control: int, packages: list[str], readable: list[str] | None) -> None:
+def run_server(control: int, packages: list[str], readable: list[str] | None) -> None:
     """Forks a keeper for each connection, until the host closes the socket.
 
-    `readable` is for Landlock; None says that bubblewrap has drawn the bounds.
+    Args:
+      control: descriptor of the socket.
+      packages: folders for `sys.path`.
+      readable: paths that Landlock lets programs read; None under bubblewrap.
     """
     if platform.machine() != "x86_64" or sys.byteorder != "little":
         sys.exit("the system call filter is written for x86-64")
     sys.path[:] = [path for path in sys.path if path] + packages
-    preload()
+    preload_libraries()
     nobody, ruleset = os.getuid() == 0, None
     if readable is not None:
         ruleset = landlock_ruleset(readable)
-        if nobody:  # unless nobody could not read this Python, as in root's home
+        if nobody:  # not if that user could not read this Python, as in root's home
             os.seteuid(NOBODY)
             nobody = os.access(os.__file__, os.R_OK, effective_ids=True)
             os.seteuid(0)
@@ -367,7 +401,7 @@ def serve(control: int, packages: list[str], readable: list[str] | None) -> None
             try:
                 door.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                keep(connection, confinement)
+                handle_connection(connection, confinement)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -376,4 +410,4 @@ def serve(control: int, packages: list[str], readable: list[str] | None) -> None
 
 
 if __name__ == "__main__":
-    serve(*json.loads(sys.argv[1]))
+    run_server(*json.loads(sys.argv[1]))
