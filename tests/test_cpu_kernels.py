@@ -19,7 +19,7 @@ from grpo_jax.models.decoder import Decoder, ModelConfig
 from grpo_jax.models.kernels import cpu
 from grpo_jax.models.kernels.attention import Rows
 from grpo_jax.models.kernels.block_attention import block_attention
-from grpo_jax.plan.flops import flops
+from grpo_jax.plan.flops import count_flops
 
 
 @pytest.fixture(autouse=True)
@@ -290,13 +290,13 @@ def test_what_was_compiled_is_used_again(tmp_path):
 def test_the_plan_counts_what_they_multiply():
     """Rows are filled up to 16; attention as if every column were seen."""
     products = jax.make_jaxpr(cpu.few_rows)(jnp.ones((12, 8)), jnp.ones((5, 8)))
-    assert flops(products) == 2 * 12 * 8 * 16
+    assert count_flops(products) == 2 * 12 * 8 * 16
     shape: Any = dict(slots=2, prompts=1, size=8, block=32, others=1, heads=1, width=8)
     cache = a_cache(np.random.default_rng(0), **shape)
     heads = jnp.ones((2, 1, 3, 8)), *[jnp.ones((2, 1, 1, 8))] * 2
     given = cache.prefixes.layers[0], cache.layers[0], cache, jnp.ones(2, bool)
     call = functools.partial(cpu.attend, window=None)
-    assert flops(jax.make_jaxpr(call)(*heads, *given)) == 4 * 2 * 3 * 8 * (8 + 64)
+    assert count_flops(jax.make_jaxpr(call)(*heads, *given)) == 4 * 2 * 3 * 8 * (8 + 64)
     q, k, v = jnp.ones((1, 32, 6, 8)), *[jnp.ones((1, 32, 2, 8))] * 2
     rows = Rows(jnp.ones((1, 32), bool), None, jnp.arange(32)[None])
     attention = functools.partial(block_attention, rows=rows, size=16)
@@ -307,4 +307,4 @@ def test_the_plan_counts_what_they_multiply():
 
     with jax.set_mesh(sharding.make_mesh(data=1, devices=jax.devices()[:1])):
         jaxpr = jax.make_jaxpr(both)(q, k, v)
-    assert flops(jaxpr, {"pairs": 3}) == 3 * 7 * 2 * 2 * (3 * 16) * 16 * 8
+    assert count_flops(jaxpr, {"pairs": 3}) == 3 * 7 * 2 * 2 * (3 * 16) * 16 * 8

@@ -14,7 +14,7 @@ from grpo_jax.distributed import sharding
 from grpo_jax.generation import kv_cache, sampler
 from grpo_jax.models.decoder import REMAT, Decoder, ModelConfig
 from grpo_jax.plan import hlo_text
-from grpo_jax.plan.compiled_programs import local_bytes
+from grpo_jax.plan.compiled_programs import bytes_per_device
 from grpo_jax.training.packing import Sample, pack
 from grpo_jax.training.train_step import (
     TrainState,
@@ -204,7 +204,7 @@ def compiled_sampler(mesh, tensor: int) -> Any:
     jitted: Any = program.func
     with jax.set_mesh(layout):
         lowered = jitted.lower(MODEL, params, tokens, mask, key=KEY, **program.keywords)
-        return lowered.compile(), local_bytes(params), shape
+        return lowered.compile(), bytes_per_device(params), shape
 
 
 def test_caches_are_split_and_a_turn_sends_neither_weights_nor_caches():
@@ -215,8 +215,10 @@ def test_caches_are_split_and_a_turn_sends_neither_weights_nor_caches():
     assert mine < whole / 4
     text = compiled.as_text()
     often = {"turns": 0, "last_turns": 0, "rounds": 1, "blocks": 1}
-    before = sum(hlo_text.collectives(text, 8, often).values())
-    a_turn = sum(hlo_text.collectives(text, 8, often | {"turns": 1}).values()) - before
+    before = sum(hlo_text.collective_bytes(text, 8, often).values())
+    a_turn = (
+        sum(hlo_text.collective_bytes(text, 8, often | {"turns": 1}).values()) - before
+    )
     # Two sums of [slots, width] a layer, an embedding and the logits' exchange.
     activations = shape.slots * (32 * (2 * 2 + 1) + 64) * 4
     assert 0 < a_turn < 2 * activations < weights / 2

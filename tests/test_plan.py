@@ -21,10 +21,14 @@ from grpo_jax.generation.sampler import shape_of
 from grpo_jax.models.decoder import Decoder, ModelConfig
 from grpo_jax.models.logprobs import token_logprobs
 from grpo_jax.plan import chips, hlo_text
-from grpo_jax.plan.compiled_programs import Program
-from grpo_jax.plan.flops import flops
-from grpo_jax.plan.loop_trip_counts import Lengths, columns, of_sampler
-from grpo_jax.plan.plan_table import report, table
+from grpo_jax.plan.compiled_programs import CompiledProgram
+from grpo_jax.plan.flops import count_flops
+from grpo_jax.plan.loop_trip_counts import (
+    MeanLengths,
+    columns_per_turn,
+    sampler_trip_counts,
+)
+from grpo_jax.plan.plan_table import format_plan, summarize_plan
 from grpo_jax.training.packing import Sample, pack
 from grpo_jax.training.train_step import TrainState, make_grpo_step
 
@@ -49,9 +53,9 @@ def test_the_operations_of_an_update_by_hand():
     layer = 2 * 16 * (4 * 32 * 32 + 3 * 32 * 64) + 4 * 16 * 16 * 32
     unembed, down = 2 * 16 * 32 * 64, 2 * 16 * 32 * 64
     a_micro_batch = 4 * (3 * layer + unembed) - 3 * down
-    assert flops(traced.jaxpr, {"micro_batches": 5}) == 5 * a_micro_batch
+    assert count_flops(traced.jaxpr, {"micro_batches": 5}) == 5 * a_micro_batch
     with pytest.raises(KeyError, match="micro_batches"):
-        flops(traced.jaxpr)
+        count_flops(traced.jaxpr)
 
 
 def test_loops_branches_and_shards_count_as_often_as_they_run():
@@ -75,7 +79,7 @@ def test_loops_branches_and_shards_count_as_often_as_they_run():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     square = lambda x: x @ jnp.ones((8, 8))  # noqa: E731
     rows = jax.shard_map(square, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
-    count = lambda f, **trips: flops(jax.make_jaxpr(f)(x), trips)  # noqa: E731
+    count = lambda f, **trips: count_flops(jax.make_jaxpr(f)(x), trips)  # noqa: E731
     assert count(looped) == 3 * product
     assert count(endless, turns=7) == 7 * product
     assert count(branches) == count(seldom) == 2 * product
@@ -117,15 +121,15 @@ def test_collectives_of_a_compiled_program_in_its_loops():
         return jax.lax.psum_scatter(gathered * 2, "a", tiled=True)
 
     text = compiled(f, mesh, P("a"), out=P("a"))
-    sent = hlo_text.collectives(text, 8, {"turns": 7, "blocks": 0.25})
+    sent = hlo_text.collective_bytes(text, 8, {"turns": 7, "blocks": 0.25})
     assert sent["all-reduce"] == 5 * 2 * (1 / 2) * whole / 4
     assert sent["collective-permute"] == (7 + 0.25) * whole / 4
-    always = hlo_text.collectives(text, 8, {"turns": 7})
+    always = hlo_text.collective_bytes(text, 8, {"turns": 7})
     assert always["collective-permute"] == (7 + 1) * whole / 4
     assert sent["all-gather"] == 3 / 4 * whole
     assert sent["reduce-scatter"] == 3 / 4 * whole
     with pytest.raises(KeyError, match="turns"):
-        hlo_text.collectives(text, 8)
+        hlo_text.collective_bytes(text, 8)
 
 
 def test_groups_in_each_form_that_xla_writes():
@@ -187,7 +191,7 @@ dimensions={0}
 
 def test_a_tpus_loops_are_counted_from_their_conditions():
     """Its text has no trip counts: from 4 to 10 by 2 is three times."""
-    sent = hlo_text.collectives(TPU_TEXT, 32)
+    sent = hlo_text.collective_bytes(TPU_TEXT, 32)
     assert sent == {
         "collective-permute": 3 * 8 * 128 * 2,
         "all-gather": 15 / 16 * 128 * 128 * 2,
@@ -208,7 +212,7 @@ def test_the_output_matrix_and_its_gradient_travel_once():
     with jax.set_mesh(mesh):
         step = jax.jit(jax.grad(loss, argnums=(0, 1)))
         text = str(step.lower(hidden, unembed, targets).compile().as_text())
-    sent = sum(hlo_text.collectives(text, 8).values())
+    sent = sum(hlo_text.collective_bytes(text, 8).values())
     matrix = 64 * 128 * 4
     assert 7 / 8 * matrix < sent < 4 * matrix  # CPUs sum up by all-reduce
 
@@ -222,20 +226,24 @@ def test_turns_are_those_of_full_slots_and_then_of_the_longest_output():
     config = small_config(
         {"questions_per_step": 16, "group_size": 64, "max_new_tokens": 1024}
     )
-    lengths = Lengths.assumed(config, None, 256)
-    whole = of_sampler(config, shape_of(16, 100, 64, groups=8, slots=1024), 8, lengths)
+    lengths = MeanLengths.for_config(config, None, 256)
+    whole = sampler_trip_counts(
+        config, shape_of(16, 100, 64, groups=8, slots=1024), 8, lengths
+    )
     assert whole["turns"] == 256 and whole["last_turns"] == (1024 - 256) / 2
     assert whole["blocks"] == 1 / 2
-    assert columns(1024, queue=False) == (7 / 2 + 1) * 128
-    queued = of_sampler(config, shape_of(16, 100, 64, groups=8, slots=256), 8, lengths)
+    assert columns_per_turn(1024, queue=False) == (7 / 2 + 1) * 128
+    queued = sampler_trip_counts(
+        config, shape_of(16, 100, 64, groups=8, slots=256), 8, lengths
+    )
     assert queued["turns"] == 4 * 256 and queued["blocks"] == 1
-    assert columns(1024, queue=True) == (8 + 1) * 128
+    assert columns_per_turn(1024, queue=True) == (8 + 1) * 128
 
 
 # What is shown
 
 
-def program(**changes) -> Program:
+def program(**changes) -> CompiledProgram:
     values = dict(
         name="update",
         runs=2,
@@ -247,7 +255,7 @@ def program(**changes) -> Program:
         memory_traffic_bytes=0.25 * 819e9,
         trips={},
     )
-    return Program(**(values | changes))  # type: ignore
+    return CompiledProgram(**(values | changes))  # type: ignore
 
 
 @pytest.fixture
@@ -258,19 +266,21 @@ def config():
 
 
 TOPOLOGY = chips.Topology("v5e:2x2", chips.CHIPS["v5e"], [None] * 4)
-ASSUMED = Lengths(16, 64)
+ASSUMED = MeanLengths(16, 64)
 
 
 def test_times_and_costs_by_hand(config):
     """4 chips at their peak need 1 s, links half of one; it runs twice a step."""
-    found = report(config, TOPOLOGY, [program()], ASSUMED, price=1.8)
+    found = summarize_plan(config, TOPOLOGY, [program()], ASSUMED, price=1.8)
     (row,) = found["programs"]
     assert row["seconds"] == 1.0 and row["bound_by"] == "arithmetic"
     assert row["total_bytes"] == 9 * 2**30 and row["fits"] and found["fits"]
     assert found["step_seconds"] == 2.0
     assert found["step_dollars"] == pytest.approx(2 / 3600 * 4 * 1.8)
     assert found["run_dollars"] == pytest.approx(10 * found["step_dollars"])
-    slow = report(config, TOPOLOGY, [program(collective_bytes=3 * 200e9)], ASSUMED)
+    slow = summarize_plan(
+        config, TOPOLOGY, [program(collective_bytes=3 * 200e9)], ASSUMED
+    )
     assert slow["programs"][0]["bound_by"] == "links"
     assert slow["step_seconds"] == 6.0
 
@@ -280,10 +290,12 @@ def test_what_does_not_fit_is_said(config):
     refused = program(
         name="rollout", peak_memory_bytes=float("nan"), message="needs 20G of hbm"
     )
-    found = report(config, TOPOLOGY, [large, refused], ASSUMED, smallest="v5e:2x4")
+    found = summarize_plan(
+        config, TOPOLOGY, [large, refused], ASSUMED, smallest="v5e:2x4"
+    )
     assert not found["fits"] and [p["fits"] for p in found["programs"]] == [False] * 2
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    text = table(found)
+    text = format_plan(found)
     assert "does not fit on v5e:2x2, 4 chips of 16 GiB" in text
     assert "rollout × 2  too large" in text and "needs 20G of hbm" in text
     assert "106% !" in text and "the smallest that it fits on: v5e:2x4" in text
@@ -299,13 +311,13 @@ def test_what_does_not_fit_is_said(config):
 )
 def test_a_wrong_topology_is_refused(name, message):
     with pytest.raises(GrpoError, match=message):
-        chips.topology(name)
+        chips.get_topology(name)
 
 
 def test_without_libtpu_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(GrpoError, match=r"pip install 'jax\[tpu\]'") as error:
-        chips.topology("v5p:4x4x4")
+        chips.get_topology("v5p:4x4x4")
     assert "\n" not in str(error.value)
 
 
@@ -366,12 +378,14 @@ def test_the_seven_billion_parameters_by_hand():
     """83 GB of float32 weights and moments; 7b.py spreads them evenly over 64 chips."""
     import runpy
 
-    from grpo_jax.plan.compiled_programs import local_bytes, prepare
+    from grpo_jax.plan.compiled_programs import bytes_per_device, plan_programs
 
     config = runpy.run_path(str(ROOT / "configs/7b.py"))["get_config"]()
     devices = jax.devices() * 8  # shapes alone: each may stand for eight
     topology = chips.Topology("64", None, np.array(devices, object).tolist())
-    _, resident = prepare(config, topology, Lengths(128, 512))
+    _, resident = plan_programs(config, topology, MeanLengths(128, 512))
     weights = 30 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 102400 * 4096
     # float32 weights and two moments, and the reference in bfloat16
-    assert local_bytes(resident) == pytest.approx((3 * 4 + 2) * weights / 64, rel=0.01)
+    assert bytes_per_device(resident) == pytest.approx(
+        (3 * 4 + 2) * weights / 64, rel=0.01
+    )

@@ -21,7 +21,7 @@ from grpo_jax.distributed import sharding
 from grpo_jax.models.decoder import Decoder, ModelConfig
 from grpo_jax.models.kernels import cpu, products
 from grpo_jax.models.logprobs import token_logprobs
-from grpo_jax.plan.flops import flops
+from grpo_jax.plan.flops import count_flops
 
 HERE = pathlib.Path(__file__).parent
 PLAIN = "GRPO_JAX_PLAIN_TILES"  # set where they are
@@ -225,14 +225,14 @@ def test_small_matrices_bfloat16_and_several_devices_are_xlas(tiles):
 
 def test_the_plan_counts_what_they_multiply(tiles):
     a, b = jnp.ones((128, 130)), jnp.ones((150, 130))
-    assert flops(jax.make_jaxpr(products.linear)(a, b)) == 2 * 128 * 150 * 130
+    assert count_flops(jax.make_jaxpr(products.linear)(a, b)) == 2 * 128 * 150 * 130
     for along in (True, False):
         given = (a, b) if along else (a.T, b.T)
 
         def call(a, b, along=along):
             return products.product(a, b, a_along=along, b_along=along)
 
-        assert flops(jax.make_jaxpr(call)(*given)) == 2 * 128 * 150 * 130
+        assert count_flops(jax.make_jaxpr(call)(*given)) == 2 * 128 * 150 * 130
 
 
 def test_gradients_are_products(tiles):
@@ -256,7 +256,7 @@ def test_what_is_frozen_costs_no_product(tiles):
 
         both = {"x": x, "weight": weight}
         grad = jax.make_jaxpr(jax.grad(loss))({k: both[k] for k in moving})
-        return flops(grad) / (2 * 128 * 128 * 160)
+        return count_flops(grad) / (2 * 128 * 128 * 160)
 
     assert counted(["x", "weight"]) == 3
     assert counted(["x"]) == counted(["weight"]) == 2

@@ -12,7 +12,7 @@ from test_attention import mesh_of
 from grpo_jax.generation.sampler import generate_tokens, spread_tokens
 from grpo_jax.models.decoder import Decoder, ModelConfig
 from grpo_jax.plan import chips
-from grpo_jax.plan.compiled_programs import compile_all
+from grpo_jax.plan.compiled_programs import compile_programs
 from grpo_jax.plan.loop_trip_counts import Lengths
 
 CONFIG = ModelConfig(
@@ -73,7 +73,7 @@ def compile_programs(slice_name: str, settings: dict[str, Any], *names: str) -> 
     lengths = {"data.max_prompt_tokens": 128, "optimizer.row_length": 256}
     config = small_config({**sizes, **lengths, "optimizer.micro_rows": 1, **settings})
     topology = chips.topology(slice_name)
-    found = compile_all(
+    found = compile_programs(
         config, topology, Lengths.assumed(config, None, None), only=names
     )
     assert {program.name for program in found} == set(names)

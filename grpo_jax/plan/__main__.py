@@ -1,7 +1,7 @@
 """python -m grpo_jax.plan --config configs/7b.py --topology v5p:4x4x4
 
-Compiles what a step of the config runs, for a pod that need not be there, and prints
-what it needs. `--topology here` takes the devices of this machine.
+Compiles the programs of the config's step for a pod that need not exist, and prints
+what they need. `--topology here` takes the devices of this machine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import os
 import sys
 
-# Before jax is imported: it would look for a TPU of this machine, or for a cloud's.
+# Set before jax is imported, which would look for a TPU here or for a cloud's server.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
@@ -32,40 +32,48 @@ _SMALLEST = flags.DEFINE_bool(
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command; a mistake ends it with one line."""
     try:
-        print(plan(sys.argv if argv is None else argv))
+        print(make_plan(sys.argv if argv is None else argv))
     except GrpoError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nstopped")
 
 
-def plan(argv: list[str]) -> str:
+def make_plan(argv: list[str]) -> str:
+    """The plan that the flags ask for, as a table or as JSON."""
     config = train.parse(argv)
     if not _TOPOLOGY.value:
         raise GrpoError("--topology: name a pod, as v5p:4x4x4, or here")
     for flag in (_OUTPUT, _PROMPT, _PRICE):
         if flag.value is not None and not math.isfinite(flag.value):
             raise GrpoError(f"--{flag.name}: {flag.value}; a finite number is needed")
-    from grpo_jax.plan import chips, plan_table, smallest_slice
-    from grpo_jax.plan.compiled_programs import compile_all
-    from grpo_jax.plan.loop_trip_counts import Lengths
+    from grpo_jax.plan.chips import get_topology
+    from grpo_jax.plan.compiled_programs import compile_programs
+    from grpo_jax.plan.loop_trip_counts import MeanLengths
+    from grpo_jax.plan.plan_table import format_plan, summarize_plan
+    from grpo_jax.plan.smallest_slice import find_smallest_slice
 
-    topology = chips.topology(_TOPOLOGY.value)
-    lengths = Lengths.assumed(config, _PROMPT.value, _OUTPUT.value)
-    programs = compile_all(config, topology, lengths, only=_ONLY.value, say=say)
+    topology = get_topology(_TOPOLOGY.value)
+    lengths = MeanLengths.for_config(config, _PROMPT.value, _OUTPUT.value)
+    programs = compile_programs(
+        config, topology, lengths, only=_ONLY.value, progress=print_progress
+    )
     smallest = None
     if _SMALLEST.value and topology.chip and not _ONLY.value:
-        smallest = smallest_slice.smallest(config, topology, programs, lengths, say=say)
-    found = plan_table.report(
+        smallest = find_smallest_slice(
+            config, topology, programs, lengths, progress=print_progress
+        )
+    summary = summarize_plan(
         config, topology, programs, lengths, price=_PRICE.value, smallest=smallest
     )
-    return json.dumps(found, indent=2) if _JSON.value else plan_table.table(found)
+    return json.dumps(summary, indent=2) if _JSON.value else format_plan(summary)
 
 
-def say(what: str) -> None:
-    """Progress, beside the result."""
-    print(f"compiling {what} …", file=sys.stderr, flush=True)
+def print_progress(name: str) -> None:
+    """Prints to stderr what is being compiled; stdout has the plan alone."""
+    print(f"compiling {name} …", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

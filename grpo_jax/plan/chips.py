@@ -1,8 +1,7 @@
-"""What the makers publish of their chips, and the devices of a topology.
+"""Published figures of TPU chips, and the devices of a topology that need not exist.
 
-In: a name such as v5p:4x4x4, or `here`. Out: its devices, which need not be there, and
-the chip's figures. Peaks are the published ones for bfloat16; prices are Google's list
-prices on demand in US regions, 2025, and only good for comparing: --price sets another.
+Peaks are those for bfloat16. Prices are Google's list prices on demand in US regions,
+2025; they are good for comparisons only, and --price sets another.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -28,12 +26,14 @@ INSTALL = (
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
+    """A chip's published figures."""
+
     name: str
-    memory: float  # bytes
-    flops: float  # bfloat16, a second
-    bandwidth: float  # bytes of its memory a second
-    links: float  # bytes a second that it can send, to all neighbours together
-    price: float  # dollars an hour
+    memory_bytes: float
+    flops_per_second: float  # in bfloat16
+    memory_bandwidth: float  # bytes a second
+    link_bandwidth: float  # bytes a second that it sends to all neighbours together
+    dollars_per_hour: float
 
 
 CHIPS = {
@@ -44,7 +44,7 @@ CHIPS = {
         Chip("v6e", 32 * 2**30, 918e12, 1640e9, 400e9, 2.70),
     )
 }
-# Tried one after the other for the smallest that a config fits on.
+# Of each chip the slices that `smallest_slice` tries, from small to large.
 SLICES = {
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
@@ -54,18 +54,23 @@ SLICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
+    """Devices that programs are compiled for."""
+
     name: str
-    chip: Chip | None  # None: devices of this machine, of which nothing is published
+    chip: Chip | None  # None for the devices of this machine
     devices: Sequence[Any]
 
 
-def topology(name: str) -> Topology:
-    """The devices of v5p:4x4x4 and the like, or of this machine (`here`).
+def get_topology(name: str) -> Topology:
+    """The devices of a topology.
+
+    Args:
+      name: chip and shape, as v5p:4x4x4, or `here` for the devices of this machine.
 
     Raises:
-      GrpoError: no such chip or shape, or no compiler for it.
+      GrpoError: there is no such chip or shape, or libtpu is not installed.
 
-    >>> topology("v5p:4x4")
+    >>> get_topology("v5p:4x4")
     Traceback (most recent call last):
     ...
     grpo_jax.errors.GrpoError: --topology: v5p:4x4: v5p has three sizes, as v5p:2x2x1
@@ -85,10 +90,10 @@ def topology(name: str) -> Topology:
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or it looks for a cloud's server
-    # It takes no TPU, so that nobody has to wait for another to be done with one.
+    # It uses no TPU, so it need not wait for another process that does.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        with quiet():
+        with silence_stderr():
             found = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:
         reason = str(error).splitlines()[0]
@@ -96,17 +101,9 @@ def topology(name: str) -> Topology:
     return Topology(name, CHIPS[kind], found.devices)
 
 
-def count(shape: str) -> int:
-    """
-    >>> count("4x4x8")
-    128
-    """
-    return math.prod(map(int, shape.split("x")))
-
-
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without what libraries write past Python on the standard error."""
+def silence_stderr() -> Iterator[None]:
+    """Drops what libraries write to the standard error past Python."""
     saved, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nothing, 2)

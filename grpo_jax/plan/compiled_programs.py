@@ -1,9 +1,8 @@
-"""The programs of a config, compiled for devices that may not be there.
+"""Compiles the programs of a config's step for devices that need not exist.
 
-In: a checked config and a `Topology`. Out: for each program that a step runs its peak
-memory on a device, its operations, what it sends to other devices, and the least time
-that the chip's peaks allow. They are the functions that `rl.py` and `sft.py` run, on
-shapes in the place of arrays.
+They are the functions that `training/rl.py` and `training/sft.py` run, traced on shapes
+instead of arrays. Of each one the result states the peak memory on a device, the
+operations, the bytes sent to other devices, and the least time by the chip's peaks.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.plan import hlo_text, loop_trip_counts
 from grpo_jax.plan.chips import Chip, Topology
-from grpo_jax.plan.flops import flops
-from grpo_jax.plan.loop_trip_counts import Lengths
+from grpo_jax.plan.flops import count_flops
+from grpo_jax.plan.loop_trip_counts import MeanLengths
 from grpo_jax.training import setup, sft
 from grpo_jax.training.compiled_steps import Layout, make_programs
 from grpo_jax.training.optimizers import stage_optimizer
@@ -37,80 +36,98 @@ from grpo_jax.training.run import policy
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled program; bytes are those of one device, `flops` of all together."""
+class CompiledProgram:
+    """A program's figures: bytes of one device, `flops` of all devices together."""
 
     name: str
     runs: int  # in a step
-    peak_memory_bytes: float  # arguments included; NaN: the compiler ran out of memory
-    held_bytes: float  # of the run's arrays that are not its arguments
+    peak_memory_bytes: float  # with its arguments; NaN if it did not compile
+    held_bytes: float  # of the run's other arrays
     flops: float
     collective_bytes: float  # sent
     collectives: dict[str, float]  # the same by kind
-    memory_traffic_bytes: float  # at least: parameters, state and caches
-    trips: dict[str, float]  # how often its loops were assumed to run
-    message: str = ""  # the compiler's, where it gave up
+    memory_traffic_bytes: float  # at least: of parameters, state and caches
+    trips: dict[str, float]  # scope → assumed trip count
+    message: str = ""  # the compiler's, if it ran out of memory
 
     @property
     def total_bytes(self) -> float:
+        """What a device holds while the program runs."""
         return self.peak_memory_bytes + self.held_bytes
 
     def seconds(self, chip: Chip, devices: int) -> float:
-        """One run at the least: the slowest of three, as if it hid the other two."""
-        return max(self.parts(chip, devices).values())
+        """The least time of one run: its slowest part, which hides the other two."""
+        return max(self.part_seconds(chip, devices).values())
 
     def bound_by(self, chip: Chip, devices: int) -> str:
-        parts = self.parts(chip, devices)
+        """The slowest part."""
+        parts = self.part_seconds(chip, devices)
         return max(parts, key=lambda name: parts[name])
 
-    def parts(self, chip: Chip, devices: int) -> dict[str, float]:
+    def part_seconds(self, chip: Chip, devices: int) -> dict[str, float]:
+        """The least time of arithmetic, memory and links, each on its own."""
         return {
-            "arithmetic": self.flops / devices / chip.flops,
-            "memory": self.memory_traffic_bytes / chip.bandwidth,
-            "links": self.collective_bytes / chip.links,
+            "arithmetic": self.flops / devices / chip.flops_per_second,
+            "memory": self.memory_traffic_bytes / chip.memory_bandwidth,
+            "links": self.collective_bytes / chip.link_bandwidth,
         }
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """A program before it is compiled."""
+class PlannedProgram:
+    """A program that is not compiled yet."""
 
     name: str
     trace: Callable[[], Any]
     mesh: jax.sharding.Mesh  # in use while it runs
-    arguments: Any  # parameters or state that go in
+    arguments: Any  # its parameters or state
     trips: dict[str, float] = dataclasses.field(default_factory=dict)
-    traffic: float = 0.0  # bytes that pass the memory at least
+    memory_traffic_bytes: float = (
+        0.0  # bytes of memory that it reads and writes, at least
+    )
     runs: int = 1
-    own: bool = False  # the arguments are its own, not what the run keeps
+    owns_arguments: bool = (
+        False  # the arguments are not among the arrays that the run keeps
+    )
 
 
-Asks = tuple[list[Asked], Any]  # programs, and all arrays that a step keeps
-
-
-def compile_all(
+def compile_programs(
     config: Config,
     topology: Topology,
-    lengths: Lengths,
+    lengths: MeanLengths,
     *,
     only: Sequence[str] = (),
-    say: Callable[[str], None] = lambda name: None,
-) -> list[Program]:
-    """Every program of a step, or those named in `only`."""
-    asked, resident = prepare(config, topology, lengths)
+    progress: Callable[[str], None] = lambda name: None,
+) -> list[CompiledProgram]:
+    """Compiles the programs of a step.
+
+    Args:
+      config: the run's, checked.
+      topology: the devices to compile for.
+      lengths: what is assumed of prompts and outputs.
+      only: names of the programs to compile; all if it is empty.
+      progress: is called with the name of each program before it compiles.
+
+    Raises:
+      GrpoError: `only` names no program of the step.
+    """
+    planned, resident = plan_programs(config, topology, lengths)
     found = []
-    for one in asked:
+    for one in planned:
         if only and one.name not in only:
             continue
-        say(one.name)
-        found.append(compile_one(one, resident, len(topology.devices)))
+        progress(one.name)
+        found.append(compile_program(one, resident, len(topology.devices)))
     if not found:
-        names = ", ".join(one.name for one in asked)
+        names = ", ".join(one.name for one in planned)
         raise GrpoError(f"--only: {', '.join(only)}: the programs are {names}")
     return found
 
 
-def prepare(config: Config, topology: Topology, lengths: Lengths) -> Asks:
+def plan_programs(
+    config: Config, topology: Topology, lengths: MeanLengths
+) -> tuple[list[PlannedProgram], Any]:
+    """The programs of a step, and the shapes of all arrays that the step keeps."""
     mesh = sharding.make_mesh(
         config.mesh.data,
         config.mesh.fsdp,
@@ -118,91 +135,105 @@ def prepare(config: Config, topology: Topology, lengths: Lengths) -> Asks:
         devices=topology.devices,
     )
     stage = "sft" if config.method == "sft" else "rl"
-    model = decoder(config)
+    model = make_config_decoder(config)
     optimizer, _ = stage_optimizer(stage, config)
     state = setup.abstract_state(config, model, mesh, stage, optimizer)
-    ask = sft_programs if stage == "sft" else rl_programs
-    return ask(config, model, mesh, state, optimizer, lengths)
+    plan = plan_sft if stage == "sft" else plan_rl
+    return plan(config, model, mesh, state, optimizer, lengths)
 
 
-def decoder(config: Config) -> Decoder:
-    """Of the sizes that the config states, else of the model that it names."""
+def make_config_decoder(config: Config) -> Decoder:
+    """The decoder of the sizes in the config, or else of the model that it names."""
     if not config.model.path or not config.model.vocab_size:
         return setup.make_model(config)[0]
     declared = setup.declared_config(config, config.model.vocab_size)
     return setup.make_decoder(config, declared)
 
 
-def rl_programs(
+def plan_rl(
     config: Config,
     model: Decoder,
     mesh: jax.sharding.Mesh,
     state: Any,
     optimizer: Any,
-    lengths: Lengths,
-) -> Asks:
+    lengths: MeanLengths,
+) -> tuple[list[PlannedProgram], Any]:
+    """The programs of an RL step, and the arrays that the step keeps."""
     own, method = config.own(), METHODS[config.method]
     critic = method.coefficient == "critic"
     shardings = sharding.shardings(state, mesh)
     programs = make_programs(config, model, optimizer, shardings)
     layout = Layout(config, mesh)
-    passes = loop_trip_counts.of_pass(layout, config, lengths)
-    weights = local_bytes(compute_params(model, state.params, mesh))
-    whole = weights * mesh.shape["fsdp"]  # what a pass reads: gathered over fsdp
+    passes = loop_trip_counts.pass_trip_counts(layout, config, lengths)
+    weights = bytes_per_device(_compute_shapes(model, state.params, mesh))
+    gathered_bytes = (
+        weights * mesh.shape["fsdp"]
+    )  # a pass reads them gathered over fsdp
     batches = passes["micro_batches"]
-    reference = reference_of(config, model, state, mesh)
-    scored = abstract_batch(layout, Sample(tokens=[0, 0], mask=[0, 1], logps=[0.0] * 2))
-    learnt = abstract_batch(layout, blank(config))
-    extra = jax.ShapeDtypeStruct(
-        learnt.tokens.shape, jnp.float32, sharding=learnt.tokens.sharding
+    reference = _reference_shapes(config, model, state, mesh)
+    scored_batch = _packed_shapes(
+        layout, Sample(tokens=[0, 0], mask=[0, 1], logps=[0.0] * 2)
+    )
+    update_batch = _packed_shapes(layout, _shortest_sample(config))
+    per_token = jax.ShapeDtypeStruct(
+        update_batch.tokens.shape, jnp.float32, sharding=update_batch.tokens.sharding
     )
     in_loss = own.get("kl_coef") if method.kl == "loss" else 0.0
     updates = own.get("updates_per_rollout", 1)
-    learnt = dataclasses.replace(
-        learnt,
-        ref_logps=extra if in_loss else None,
-        old_logps=extra if updates > 1 else None,
+    update_batch = dataclasses.replace(
+        update_batch,
+        ref_logps=per_token if in_loss else None,
+        old_logps=per_token if updates > 1 else None,
     )
     sampler = reference if method.source == "instruct" else state.params
-    asked = sampler_of(config, model, mesh, policy(sampler), lengths)
+    planned = plan_rollout(config, model, mesh, policy(sampler), lengths)
 
-    def a_pass(name, program, params, fetched=False):
-        trace = functools.partial(program.trace, params, scored)
-        traffic = 2 * batches * whole
-        asked.append(
-            Asked(name, trace, mesh, params, passes, traffic=traffic, own=fetched)
+    def plan_pass(name, program, params, fetched=False):
+        trace = functools.partial(program.trace, params, scored_batch)
+        traffic_bytes = 2 * batches * gathered_bytes
+        planned.append(
+            PlannedProgram(
+                name,
+                trace,
+                mesh,
+                params,
+                passes,
+                memory_traffic_bytes=traffic_bytes,
+                owns_arguments=fetched,
+            )
         )
 
     on_host = config.model.reference_memory == "host"
     if own.get("kl_coef"):
-        frozen = lora.base(state.params) if reference is None else reference
-        a_pass("reference", programs.score, frozen, fetched=on_host)
+        reference_params = lora.base(state.params) if reference is None else reference
+        plan_pass("reference", programs.score, reference_params, fetched=on_host)
     if updates > 1:
-        a_pass("old policy", programs.score, state.params)
+        plan_pass("old policy", programs.score, state.params)
     if critic:
-        a_pass("values", programs.value, state.params["value"])
-    asked.append(
-        Asked(
+        plan_pass("values", programs.value, state.params["value"])
+    planned.append(
+        PlannedProgram(
             "update",
-            lambda: programs.update.trace(state, None, learnt),
+            lambda: programs.update.trace(state, None, update_batch),
             mesh,
             state,
             passes,
-            traffic=6 * batches * whole + 2 * local_bytes(state),
+            memory_traffic_bytes=6 * batches * gathered_bytes
+            + 2 * bytes_per_device(state),
             runs=updates,
         )
     )
-    return asked, (state, None if on_host else reference)
+    return planned, (state, None if on_host else reference)
 
 
-def sampler_of(
+def plan_rollout(
     config: Config,
     model: Decoder,
     mesh: jax.sharding.Mesh,
     params: Any,
-    lengths: Lengths,
-) -> list[Asked]:
-    """The rollout of a step, as `generate` compiles it."""
+    lengths: MeanLengths,
+) -> list[PlannedProgram]:
+    """The rollout of an RL step, and the transfer of the weights to its layout."""
     tensor = model.decode_tensor or mesh.shape["tensor"]
     layout = sharding.regroup(mesh, tensor) if mesh.size > 1 else None
     groups = sharding.rows_multiple(layout) if layout else 1
@@ -213,7 +244,7 @@ def sampler_of(
         groups=groups,
         slots=config.mesh.slots or None,
     )
-    sample = sampler.program(
+    rollout = sampler.program(
         shape,
         spread=layout is not None,
         max_new_tokens=config.max_new_tokens,
@@ -232,107 +263,124 @@ def sampler_of(
         for kind in (jnp.int32, jnp.bool)
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    often = loop_trip_counts.of_sampler(config, shape, groups, lengths)
+    trips = loop_trip_counts.sampler_trip_counts(config, shape, groups, lengths)
     c = model.config
-    position = 2 * c.layers * c.kv_heads * c.head_dim / tensor  # keys and values
-    position *= np.dtype(config.model.cache_dtype or model.dtype).itemsize
+    position_bytes = 2 * c.layers * c.kv_heads * c.head_dim / tensor  # keys and values
+    position_bytes *= np.dtype(config.model.cache_dtype or model.dtype).itemsize
     outputs = shape.prompts // groups * shape.samples
     slots = min(shape.slots, outputs)
-    columns = loop_trip_counts.columns(config.max_new_tokens, queue=slots < outputs)
+    columns = loop_trip_counts.columns_per_turn(
+        config.max_new_tokens, queue=slots < outputs
+    )
     # A prompt is read once for several of its rows.
     cached = slots * (columns + shape.width / kv_cache.TOGETHER)
-    asked = []
+    planned = []
     if layout and not reshard.is_laid_out(model, params, layout):
         relay = reshard.relay(model, params, layout)
         trace = functools.partial(relay.trace, params)
-        asked.append(Asked("weights to sample", trace, mesh, params))
-        params = compute_params(model, params, layout)
-    jitted: Any = sample.func
-    turns = often["turns"] + often["last_turns"]
-    asked.append(
-        Asked(
+        planned.append(PlannedProgram("weights to sample", trace, mesh, params))
+        params = _compute_shapes(model, params, layout)
+    jitted: Any = rollout.func
+    turns = trips["turns"] + trips["last_turns"]
+    planned.append(
+        PlannedProgram(
             "rollout",
             functools.partial(
-                jitted.trace, model, params, tokens, mask, key=key, **sample.keywords
+                jitted.trace, model, params, tokens, mask, key=key, **rollout.keywords
             ),
             layout or mesh,
             params,
-            often,
-            traffic=turns * (local_bytes(params) + cached * position),
-            own=bool(asked),
+            trips,
+            memory_traffic_bytes=turns
+            * (bytes_per_device(params) + cached * position_bytes),
+            owns_arguments=bool(planned),
         )
     )
-    return asked
+    return planned
 
 
-def sft_programs(
+def plan_sft(
     config: Config,
     model: Decoder,
     mesh: jax.sharding.Mesh,
     state: Any,
     optimizer: Any,
-    lengths: Lengths,
-) -> Asks:
+    lengths: MeanLengths,
+) -> tuple[list[PlannedProgram], Any]:
+    """The update of an SFT step, and the state that the step keeps."""
     update = sft.make_update(config, model, optimizer, sharding.shardings(state, mesh))
     sample = Sample(tokens=[0, 0], mask=[0, 1])
-    batch = abstract(sft.lay_out(config, mesh, [sample]), mesh)
+    batch = _batch_shapes(sft.lay_out(config, mesh, [sample]), mesh)
     capacity = batch.tokens.shape[0]
-    whole = local_bytes(compute_params(model, state.params, mesh)) * mesh.shape["fsdp"]
-    asked = Asked(
+    gathered_bytes = (
+        bytes_per_device(_compute_shapes(model, state.params, mesh))
+        * mesh.shape["fsdp"]
+    )
+    planned = PlannedProgram(
         "update",
         lambda: update.trace(state, None, batch),
         mesh,
         state,
         {
             "micro_batches": capacity,
-            "pairs": loop_trip_counts.pairs(
+            "pairs": loop_trip_counts.block_pairs(
                 config.sft.micro_rows, config.sft.row_length
             ),
         },
-        traffic=6 * capacity * whole + 2 * local_bytes(state),
+        memory_traffic_bytes=6 * capacity * gathered_bytes
+        + 2 * bytes_per_device(state),
     )
-    return [asked], state
+    return [planned], state
 
 
-def compile_one(asked: Asked, resident: Any, devices: int) -> Program:
-    with jax.set_mesh(asked.mesh):
-        traced = asked.trace()
+def compile_program(
+    planned: PlannedProgram, resident: Any, devices: int
+) -> CompiledProgram:
+    """Compiles one program.
+
+    Args:
+      planned: the program.
+      resident: shapes, with shardings, of all arrays that the step keeps.
+      devices: how many devices run it.
+    """
+    with jax.set_mesh(planned.mesh):
+        traced = planned.trace()
         lowered = traced.lower()
-        kept = 0.0 if asked.own else local_bytes(asked.arguments)
-        held = local_bytes(resident) - kept
-        operations = flops(traced.jaxpr, asked.trips)
+        kept = 0.0 if planned.owns_arguments else bytes_per_device(planned.arguments)
+        held = bytes_per_device(resident) - kept
+        operations = count_flops(traced.jaxpr, planned.trips)
         peak, message, sent = math.nan, "", {}
         try:
             compiled = lowered.compile()
         except Exception as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            message = out_of_memory(str(error))
+            message = _memory_line(str(error))
         else:
             peak = float(compiled.memory_analysis().peak_memory_in_bytes)
-            sent = hlo_text.collectives(compiled.as_text(), devices, asked.trips)
-    return Program(
-        name=asked.name,
-        runs=asked.runs,
+            sent = hlo_text.collective_bytes(compiled.as_text(), devices, planned.trips)
+    return CompiledProgram(
+        name=planned.name,
+        runs=planned.runs,
         peak_memory_bytes=peak,
         held_bytes=held,
         flops=operations,
         collective_bytes=sum(sent.values()),
         collectives=sent,
-        memory_traffic_bytes=asked.traffic,
-        trips=asked.trips,
+        memory_traffic_bytes=planned.memory_traffic_bytes,
+        trips=planned.trips,
         message=message,
     )
 
 
-def out_of_memory(message: str) -> str:
-    """The compiler's line on what it needed."""
+def _memory_line(message: str) -> str:
+    """The line of the compiler's message that says how much memory it needed."""
     lines = [line.strip() for line in message.splitlines()]
     return next((x for x in lines if "hbm" in x.lower()), lines[0])[:200]
 
 
-def blank(config: Config) -> Sample:
-    """A sample with all that the method's credit gives one."""
+def _shortest_sample(config: Config) -> Sample:
+    """A sample of two tokens, with the fields that the method's credit fills in."""
     two = [0.0, 0.0]
     fields: Mapping[str, Any] = {
         "indicator": {"advantages": 0.0},
@@ -342,40 +390,40 @@ def blank(config: Config) -> Sample:
     return Sample(tokens=[0, 0], mask=[0, 1], prompt=1, **fields)
 
 
-def abstract_batch(layout: Layout, sample: Sample) -> Batch:
+def _packed_shapes(layout: Layout, sample: Sample) -> Batch:
     samples = [sample] * layout.together
-    return abstract(layout.pack(samples), layout.mesh)
+    return _batch_shapes(layout.pack(samples), layout.mesh)
 
 
-def abstract(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+def _batch_shapes(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
     rows = sharding.batch_sharding(mesh, leading=1)
     whole = jax.sharding.NamedSharding(mesh, sharding.P())
 
-    def of(x):
+    def abstract_array(x):
         place = rows if np.ndim(x) == 3 else whole
         return jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=place)
 
-    return jax.tree.map(of, batch)
+    return jax.tree.map(abstract_array, batch)
 
 
-def reference_of(config: Config, model: Decoder, state: Any, mesh) -> Any:
-    """π_ref as the run holds it; None: the base of the state's own parameters."""
+def _reference_shapes(config: Config, model: Decoder, state: Any, mesh) -> Any:
+    """Shapes of π_ref as the run holds it; None if it is the base of a LoRA policy."""
     if model.lora.rank and METHODS[config.method].source == "policy":
         return None
-    return compute_params(model, policy(state.params), mesh)
+    return _compute_shapes(model, policy(state.params), mesh)
 
 
-def compute_params(model: Decoder, params: Any, mesh) -> Any:
-    """The parameters in the dtype of the computation."""
+def _compute_shapes(model: Decoder, params: Any, mesh) -> Any:
+    """The shapes of the parameters in the dtype of the computation."""
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), params)
     return sharding.abstract(like, mesh)
 
 
-def local_bytes(tree: Any) -> float:
-    """What a device holds of a tree of shapes with shardings."""
+def bytes_per_device(tree: Any) -> float:
+    """Bytes of a tree of shapes, with shardings, that one device holds."""
 
-    def of(x) -> float:
+    def local_bytes(x) -> float:
         shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
         return math.prod(shape) * np.dtype(x.dtype).itemsize
 
-    return float(sum(map(of, jax.tree.leaves(tree))))
+    return float(sum(map(local_bytes, jax.tree.leaves(tree))))

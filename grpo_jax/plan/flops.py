@@ -1,10 +1,8 @@
-"""How many floating-point operations a program does, counted from its shapes.
+"""Counts the floating-point operations of a program from the shapes in its jaxpr.
 
-In: a traced program (a jaxpr). Out: the operations of its matrix products, on all
-devices together: 2 for each multiplication with its addition. What is recomputed for
-gradients counts, as it is in the program; elementwise work does not.
-
-XLA's own count takes the body of a loop once; here it counts as often as it runs.
+A multiplication with its addition counts as 2. Matrix products count, on all devices
+together, and so does what is recomputed for gradients; elementwise work does not. XLA's
+own count takes the body of a loop once. Here it counts as often as the loop runs.
 """
 
 from __future__ import annotations
@@ -13,50 +11,52 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from grpo_jax.plan.loop_trip_counts import named, share
+from grpo_jax.plan.loop_trip_counts import conditional_share, loop_trip_count
 
 
-def flops(jaxpr: Any, trips: Mapping[str, float] | None = None) -> float:
-    """The operations of a jaxpr.
+def count_flops(jaxpr: Any, trips: Mapping[str, float] | None = None) -> float:
+    """The operations of one run of a program.
+
+    A conditional counts as its most expensive branch, times its share in `trips` if it
+    has one. A kernel counts as if it skipped nothing.
 
     Args:
-      jaxpr: of `jax.jit(f).trace(…).jaxpr` or `jax.make_jaxpr(f)(…)`.
-      trips: how often loops run whose length is a value, by the name of their scope
-        (`jax.named_scope`). A conditional counts as its dearest branch, or the share of
-        it that `trips` names; a kernel as if it skipped nothing.
+      jaxpr: `jax.jit(f).trace(…).jaxpr` or `jax.make_jaxpr(f)(…)`.
+      trips: scope (`jax.named_scope`) → trip count, of the loops whose length is a
+        value.
 
     Raises:
-      KeyError: such a loop that `trips` does not name.
+      KeyError: `trips` lacks such a loop.
 
     >>> import jax, jax.numpy as jnp
     >>> def f(x):
     ...     return jax.lax.scan(lambda x, _: (x @ x, None), x, length=5)[0]
-    >>> flops(jax.make_jaxpr(f)(jnp.ones((8, 8)))) == 5 * 2 * 8**3
+    >>> count_flops(jax.make_jaxpr(f)(jnp.ones((8, 8)))) == 5 * 2 * 8**3
     True
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        name, of = equation.primitive.name, equation.params
+        name, params = equation.primitive.name, equation.params
+        scope = str(equation.source_info.name_stack)
         if name == "dot_general":
-            total += product(equation)
+            total += product_flops(equation)
         elif name == "ffi_call":
             total += foreign(equation, trips)
         elif name == "while":
-            inner = flops(of["body_jaxpr"], trips) + flops(of["cond_jaxpr"], trips)
-            total += inner and inner * named(
-                str(equation.source_info.name_stack), trips
-            )
+            inner = count_flops(params["body_jaxpr"], trips)
+            inner += count_flops(params["cond_jaxpr"], trips)
+            total += inner and inner * loop_trip_count(scope, trips)
         elif name == "cond":
-            dearest = max(flops(branch, trips) for branch in of["branches"])
-            total += dearest * share(str(equation.source_info.name_stack), trips)
+            branches = [count_flops(branch, trips) for branch in params["branches"]]
+            total += max(branches) * conditional_share(scope, trips)
         else:
-            inner = sum(flops(x, trips) for x in jaxprs(of.values()))
-            total += inner * runs(name, of)
+            inner = sum(count_flops(x, trips) for x in nested_jaxprs(params.values()))
+            total += inner * inner_runs(name, params)
     return total
 
 
-def product(equation: Any) -> float:
-    """2 · the result's size · the contracted axes' sizes."""
+def product_flops(equation: Any) -> float:
+    """The operations of a matrix product: 2 · result size · contracted sizes."""
     (contracted, _), _ = equation.params["dimension_numbers"]
     shape = equation.invars[0].aval.shape
     out = equation.outvars[0].aval.shape
@@ -82,12 +82,12 @@ def foreign(equation: Any, trips: Mapping[str, float] | None) -> float:
         keys = math.prod(shapes[1][1:]) / heads / width  # of a block
         products = 2 if target == "GrpoBlocksForward" else 5
         a_pair = products * 2.0 * heads * queries * keys * width
-        return a_pair * named("pairs", trips)
+        return a_pair * loop_trip_count("pairs", trips)
     return 0.0
 
 
-def runs(name: str, parameters: Mapping[str, Any]) -> float:
-    """How often what is inside runs, all devices taken together."""
+def inner_runs(name: str, parameters: Mapping[str, Any]) -> float:
+    """How often the jaxprs inside an equation run, on all devices together."""
     if name == "scan":
         return parameters["length"]
     if name == "pallas_call":
@@ -98,9 +98,10 @@ def runs(name: str, parameters: Mapping[str, Any]) -> float:
     return 1.0
 
 
-def jaxprs(values: Any) -> Iterator[Any]:
+def nested_jaxprs(values: Any) -> Iterator[Any]:
+    """The jaxprs among the parameters of an equation."""
     for value in values:
         if hasattr(value, "eqns"):
             yield value
         elif isinstance(value, tuple | list):
-            yield from jaxprs(value)
+            yield from nested_jaxprs(value)

@@ -1,9 +1,9 @@
-"""What a compiled program says of itself: its loops and its collectives.
+"""Counts the bytes between devices from the text of a compiled program.
 
-In: the text of a compiled program (`compiled.as_text()`), one device's part of it.
-Out: bytes that a device sends to others, each collective counted as often as the loops
-around it run. Loops whose length is a value and no shape are named where they are
-written (`jax.named_scope`), and the caller says how often those run.
+The text (`compiled.as_text()`) is the program of one device, in XLA's HLO. Each
+collective counts as often as the loops around it run. The length of a loop is read from
+the text where it is a constant; otherwise the caller gives it, by the name of the
+loop's scope (`jax.named_scope`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-from grpo_jax.plan.loop_trip_counts import named, share
+from grpo_jax.plan.loop_trip_counts import conditional_share, loop_trip_count
 
 _BYTES = {"pred": 1, "c64": 8, "c128": 16}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -36,8 +36,10 @@ COLLECTIVES = (
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+    """One line of a computation."""
+
     name: str
-    shape: str  # as it is written, layout and all
+    shape: str  # as written, with its layout
     op: str
     operands: tuple[str, ...]
     text: str  # what follows the operands
@@ -45,33 +47,39 @@ class Instruction:
     literal: str = ""  # of a constant or a parameter
 
     def attribute(self, name: str) -> str:
+        """The value of `name=value`; "" if it is absent."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.text)
         return found.group(1) if found else ""
 
     @property
     def scope(self) -> str:
+        """The path of `jax.named_scope`s that it was traced in."""
         found = re.search(r'op_name="([^"]*)"', self.text)
         return found.group(1) if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
+    """A program: named computations, and the name of the one that is its entry."""
+
     computations: dict[str, list[Instruction]]
     entry: str
 
-    def find(self, computation: str, name: str) -> Instruction | None:
+    def find_instruction(self, computation: str, name: str) -> Instruction | None:
+        """The instruction of this name; None if there is none."""
         lines = self.computations.get(computation, ())
         return next((i for i in lines if i.name == name), None)
 
-    def root(self, computation: str) -> Instruction | None:
+    def root_instruction(self, computation: str) -> Instruction | None:
+        """The instruction whose value the computation returns."""
         lines = self.computations.get(computation, ())
         return next((i for i in lines if i.root), None)
 
 
-def parse(text: str) -> Module:
-    """The computations of a module, each a list of its instructions.
+def parse_module(text: str) -> Module:
+    """Reads the text of a program.
 
-    >>> module = parse('''
+    >>> module = parse_module('''
     ... ENTRY main (x: f32[8]) -> f32[8] {
     ...   %x = f32[8]{0} parameter(0)
     ...   ROOT %y = f32[8]{0} add(%x, %x)
@@ -87,22 +95,22 @@ def parse(text: str) -> Module:
             current = computations.setdefault(head.group(2), [])
             entry = head.group(2) if head.group(1) else entry
         elif current is not None and (found := _LINE.match(line)):
-            current.append(_instruction(*found.groups()))
+            current.append(_parse_instruction(*found.groups()))
     return Module(computations, entry)
 
 
-def _instruction(root: str | None, name: str, rest: str) -> Instruction:
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+def _parse_instruction(root: str | None, name: str, rest: str) -> Instruction:
+    end = _closing_bracket(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     op, _, _ = rest.partition("(")
-    close = _closing(rest, len(op))
+    close = _closing_bracket(rest, len(op))
     inside = rest[len(op) + 1 : close]
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
     return Instruction(name, shape, op, operands, rest[close:], bool(root), inside)
 
 
-def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes."""
+def _closing_bracket(text: str, start: int) -> int:
+    """The position of the bracket that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -111,10 +119,10 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
-def sizes(shape: str) -> list[int]:
-    """Bytes of each array of a written shape.
+def array_sizes(shape: str) -> list[int]:
+    """The size in bytes of each array of a written shape.
 
-    >>> sizes("(bf16[4,128]{1,0:T(8,128)(2,1)}, u32[])")
+    >>> array_sizes("(bf16[4,128]{1,0:T(8,128)(2,1)}, u32[])")
     [1024, 4]
     """
     found = []
@@ -130,22 +138,28 @@ def sizes(shape: str) -> list[int]:
     return found
 
 
-def repeats(module: Module, trips: Mapping[str, float]) -> dict[str, float]:
+def count_runs(module: Module, trips: Mapping[str, float]) -> dict[str, float]:
     """How often each computation runs in one run of the program.
 
-    trips: how often a loop's body runs, by the name of its scope. Each branch of a
-    conditional counts as taken, or as the share of it that `trips` names.
+    Every branch of a conditional counts as taken, or by its share in `trips`.
+
+    Args:
+      module: the program.
+      trips: scope → trip count, of the loops whose length is a value.
+
+    Returns:
+      computation → runs.
 
     Raises:
-      KeyError: a loop whose length is neither in the program nor in `trips`.
+      KeyError: the length of a loop is neither in the program nor in `trips`.
     """
     total: dict[str, float] = dict.fromkeys(module.computations, 0.0)
-    for name, times in _calls(module, module.entry, 1.0, trips):
+    for name, times in _called_computations(module, module.entry, 1.0, trips):
         total[name] += times
     return total
 
 
-def _calls(
+def _called_computations(
     module: Module, name: str, times: float, trips: Mapping[str, float]
 ) -> Iterator[tuple[str, float]]:
     yield name, times
@@ -153,74 +167,84 @@ def _calls(
         if i.op == "while":
             inner = times * loop_length(module, name, i, trips)
         elif i.op == "conditional":
-            inner = times * share(i.scope, trips)
+            inner = times * conditional_share(i.scope, trips)
         else:
             inner = times
         branches = _BRANCHES.findall(i.text)
-        named = [b.strip().lstrip("%") for x in branches for b in x.split(",")]
-        for called in [*_CALLS.findall(i.text), *named]:
+        taken = [b.strip().lstrip("%") for x in branches for b in x.split(",")]
+        for called in [*_CALLS.findall(i.text), *taken]:
             if called in module.computations:
-                yield from _calls(module, called, inner, trips)
+                yield from _called_computations(module, called, inner, trips)
 
 
 def loop_length(
     module: Module, computation: str, loop: Instruction, trips: Mapping[str, float]
 ) -> float:
+    """How often a loop runs: as XLA states it, as its condition says, or by its scope.
+
+    Raises:
+      KeyError: neither of the first two is there, and `trips` lacks its scope.
+    """
     known = re.search(r'known_trip_count[":{\s]+n[":\s]+(\d+)', loop.text)
     if known:
         return float(known.group(1))
-    counted = _counted(module, computation, loop)
+    counted = _length_of_range(module, computation, loop)
     if counted is not None:
         return counted
-    return named(loop.scope or loop.name, trips)
+    return loop_trip_count(loop.scope or loop.name, trips)
 
 
-def _counted(module: Module, computation: str, loop: Instruction) -> float | None:
-    """The length of `for i in range(start, stop, step)`, if these are constants."""
+def _length_of_range(
+    module: Module, computation: str, loop: Instruction
+) -> float | None:
+    """The length of `for i in range(start, stop, step)`; None if stop is no constant.
+
+    A start or a step that is not found counts as 0 or 1.
+    """
     condition, body = loop.attribute("condition"), loop.attribute("body")
-    test = module.root(condition)
+    test = module.root_instruction(condition)
     if test is None or test.op != "compare" or "direction=LT" not in test.text:
         return None
     index = stop = None
     for operand in test.operands:
-        where = module.find(condition, operand)
+        where = module.find_instruction(condition, operand)
         if where is not None and where.op == "constant":
             stop = int(where.literal)
         elif where is not None and where.op == "get-tuple-element":
             index = int(where.attribute("index"))
     if index is None or stop is None:
         return None
-    start = _constant(module, computation, loop.operands[0], index)
-    step = _step(module, body, index)
+    start = _start_of_range(module, computation, loop.operands[0], index)
+    step = _step_of_range(module, body, index)
     return float(max(0, -(-(stop - (start or 0)) // (step or 1))))
 
 
-def _constant(module: Module, computation: str, tuple_name: str, index: int):
-    made = module.find(computation, tuple_name)
+def _start_of_range(module: Module, computation: str, tuple_name: str, index: int):
+    made = module.find_instruction(computation, tuple_name)
     if made is None or made.op != "tuple":
         return None
-    value = module.find(computation, made.operands[index])
+    value = module.find_instruction(computation, made.operands[index])
     while value is not None and value.op in ("copy", "bitcast"):
-        value = module.find(computation, value.operands[0])
+        value = module.find_instruction(computation, value.operands[0])
     return int(value.literal) if value is not None and value.op == "constant" else None
 
 
-def _step(module: Module, body: str, index: int) -> int | None:
-    root = module.root(body)
+def _step_of_range(module: Module, body: str, index: int) -> int | None:
+    root = module.root_instruction(body)
     if root is None or root.op != "tuple":
         return None
-    value = module.find(body, root.operands[index])
+    value = module.find_instruction(body, root.operands[index])
     if value is None or value.op != "add":
         return None
     for operand in value.operands:
-        added = module.find(body, operand)
+        added = module.find_instruction(body, operand)
         if added is not None and added.op == "constant":
             return int(added.literal)
     return None
 
 
 def group_size(instruction: Instruction, devices: int) -> int:
-    """How many devices take part together.
+    """Returns how many devices take part in a collective together.
 
     XLA writes groups as a list of lists, as their shape (an iota), or in newer
     versions as axes of a mesh, `'a'`, or `'a':(1)2` for a part of one.
@@ -243,19 +267,27 @@ def group_size(instruction: Instruction, devices: int) -> int:
     return devices
 
 
-def collectives(
+def collective_bytes(
     text: str, devices: int, trips: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """Bytes that a device sends in one run of a program, by kind of collective.
+    """Bytes that a device sends in one run of a program.
 
-    Over n devices in a ring: an all-gather sends (n-1)/n of what comes out, a
-    reduce-scatter and an all-to-all (n-1)/n of what goes in, an all-reduce twice that.
+    Over n devices in a ring, an all-gather sends (n-1)/n of its result, a
+    reduce-scatter and an all-to-all (n-1)/n of their operand, an all-reduce twice that.
+
+    Args:
+      text: the compiled program (`compiled.as_text()`).
+      devices: how many devices run it.
+      trips: scope → trip count, of the loops whose length is a value.
+
+    Returns:
+      kind of collective → bytes.
 
     Raises:
-      KeyError: as `repeats`.
+      KeyError: the length of a loop is neither in the text nor in `trips`.
     """
-    module = parse(text)
-    times = repeats(module, trips or {})
+    module = parse_module(text)
+    times = count_runs(module, trips or {})
     sent: dict[str, float] = {}
     for name, instructions in module.computations.items():
         for i in instructions:
@@ -267,12 +299,13 @@ def collectives(
 
 
 def bytes_sent(instruction: Instruction, kind: str, n: int) -> float:
-    arrays = sizes(instruction.shape)
+    """Bytes that a device sends in one collective of this kind over n devices."""
+    arrays = array_sizes(instruction.shape)
     if instruction.op.endswith("-start") and kind in (
         "all-gather",
         "collective-permute",
     ):
-        out = max(arrays)  # beside what went in
+        out = max(arrays)  # the operand is among them
     else:
         out = sum(arrays)
     if kind in ("collective-permute", "collective-broadcast"):

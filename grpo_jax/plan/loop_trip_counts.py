@@ -1,11 +1,11 @@
-"""How long the outputs are assumed to be, and how often loops then run.
+"""How often the loops of a step run, for assumed lengths of prompts and outputs.
 
-In: a config's shapes and what is assumed of its prompts' and outputs' lengths. Out: a
-number for the scope (`jax.named_scope`) of each loop whose length is a value and no
-shape: `turns` and `last_turns` of the sampler, the `rounds` of prompts that a turn
-reads, the `micro_batches` of a pass, the `pairs` of blocks that
-attention without a kernel takes. What runs in some turns only has a share: the `blocks`
-of columns that a turn reads.
+XLA knows the length of a loop that comes from a shape. The others depend on values.
+They are identified by their scope (`jax.named_scope`), and this module gives each a
+trip count: the sampler's `turns` and `last_turns`, the `rounds` of prompts that a turn
+reads, the `micro_batches` of a pass, and the `pairs` of blocks that attention without a
+kernel visits. A conditional gets the share of runs that take it: the `blocks` of
+columns that a turn reads.
 """
 
 from __future__ import annotations
@@ -23,25 +23,37 @@ from grpo_jax.training.compiled_steps import Layout
 
 
 @dataclasses.dataclass(frozen=True)
-class Lengths:
-    prompt: float  # tokens of a question, on average
-    output: float  # tokens of an output, on average
+class MeanLengths:
+    """Assumed mean lengths, in tokens."""
+
+    prompt: float
+    output: float
 
     @classmethod
-    def assumed(
+    def for_config(
         cls, config: Config, prompt: float | None, output: float | None
-    ) -> Lengths:
-        """What is not given: an eighth of the longest question, half an output."""
+    ) -> MeanLengths:
+        """The given lengths; by default 1/8 of the longest prompt, 1/2 of an output."""
         return cls(
             prompt or config.data.max_prompt_tokens / 8,
             output or config.max_new_tokens / 2,
         )
 
 
-def of_sampler(
-    config: Config, shape: Shape, groups: int, lengths: Lengths
+def sampler_trip_counts(
+    config: Config, shape: Shape, groups: int, lengths: MeanLengths
 ) -> dict[str, float]:
-    """Turns as if slots were full until the end, and then the longest output alone."""
+    """Trip counts of a rollout: slots are full until the end, then one output is left.
+
+    Args:
+      config: the run's.
+      shape: of the rollout's arrays.
+      groups: how many groups of devices share the rows.
+      lengths: what is assumed of prompts and outputs.
+
+    Returns:
+      scope → count.
+    """
     rows = shape.prompts // groups * shape.samples
     slots, longest = min(rows, shape.slots), config.max_new_tokens
     alone = longest - lengths.output
@@ -50,47 +62,65 @@ def of_sampler(
     return {
         "turns": turns if narrower else turns + alone,
         "last_turns": alone / narrower if narrower else 0,
-        "blocks": blocks_read(queue=slots < rows),
+        "blocks": share_of_blocks_read(queue=slots < rows),
         "rounds": 1,
-        "pairs": pairs(shape.prompts // groups, shape.width),
+        "pairs": block_pairs(shape.prompts // groups, shape.width),
     }
 
 
-def of_pass(layout: Layout, config: Config, lengths: Lengths) -> dict[str, float]:
-    """Micro-batches that hold anything: rows are full but for 5 %."""
+def pass_trip_counts(
+    layout: Layout, config: Config, lengths: MeanLengths
+) -> dict[str, float]:
+    """Trip counts of a pass over a batch, whose packed rows are 95 % full."""
     outputs = config.questions_per_step * config.group_size
     room = 0.95 * layout.length - lengths.prompt
     rows = outputs * lengths.output / max(room, lengths.output)
     batches = min(layout.capacity, math.ceil(rows / layout.rows))
     each = layout.rows // sharding.rows_multiple(layout.mesh)
-    return {"micro_batches": batches, "pairs": pairs(each, layout.length)}
+    return {"micro_batches": batches, "pairs": block_pairs(each, layout.length)}
 
 
-def pairs(rows: int, length: int) -> float:
-    """Pairs of blocks in a device's rows, as if each were one sequence."""
+def block_pairs(rows: int, length: int) -> float:
+    """Pairs of attention blocks in a device's rows, as if each row were one sequence.
+
+    Args:
+      rows: of one device.
+      length: of a row, in tokens.
+    """
     blocks = -(-length // attention.BLOCK)
     return rows * blocks * (blocks + 1) / 2
 
 
-def blocks_read(queue: bool) -> float:
-    """The share of the full blocks back to the oldest row, on average."""
+def share_of_blocks_read(queue: bool) -> float:
+    """The mean share of the cache's full blocks that a turn reads.
+
+    Where outputs wait in a queue the slots are of all ages, and a turn reads them all.
+    """
     return 1.0 if queue else 0.5
 
 
-def columns(tokens: int, queue: bool) -> float:
-    """Columns that a turn reads, on average, of rows of up to so many tokens."""
-    others = blocks_read(queue) * others_for(tokens, queue)
+def columns_per_turn(tokens: int, queue: bool) -> float:
+    """The mean number of cache columns that a turn reads, of rows of `tokens`."""
+    others = share_of_blocks_read(queue) * others_for(tokens, queue)
     return (others + 1) * block_size(tokens)
 
 
-def share(scope: str, trips: Mapping[str, float] | None) -> float:
-    """How often a conditional takes its dearest branch; 1 where nothing is said."""
+def conditional_share(scope: str, trips: Mapping[str, float] | None) -> float:
+    """How often a conditional takes its most expensive branch; 1 by default."""
     name = scope.removesuffix("/cond").rpartition("/")[2]
     return (trips or {}).get(name, 1.0)
 
 
-def named(scope: str, trips: Mapping[str, float] | None) -> float:
-    """The number of a loop, by the last name of the scope that it stands in."""
+def loop_trip_count(scope: str, trips: Mapping[str, float] | None) -> float:
+    """The trip count of a loop, by the last name of its scope.
+
+    Args:
+      scope: of the loop, as "jit(f)/turns/while".
+      trips: scope → count.
+
+    Raises:
+      KeyError: `trips` does not have it.
+    """
     name = scope.removesuffix("/while").rpartition("/")[2]
     if not trips or name not in trips:
         raise KeyError(scope or "a loop without a name")

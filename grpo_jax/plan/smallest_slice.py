@@ -1,8 +1,4 @@
-"""The smallest slice of a chip that a config fits on.
-
-In: a config, a topology, its programs. Out: the first name of the chip's list on which
-every program fits. Where what a step keeps is too much already nothing is compiled.
-"""
+"""Finds the smallest slice of a chip on which every program of a config fits."""
 
 from __future__ import annotations
 
@@ -12,51 +8,73 @@ from grpo_jax.config import Config
 from grpo_jax.errors import GrpoError
 from grpo_jax.plan import chips
 from grpo_jax.plan.chips import Topology
-from grpo_jax.plan.compiled_programs import Program, compile_one, local_bytes, prepare
-from grpo_jax.plan.loop_trip_counts import Lengths
+from grpo_jax.plan.compiled_programs import (
+    CompiledProgram,
+    bytes_per_device,
+    compile_program,
+    plan_programs,
+)
+from grpo_jax.plan.loop_trip_counts import MeanLengths
 
 
-def smallest(
+def find_smallest_slice(
     config: Config,
     topology: Topology,
-    programs: Sequence[Program],
-    lengths: Lengths,
+    programs: Sequence[CompiledProgram],
+    lengths: MeanLengths,
     *,
-    say: Callable[[str], None] = lambda what: None,
+    progress: Callable[[str], None] = lambda name: None,
 ) -> str:
-    """Its name; "" where the config fits on none of the list."""
+    """The first slice of `chips.SLICES` that the config fits on; "" if there is none.
+
+    Args:
+      config: the run's.
+      topology: devices for which the programs are compiled already.
+      programs: those programs.
+      lengths: what is assumed of prompts and outputs.
+      progress: is called with the name of each slice and program before it compiles.
+    """
     assert topology.chip is not None
-    kind, memory = topology.chip.name, topology.chip.memory
+    kind, memory = topology.chip.name, topology.chip.memory_bytes
     for shape in chips.SLICES[kind]:
         name = f"{kind}:{shape}"
         if name == topology.name:
             fits = all(p.total_bytes <= memory for p in programs)
         else:
-            fits = fits_on(
-                config, name, memory, lengths, lambda what, n=name: say(f"{n}: {what}")
+            fits = fits_on_slice(
+                config,
+                name,
+                memory,
+                lengths,
+                lambda program, name=name: progress(f"{name}: {program}"),
             )
         if fits:
             return name
     return ""
 
 
-def fits_on(
+def fits_on_slice(
     config: Config,
     name: str,
-    memory: float,
-    lengths: Lengths,
-    say: Callable[[str], None],
+    memory_bytes: float,
+    lengths: MeanLengths,
+    progress: Callable[[str], None],
 ) -> bool:
-    """Whether all programs do; the first that does not is the last to be compiled."""
+    """Whether every program fits in a chip's memory.
+
+    Compiles nothing if what a step keeps is too much already, and stops at the first
+    program that does not fit.
+    """
     try:
-        there = chips.topology(name)
-        asked, resident = prepare(config, there, lengths)
-    except GrpoError:  # a mesh that has no place there
+        topology = chips.get_topology(name)
+        planned, resident = plan_programs(config, topology, lengths)
+    except GrpoError:  # the mesh does not fit these devices
         return False
-    if local_bytes(resident) > memory:
+    if bytes_per_device(resident) > memory_bytes:
         return False
-    for one in reversed(asked):  # the update is the fastest to compile, and large
-        say(one.name)
-        if not compile_one(one, resident, len(there.devices)).total_bytes <= memory:
+    for one in reversed(planned):  # the update is the fastest to compile, and large
+        progress(one.name)
+        compiled = compile_program(one, resident, len(topology.devices))
+        if not compiled.total_bytes <= memory_bytes:  # also where it is NaN
             return False
     return True
