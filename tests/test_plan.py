@@ -145,10 +145,10 @@ def test_groups_in_each_form_that_xla_writes():
         "mesh['a'=8,'b'=2] {'a':(1)2,'b'}": 4,
     }
     for form, size in forms.items():
-        sent = hlo_text.collectives(gather(form), 16)
+        sent = hlo_text.collective_bytes(gather(form), 16)
         assert sent == {"all-gather": 32 * (size - 1) / size}, form
     with pytest.raises(ValueError, match="not known"):
-        hlo_text.collectives(gather("other['a'=4] {'a'}"), 16)
+        hlo_text.collective_bytes(gather("other['a'=4] {'a'}"), 16)
 
 
 def gather(groups: str) -> str:

@@ -13,7 +13,7 @@ from grpo_jax.generation.sampler import generate_tokens, spread_tokens
 from grpo_jax.models.decoder import Decoder, ModelConfig
 from grpo_jax.plan import chips
 from grpo_jax.plan.compiled_programs import compile_programs
-from grpo_jax.plan.loop_trip_counts import Lengths
+from grpo_jax.plan.loop_trip_counts import MeanLengths
 
 CONFIG = ModelConfig(
     vocab_size=64, width=64, layers=1, heads=4, kv_heads=4, head_dim=16, ffn=64
@@ -67,14 +67,14 @@ MESHES: dict[str, dict[str, Any]] = {
 }
 
 
-def compile_programs(slice_name: str, settings: dict[str, Any], *names: str) -> None:
+def compile_for(slice_name: str, settings: dict[str, Any], *names: str) -> None:
     pytest.importorskip("libtpu", reason="libtpu, TPUs' compiler, is not installed")
     sizes = {"model.width": 128, "model.ffn": 128, "model.dtype": "bfloat16"}
     lengths = {"data.max_prompt_tokens": 128, "optimizer.row_length": 256}
     config = small_config({**sizes, **lengths, "optimizer.micro_rows": 1, **settings})
-    topology = chips.topology(slice_name)
+    topology = chips.get_topology(slice_name)
     found = compile_programs(
-        config, topology, Lengths.assumed(config, None, None), only=names
+        config, topology, MeanLengths.for_config(config, None, None), only=names
     )
     assert {program.name for program in found} == set(names)
     assert all(program.peak_memory_bytes > 0 for program in found)
@@ -82,17 +82,17 @@ def compile_programs(slice_name: str, settings: dict[str, Any], *names: str) -> 
 
 def test_a_slice_compiles_every_program_of_a_step_by_default():
     names = ("weights to sample", "rollout", "reference", "update")
-    compile_programs("v5e:2x4", DEFAULT, *names)
+    compile_for("v5e:2x4", DEFAULT, *names)
 
 
 def test_another_generation_compiles_the_rollout_by_default():
-    compile_programs("v5p:2x2x1", DEFAULT, "rollout")
+    compile_for("v5p:2x2x1", DEFAULT, "rollout")
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_slice_compiles_the_rollout_of_other_meshes(mesh):
-    compile_programs("v5e:2x4", MESHES[mesh], "rollout")
+    compile_for("v5e:2x4", MESHES[mesh], "rollout")
 
 
 def test_a_slice_compiles_reference_and_update_of_matrices_split_twice():
-    compile_programs("v6e:2x4", MESHES["data 2, tensor 2"], "reference", "update")
+    compile_for("v6e:2x4", MESHES["data 2, tensor 2"], "reference", "update")
