@@ -51,7 +51,7 @@ STOPS = [  # the process and its signal, the stage that stops and from which ste
     (0, "sft lay_out 2 SIGTERM", "sft", 2),
     (1, "experience draw 1 SIGTERM", "rl", 1),  # in the rollout
     (0, "rl check_gap 1 SIGTERM", "rl", 2),  # in the update
-    (1, "checkpoint _describe 3 SIGTERM", "rl", 4),  # a save, after two checks of saved
+    (1, "checkpoint describe 3 SIGTERM", "rl", 4),  # a save, after two checks of saved
     (0, "comparison evaluate_set 1 SIGTERM", "rl", EVALUATED),
 ]
 KILL = {0: "experience draw 2 SIGTERM", 1: "experience draw 2 SIGKILL"}
