@@ -13,3 +13,21 @@ class GrpoError(ValueError):
     ...
     grpo_jax.errors.GrpoError: config.group_size: 1 is below 2; set it to 2 or more
     """
+
+
+def out_of_memory(error: Exception) -> str:
+    """What an error says of the memory that was asked for; "" if it is another error.
+
+    XLA's allocators have one status for it, the dispatch of its CPU programs another,
+    and NumPy raises a MemoryError.
+
+    >>> out_of_memory(MemoryError("Unable to allocate 2 TiB for an array"))
+    'Unable to allocate 2 TiB for an array'
+    >>> out_of_memory(ValueError("no"))
+    ''
+    """
+    signs = ("RESOURCE_EXHAUSTED", "Out of memory")
+    lines = [line for line in str(error).splitlines() if any(x in line for x in signs)]
+    if isinstance(error, MemoryError) and not lines:
+        lines = (str(error) or "of the host").splitlines()
+    return lines[0] if lines else ""

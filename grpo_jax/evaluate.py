@@ -46,7 +46,7 @@ from grpo_jax.comparison import (
     write_json,
 )
 from grpo_jax.data import Example
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, out_of_memory
 from grpo_jax.files import write_whole
 from grpo_jax.hf.folders import find_folder
 from grpo_jax.model import Decoder, Params
@@ -165,9 +165,9 @@ def run(flags: argparse.Namespace) -> None:
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        what = out_of_memory(error)
+        if not what:
             raise
-        what = str(error).splitlines()[0]
         sys.exit(f"error: out of memory ({what}); {smaller(flags)}")
 
 

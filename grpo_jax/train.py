@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from grpo_jax.checks import validate
 from grpo_jax.config import Config, flatten, unknown_field
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, out_of_memory
 
 USAGE = "usage: python train.py --config FILE [--workdir DIR] [--config.name=value …]"
 
@@ -65,9 +65,9 @@ def run(config: Config) -> None:
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on from the last checkpoint")
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        what = out_of_memory(error)
+        if not what:
             raise
-        what = str(error).splitlines()[0]
         sys.exit(f"error: out of memory ({what}); {smaller(config)}")
 
 
