@@ -42,18 +42,21 @@ def disk_full(error: OSError, where: object) -> str:
 
 
 def out_of_memory(error: BaseException) -> str:
-    """What says, in one line, that memory ran out, with the size; "" is another error.
+    """What an error says of the memory that was asked for; "" if it is another error.
 
-    GPUs and TPUs raise RESOURCE_EXHAUSTED, a CPU an internal error, NumPy MemoryError.
+    XLA's allocators have one status for it, the dispatch of its CPU programs another,
+    and NumPy raises a MemoryError.
 
-    >>> out_of_memory(RuntimeError("INTERNAL: Out of memory allocating 64 bytes.\\n…"))
-    'INTERNAL: Out of memory allocating 64 bytes.'
+    >>> out_of_memory(MemoryError("Unable to allocate 2 TiB for an array"))
+    'Unable to allocate 2 TiB for an array'
+    >>> out_of_memory(ValueError("no"))
+    ''
     """
-    text = str(error)
-    known = "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
-    if not known and not isinstance(error, MemoryError):
-        return ""
-    return (text.splitlines() or [type(error).__name__])[0]
+    signs = ("RESOURCE_EXHAUSTED", "Out of memory")
+    lines = [line for line in str(error).splitlines() if any(x in line for x in signs)]
+    if isinstance(error, MemoryError) and not lines:
+        lines = (str(error) or "of the host").splitlines()
+    return lines[0] if lines else ""
 
 
 class Preempted(Exception):

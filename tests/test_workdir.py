@@ -431,11 +431,11 @@ def test_a_full_disk_ends_an_evaluation_in_one_line(here, done, tmp_path):
 
 
 def test_no_memory_ends_a_run_in_one_line(here, tmp_path):
-    """64 GiB of weights in 16: the size, and what to turn down."""
-    large = {"model__width": 64, "model__ffn": 2**28}
+    """A matrix of 32 GiB in 16: the size, and what to turn down."""
+    large = {"model__width": 2**13, "model__heads": 64, "model__ffn": 2**20}
     full = train_in_a_process(here, tmp_path / "run", memory=2**34, **large)
     assert full.returncode == 1
-    told = r"error: out of memory \(.*allocating 68719476736 bytes.*\); .*Lower optim"
+    told = r"error: out of memory \(.*allocating 34359738368 bytes.*\); .*Lower optim"
     assert re.search(told, full.stderr), full.stderr
     assert "Traceback" not in full.stderr
     assert not (tmp_path / "run/config.json").exists()  # smaller, it may start there

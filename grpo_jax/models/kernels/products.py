@@ -2,8 +2,10 @@
 
 In: two factors, each with the axis that is summed over as its last ("along") or its
 first. Out: their product. It is XLA's, but for large ones in float32 on a CPU with
-bfloat16 tiles (AMX): these are `cpu_kernels`', of six products of bfloat16 parts, as
-accurate as XLA's for numbers between 1e-33 and 3.39e38, and about twice as fast.
+bfloat16 tiles (AMX): these are `cpu_kernels`', of six products of bfloat16 parts, about
+twice as fast. Their error, for numbers between 1e-33 and 3.39e38, is that of float32
+sums in another order: 0.5 to 1.3 times XLA's for sums of up to 1536 terms, and up to
+2.4 times for sums of 4096 terms of one sign or of a wide range of magnitudes.
 
 Pure; imports jax alone. Axes: M rows, D and F width, N columns, K what is summed over.
 """
