@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from grpo_jax.models.decoder import ModelConfig as ModelConfig
     from grpo_jax.models.logprobs import token_logprobs as token_logprobs
     from grpo_jax.models.value_head import RewardModel as RewardModel
-    from grpo_jax.rewards.grading import answers as answers
+    from grpo_jax.rewards import answers as answers
     from grpo_jax.rewards.reward_functions import rule_reward as rule_reward
     from grpo_jax.training.packing import Batch as Batch
     from grpo_jax.training.packing import Sample as Sample
@@ -97,7 +97,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"grpo_jax.{_HOMES[name]}"), name)
     if name == "answers":
-        return importlib.import_module("grpo_jax.rewards.grading.answers")
+        return importlib.import_module("grpo_jax.rewards.answers")
     raise AttributeError(f"module 'grpo_jax' has no attribute {name!r}")
 
 

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from grpo_jax.rewards.grading import answers
+from grpo_jax.rewards import answers
 
 PAIRS = r"""
 -- a sign in words

@@ -15,7 +15,8 @@ from grpo_jax.data.example import Example
 from grpo_jax.errors import GrpoError
 from grpo_jax.evaluation import completion_files
 from grpo_jax.evaluation.completion_files import Completion
-from grpo_jax.rewards.grading import algebra, answers, kinds
+from grpo_jax.rewards import answers
+from grpo_jax.rewards.grading import algebra, equality, kinds
 from grpo_jax.rewards.grading.expressions import rational
 
 # Pieces that the rules look for, so that texts of them reach the rules.
@@ -66,15 +67,15 @@ def test_a_box_holds_what_stands_between_its_braces(content, before, after):
 
 def _verdict(one, other, numbers):
     try:
-        return answers.compare(one, other, numbers)
-    except answers.Undecided:
+        return equality.compare_strict(one, other, numbers)
+    except equality.Undecided:
         return None
 
 
 @given(TEXTS, TEXTS)
 def test_any_two_texts_are_graded_alike_from_both_sides(one, other):
     """Without math-verify, which only a worker may ask."""
-    for numbers in (answers.Exact(), algebra.Algebra()):
+    for numbers in (equality.Exact(), algebra.Algebra()):
         assert bool(_verdict(one, other, numbers)) == bool(
             _verdict(other, one, numbers)
         )
@@ -85,9 +86,9 @@ def test_any_two_texts_are_graded_alike_from_both_sides(one, other):
 @given(TEXTS)
 def test_a_cleaned_answer_stays_what_it_is(text):
     """The empty answer is never right, and spaces and a box change nothing."""
-    assert not answers.compare("", text, answers.Exact())
+    assert not equality.compare_strict("", text, equality.Exact())
     if text.strip() and "\\" not in text[-1:]:
-        assert _verdict(f"  {text}\n", text, answers.Exact()) is True
+        assert _verdict(f"  {text}\n", text, equality.Exact()) is True
 
 
 FRACTIONS = st.builds(Fraction, st.integers(-3000, 3000), st.integers(1, 60))
@@ -131,10 +132,10 @@ def written(draw, number):
 @given(st.data(), FRACTIONS | SMALL, FRACTIONS | SMALL)
 def test_numbers_are_equal_where_their_fractions_are(data, one, other):
     a, b = data.draw(written(one)), data.draw(written(one))
-    assert answers.compare(a, b, answers.Exact()), (a, b)
+    assert equality.compare_strict(a, b, equality.Exact()), (a, b)
     if one != other:
         c = data.draw(written(other))
-        assert not answers.compare(a, c, answers.Exact()), (a, c)
+        assert not equality.compare_strict(a, c, equality.Exact()), (a, c)
 
 
 ENDS = st.tuples(st.integers(0, 4), st.integers(0, 4), st.booleans(), st.booleans())
@@ -186,20 +187,20 @@ def _spans(held):
 def test_a_union_is_equal_to_its_shortest_form_only(one, data):
     text, held = one
     assume(held)
-    assert answers.compare(text, _spans(held), answers.Exact())
+    assert equality.compare_strict(text, _spans(held), equality.Exact())
     # One point more or less, or one gap: another set.
     point = data.draw(st.integers(0, 4)) * 2
     other = held ^ {point}
     assume(other)
     changed = _spans(other)
     assume(r"\cup" in text + changed or "x" in text)
-    assert not answers.compare(text, changed, answers.Exact()), (text, changed)
+    assert not equality.compare_strict(text, changed, equality.Exact()), (text, changed)
 
 
 @given(regions(), regions())
 def test_unions_are_equal_where_they_hold_the_same_numbers(one, other):
     assume(r"\{" not in one[0] or "mid" in one[0] or "," in one[0] + other[0])
-    same = answers.compare(one[0], other[0], answers.Exact())
+    same = equality.compare_strict(one[0], other[0], equality.Exact())
     assert same == (one[1] == other[1]), (one, other)
 
 
@@ -223,12 +224,14 @@ def test_matrices_are_equal_entry_by_entry(one, other, way, another):
         body = r" \\ ".join(" & ".join(map(str, row)) for row in rows)
         return ends[0] + body + ends[1]
 
-    assert answers.compare(text(one, way), text(one, another), answers.Exact())
-    same = answers.compare(text(one, way), text(other, another), answers.Exact())
+    assert equality.compare_strict(text(one, way), text(one, another), equality.Exact())
+    same = equality.compare_strict(
+        text(one, way), text(other, another), equality.Exact()
+    )
     assert same == (one == other)
     turned = [list(column) for column in zip(*one, strict=True)]
     transposed = text(turned, way) + r"^{T}"
-    assert answers.compare(transposed, text(one, another), answers.Exact())
+    assert equality.compare_strict(transposed, text(one, another), equality.Exact())
 
 
 STEPS = st.tuples(st.integers(1, 4), st.integers(-4, 4))
@@ -241,7 +244,7 @@ def test_families_are_equal_where_they_have_the_same_members(one, other, k, n):
 
     a = rf"x={one[0]}{k}\pi+{one[1]}\pi,\ {k}\in\mathbb{{Z}}"
     b = rf"\left\{{x\mid x={other[1]}\pi-{other[0]}{n}\pi ({n}\in Z)\right\}}"
-    same = answers.compare(a, b, algebra.Algebra())
+    same = equality.compare_strict(a, b, algebra.Algebra())
     # Beginnings that lie further apart than it counts are not found to be the same.
     near = abs(one[1] - other[1]) <= 3 * one[0]
     assert same == (members(*one) == members(*other) and near)

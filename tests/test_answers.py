@@ -7,13 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.rewards.grading import (
-    algebra,
-    answers,
-    expressions,
-    notation,
-    worker_pool,
-)
+from grpo_jax.rewards import answers
+from grpo_jax.rewards.grading import algebra, expressions, notation, worker_pool
 
 EXTRACTED = [
     ("1 + 2 = 3\n#### ", None),  # cut off before it was stated

@@ -6,8 +6,8 @@ import pytest
 
 from grpo_jax.data.example import Example
 from grpo_jax.data.tokenizer import Tokenizer
-from grpo_jax.rewards import reward_functions
-from grpo_jax.rewards.grading import answers, extraction, kinds, worker_pool
+from grpo_jax.rewards import answers, reward_functions
+from grpo_jax.rewards.grading import extraction, kinds, worker_pool
 
 STATED = [
     # answer lines

@@ -33,7 +33,7 @@ from grpo_jax.errors import GrpoError
 from grpo_jax.generation.sampler import generate
 from grpo_jax.generation.stop_strings import stop_table
 from grpo_jax.models.logprobs import token_logprobs
-from grpo_jax.rewards.grading import answers
+from grpo_jax.rewards import answers
 from grpo_jax.sandbox import ProgramResult, Sandbox, SandboxError
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,8 @@ from grpo_jax.data.example import Example
 from grpo_jax.distributed import processes
 from grpo_jax.evaluation import statistics
 from grpo_jax.evaluation.completion_files import Completion
-from grpo_jax.rewards.grading import answers, kinds
+from grpo_jax.rewards import answers
+from grpo_jax.rewards.grading import equality, kinds
 from grpo_jax.rewards.grading.expressions import Unreadable, rational
 from grpo_jax.rewards.grading.notation import clean
 
@@ -182,7 +183,7 @@ def _equal(asked: Sequence[tuple[Example, str, str]]) -> list[bool]:
 
 def _spelled(prediction: str) -> str:
     """One spelling for 1/2, 0.5 and $0.50."""
-    if len(prediction) > answers.MAX_CHARS:
+    if len(prediction) > equality.MAX_CHARS:
         return prediction
     text = clean(prediction)
     try:

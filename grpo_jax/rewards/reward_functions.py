@@ -25,7 +25,8 @@ import numpy as np
 
 from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
-from grpo_jax.rewards.grading import answers, worker_pool
+from grpo_jax.rewards import answers
+from grpo_jax.rewards.grading import worker_pool
 from grpo_jax.rewards.reward_calls import LARGEST, Call, Calls, Reward, WrongCount
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ math-verify. Only `grading`'s workers call this: it can hang on hostile text.
 import re
 from fractions import Fraction
 
-from grpo_jax.rewards.grading.answers import Exact, Undecided
+from grpo_jax.rewards.grading.equality import Exact, Undecided
 from grpo_jax.rewards.grading.expressions import (
     POINTS,
     TooLarge,

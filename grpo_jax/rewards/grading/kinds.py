@@ -13,9 +13,9 @@ answers (`predict`), and which answers are right (`grade`).
 import re
 from collections.abc import Sequence
 
-from grpo_jax.data.brackets import split
+from grpo_jax.data.brackets import boxed, split
 from grpo_jax.data.example import Example
-from grpo_jax.rewards.grading import answers, worker_pool
+from grpo_jax.rewards.grading import equality, extraction, worker_pool
 from grpo_jax.rewards.grading.expressions import Unreadable, rational
 from grpo_jax.rewards.grading.notation import clean
 from grpo_jax.rewards.grading.paper import AND
@@ -56,10 +56,10 @@ def predict(text: str, example: Example, rule: str = "strict") -> str | None:
         return choice(text, len(options))
     if (count := blanks_of(example)) > 1:
         return blanks(text, count)
-    boxes = answers.boxed(answers.final_part(text)) if rule == "paper" else []
+    boxes = boxed(extraction.final_part(text)) if rule == "paper" else []
     if len(boxes) > 1 and "final answer is $" not in text:
         return AND.join(boxes)  # that rule looks at all of them
-    return answers.extract(text, example.language)
+    return extraction.extract(text, example.language)
 
 
 def grade(
@@ -157,13 +157,13 @@ def choice(text: str, options: int) -> str | None:
     ('12', 'C')
     """
     known = "ABCDEFGH"[:options]
-    said = answers.stated(text)
+    said = extraction.stated(text)
     if said:
         marked = set(re.findall(rf"(?<![A-Za-z])\(([{known}])\)", said))
         if letters := _letters(said, known) or _hinted(said, known):
             return letters
         return marked.pop() if len(marked) == 1 else said
-    text = answers.final_part(text)
+    text = extraction.final_part(text)
     if hinted := _hinted(text, known):
         return hinted
     marks = re.findall(rf"\(([{known}])\)", text)
@@ -203,8 +203,8 @@ def blanks(text: str, count: int) -> str | None:
     >>> blanks(r"\boxed{1}, then \boxed{(2, 3)}", 2), blanks(r"\boxed{5, 10}", 2)
     ('1; (2, 3)', '5; 10')
     """
-    text = answers.final_part(text)
-    boxes = [box for box in answers.boxed(text) if box.strip()]
+    text = extraction.final_part(text)
+    boxes = [box for box in boxed(text) if box.strip()]
     if boxes:
         parts = split_blanks(boxes[-1])
         parts = parts if len(parts) == count else boxes[-count:]
@@ -229,7 +229,7 @@ def number(text: str) -> float | None:
     >>> number(r"r = 4.5\times10^{3} \text{ m}"), number("1,200 kg"), number("x+1")
     (4500.0, 1200.0, None)
     """
-    if len(text) > answers.MAX_CHARS:
+    if len(text) > equality.MAX_CHARS:
         return None
     text = re.split(r"=|\\approx|\\sim", clean(text))[-1]
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", quantity(text)[0])

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_jax.data.brackets import split, unwrap
-from grpo_jax.rewards.grading import answers
-from grpo_jax.rewards.grading.answers import Exact, Undecided
+from grpo_jax.rewards.grading import equality
+from grpo_jax.rewards.grading.equality import Exact, Undecided
 from grpo_jax.rewards.grading.notation import clean
 from grpo_jax.rewards.grading.structure import read
 from grpo_jax.rewards.grading.units import quantity
@@ -27,17 +27,16 @@ AND = r"\text{ and }"  # between the answers of a completion with several
 _CUT = re.compile(r"\\left|\\right|\\[,;!]|\s|\\\$|\$")
 
 
-def compare(prediction: str, reference: str, numbers: Exact) -> bool:
+def compare_leniently(prediction: str, reference: str, numbers: Exact) -> bool:
     r"""The rule with a given arithmetic; `Undecided` if that needs algebra.
 
-    >>> compare("50", "0.5", Exact()), compare("[1,2)", "(1,2]", Exact())
-    (True, True)
-    >>> compare("7, 1, 2", "2, 1", Exact()), compare("1.334", "4/3", Exact())
-    (True, True)
+    >>> pairs = [("50", "0.5"), ("[1,2)", "(1,2]"), ("7, 1, 2", "2, 1"), ("1.334", "4/3")]
+    >>> [compare_leniently(*pair, Exact()) for pair in pairs]
+    [True, True, True, True]
     """
-    if max(len(prediction), len(reference)) > answers.MAX_CHARS:
+    if max(len(prediction), len(reference)) > equality.MAX_CHARS:
         return prediction == reference
-    tests = (answers.compare, _lenient)
+    tests = (equality.compare_strict, _lenient)
     return _any(lambda test: test(prediction, reference, numbers), tests)
 
 
@@ -64,7 +63,7 @@ def _list(text: str) -> list[str]:
 
 def _same_members(given: list[str], wanted: list[str], numbers: Exact) -> bool:
     """Each one of either side has its equal on the other."""
-    if max(len(given), len(wanted)) > answers.MAX_MEMBERS:
+    if max(len(given), len(wanted)) > equality.MAX_MEMBERS:
         return False
     return all(
         _any(
@@ -139,10 +138,10 @@ def _same(prediction: str, reference: str, numbers: Exact) -> bool:
             sides = (right, other) if one is p else (other, right)
             return _same(*sides, numbers)
     tests = (
-        lambda: answers.compare(prediction, reference, numbers),
+        lambda: equality.compare_strict(prediction, reference, numbers),
         lambda: numbers.close(p, r, WITHIN),
     )
     return _any(lambda test: test(), tests)
 
 
-RULES = {"strict": answers.compare, "paper": compare}
+RULES = {"strict": equality.compare_strict, "paper": compare_leniently}

@@ -2,7 +2,7 @@ r"""Grading in worker processes that can be killed.
 
 In: predictions and references (text). Out: a bool a pair. The caller settles
 rational answers itself; the rest goes, one pair a line of JSON, to worker processes
-(this file started as `python -c`, never a fork of the trainer and never its
+(`worker.work` started by `python -c`, never a fork of the trainer and never its
 `__main__`). The limit of a pair is CPU time, so that a busy machine makes no right
 answer wrong; by the clock it is `PATIENCE` times as long. A worker that passes it is
 killed and replaced, and its pair counts as not equal. One that somebody else killed is
@@ -16,8 +16,6 @@ import functools
 import json
 import os
 import queue
-import select
-import signal
 import subprocess
 import sys
 import threading
@@ -27,17 +25,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from grpo_jax.errors import GrpoError
-from grpo_jax.rewards.grading import answers
+from grpo_jax.rewards.grading import equality
 from grpo_jax.rewards.grading.paper import RULES
+from grpo_jax.rewards.grading.worker import PATIENCE, readable
 
 SECONDS = 3.0  # of CPU for one pair; with a fresh worker's start it stays under 5
-PATIENCE = 5  # times as many seconds by the clock, where the CPU is shared
 START_SECONDS = 120.0
-MEMORY = 2 << 30  # bytes of address space a worker may use
 WORKERS = max(1, min(8, (os.cpu_count() or 2) // 2))
 
 
-# ---- the caller's side --------------------------------------------------------------
 class _Worker:
     """One process and its two pipes."""
 
@@ -45,7 +41,7 @@ class _Worker:
         root = str(Path(__file__).resolve().parents[3])
         code = (
             f"import sys; sys.path.insert(0, {root!r}); "
-            "from grpo_jax.rewards.grading.worker_pool import work; "
+            "from grpo_jax.rewards.grading.worker import work; "
             f"work({os.getpid()})"
         )
         self.process = subprocess.Popen(
@@ -100,7 +96,7 @@ class _Worker:
         last = began + PATIENCE * seconds
         until = began + seconds
         while not line.endswith(b"\n"):
-            if not _readable(pipe, max(0.01, until - time.monotonic())):
+            if not readable(pipe, max(0.01, until - time.monotonic())):
                 left = seconds - (_cpu_seconds(self.process.pid) - used)
                 until = min(last, time.monotonic() + left)
                 if used < 0 or left <= 0 or time.monotonic() >= last:
@@ -133,12 +129,6 @@ def _cpu_seconds(process: int) -> float:
     except OSError:
         return -1.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _readable(pipe: int, seconds: float) -> bool:
-    poller = select.poll()  # select() refuses descriptors above 1023
-    poller.register(pipe, select.POLLIN | select.POLLHUP)
-    return bool(poller.poll(seconds * 1000))
 
 
 class Pool:
@@ -225,8 +215,8 @@ def pool() -> Pool:
 @functools.lru_cache(maxsize=65536)
 def _same(prediction: str, reference: str, rule: str) -> bool:
     try:
-        return RULES[rule](prediction, reference, answers.Exact())
-    except answers.Undecided:
+        return RULES[rule](prediction, reference, equality.Exact())
+    except equality.Undecided:
         return pool().same(prediction, reference, rule)
 
 
@@ -246,7 +236,7 @@ def grade(
         )
     results: list[bool] = [False] * len(references)
     hard: dict[tuple[str, str], list[int]] = {}
-    exact = answers.Exact()
+    exact = equality.Exact()
     for n, (prediction, reference) in enumerate(
         zip(predictions, references, strict=True)
     ):
@@ -254,7 +244,7 @@ def grade(
             continue
         try:
             results[n] = RULES[rule](prediction, reference, exact)
-        except answers.Undecided:
+        except equality.Undecided:
             hard.setdefault((prediction, reference), []).append(n)
     if len(hard) == 1:
         decided = [_same(*next(iter(hard)), rule)]
@@ -267,58 +257,3 @@ def grade(
         for n in places:
             results[n] = answer
     return results
-
-
-# ---- the worker's side --------------------------------------------------------------
-def work(parent: int) -> None:
-    """A worker's life: a pair in, `1` or `0` out, until the pipe or the parent ends."""
-    import resource
-
-    # Ctrl-C, and a SIGTERM to all processes of a run, are the parent's to handle.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    replies = os.dup(1)
-    os.dup2(2, 1)  # whatever a library prints goes with the errors
-    try:
-        import math_verify  # noqa: F401  (its start is not in a pair's time)
-
-        from grpo_jax.rewards.grading.algebra import decide
-    except ImportError as error:
-        os.write(replies, f"{error}\n".encode())
-        return
-    decide("x+1", "1+x")
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    sys.addaudithook(_refuse)
-    os.write(replies, b"ready\n")
-    buffer = b""
-    while True:
-        while b"\n" not in buffer:
-            while not _readable(0, 5.0):
-                if os.getppid() != parent:
-                    return
-            part = os.read(0, 1 << 16)
-            if not part:
-                return
-            buffer += part
-        line, _, buffer = buffer.partition(b"\n")
-        prediction, reference, rule, seconds = json.loads(line)
-        # The kernel ends this process if its parent can no longer do so.
-        signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds + 1)
-        try:
-            answer = decide(prediction, reference, rule)
-        except (Exception, RecursionError, MemoryError):
-            answer = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        os.write(replies, b"1\n" if answer else b"0\n")
-
-
-def _refuse(event: str, args: tuple) -> None:
-    """No text makes a worker start a program, open a socket or write a file."""
-    if event.startswith(("subprocess.", "os.system", "os.exec", "os.posix_spawn",
-                         "os.fork", "os.spawn", "socket.", "os.remove", "os.rename",
-                         "shutil.", "ctypes.")):  # fmt: skip
-        raise PermissionError(f"grading worker: {event}")
-    if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
-        raise PermissionError(f"grading worker: {event}")

@@ -1,25 +1,18 @@
-r"""What a completion's final answer is, and whether two answers are the same.
+r"""Decides whether two answers are the same, by exact arithmetic or a given algebra.
 
-In: a model's text (`extract`), or a prediction and a reference (`equivalent`).
-Out: the answer's text or None; True or False. Both sides are cleaned into one
-spelling (`clean`), read as a small structure (`read`: list, tuple, interval,
-equation, leaf …) and matched (`match`). Policy: p % equals p and p/100, but n never
-equals 100n; a missing unit is fine, another unit is wrong; tuples are ordered,
-comma lists are not; an interval equals its inequality; a rounded decimal is not the
-exact answer. Rationals are decided here; the rest goes to `grading`'s workers.
+Both answers are cleaned into one spelling (`notation.clean`), read as a small structure
+(`structure.read`: list, tuple, interval, equation, leaf …) and matched. The policy:
+p % equals p and p/100, but n never equals 100n. A missing unit is fine, another unit is
+wrong. Tuples are ordered, comma lists are not. An interval equals its inequality. A
+rounded decimal is not the exact answer.
 """
 
 import re
 from fractions import Fraction
 
-from grpo_jax.data.brackets import boxed as boxed
 from grpo_jax.rewards.grading import notation
 from grpo_jax.rewards.grading.expressions import TooLarge, Unreadable, rational
 from grpo_jax.rewards.grading.extraction import MAX_CHARS
-from grpo_jax.rewards.grading.extraction import extract as extract
-from grpo_jax.rewards.grading.extraction import final_part as final_part
-from grpo_jax.rewards.grading.extraction import printed as printed
-from grpo_jax.rewards.grading.extraction import stated as stated
 from grpo_jax.rewards.grading.notation import clean
 from grpo_jax.rewards.grading.regions import is_region, region
 from grpo_jax.rewards.grading.structure import RELATION, Node, family_of, members, read
@@ -223,7 +216,7 @@ def _same_ratio(a: list[str], b: list[str], numbers: Exact) -> bool:
     )
 
 
-def compare(prediction: str, reference: str, numbers: Exact) -> bool:
+def compare_strict(prediction: str, reference: str, numbers: Exact) -> bool:
     """`equivalent` with a given arithmetic: exact here, algebraic in a worker."""
     prediction, reference = prediction.strip(), reference.strip()
     if prediction == reference:
@@ -246,19 +239,3 @@ def compare(prediction: str, reference: str, numbers: Exact) -> bool:
     except RecursionError:  # hundreds of nested brackets
         pass
     return False
-
-
-def equivalent(prediction: str, reference: str) -> bool:
-    r"""Whether a predicted answer is the reference answer; never raises, bounded time.
-
-    Rational answers are settled in the calling thread; all else, and so any hostile
-    text, in the killable workers of `grading`.
-
-    >>> equivalent(r"\dfrac{3}{6}", "0.5"), equivalent("20%", "20")
-    (True, True)
-    >>> equivalent("$12,000", "12000 dollars"), equivalent("3 cm", r"3\text{ cm}^2")
-    (True, False)
-    """
-    from grpo_jax.rewards.grading import worker_pool
-
-    return worker_pool.grade([prediction], [reference])[0]
