@@ -238,11 +238,15 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of some ids; skip_special leaves out special tokens and those that
-        end a completion."""
-        if skip_special:
-            ids = (i for i in ids if i not in self.eos_ids)
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+        """Returns the text of some ids.
+
+        skip_special: without special tokens, and without the ids at its end that end a
+        completion, special or not.
+        """
+        ids = list(ids)
+        while skip_special and ids and ids[-1] in self.eos_ids:
+            ids.pop()
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What each id adds to the text, special tokens too; joined they are the text.
