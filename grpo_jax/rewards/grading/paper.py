@@ -30,9 +30,9 @@ _CUT = re.compile(r"\\left|\\right|\\[,;!]|\s|\\\$|\$")
 def compare_leniently(prediction: str, reference: str, numbers: Exact) -> bool:
     r"""The rule with a given arithmetic; `Undecided` if that needs algebra.
 
-    >>> pairs = [("50", "0.5"), ("[1,2)", "(1,2]"), ("7, 1, 2", "2, 1"), ("1.334", "4/3")]
+    >>> pairs = [("50", "0.5"), ("[1,2)", "(1,2]"), ("7, 1, 2", "2, 1")]
     >>> [compare_leniently(*pair, Exact()) for pair in pairs]
-    [True, True, True, True]
+    [True, True, True]
     """
     if max(len(prediction), len(reference)) > equality.MAX_CHARS:
         return prediction == reference
