@@ -12,18 +12,12 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from grpo_jax.distributed import sharding
 from grpo_jax.models.decoder import Decoder, ModelConfig
 from grpo_jax.models.kernels import attention as attention_module
-from grpo_jax.models.kernels import cpu
-from grpo_jax.models.kernels.attention import (
-    Rows,
-    attend,
-    attention,
-    cudnn,
-    in_blocks,
-    on_each_device,
-    platform,
-    splash,
-)
-from grpo_jax.models.kernels.block_attention import BLOCK
+from grpo_jax.models.kernels import cpu, tpu
+from grpo_jax.models.kernels.attention import attend, on_each_device
+from grpo_jax.models.kernels.gpu import cudnn
+from grpo_jax.models.kernels.mask import AttentionMask
+from grpo_jax.models.kernels.tpu import splash
+from grpo_jax.models.kernels.xla import BLOCK, dense_attention, in_blocks
 from grpo_jax.training.packing import PROMPT, Sample, pack, unpack
 
 T = 50  # no multiple of a block
@@ -47,24 +41,24 @@ def samples_of(lengths, prompt=0, answers=1) -> list[Sample]:
     return samples
 
 
-def rows_of(case: str, length: int = T) -> Rows:
+def rows_of(case: str, length: int = T) -> AttentionMask:
     if case in ("packed", "shared"):
         shared = case == "shared"
         samples = samples_of([14, 19], prompt=8, answers=4 if shared else 2)
         batch = pack(samples, length=length, rows=2, share_prompts=shared).micro(0)
         ids = jnp.array(batch.segment_ids)
         assert ((ids >= PROMPT).any() == shared) and (ids == 0).any()
-        return Rows(jnp.ones(ids.shape, bool), ids, jnp.array(batch.positions))
+        return AttentionMask(jnp.ones(ids.shape, bool), ids, jnp.array(batch.positions))
     real = np.ones((2, length), bool)
     if case == "left":
         real[0, : length // 3], real[1, : length - 4] = False, False
     if case == "right":
         real[0, length // 3 :], real[1, -5:] = False, False
     positions = np.cumsum(real, 1) - real
-    return Rows(jnp.array(real), None, jnp.array(positions))
+    return AttentionMask(jnp.array(real), None, jnp.array(positions))
 
 
-def sees(rows: Rows, b: int, i: int, j: int) -> bool:
+def sees(rows: AttentionMask, b: int, i: int, j: int) -> bool:
     """Whether query i of row b may look at key j, in words."""
     if i == j:
         return True
@@ -77,7 +71,7 @@ def sees(rows: Rows, b: int, i: int, j: int) -> bool:
     return bool(j < i and rows.real[b, j] and own and in_window)
 
 
-def mask_of(rows: Rows) -> np.ndarray:
+def mask_of(rows: AttentionMask) -> np.ndarray:
     plain = jax.tree.map(np.asarray, rows)
     batch, length = rows.real.shape
     every = range(length)
@@ -127,10 +121,10 @@ def kernels_in_use():
         yield
 
 
-def check(way, rows: Rows, arrays) -> None:
+def check(way, rows: AttentionMask, arrays) -> None:
     q, k, v, cotangent = arrays
     allowed = mask_of(rows)
-    dense = functools.partial(attention, allowed=jnp.array(allowed))
+    dense = functools.partial(dense_attention, allowed=jnp.array(allowed))
     chosen = kernels_in_use() if way is WAYS["kernels"] else contextlib.nullcontext()
     with chosen:
         out, ours = gradients(lambda q, k, v: way(q, k, v, rows), q, k, v, cotangent)
@@ -161,7 +155,7 @@ def test_a_nan_reaches_nobody_who_may_not_look_at_it(case, way, where):
     hit[0] = allowed[0, :, at] if where != "query" else np.arange(T) == at
     seen = (allowed & hit[..., None]).any(1)  # keys that these may look at
     chosen = kernels_in_use() if way == "kernels" else contextlib.nullcontext()
-    dense = functools.partial(attention, allowed=jnp.array(allowed))
+    dense = functools.partial(dense_attention, allowed=jnp.array(allowed))
     f = dense if way == "dense" else lambda q, k, v: WAYS[way](q, k, v, rows)
     with chosen:
         out, clean = gradients(f, q, k, v, cotangent)
@@ -182,7 +176,7 @@ def test_kernels_take_heads_and_blocks_of_a_models_size(monkeypatch):
     monkeypatch.setitem(WAYS, "kernels", in_blocks)
     for rows in (rows_of("left", 170), rows_of("shared", 170)):
         for window in (None, 40):
-            here = Rows(rows.real, rows.segments, rows.positions, window)
+            here = AttentionMask(rows.real, rows.segments, rows.positions, window)
             check(in_blocks, here, inputs(170, heads=6, width=64))
 
 
@@ -203,7 +197,7 @@ def test_kernels_are_called_and_may_be_mapped():
 def test_the_window_is_of_positions_not_of_places(way):
     """An output that goes on from a shared prompt stands far from it in the row."""
     rows = rows_of("shared")
-    windowed = Rows(rows.real, rows.segments, rows.positions, window=5)
+    windowed = AttentionMask(rows.real, rows.segments, rows.positions, window=5)
     ids, at = np.asarray(rows.segments), np.asarray(rows.positions)
     far = [
         (b, i, j)
@@ -221,11 +215,11 @@ def test_one_key_head_for_all_and_one_each(way, kv_heads):
 
 
 def test_splash_over_several_blocks_some_of_them_skipped(monkeypatch):
-    monkeypatch.setattr(attention_module, "TPU_BLOCK", 128)
+    monkeypatch.setattr(tpu, "TPU_BLOCK", 128)
     samples = samples_of([100, 90, 110], prompt=40, answers=2)
     batch = pack(samples, length=300, rows=2, share_prompts=True).micro(0)
     ids = jnp.array(batch.segment_ids)
-    rows = Rows(jnp.ones(ids.shape, bool), ids, jnp.array(batch.positions))
+    rows = AttentionMask(jnp.ones(ids.shape, bool), ids, jnp.array(batch.positions))
     allowed = mask_of(rows)
     below = allowed[:, 256:, :128]
     assert not below[0].any() or not below[1].any()  # a whole block is of others
@@ -237,7 +231,9 @@ def test_short_rows_are_the_dense_function_itself():
     q, k, v, _ = inputs(BLOCK, heads=1, kv_heads=1)
     rows = rows_of("right", BLOCK)
     ours = jax.make_jaxpr(in_blocks)(q, k, v, rows)
-    dense = jax.make_jaxpr(lambda q, k, v, rows: attention(q, k, v, rows.allowed()))
+    dense = jax.make_jaxpr(
+        lambda q, k, v, rows: dense_attention(q, k, v, rows.allowed())
+    )
     assert str(ours) == str(dense(q, k, v, rows))
 
 
@@ -261,7 +257,7 @@ def test_memory_grows_with_the_row_and_not_with_its_square():
         return temporaries(1024) / temporaries(512)
 
     assert growth(functools.partial(in_blocks, size=64)) < 2.3
-    assert growth(lambda q, k, v, rows: attention(q, k, v, rows.allowed())) > 3.5
+    assert growth(lambda q, k, v, rows: dense_attention(q, k, v, rows.allowed())) > 3.5
 
 
 def test_a_long_row_of_shared_prompts_gives_each_output_its_own_logits():
@@ -308,7 +304,7 @@ def test_on_a_mesh_each_device_runs_the_kernel_on_its_part(layout, kv_heads, cou
 
     with jax.set_mesh(sharding.make_mesh(*layout)):
         out, ours = gradients(split, q, k, v, cotangent)
-    dense = functools.partial(attention, allowed=rows.allowed())
+    dense = functools.partial(dense_attention, allowed=rows.allowed())
     alone, expected = gradients(dense, q, k, v, cotangent)
     for a, b in zip((out, *ours), (alone, *expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -373,7 +369,7 @@ def test_no_kernel_where_it_is_not_known_how_arrays_are_spread(caplog):
     assert "8 TPU devices and no mesh" in record.message
     assert "jax.set_mesh(grpo_jax.distributed.sharding.make_mesh(" in record.message
     with jax.sharding.use_abstract_mesh(unknown):
-        assert platform() == "tpu" and not sharding.layout_is_known()
+        assert sharding.platform() == "tpu" and not sharding.layout_is_known()
     one = mesh_of("tpu", 1, axes=("own",))
     assert program("tpu", one, jnp.float32).count("tpu_custom_call") >= 3
     assert len(caplog.records) == 1

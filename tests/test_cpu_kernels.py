@@ -17,8 +17,8 @@ from grpo_jax.generation import kv_cache as of_cache
 from grpo_jax.generation.sampler import generate, spread_tokens
 from grpo_jax.models.decoder import Decoder, ModelConfig
 from grpo_jax.models.kernels import cpu
-from grpo_jax.models.kernels.attention import Rows
-from grpo_jax.models.kernels.block_attention import block_attention
+from grpo_jax.models.kernels.mask import AttentionMask
+from grpo_jax.models.kernels.xla import block_attention
 from grpo_jax.plan.flops import count_flops
 
 
@@ -288,7 +288,7 @@ def test_what_was_compiled_is_used_again(tmp_path):
 
 
 def test_the_plan_counts_what_they_multiply():
-    """Rows are filled up to 16; attention as if every column were seen."""
+    """AttentionMask are filled up to 16; attention as if every column were seen."""
     products = jax.make_jaxpr(cpu.few_rows)(jnp.ones((12, 8)), jnp.ones((5, 8)))
     assert count_flops(products) == 2 * 12 * 8 * 16
     shape: Any = dict(slots=2, prompts=1, size=8, block=32, others=1, heads=1, width=8)
@@ -298,7 +298,7 @@ def test_the_plan_counts_what_they_multiply():
     call = functools.partial(cpu.attend, window=None)
     assert count_flops(jax.make_jaxpr(call)(*heads, *given)) == 4 * 2 * 3 * 8 * (8 + 64)
     q, k, v = jnp.ones((1, 32, 6, 8)), *[jnp.ones((1, 32, 2, 8))] * 2
-    rows = Rows(jnp.ones((1, 32), bool), None, jnp.arange(32)[None])
+    rows = AttentionMask(jnp.ones((1, 32), bool), None, jnp.arange(32)[None])
     attention = functools.partial(block_attention, rows=rows, size=16)
 
     def both(q, k, v):

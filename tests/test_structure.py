@@ -12,9 +12,9 @@ import grpo_jax
 PACKAGE = pathlib.Path(grpo_jax.__file__).parent
 # Low to high: a room imports from those before it, and from nothing after it.
 ROOMS = (
-    "errors files algorithms config distributed models data sandbox rewards "
-    "checkpoints generation environments evaluation report training plan "
-    "train evaluate export convert"
+    "errors files arguments algorithms config_fields config distributed models data "
+    "sandbox rewards checkpoints generation environments evaluation report training "
+    "plan train evaluate export convert"
 ).split()
 
 

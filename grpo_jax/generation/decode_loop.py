@@ -31,9 +31,8 @@ from grpo_jax.generation.kv_cache import (
 from grpo_jax.generation.token_sampling import Sampling
 from grpo_jax.models.decoder import Decoder, Params, few_rows
 from grpo_jax.models.kernels import cpu
-from grpo_jax.models.kernels.attention import attention
-from grpo_jax.models.kernels.block_attention import marked
 from grpo_jax.models.kernels.products import widened
+from grpo_jax.models.kernels.xla import dense_attention, marked
 
 
 @functools.partial(
@@ -307,7 +306,7 @@ def append(
             values_of = jnp.concatenate([prefix[1][own], values], 2).swapaxes(1, 2)
             back = parted(keys, count, turn, 3), parted(values, count, turn, 2)
             seen_by_all = keys_of.astype(q.dtype), values_of.astype(q.dtype)
-            out = attention(q, *seen_by_all, allowed)
+            out = dense_attention(q, *seen_by_all, allowed)
             return out, tuple(zip(*back, strict=True))
 
         x, blocks = model.block(layer, x, rotation, look)

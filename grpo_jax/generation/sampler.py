@@ -37,7 +37,7 @@ from grpo_jax.generation.kv_cache import Prefixes, empty
 from grpo_jax.generation.reshard import laid_out
 from grpo_jax.generation.token_sampling import Sampling
 from grpo_jax.models.decoder import Decoder, Params
-from grpo_jax.models.kernels.block_attention import marked
+from grpo_jax.models.kernels.xla import marked
 
 
 def generate_tokens(

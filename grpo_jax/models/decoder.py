@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.models.kernels import attention
 from grpo_jax.distributed import sharding
 from grpo_jax.arguments import check_choice, check_whole
-from grpo_jax.models.kernels.attention import Rows
+from grpo_jax.models.kernels.mask import AttentionMask
 from grpo_jax.errors import GrpoError
 from grpo_jax.models.lora import A, B, Lora
 from grpo_jax.models.kernels.products import KEPT, einsum, linear
@@ -307,7 +307,7 @@ class Decoder:
         real = jnp.ones(tokens.shape, bool) if mask is None else mask != 0
         if positions is None:
             positions = default_positions(real, segment_ids)
-        rows = Rows(real, segment_ids, positions, self.config.sliding_window)
+        rows = AttentionMask(real, segment_ids, positions, self.config.sliding_window)
         rotation = self.rotation(positions)
 
         def attend(q, k, v):

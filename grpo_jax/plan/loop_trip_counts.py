@@ -18,7 +18,7 @@ from grpo_jax.config import Config
 from grpo_jax.distributed import sharding
 from grpo_jax.generation.kv_cache import block_size, others_for
 from grpo_jax.generation.sampler import Shape, widths_of
-from grpo_jax.models.kernels import attention
+from grpo_jax.models.kernels.xla import BLOCK
 from grpo_jax.training.compiled_steps import Layout
 
 
@@ -87,7 +87,7 @@ def block_pairs(rows: int, length: int) -> float:
       rows: of one device.
       length: of a row, in tokens.
     """
-    blocks = -(-length // attention.BLOCK)
+    blocks = -(-length // BLOCK)
     return rows * blocks * (blocks + 1) / 2
 
 

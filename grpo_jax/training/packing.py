@@ -9,7 +9,7 @@ samples share a row: `segment_ids` tells them apart, positions start again at 0.
 
 With `share_prompts` the outputs of one question in a row have its prompt in common: the
 prompt stands once, without its last token; each output follows from that token on, and
-sees the prompt and itself (`attention.shares_prompt`).
+sees the prompt and itself (`kernels.mask.shares_prompt`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 
 from grpo_jax.arguments import check_whole
 from grpo_jax.errors import GrpoError
+from grpo_jax.models.kernels.mask import PROMPT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,7 +155,6 @@ class Batch:
 
 
 Row = list[list[int]]  # the samples of each prompt in a row
-PROMPT = 1 << 16  # a shared prompt's segment is a multiple of it
 
 
 def pack(

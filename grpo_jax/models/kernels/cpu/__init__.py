@@ -36,14 +36,11 @@ import numpy as np
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.files import cache_folder
-from grpo_jax.training.packing import PROMPT
+from grpo_jax.models.kernels.mask import PROMPT, AttentionMask, Pairs
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
-    from grpo_jax.models.kernels.attention import Rows
-    from grpo_jax.models.kernels.block_attention import Pairs
-    from grpo_jax.generation.kv_cache import Cache, Pair
 
 log = logging.getLogger(__name__)
 _SYMBOLS = ("GrpoProduct", "GrpoFewRows", "GrpoDecodeAttention")
@@ -122,7 +119,7 @@ def attend(
     return out[:, None], (*blocks[:-1], tuple(last))
 
 
-def _blocks(target: str, results: Any, rows: Rows, pairs: Pairs, *arrays: Array):
+def _blocks(target: str, results: Any, rows: AttentionMask, pairs: Pairs, *arrays: Array):
     """One of the two calls: arrays of its own, then what both take."""
     segments = rows.segments
     if segments is None:  # all of one
@@ -143,7 +140,7 @@ def blocks_forward(
     q: Float[Array, "X K M H"],
     k: Float[Array, "X K s H"],
     v: Float[Array, "X K s H"],
-    rows: Rows,
+    rows: AttentionMask,
     pairs: Pairs,
 ) -> tuple[Float[Array, "X K M H"], Float[Array, "X K M 1"]]:
     """What the queries take, and log Σ e^score."""
@@ -155,7 +152,7 @@ def blocks_backward(
     q: Float[Array, "X K M H"],
     k: Float[Array, "X K s H"],
     v: Float[Array, "X K s H"],
-    rows: Rows,
+    rows: AttentionMask,
     pairs: Pairs,
     log_total: Float[Array, "X K M 1"],
     d_out: Float[Array, "X K M H"],
