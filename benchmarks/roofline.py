@@ -68,10 +68,10 @@ def products(layers, embedding, x):
 
 
 def a_turn(layers, embedding, x):
-    from grpo_jax.models import decoder
     from grpo_jax.models.kernels import cpu
+    from grpo_jax.models.kernels.decode import few_rows_product
 
-    few_rows = cpu.few_rows if cpu.ready() else decoder.few_rows
+    few_rows = cpu.few_rows if cpu.ready() else few_rows_product
     for w in layers:
         aside = few_rows(w["k_proj"], x) + few_rows(w["v_proj"], x)
         x = few_rows(w["o_proj"], few_rows(w["q_proj"], x))

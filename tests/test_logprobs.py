@@ -102,7 +102,7 @@ def test_the_chunk_chosen_for_you(monkeypatch):
     x = (*arrays((3, 5)), 0.9)
     for limit in (1, 3 * V * 2):
         limits = {"cpu": limit}
-        monkeypatch.setattr("grpo_jax.models.logprobs._CHUNK_ELEMENTS", limits)
+        monkeypatch.setattr("grpo_jax.models.kernels.tuning._LOGITS", limits)
         fresh = functools.partial(token_logprobs)  # not in jit's cache yet
         assert_close(ours(*x, f=fresh), plain(*x))
 
@@ -112,9 +112,9 @@ def test_the_chunk_chosen_for_you(monkeypatch):
 def test_tiles_of_the_vocabulary(tile, positions, monkeypatch):
     """For each token, where the last tile reaches back over another, and by chunks."""
     assert V % 3 and V % (V - 1)
-    monkeypatch.setattr("grpo_jax.models.logprobs._TILE", {"cpu": tile})
+    monkeypatch.setattr("grpo_jax.models.kernels.tuning._TILE", {"cpu": tile})
     monkeypatch.setattr(
-        "grpo_jax.models.logprobs._CHUNK_ELEMENTS", {"cpu": tile * positions}
+        "grpo_jax.models.kernels.tuning._LOGITS", {"cpu": tile * positions}
     )
     hidden, unembed, _ = arrays((1, V))
     x = (hidden, unembed, jnp.arange(V)[None], 0.9)
@@ -216,7 +216,7 @@ def test_shard_map(check_vma):
 @pytest.mark.parametrize("offset", [0, 1e3, -1e3, 1e4])
 def test_an_offset_of_all_logits_costs_no_digits(offset, tile, monkeypatch):
     """In steps that float32 can hold at the offset; the first of D is what adds it."""
-    monkeypatch.setattr("grpo_jax.models.logprobs._TILE", {"cpu": tile})
+    monkeypatch.setattr("grpo_jax.models.kernels.tuning._TILE", {"cpu": tile})
 
     def grid(seed, shape):
         return jnp.round(jax.random.normal(jax.random.key(seed), shape) * 8) / 8

@@ -29,8 +29,8 @@ from grpo_jax.generation.kv_cache import (
     seeing,
 )
 from grpo_jax.generation.token_sampling import Sampling
-from grpo_jax.models.decoder import Decoder, Params, few_rows
-from grpo_jax.models.kernels import cpu
+from grpo_jax.models.decoder import Decoder, Params
+from grpo_jax.models.kernels.decode import decode_kernels
 from grpo_jax.models.kernels.products import widened
 from grpo_jax.models.kernels.xla import dense_attention, marked
 
@@ -140,8 +140,7 @@ def decode(
     layers, window = _layers(model, params), model.config.sliding_window
     none, prefixes = state.out.tokens.shape[0], state.cache.prefixes
     together = max(1, min(TOGETHER, none // len(prefixes.lengths)))
-    native = model.dtype == "float32" and cpu.fit(prefixes.layers, state.cache.layers)
-    product = cpu.few_rows if native else few_rows
+    kernels = decode_kernels(model.dtype, prefixes.layers, state.cache.layers)
 
     # Looked up: XLA would make them again in each layer, and for each head.
     longest = prefixes.layers[0][1].shape[2] + state.cache.columns
@@ -152,10 +151,11 @@ def decode(
             state = refill(state)
         live = state.row < none
         cache = next_column(state.cache, live)
-        if native:
-            see = functools.partial(cpu.attend, cache=cache, live=live, window=window)
-        else:
+        if kernels.attention is None:
             see = seeing(cache, live, together, window)
+        else:
+            given = dict(cache=cache, live=live, window=window)
+            see = functools.partial(kernels.attention, **given)
         x, new = model.embed(params, cache.token[:, None]), []
         rotation = jax.tree.map(lambda x: x[0, cache.position, None], rotations)
         tables = zip(layers, cache.layers, prefixes.layers, strict=True)
@@ -164,11 +164,11 @@ def decode(
             def look(q, k, v, blocks=blocks, prefix=prefix):
                 return see(q, *marked(k, v), prefix, blocks)
 
-            x, blocks = model.block(layer, x, rotation, look, product)
+            x, blocks = model.block(layer, x, rotation, look, kernels.product)
             new.append(blocks)
         hidden = model.finish(params, x)[:, 0]
         factors = widened(model.unembed(params).T, hidden)
-        logits = product(*factors, preferred_element_type=jnp.float32)
+        logits = kernels.product(*factors, preferred_element_type=jnp.float32)
         # A matrix split by vocabulary gives each device some logits of every row; the
         # draw takes all logits of some rows. Said in two steps: logits travel then, and
         # not the matrix.

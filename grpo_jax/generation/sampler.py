@@ -37,6 +37,7 @@ from grpo_jax.generation.kv_cache import Prefixes, empty
 from grpo_jax.generation.reshard import laid_out
 from grpo_jax.generation.token_sampling import Sampling
 from grpo_jax.models.decoder import Decoder, Params
+from grpo_jax.models.kernels.tuning import loop_widths
 from grpo_jax.models.kernels.xla import marked
 
 
@@ -127,7 +128,7 @@ def generate_tokens(
         key=key,
         sampling=sampling,
         ends=ends,
-        widths=(slots,) if keep else widths_of(slots, sharding.platform()),
+        widths=(slots,) if keep else loop_widths(slots),
         first=jax.lax.axis_index(groups) * total if groups else 0,
         any_group=(lambda more: jax.lax.pmax(more, groups)) if groups else lambda x: x,
         stop_table=stop_table,
@@ -243,18 +244,6 @@ def default_slots(rows: int) -> int:
     [8, 100, 256]
     """
     return min(rows, max(128, rows // 4))
-
-
-def widths_of(slots: int, platform: str) -> tuple[int, ...]:
-    """The slots of the loops, one after the other; narrower where it is worth a loop.
-
-    Each is a program. On CPU a row more costs nearly as much as the row before.
-
-    >>> widths_of(32, "tpu"), widths_of(12, "tpu"), widths_of(64, "cpu")
-    ((32, 16, 8), (12,), (64, 56, 48, 32, 16))
-    """
-    eighths = (8, 7, 6, 4, 2) if slots >= 64 and platform == "cpu" else (8, 4, 2)
-    return tuple(slots * n // 8 for n in eighths if n == 8 or slots * n // 8 >= 8)
 
 
 def bucket(length: int, *, smallest: int = 16) -> int:

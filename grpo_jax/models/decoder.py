@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.models.kernels import attention
+from grpo_jax.models.kernels import attention, tuning
 from grpo_jax.distributed import sharding
 from grpo_jax.arguments import check_choice, check_whole
 from grpo_jax.models.kernels.mask import AttentionMask
@@ -180,14 +180,6 @@ class Block(nn.Module):
         return x + self.linear(h, "down_proj", c.width, c.mlp_bias), cache
 
 
-def few_rows(weight: Array, x: Array, **options) -> Array:
-    """x [B, D] times weight [F, D] transposed, the weight as the first factor.
-
-    For few rows CPUs are a fifth faster this way round: they repack the second factor.
-    """
-    return jax.lax.dot_general(weight, x, (((1,), (1,)), ((), ())), **options).T
-
-
 def over(x: Array, vector: Array) -> Array:
     """A vector over the last axis of x, with the rank of x."""
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
@@ -321,9 +313,7 @@ class Decoder:
             policy = REMAT[self.remat]
             layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
         x = sharding.constrain(self.embed(params, tokens), sharding.BATCH)
-        # A scan keeps compiling short; a few layers are faster side by side, as XLA's
-        # CPU backward pass of a scan copies what it has stacked.
-        few = self.config.layers <= 4 and sharding.platform() == "cpu"
+        few = tuning.unrolls_layers(self.config.layers)
         x, cache = jax.lax.scan(layer, x, params["layers"], unroll=few)
         hidden = self.finish(params, x)
         return (hidden, cache) if keep_cache else hidden

@@ -23,17 +23,11 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from grpo_jax.distributed import sharding
+from grpo_jax.models.kernels import tuning
 from grpo_jax.models.kernels.products import product
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float, Int
-
-# Logits that a device holds at a time: 256 MiB of float32 for a matrix unit, since each
-# chunk reads and writes the gradient of the whole output matrix.
-_CHUNK_ELEMENTS = {"cpu": 2**24, "gpu": 2**26, "tpu": 2**26}
-# Of these the tokens of one tile. A CPU does all positions of a tile while it is in its
-# cache, and touches each row of the output matrix's gradient once.
-_TILE = {"cpu": 1024}
 
 
 def token_logprobs(
@@ -86,9 +80,9 @@ def token_logprobs(
         mesh, devices = None, 1
     if chunk is None:
         if not split:  # of a vocabulary on several devices no tile is on all of them
-            tile = min(tile, _TILE.get(sharding.platform(), tile))
+            tile = tuning.vocabulary_tile(tile)
         elements = rows // devices * tile
-        most = max(1, _CHUNK_ELEMENTS[sharding.platform()] // max(elements, 1))
+        most = max(1, tuning.logits_at_once() // max(elements, 1))
         count = -(-max(length, 1) // most)
         chunk = -(-max(length, 1) // count)  # even ones: the last is hardly padded
     chunk = min(chunk, max(length, 1))

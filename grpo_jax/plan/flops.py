@@ -7,10 +7,12 @@ own count takes the body of a loop once. Here it counts as often as the loop run
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from grpo_jax.models.kernels.cpu.flops import call_flops
 from grpo_jax.plan.loop_trip_counts import conditional_share, loop_trip_count
 
 
@@ -41,7 +43,9 @@ def count_flops(jaxpr: Any, trips: Mapping[str, float] | None = None) -> float:
         if name == "dot_general":
             total += product_flops(equation)
         elif name == "ffi_call":
-            total += foreign(equation, trips)
+            total += call_flops(
+                equation, functools.partial(loop_trip_count, "pairs", trips)
+            )
         elif name == "while":
             inner = count_flops(params["body_jaxpr"], trips)
             inner += count_flops(params["cond_jaxpr"], trips)
@@ -61,29 +65,6 @@ def product_flops(equation: Any) -> float:
     shape = equation.invars[0].aval.shape
     out = equation.outvars[0].aval.shape
     return 2.0 * math.prod(out) * math.prod(shape[i] for i in contracted)
-
-
-def foreign(equation: Any, trips: Mapping[str, float] | None) -> float:
-    """Of the kernels of `cpu_kernels`, as if every slot saw all columns."""
-    shapes = [x.aval.shape for x in equation.invars]
-    target = equation.params["target_name"]
-    if target == "GrpoProduct":
-        depth = shapes[0][dict(equation.params["attributes"])["a_along"]]
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
-    if target == "GrpoFewRows":
-        (out, width), (_, rows) = shapes
-        return 2.0 * out * width * rows
-    if target == "GrpoDecodeAttention":
-        (slots, heads, width), prompts, blocks = shapes[0], shapes[4], shapes[10::3]
-        columns = prompts[-1] + sum(places[-1] for places in blocks)
-        return 4.0 * slots * heads * width * columns
-    if target in ("GrpoBlocksForward", "GrpoBlocksBackward"):
-        _, heads, queries, width = shapes[0]
-        keys = math.prod(shapes[1][1:]) / heads / width  # of a block
-        products = 2 if target == "GrpoBlocksForward" else 5
-        a_pair = products * 2.0 * heads * queries * keys * width
-        return a_pair * loop_trip_count("pairs", trips)
-    return 0.0
 
 
 def inner_runs(name: str, parameters: Mapping[str, Any]) -> float:

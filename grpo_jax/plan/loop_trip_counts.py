@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from grpo_jax.config import Config
 from grpo_jax.distributed import sharding
 from grpo_jax.generation.kv_cache import block_size, others_for
-from grpo_jax.generation.sampler import Shape, widths_of
+from grpo_jax.generation.sampler import Shape
+from grpo_jax.models.kernels.tuning import loop_widths
 from grpo_jax.models.kernels.xla import BLOCK
 from grpo_jax.training.compiled_steps import Layout
 
@@ -57,7 +58,7 @@ def sampler_trip_counts(
     rows = shape.prompts // groups * shape.samples
     slots, longest = min(rows, shape.slots), config.max_new_tokens
     alone = longest - lengths.output
-    narrower = len(widths_of(slots, "tpu")) - 1
+    narrower = len(loop_widths(slots, "tpu")) - 1
     turns = rows / slots * lengths.output
     return {
         "turns": turns if narrower else turns + alone,
