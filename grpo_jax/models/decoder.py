@@ -23,13 +23,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.models.kernels import attention, tuning
-from grpo_jax.distributed import sharding
 from grpo_jax.arguments import check_choice, check_whole
-from grpo_jax.models.kernels.mask import AttentionMask
+from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.models.lora import A, B, Lora
+from grpo_jax.models.kernels import attention, tuning
+from grpo_jax.models.kernels.mask import AttentionMask
 from grpo_jax.models.kernels.products import KEPT, einsum, linear
+from grpo_jax.models.lora import A, B, Lora
 
 Params = dict[str, Any]
 _INPUT = "layer_input"

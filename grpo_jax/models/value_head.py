@@ -11,20 +11,13 @@ Axes: B rows, T positions, D width.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.distributed import sharding
-from grpo_jax.arguments import check_token_ids, check_whole
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.models.kernels.products import einsum
-from grpo_jax.algorithms.reward_model_losses import reward_loss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,9 @@ class AttentionMask:
     """
 
     real: Array  # bool [B, T]: not padding
-    segments: Array | None  # int32 [B, T], as `training.packing` numbers them; None: one
+    segments: (
+        Array | None
+    )  # int32 [B, T], as `training.packing` numbers them; None: one
     positions: Array  # int32 [B, T]
     window: int | None = None  # a query sees positions less than this before its own
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from grpo_jax.models.kernels import cpu
 from grpo_jax.distributed import sharding
+from grpo_jax.models.kernels import cpu
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

@@ -28,10 +28,6 @@ from grpo_jax.models.kernels.products import einsum
 BLOCK = 64  # t and s
 
 
-
-
-
-
 def block_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],

@@ -119,7 +119,9 @@ def attend(
     return out[:, None], (*blocks[:-1], tuple(last))
 
 
-def _blocks(target: str, results: Any, rows: AttentionMask, pairs: Pairs, *arrays: Array):
+def _blocks(
+    target: str, results: Any, rows: AttentionMask, pairs: Pairs, *arrays: Array
+):
     """One of the two calls: arrays of its own, then what both take."""
     segments = rows.segments
     if segments is None:  # all of one
