@@ -3,6 +3,8 @@
 XLA chooses the layouts of a program's products, and may then have no code for them.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,9 @@ PROMPTS = [[1, 2, 3], list(range(4, 54)), [7, 8]]
 
 def models(**changes):
     """The same model in bfloat16 and in float32."""
-    sizes = dict(vocab_size=61, width=32, layers=2, heads=4, kv_heads=2, head_dim=8)
+    sizes: dict = dict(
+        vocab_size=61, width=32, layers=2, heads=4, kv_heads=2, head_dim=8
+    )
     config = ModelConfig(**{**sizes, "ffn": 64, "tied": True, **changes})
     return Decoder(config, dtype="bfloat16"), Decoder(config)
 

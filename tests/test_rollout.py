@@ -266,15 +266,16 @@ def test_a_row_that_is_nan_spoils_no_other(blocks):
     params = {**PARAMS, "embed": PARAMS["embed"].at[bad].set(jnp.nan)}
     prompts = [[1, 2, 3], [bad] * 20, [4] * 17, [7, 8]]
     for slots in (1, 2):
-        options: Any = dict(ROLL, samples=2, key=jax.random.key(1), slots=slots)
-        found = rows(generate(MODEL, params, prompts, **options))
-        good = rows(generate(MODEL, PARAMS, prompts, **options))
+        chosen: Any = dict(ROLL, samples=2, key=jax.random.key(1), slots=slots)
+        found = rows(generate(MODEL, params, prompts, **chosen))
+        good = rows(generate(MODEL, PARAMS, prompts, **chosen))
         assert np.isnan(found[2][1]).any() and np.isnan(found[3][1]).any()
         assert all(bad not in good[i][0] for i in (0, 1, 4, 5, 6, 7))
         for i in (0, 1, 4, 5, 6, 7):
             assert found[i][0] == good[i][0]
             np.testing.assert_allclose(found[i][1], good[i][1], atol=2e-6)
-    told, options = [[9], [9, 9], [bad], None], dict(ROLL, key=jax.random.key(2))
+    told = [[9], [9, 9], [bad], None]
+    options: Any = dict(ROLL, key=jax.random.key(2))
     del options["samples"]
     more = []
     for weights in (params, PARAMS):
