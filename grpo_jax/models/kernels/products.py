@@ -77,7 +77,7 @@ def widened(*factors: Array) -> tuple[Array, ...]:
     """
     if sharding.platform() != "cpu":
         return factors
-    return tuple(x.astype(jnp.promote_types(x, jnp.float32)) for x in factors)
+    return tuple(x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in factors)
 
 
 def _by_tiles(a: Array, b: Array, *sizes: int) -> bool:
