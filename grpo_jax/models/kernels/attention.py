@@ -30,7 +30,7 @@ def attend(
     v: Float[Array, "B T K H"],
     rows: AttentionMask,
 ) -> Float[Array, "B T N H"]:
-    """`dense_attention(q, k, v, rows.allowed())`, by the platform's way of computing it."""
+    """Returns `xla.dense_attention(q, k, v, rows.allowed())`, by the platform's way."""
     kernel, where = in_blocks, sharding.platform()
     if where == "tpu" and tpu.takes(q):
         kernel = tpu.splash

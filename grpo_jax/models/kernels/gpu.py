@@ -12,7 +12,7 @@ from grpo_jax.models.kernels.mask import AttentionMask
 
 
 def takes(q: Array) -> bool:
-    """Returns whether cuDNN's flash attention computes this on every GPU since Ampere."""
+    """Returns whether cuDNN computes this on every GPU since Ampere."""
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     return half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.shape[1] % 2 == 0
 

@@ -29,7 +29,8 @@ PROMPT = 1 << 16  # a shared prompt's segment is a multiple of it
 class AttentionMask:
     """Packed-row metadata that defines the attention mask.
 
-    >>> rows = AttentionMask(jnp.ones((1, 3), bool), jnp.array([[1, 2, 2]]), jnp.arange(3)[None])
+    >>> segments, positions = jnp.array([[1, 2, 2]]), jnp.arange(3)[None]
+    >>> rows = AttentionMask(jnp.ones((1, 3), bool), segments, positions)
     >>> rows.allowed().astype(int).tolist()
     [[[1, 0, 0], [0, 1, 0], [0, 1, 1]]]
     """
