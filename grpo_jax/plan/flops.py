@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from grpo_jax.models.kernels.cpu.flops import call_flops
+from grpo_jax.models.kernels.ffi_flops import call_flops
 from grpo_jax.plan.loop_trip_counts import conditional_share, loop_trip_count
 
 

@@ -41,6 +41,8 @@ from grpo_jax.models.kernels.mask import PROMPT, AttentionMask, Pairs
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
+    Pair = tuple[Array, Array]  # keys and values
+
 
 log = logging.getLogger(__name__)
 _SYMBOLS = ("GrpoProduct", "GrpoFewRows", "GrpoDecodeAttention")
@@ -88,13 +90,14 @@ def attend(
     values: Float[Array, "W 1 K H"],
     prefix: Pair,
     blocks: Sequence[Pair],
-    cache: Cache,
+    cache: Any,
     live: Bool[Array, "W"],
     window: int | None,
 ) -> tuple[Float[Array, "W 1 Q H"], tuple[Pair, ...]]:
-    """Softmax over the prompts and the columns of each live slot; 0 for the others.
+    """Returns a turn's attention, and the blocks with its keys and values.
 
-    And the blocks with the keys and values of this turn, which the live slots see.
+    The softmax is over the prompt and the columns of each live slot; the others get 0.
+    `cache` is a `generation.kv_cache.Cache`.
     """
     columns = [
         x
