@@ -11,24 +11,18 @@ pods, SLURM, Kubernetes, Open MPI) says by itself which process is which; elsewh
 from __future__ import annotations
 
 import os
-import re
 import sys
-import traceback
-from dataclasses import is_dataclass
 from pathlib import Path
-from typing import get_type_hints
 
 from absl import flags
-from ml_collections import config_flags
 
-from grpo_jax.config import Config, flatten, unknown_field
+from grpo_jax.config import Config, flatten
 from grpo_jax.config_fields import LONGEST
 from grpo_jax.errors import GrpoError, Preempted, disk_full, out_of_memory
-from grpo_jax.training.config_checks import validate
+from grpo_jax.training.command_line import parse_config, print_help
 
 USAGE = "usage: python train.py --config FILE [--workdir DIR] [--config.name=value …]"
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "the run's config file")
 _WORKDIR = flags.DEFINE_string("workdir", None, "where it writes (runs/<name>)")
 _ACCEPT = flags.DEFINE_bool(
     "accept_changes", False, "go on although the config differs from the run's own"
@@ -47,8 +41,11 @@ _HEARTBEAT = flags.DEFINE_integer(
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv if argv is None else argv
+    names = "workdir accept_changes coordinator num_processes process_id wait heartbeat"
+    print_help(argv, USAGE, names.split())
     try:
-        config = parse(sys.argv if argv is None else argv)
+        config = parse_config(argv, USAGE)
     except GrpoError as error:
         sys.exit(f"error: {error}")
     from grpo_jax.distributed import processes
@@ -104,55 +101,6 @@ def smaller(config: Config) -> str:
         f"or max_new_tokens ({config.max_new_tokens}; {rollout} a rollout), set "
         "model.remat, or use more devices"
     )
-
-
-def parse(argv: list[str]) -> Config:
-    """The checked config of a command line; every mistake is one line."""
-    file = ""
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
-        name, equals, inline = flag.lstrip("-").partition("=")
-        if name != "config":
-            continue
-        file = (inline if equals else value).partition(":")[0]
-        if not Path(file).is_file():
-            raise GrpoError(f"--config: {file or 'nothing'}: no such file ({USAGE})")
-    for argument in argv[1:]:
-        name = argument.lstrip("-").partition("=")[0].removeprefix("no")
-        if argument.startswith("-") and name.startswith("config."):
-            if name[7:] not in flatten(Config()):
-                raise GrpoError(unknown_field(name[7:]))
-    try:
-        rest = flags.FLAGS(argv)[1:]
-    except flags.Error as error:
-        if "parsing config file" in str(error):  # of a TypeError or ValueError in it
-            raise GrpoError(_in_config_file(error, file)) from None
-        raise GrpoError(f"{_first_line(error)} ({USAGE})") from None
-    except Exception as error:  # whatever the file's own code raised
-        raise GrpoError(_in_config_file(error, file)) from None
-    if not file:
-        raise GrpoError(USAGE)
-    if rest:
-        raise GrpoError(f"{rest[0]!r}: what is this for? ({USAGE})")
-    if not isinstance(_CONFIG.value, Config):
-        raise GrpoError("--config: its get_config() must return a grpo_jax Config")
-    return validate(_CONFIG.value)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
-
-
-def _in_config_file(error: Exception, file: str) -> str:
-    """What the config file's own code raised, in one line."""
-    told = "".join(traceback.format_exception(error)).strip().splitlines()
-    lines = re.findall(rf'File "{re.escape(file)}", line (\d+)', "\n".join(told))
-    place = f"{file}:{lines[-1]}" if lines else file
-    call = re.search(r"(\w+)\.__init__\(\) got an unexpected .* '(\w+)'", told[-1])
-    if call:  # a name that is no field of the Config, or of one of its parts
-        parts = get_type_hints(Config).items()
-        names = {kind.__name__: f"{n}." for n, kind in parts if is_dataclass(kind)}
-        return f"{place}: {unknown_field(names.get(call[1], '') + call[2])}"
-    return f"--config: {place}: {told[-1]}"
 
 
 def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> None:

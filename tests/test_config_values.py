@@ -21,8 +21,9 @@ from grpo_jax.config import Config, flatten, from_dict, unknown_field
 from grpo_jax.config_fields import OTHER_NAMES, check_value
 from grpo_jax.errors import GrpoError
 from grpo_jax.models.logprobs import token_logprobs
-from grpo_jax.train import parse
+from grpo_jax.train import USAGE
 from grpo_jax.training import setup
+from grpo_jax.training.command_line import parse_config
 from grpo_jax.training.config_checks import validate
 from grpo_jax.training.optimizers import adamw
 
@@ -262,7 +263,7 @@ def parsed(*arguments: str) -> Config:
     argv = ["train.py", *arguments]
     before, sys.argv = sys.argv, argv
     try:
-        return parse(argv)
+        return parse_config(argv, USAGE)
     finally:
         sys.argv = before
         flags.FLAGS.unparse_flags()

@@ -17,8 +17,10 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 from absl import flags
 
-from grpo_jax import train
 from grpo_jax.errors import GrpoError
+from grpo_jax.training.command_line import parse_config
+
+USAGE = "usage: python -m grpo_jax.plan --config FILE --topology v5p:4x4x4 [--json]"
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5p:4x4x4 and the like, or here")
 _JSON = flags.DEFINE_bool("json", False, "one JSON object instead of the table")
@@ -33,8 +35,11 @@ _SMALLEST = flags.DEFINE_bool(
 
 def main(argv: list[str] | None = None) -> None:
     """The command; a mistake ends it with one line."""
+    argv = sys.argv if argv is None else argv
+    names = "topology json mean_output mean_prompt price only smallest"
+    print_help(argv, USAGE, names.split())
     try:
-        print(make_plan(sys.argv if argv is None else argv))
+        print(make_plan(argv))
     except GrpoError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -43,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_plan(argv: list[str]) -> str:
     """The plan that the flags ask for, as a table or as JSON."""
-    config = train.parse(argv)
+    config = parse_config(argv, USAGE)
     if not _TOPOLOGY.value:
         raise GrpoError("--topology: name a pod, as v5p:4x4x4, or here")
     for flag in (_OUTPUT, _PROMPT, _PRICE):

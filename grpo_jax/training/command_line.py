@@ -1,0 +1,92 @@
+"""Command lines with a config: `--config FILE --config.field=value`, and their help."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+from absl import flags
+from ml_collections import config_flags
+
+from grpo_jax.config import Config, flatten, unknown_field
+from grpo_jax.errors import GrpoError
+from grpo_jax.training.config_checks import validate
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "the run's config file")
+
+
+def print_help(argv: list[str], usage: str, names: Sequence[str]) -> None:
+    """Prints the usage and the named flags, and exits, where argv asks for help."""
+    if not {"-h", "-help", "--help", "--helpfull"} & set(argv[1:]):
+        return
+    print(f"{usage}\n")
+    for name in ("config", *names):
+        flag = flags.FLAGS[name]
+        default = "" if flag.default is None else f" ({flag.default})"
+        print(f"  --{name}: {flag.help}{default}")
+    print("  --config.FIELD=VALUE: any field of the config, of which there are:\n")
+    print("\n".join(f"    {name} = {x!r}" for name, x in flatten(Config()).items()))
+    sys.exit(0)
+
+
+def parse_config(argv: list[str], usage: str) -> Config:
+    """Returns the checked config of a command line, and parses its absl flags.
+
+    Args:
+      argv: the program's name and its arguments, `--config FILE` and any
+        `--config.field=value` among them.
+      usage: one line for the messages.
+
+    Raises:
+      GrpoError: any mistake, in one line.
+    """
+    file = ""
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, inline = flag.lstrip("-").partition("=")
+        if name != "config":
+            continue
+        file = (inline if equals else value).partition(":")[0]
+        if not Path(file).is_file():
+            raise GrpoError(f"--config: {file or 'nothing'}: no such file ({usage})")
+    for argument in argv[1:]:
+        name = argument.lstrip("-").partition("=")[0].removeprefix("no")
+        if argument.startswith("-") and name.startswith("config."):
+            if name[7:] not in flatten(Config()):
+                raise GrpoError(unknown_field(name[7:]))
+    try:
+        rest = flags.FLAGS(argv)[1:]
+    except flags.Error as error:
+        if "parsing config file" in str(error):  # of a TypeError or ValueError in it
+            raise GrpoError(_in_config_file(error, file)) from None
+        raise GrpoError(f"{_first_line(error)} ({usage})") from None
+    except Exception as error:  # whatever the file's own code raised
+        raise GrpoError(_in_config_file(error, file)) from None
+    if not file:
+        raise GrpoError(usage)
+    if rest:
+        raise GrpoError(f"{rest[0]!r}: what is this for? ({usage})")
+    if not isinstance(_CONFIG.value, Config):
+        raise GrpoError("--config: its get_config() must return a grpo_jax Config")
+    return validate(_CONFIG.value)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _in_config_file(error: Exception, file: str) -> str:
+    """What the config file's own code raised, in one line."""
+    told = "".join(traceback.format_exception(error)).strip().splitlines()
+    lines = re.findall(rf'File "{re.escape(file)}", line (\d+)', "\n".join(told))
+    place = f"{file}:{lines[-1]}" if lines else file
+    call = re.search(r"(\w+)\.__init__\(\) got an unexpected .* '(\w+)'", told[-1])
+    if call:  # a name that is no field of the Config, or of one of its parts
+        parts = get_type_hints(Config).items()
+        names = {kind.__name__: f"{n}." for n, kind in parts if is_dataclass(kind)}
+        return f"{place}: {unknown_field(names.get(call[1], '') + call[2])}"
+    return f"--config: {place}: {told[-1]}"
