@@ -18,7 +18,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 from absl import flags
 
 from grpo_jax.errors import GrpoError
-from grpo_jax.training.command_line import parse_config
+from grpo_jax.training.command_line import parse_config, print_help
 
 USAGE = "usage: python -m grpo_jax.plan --config FILE --topology v5p:4x4x4 [--json]"
 
