@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from abstract_meshes import mesh_of
+from jax.sharding import AbstractMesh
 
 from grpo_jax.distributed import sharding
 from grpo_jax.models.decoder import Decoder, ModelConfig
@@ -308,13 +309,6 @@ def test_on_a_mesh_each_device_runs_the_kernel_on_its_part(layout, kv_heads, cou
     alone, expected = gradients(dense, q, k, v, cotangent)
     for a, b in zip((out, *ours), (alone, *expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-
-
-def mesh_of(where: str, *sizes: int, axes=sharding.AXES) -> AbstractMesh:
-    """A mesh of devices that are not here."""
-    device = AbstractDevice(device_kind=where, num_cores=1, platform=where)
-    types = (AxisType.Auto,) * len(sizes)
-    return AbstractMesh(sizes, axes, axis_types=types, abstract_device=device)
 
 
 def program(where: str, mesh: AbstractMesh, dtype, length=256, width=64) -> str:

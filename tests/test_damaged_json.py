@@ -12,7 +12,7 @@ import pytest
 from damage import DEEP, LEAVES, mutate, mutations, one_clear_line
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tokenizer import byte_level, write_folder
+from tokenizer_folders import byte_level, write_folder
 
 from grpo_jax.checkpoints.huggingface.config import from_hf
 from grpo_jax.checkpoints.huggingface.weights import load_pretrained

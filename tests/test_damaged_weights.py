@@ -21,7 +21,7 @@ from damage import mutate, mutations, one_clear_line
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from test_convert import TYPES, WORDS, rebuilt, write_gguf
+from weight_files import TYPES, WORDS, rebuilt, write_gguf
 
 from grpo_jax.checkpoints.formats.gguf_file import read_gguf
 from grpo_jax.checkpoints.formats.torch_bin import read_bin

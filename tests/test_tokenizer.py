@@ -7,12 +7,12 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_folders import byte_level, write_folder
 from tokenizers import (
     AddedToken,
     decoders,
     models,
     normalizers,
-    pre_tokenizers,
     processors,
 )
 
@@ -25,20 +25,6 @@ CHATML = (
     "'<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-
-def byte_level() -> tokenizers.Tokenizer:
-    """A byte-level BPE with a few merges and ChatML's special tokens."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("i", "n"), ("a", "s"), ("as", "s"), ("t", "h"), ("Ġ", "th"), ("Ċ", "Ċ")]
-    tokens = dict.fromkeys([*special, *symbols, *(a + b for a, b in merges)])
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    return tokenizer
 
 
 def sentence_piece() -> tokenizers.Tokenizer:
@@ -59,14 +45,6 @@ def sentence_piece() -> tokenizers.Tokenizer:
     )
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     return tokenizer
-
-
-def write_folder(folder, tokenizer, settings, **others):
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    for name, content in {"tokenizer_config": settings, **others}.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return folder
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from processes import finish, free_port, launch
-from recital import Script, ids_of, learn, make_tokenizer
+from recital import SCRIPTS, P, ids_of, learn, make_tokenizer
 
 from grpo_jax import sandbox
 from grpo_jax.data import chain_sums
@@ -39,45 +39,6 @@ from grpo_jax.sandbox import ProgramResult, Sandbox, SandboxError
 ROOT = Path(__file__).parents[1]
 SMOLLM2 = ROOT / "models" / "smollm2-135m-instruct"
 TOKENIZER = make_tokenizer()
-P = "```python\n"
-LONG = "\n" + "ab" * 25 + "..." + "ab" * 25 + "\n```\n"
-# What the model writes and what it is told, in turn; the parts in WIDE are tokens.
-SCRIPTS: dict[str, Script] = {
-    # the stop string in three tokens, one of which holds a part of it and no more
-    "a": (
-        [P + "print(6*7)\n```\n", "``", "`output"],
-        ["\n42\n```\n"],
-        ["so 42", "<eos>"],
-    ),
-    # in four, with no program before it: a faked output
-    "b": (["It is 5.\n", "```", "out", "put"],),
-    # an error; then a program that stands on the first one, without its print
-    "c": (
-        [P + "x=2\nprint(x)\nprint(y)\n```\n```output"],
-        ["\nRuntime errors: NameError: name 'y' is not defined\n```\n"],
-        [P + "print(x+5)\n```\n```output"],
-        ["\n7\n```\n"],
-        ["7", "<eos>"],
-    ),
-    # more than 100 characters
-    "d": ([P + "print('ab'*99)\n```\n", "```", "output\n"], [LONG[1:]], ["!", "<eos>"]),
-    # chain of thought
-    "e": (["Just 7.", "<eos>"],),
-    # it ends its turn itself: nothing is run
-    "f": ([P + "print(1)\n```", "<eos>"],),
-    # it goes on within the token that ends the stop string
-    "g": ([P + "print(1)\n```\n", "```", "outputs"],),
-    # a call after a call
-    "h": (
-        [P + "print(3)\n```\n```output"],
-        ["\n3\n```\n"],
-        [P + "print(4)\n```\n```output"],
-        ["\n4\n```\n"],
-        [P + "print(5)\n```\n```output"],
-        ["\n5\n```\n"],
-        ["end", "<eos>"],
-    ),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

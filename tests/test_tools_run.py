@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recital import learn, make_tokenizer
+from recital import SCRIPTS, learn, make_tokenizer
 from small_runs import SMALL, dotted, small_config
-from test_tools import SCRIPTS
 
 from grpo_jax import report, sandbox
 from grpo_jax.distributed import sharding

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from abstract_meshes import mesh_of
 from small_runs import small_config
-from test_attention import mesh_of
 
 from grpo_jax.generation.sampler import generate_tokens, spread_tokens
 from grpo_jax.models.decoder import Decoder, ModelConfig
