@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from processes import CACHE, free_port
+from run_processes import CACHE, free_port
 from small_runs import ROOT
 
 PHASES = ("sft", "save", "rollout", "reward", "update", "evaluation")
