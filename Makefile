@@ -33,19 +33,20 @@ newest:
 	$(NEWEST)/bin/python -m pip install -q . "pytest>=9" "hypothesis>=6" "beartype>=0.20"
 	$(NEWEST)/bin/python -m pip uninstall -q -y grpo_jax  # this folder's own is tested
 	JAX_PLATFORMS=cpu $(NEWEST)/bin/python -m pytest tests/test_import.py \
-	    tests/test_losses.py tests/test_plan.py::test_groups_in_each_form_that_xla_writes \
-	    tests/test_plan.py::test_collectives_of_a_compiled_program_in_its_loops \
-	    tests/test_train.py::test_a_run_writes_down_what_it_did
+	    tests/algorithms/test_policy_losses.py \
+	    tests/plan/test_plan.py::test_groups_in_each_form_that_xla_writes \
+	    tests/plan/test_plan.py::test_collectives_of_a_compiled_program_in_its_loops \
+	    tests/training/test_train.py::test_a_run_writes_down_what_it_did
 
 # 20 kill -9 of the demo, and of two processes, at random moments; CHAOS=--seed=1 for
 # others. What they end with must be what an undisturbed run ends with.
 chaos: install
-	$(BIN)/python tests/chaos.py $(CHAOS)
-	$(BIN)/python tests/chaos.py --processes 2 $(CHAOS)
+	PYTHONPATH=tests/helpers $(BIN)/python tests/chaos.py $(CHAOS)
+	PYTHONPATH=tests/helpers $(BIN)/python tests/chaos.py --processes 2 $(CHAOS)
 
 # 2,000 small steps, watched for memory, files, programs and time that grow.
 soak: install
-	JAX_PLATFORMS=cpu $(BIN)/python tests/soak.py $(SOAK)
+	JAX_PLATFORMS=cpu PYTHONPATH=tests/helpers $(BIN)/python tests/soak.py $(SOAK)
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """A long run of very small steps, watched for what grows: `make soak`.
 
-    python tests/soak.py [--steps 2000]
+    PYTHONPATH=tests/helpers python tests/soak.py [--steps 2000]
 
 In: a number of RL steps. Out: of each step the processor time, the resident set, the
 open files and the programs compiled so far; and whether any of them grows after the

@@ -466,7 +466,7 @@ def launch(code, devices=1):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": xla_flags(devices),  # as in conftest: to the same bits
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]),
     }
     return subprocess.Popen(
         [sys.executable, "-c", f"from test_checkpoint import *\n{code}"],

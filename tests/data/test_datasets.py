@@ -400,7 +400,7 @@ def test_two_processes_prepare_the_same_file(tmp_path):
         "print(len(d), d[1999].answer)"
     )
     environment = os.environ | {"GRPO_JAX_CACHE": str(tmp_path / "cache")}
-    environment["PYTHONPATH"] = str(Path(datasets.__file__).parents[1])
+    environment["PYTHONPATH"] = str(Path(datasets.__file__).parents[2])
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", code, path],

@@ -1,7 +1,7 @@
 """Makes tests/golden/chats.json: the chats of tests/chat_cases.py by transformers.
 
     pip install transformers==5.24.0 jinja2==3.1.6
-    PYTHONPATH=tests:. python tests/golden/make_chats.py
+    PYTHONPATH=tests/helpers:. python tests/golden/make_chats.py
 
 For each form and chat: the ids of `apply_chat_template` of the prompt, and of the
 prompt with the answer (null where the template raises), and where the template has
