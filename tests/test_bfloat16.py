@@ -25,10 +25,9 @@ PROMPTS = [[1, 2, 3], list(range(4, 54)), [7, 8]]
 
 def models(**changes):
     """The same model in bfloat16 and in float32."""
-    sizes: dict = dict(
-        vocab_size=61, width=32, layers=2, heads=4, kv_heads=2, head_dim=8
-    )
-    config = ModelConfig(**{**sizes, "ffn": 64, "tied": True, **changes})
+    sizes: Any = dict(vocab_size=61, width=32, layers=2, ffn=64, tied=True)
+    sizes |= dict(heads=4, kv_heads=2, head_dim=8) | changes
+    config = ModelConfig(**sizes)
     return Decoder(config, dtype="bfloat16"), Decoder(config)
 
 
