@@ -51,11 +51,11 @@ def block_attention(
 def marked(k: Array, v: Array) -> tuple[Array, Array]:
     """The same keys and values, so that no mask lets a number through that it hides.
 
-    The product of a weight of 0 and a NaN is NaN. So where a key or its value is not
-    finite, the value becomes 0 and the key NaN, whose scores the mask replaces: queries
-    that may look at it still take NaN, and no others do. [..., H] each.
+    The product of a weight of 0 and a NaN is NaN. So where a value is not finite it
+    becomes 0, and its key NaN, whose scores the mask replaces: queries that may look at
+    it still take NaN, and no others do. [..., H] each.
     """
-    good = (jnp.isfinite(k) & jnp.isfinite(v)).all(-1, keepdims=True)
+    good = jnp.isfinite(v)  # of each number: a key of which one is NaN has such scores
     return jnp.where(good, k, jnp.nan), jnp.where(good, v, 0)
 
 
