@@ -162,9 +162,9 @@ def main(arguments: list[str] | None = None) -> None:
 def run(flags: argparse.Namespace) -> None:
     """`run_command` and its report, whose errors become one line."""
     from grpo_jax.checkpoints.run_checkpoints import lock
-    from grpo_jax.train import start_cache
+    from grpo_jax.train import set_up_process
 
-    start_cache()
+    set_up_process()
     try:
         processes.agree("flags", without(flags, PROCESSES))
         with lock(flags.out):

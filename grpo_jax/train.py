@@ -105,7 +105,7 @@ def smaller(config: Config) -> str:
 
 def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> None:
     """Runs the stages: SFT, RL, comparison; each resumes where it stands."""
-    start_cache()
+    set_up_process()
     import jax
 
     from grpo_jax.checkpoints.run_checkpoints import lock
@@ -161,9 +161,15 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     processes.say(f"\n{to_markdown(accuracy_table(results))}\n\nwritten to {workdir}")
 
 
-def start_cache() -> None:
-    """Programs compiled once stay on disk for the next run."""
+def set_up_process() -> None:
+    """Sets what a command needs of its process: a compilation cache, no warnings.
+
+    Programs compiled once stay on disk for the next run. The threads of the tokenizers
+    package and a later fork do not go together, so it gets none.
+    """
     import jax
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if folder is None:

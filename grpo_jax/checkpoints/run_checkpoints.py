@@ -33,6 +33,8 @@ from grpo_jax.checkpoints.checksums import and_more, describe, flatten, kind
 from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
 
+_LOGGERS = (None, "absl", "asyncio")  # through which Orbax tells of failures
+
 
 @contextlib.contextmanager
 def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
@@ -142,7 +144,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         from orbax.checkpoint import v1 as ocp  # half a second: only for who saves
 
-        for logger in (None, "absl", "asyncio"):
+        for logger in _LOGGERS:
             logging.getLogger(logger).addFilter(_not_orbax)
         training: Any = ocp.training
         try:
@@ -171,6 +173,9 @@ class Checkpoints:
             self._orbax.close()
         except Exception as problem:  # what has failed before is raised here again
             failure = failure or self._error(_first_line(problem))
+        finally:
+            for logger in _LOGGERS:
+                logging.getLogger(logger).removeFilter(_not_orbax)
         if failure and isinstance(error, Exception):
             error.add_note(str(failure))  # what came first is shown first
         elif failure:  # also in the place of sys.exit(0)

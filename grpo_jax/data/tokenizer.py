@@ -18,9 +18,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Set before the package is first used: its threads and a later fork do not go together.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import tokenizers
 
 from grpo_jax.data.special_tokens import flag_special, pattern, turn_end
