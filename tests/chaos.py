@@ -1,6 +1,6 @@
 """Kills a run at random moments and compares what it ends with: `make chaos`.
 
-    PYTHONPATH=tests/helpers python tests/chaos.py [--kills 20] [--processes 2] [--seed 0]
+    PYTHONPATH=tests/helpers python tests/chaos.py [--kills 20] [--processes 2]
 
 In: a config, a number of kills and a seed. Out: whether the run that was killed (-9)
 and started again each time has the same SHA-256 over parameters, optimiser state and
