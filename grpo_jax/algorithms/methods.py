@@ -68,7 +68,7 @@ class Method:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-_POLICY: dict[str, Any] = {  # of PPO and GRPO; values of section 4.2
+_POLICY: dict[str, Any] = {  # of PPO and GRPO; kl_coef and μ as in section 4.2
     "kl_coef": 0.04,  # β
     "clip_low": 0.2,  # ε
     "clip_high": None,  # the same as clip_low
