@@ -25,7 +25,7 @@ def cudnn(
     cuDNN takes the mask as a bias, which costs 2 bytes per pair of positions.
 
     Args:
-      implementation: as in `jax.nn.dot_product_attention`; tests pass "xla".
+      implementation: as in `jax.nn.dot_product_attention`; tests use "xla".
     """
     return jax.nn.dot_product_attention(
         q,
