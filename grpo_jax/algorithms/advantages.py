@@ -1,7 +1,8 @@
 """Advantages: how much better an output, a step or a token is than expected.
 
-In: rewards of N outputs, the G outputs of a question side by side; for PPO, rewards and
-values of tokens. Out: Â, [N] or [N, T], float32 at least. Pure functions, jax alone.
+The first three functions compare the outputs of a question with each other; `gae`
+compares PPO's rewards with a value function. Results are float32, or the input's dtype
+if it is wider. All functions are pure and need only jax.
 
 Axes: N outputs (B for PPO), T tokens, F reward functions.
 """
@@ -29,24 +30,26 @@ def group_advantages(
     ddof: int = 1,
     eps: ArrayLike = 1e-4,
 ) -> Float[Array, "N"]:
-    """Outcome supervision (DeepSeekMath, section 4.1.2).
+    """Returns advantages of outcome supervision (DeepSeekMath, section 4.1.2).
 
         Â_i = (r_i - mean(r)) / (std(r) + eps)      over the G outputs of one question
 
     Args:
-      rewards: [N]; the outputs of a question are contiguous. NaN or infinite: the
-        output was not scored, it is left out of the statistics and gets 0.
+      rewards: [N]; the outputs of a question are contiguous. An output whose reward is
+        NaN or infinite counts as not scored: it is left out of the statistics and its
+        advantage is 0.
       group_size: G; divides N.
-      scale: what std is over: "group" (the paper), "batch", or "none" (Dr. GRPO).
+      scale: where std is taken: "group" (the paper), "batch", or "none" (Dr. GRPO: no
+        division).
       baseline: "mean" (the paper), "leave_one_out" (RLOO, Ahmadian et al. 2024: the
-        mean of the others), or "batch" (REINFORCE++, Hu 2025: the batch's mean; scale
-        "batch" or "none", and any group_size).
+        mean of the others), or "batch" (REINFORCE++, Hu 2025: the mean of the batch,
+        with scale "batch" or "none").
       ddof: std divides by (count - ddof); 1 as in TRL, verl and tunix.
       eps: added to std; the paper has none.
 
     Returns:
-      [N]. Exactly 0 in a group whose rewards are all equal or where fewer than two
-      were scored; with baseline="batch", where that is true of the batch.
+      [N]. Exactly 0 in a group whose rewards are all equal or in which fewer than two
+      were scored. With baseline="batch" the whole batch is one group.
 
     Raises:
       ValueError: N is not a multiple of group_size, or an unknown option.
@@ -82,10 +85,10 @@ def group_advantages(
 
 
 def _comparable(r: Array, scored: Array) -> tuple[Array, Array]:
-    """A group a row: (r, or 0 where not scored; which ones can get an advantage).
+    """Returns r with 0 where not scored, and which outputs can get an advantage.
 
-    Rounding makes std about 6e-8 where eight rewards are all 0.95: compare, so that a
-    tied group is exactly 0 and not noise over noise.
+    A group is a row. Ties are found by comparison: with eight rewards of 0.95, rounding
+    gives a std of about 6e-8, and the advantages would be rounding noise.
     """
     highest = jnp.where(scored, r, -jnp.inf).max(-1, keepdims=True)
     lowest = jnp.where(scored, r, jnp.inf).min(-1, keepdims=True)
@@ -94,12 +97,12 @@ def _comparable(r: Array, scored: Array) -> tuple[Array, Array]:
 
 
 def _moments(r: Array, scored: Array, counts: Array, ddof: int) -> tuple[Array, Array]:
-    """The mean of a row's scored rewards, and their std; 1 where nothing `counts`."""
+    """Returns mean and std of a row's scored rewards; the std is 1 if none `counts`."""
     count = scored.sum(-1, keepdims=True)
     mean = r.sum(-1, keepdims=True) / jnp.maximum(count, 1)
     squares = jnp.where(scored, jnp.square(r - mean), 0).sum(-1, keepdims=True)
     variance = squares / jnp.maximum(count - ddof, 1)
-    return mean, jnp.sqrt(jnp.where(counts, variance, 1))  # no gradient of sqrt at 0
+    return mean, jnp.sqrt(jnp.where(counts, variance, 1))  # avoids sqrt's gradient at 0
 
 
 @jitted("group_size", "scale", "baseline", "ddof", "normalize_sum")
@@ -114,27 +117,29 @@ def decoupled_advantages(
     eps: ArrayLike = 1e-4,
     normalize_sum: bool = True,
 ) -> Float[Array, "N"]:
-    """Several reward functions, each normalised before they are summed (GDPO, Liu et
-    al. 2026, arXiv 2601.05242).
+    """Returns advantages that normalise each reward function before the sum.
+
+    This is GDPO (Liu et al. 2026, arXiv 2601.05242).
 
         A_i = Σ_f w_f (r_if - mean(r_f)) / (std(r_f) + eps)      over the group
         Â_i = A_i / (std(A) + eps)                               over the batch
 
-    Summed first, (0, 2) and (1, 1) are equal; normalised first, they are not. The
-    batch's mean of A is 0, as every group's is.
+    Two outputs with rewards (0, 2) and (1, 1) have equal sums, but not equal normalised
+    sums. A has mean 0 over every group, and so over the batch.
 
     Args:
-      rewards: [N, F], r_f of each output. NaN or infinite: f did not score it, it adds
-        0; an output that no function scored takes no part.
+      rewards: [N, F], r_f of each output. NaN or infinite: function f did not score the
+        output, and contributes 0. An output that no function scored is left out.
       weights: w_f, [F]; None: 1 each.
       group_size, scale, baseline, ddof, eps: as in `group_advantages`, for every f.
-      normalize_sum: the second line, as in TRL's "normalize_then_sum".
+      normalize_sum: whether to apply the second line, as TRL's "normalize_then_sum"
+        does.
 
     Returns:
       [N]. Exactly 0 where every function's group is tied.
 
     Raises:
-      ValueError: a shape, or an unknown option.
+      ValueError: a wrong shape or an unknown option.
 
     >>> rewards = jnp.array([[1.0, 0.0], [0.0, 9.0], [1.0, 9.0]])
     >>> a = decoupled_advantages(rewards, None, 3, eps=0.0, normalize_sum=False)
@@ -179,14 +184,14 @@ def process_advantages(
     ddof: int = 1,
     eps: ArrayLike = 1e-4,
 ) -> Float[Array, "N T"]:
-    """Process supervision (DeepSeekMath, section 4.1.3).
+    """Returns advantages of process supervision (DeepSeekMath, section 4.1.3).
 
         r̃_j = (r_j - mean(R)) / (std(R) + eps)   R: all step rewards of the G outputs
         Â_t = Σ r̃_j over the steps j of the output that end at or after t
 
     Args:
       step_rewards: [N, T], read at the last token of each step; the outputs of a
-        question are contiguous. NaN or infinite: left out of R, and adds 0.
+        question are contiguous. A NaN or infinite reward is left out of R and adds 0.
       step_mask: [N, T], not 0 at the last token of each step.
       group_size: G; divides N.
       ddof, eps: as in `group_advantages`.
@@ -196,7 +201,7 @@ def process_advantages(
       all equal, or that has fewer than two.
 
     Raises:
-      ValueError: a shape, or N is not a multiple of group_size.
+      ValueError: a wrong shape, or N is not a multiple of group_size.
 
     >>> rewards = jnp.array([[0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 9.0]])
     >>> ends = jnp.array([[0, 1, 0, 1], [1, 0, 1, 0]])  # R = {1, 1, 0, 0}
@@ -230,21 +235,21 @@ def gae(
     gamma: ArrayLike = 1.0,
     lam: ArrayLike = 1.0,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Generalised advantage estimation (Schulman et al. 2016), for PPO's A_t.
+    """Returns PPO's advantages and returns, by GAE (Schulman et al. 2016).
 
         δ_t = r_t + γ V_t+1 - V_t,   A_t = δ_t + γ λ A_t+1,   R_t = A_t + V_t
 
     Args:
       rewards, values: r and V of each token, [B, T].
-      mask: [B, T], not 0 where the policy chose the token; t+1 is the next such token,
-        past the tokens of tools between them, and V after the last is 0.
+      mask: [B, T], not 0 where the policy chose the token. t+1 is the next such token;
+        a tool's tokens in between are skipped. V after the last token is 0.
       gamma, lam: γ and λ.
 
     Returns:
-      The advantages A and the returns R, [B, T], 0 where masked. Not whitened.
+      The advantages A and the returns R, [B, T], 0 where masked. A is not whitened.
 
     Raises:
-      ValueError: a shape.
+      ValueError: a wrong shape.
 
     >>> rewards, values = jnp.array([[0.0, 0.0, 1.0]]), jnp.array([[0.5, 9.0, 0.25]])
     >>> advantages, returns = gae(rewards, values, jnp.array([[1, 0, 1]]), lam=0.5)
@@ -254,16 +259,16 @@ def gae(
     check_shapes(rewards, dict(values=values, mask=mask), "rewards")
     _, clean = weight_of(mask, rewards, values)
     valid, r, v = jnp.asarray(mask) != 0, clean(rewards), clean(values)
-    held = _backward(jnp.where(valid, 0, 1).astype(v.dtype), v)  # V at t or the next
+    held = _backward(jnp.where(valid, 0, 1).astype(v.dtype), v)  # V at t or later
     after = jnp.pad(held, ((0, 0), (0, 1)))[:, 1:]
     error = clean(r + gamma * after - v)
-    decay = jnp.where(valid, gamma * lam, 1).astype(v.dtype)  # a hole hands A on
+    decay = jnp.where(valid, gamma * lam, 1).astype(v.dtype)  # passes A on
     advantages = clean(_backward(decay, error))
     return advantages, clean(advantages + v)
 
 
 def _backward(decay: Array, x: Array) -> Array:
-    """y_t = x_t + decay_t y_t+1 along T, in log T steps."""
+    """Returns y_t = x_t + decay_t y_t+1 along T, in log T steps."""
 
     def join(later, earlier):
         return later[0] * earlier[0], earlier[1] + earlier[0] * later[1]

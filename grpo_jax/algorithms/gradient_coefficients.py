@@ -1,10 +1,9 @@
-"""The gradient coefficients: the table of DeepSeekMath's section 5.2, a row a method.
+"""The gradient coefficients GC of DeepSeekMath's unified paradigm (section 5.2).
 
-In: log-probabilities of the outputs' tokens, and what the method's row reads of rewards
-(advantages) and of π_old and π_ref. Out: GC, [B, T]. No loss is called here; that the
-losses have these gradients is what the tests prove. Pure functions, jax alone.
+The formulas are stated here without the losses. Tests show that the losses have these
+gradients. All functions are pure and need only jax.
 
-Axes: B outputs (rows), T tokens. What is masked out may hold anything.
+Axes: B outputs (rows), T tokens. Masked positions may hold any value.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 METHODS = ("sft", "rft", "online_rft", "dpo", "ppo")
 METHODS += ("grpo", "grpo_process", "grpo_iterative")
 METHODS += ("dapo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce_pp")
-_BY_TOKEN = ("dapo", "cispo", "reinforce_pp")  # a mean over the batch's tokens
+_BY_TOKEN = ("dapo", "cispo", "reinforce_pp")  # mean over the batch's tokens
 _MAX_EXPONENT = 20.0  # no ratio above e^20, as in the losses
 
 
@@ -48,7 +47,7 @@ def gradient_coefficient(
     length_normalized: bool = True,
     max_length: ArrayLike | None = None,
 ) -> Float[Array, "B T"]:
-    """GC(q, o, t, π_rf), the coefficient of ∇ log π_θ (section 5.2, appendix A.1).
+    """Returns GC, the coefficient of ∇ log π_θ (section 5.2, appendix A.1).
 
         ∇J = mean_i 1/|o_i| Σ_t GC_it ∇ log π_θ(o_it | q, o_i<t)                 (5)
 
@@ -66,32 +65,35 @@ def gradient_coefficient(
     | rloo | |o_i| Â_i: REINFORCE on the log π of an output, a sum over tokens |
     | reinforce_pp | ppo's times |o_i| B / Σ|o| |
 
-    For the others that is the case π_old = π_θ. With `old_logps`, A is ρ A, and 0 where
-    the clip holds it: ρ > 1 + ε_high with A > 0, ρ < 1 - ε_low with A < 0. In ppo, rloo
-    and reinforce_pp the KL term is in the reward, so in the advantages.
+    From ppo on, the table shows the case π_old = π_θ. With `old_logps`, A becomes ρ A,
+    or 0 where the clip acts: ρ > 1 + ε_high with A > 0, or ρ < 1 - ε_low with A < 0.
+    In ppo, rloo and reinforce_pp the KL term is part of the reward, and so of the
+    advantages.
+
+    For dpo, row 2k is o+ and row 2k + 1 its o-. ∇J is then the mean over pairs of the
+    sum over both. A pair in which either output has no unmasked token gets 0.
 
     Args:
-      method: a row of the table. The three GRPO rows differ in where Â and π_ref come
-        from, not here.
+      method: a row of the table. The three GRPO rows have the same formula; they differ
+        in where Â and π_ref come from.
       logps: log π_θ of the tokens, [B, T].
       mask: 1 where a token counts, [B, T].
       advantages: I(o), A_t or Â, [B] or [B, T]; for every row but sft and dpo.
       old_logps: log π_old, [B, T]; None: π_old = π_θ.
       ref_logps: log π_ref, [B, T]; for dpo, and for grpo unless kl_coef is 0.
       kl_coef: GRPO's β.
-      clip_low, clip_high: ε_low and ε_high (None: ε_low).
+      clip_low, clip_high: ε_low and ε_high (None: ε_low). For cispo, clip_high is the
+        bound on ρ itself.
       beta: DPO's β.
-      length_normalized: False: DPO's Δ is of sums; GC has the factor |o_i| then.
-      max_length: what dr_grpo divides by.
-
-    DPO's rows are pairs: 2k is o+ and 2k + 1 its o-. ∇J is a mean over pairs of the
-    sum over both. A pair of which either has no unmasked token gets 0.
+      length_normalized: whether DPO's Δ has means over tokens; if it has sums, GC gets
+        the factor |o_i|.
+      max_length: dr_grpo's divisor, in tokens.
 
     Returns:
       GC, [B, T], 0 where masked.
 
     Raises:
-      ValueError: an unknown method, a shape, or an array that the method needs.
+      ValueError: an unknown method, a wrong shape, or a missing array.
 
     >>> logps, mask = jnp.log(jnp.array([[0.5, 0.25]])), jnp.array([[1, 1]])
     >>> options = dict(advantages=jnp.ones(1), ref_logps=jnp.log(jnp.full((1, 2), 0.5)))

@@ -1,9 +1,9 @@
-"""The unified paradigm: every method is one row of one table (section 5.2, appendix A).
+"""The table of training methods: DeepSeekMath's unified paradigm (section 5.2).
 
     ∇J(θ) = E_{(q,o) ~ D} [ 1/|o| Σ_t GC(q, o, t) ∇ log π_θ(o_t | q, o_<t) ]
 
-What tells methods apart is the data source D, the reward function and the gradient
-coefficient GC; one loop (`rl.py`) and one compiled step (`update.py`) run them all.
+Methods differ in the data source D, the reward function and the gradient coefficient
+GC. `training/rl.py` is the loop and `training/train_step.py` the compiled step of all.
 
     method          D: outputs of   reward  GC at π_θ = π_old
     sft             the data set    –       1
@@ -15,9 +15,9 @@ coefficient GC; one loop (`rl.py`) and one compiled step (`update.py`) run them 
     grpo_process    π_θ, groups     steps   Â_it + β (π_ref/π_θ - 1)
     grpo_iterative  π_θ, groups     model   Â_i + β (π_ref/π_θ - 1), π_ref ← π_θ
 
-`coefficients.py` states GC as arrays; tests show that each method's own loss has it.
-Below the paper's rows stand GRPO's relatives, each with what it changes; rloo and
-reinforce_pp are their own papers' methods:
+`gradient_coefficients.py` computes GC, and tests show that each method's loss has it.
+dapo, dr_grpo, gspo and cispo change settings of GRPO; `METHODS` says which. rloo and
+reinforce_pp are methods of their own:
 
     rloo            π_θ, groups     rule    |o| (R_i - mean of the others' R)
                     R = r - β Σ_t log(π_θ/π_ref): the KL term is in the reward; the
@@ -25,26 +25,30 @@ reinforce_pp are their own papers' methods:
     reinforce_pp    π_θ             rule    A_t, the batch's returns normalised
                     R_t = r - β Σ_s≥t log(π_θ/π_ref); PPO's clip; a mean over tokens
 
-(`grpo` with advantage_baseline=leave_one_out and advantage_scale=none has RLOO's
-baseline in GRPO's loss.) Rows of PPO and GRPO also take these, off unless they are set:
+`grpo` with advantage_baseline=leave_one_out and advantage_scale=none has RLOO's
+baseline in GRPO's loss. The methods from ppo on also have these options, which are off
+by default:
 
     importance_cap        truncated importance sampling between sampler and trainer
                           (Yao et al. 2025)
     entropy_coef          an entropy bonus (Mnih et al. 2016)
-    mask_truncated        outputs that were cut off teach nothing (DAPO, Yu et al. 2025)
-    overlong_buffer       a soft punishment of length, in tokens (DAPO)
+    mask_truncated        leaves truncated outputs out of the loss (DAPO, Yu et al.
+                          2025)
+    overlong_buffer       a soft penalty on length, in tokens (DAPO)
     updates_per_rollout   μ > 1, with log π_old of the policy that sampled (section
-                          4.1); not rloo, which takes one step a rollout
+                          4.1); not for rloo, which takes one step per rollout
     max_staleness         1: the next rollout starts before the update, so that the host
-                          grades while the device samples; what the update changed is
-                          corrected by importance_cap, then 2 unless set
+                          grades while the device samples; importance_cap, by default 2
+                          then, corrects for the difference between the policies
 
-and GRPO's: delta, the bound on ρ where Â < 0 (two-sided clip, INTELLECT-2, Prime
-Intellect 2025); reward_normalization=each, several reward functions normalised before
-they are summed (GDPO, Liu et al. 2026); dynamic_sampling (DAPO): groups of which all
-outputs are right, or none is, are replaced.
+GRPO and its variants have three more (grpo_process has delta alone):
 
-In: nothing. Out: `METHODS`, which `config.py` checks a run against.
+    delta                 the bound on ρ where Â < 0 (two-sided clip; INTELLECT-2, Prime
+                          Intellect 2025)
+    reward_normalization  each: normalises several reward functions before their sum
+                          (GDPO, Liu et al. 2026)
+    dynamic_sampling      replaces groups in which all outputs are right, or none is
+                          (DAPO)
 """
 
 from collections.abc import Mapping
@@ -54,17 +58,17 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One row. `fields` are the config's fields that it reads, with its defaults."""
+    """One row of the table; `fields` are its config fields and their defaults."""
 
-    source: str  # whose outputs it learns from: dataset | instruct (π_sft) | policy
-    reward: str  # default of rewards.functions; "model": a trained outcome model
-    coefficient: str  # how an output's reward becomes credit: see credit.py
-    loss: str  # sft | dpo | ppo | grpo: see objectives.py
-    kl: str = "loss"  # where β's KL term stands: loss | reward
+    source: str  # of the outputs: dataset | instruct (π_sft) | policy
+    reward: str  # default of rewards.functions; "model": a reward model
+    coefficient: str  # rewards to advantages: see training/credit.py
+    loss: str  # sft | dpo | ppo | grpo: see training/objectives.py
+    kl: str = "loss"  # where the KL term is added: loss | reward
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-_POLICY: dict[str, Any] = {  # PPO's and GRPO's, section 4.2
+_POLICY: dict[str, Any] = {  # of PPO and GRPO; kl_coef and μ as in section 4.2
     "kl_coef": 0.04,  # β
     "clip_low": 0.2,  # ε
     "clip_high": None,  # the same as clip_low
@@ -115,8 +119,8 @@ METHODS: dict[str, Method] = {
     "sft": Method(source="dataset", reward="", coefficient="one", loss="sft"),
     "rft": _RFT,
     "online_rft": replace(_RFT, source="policy"),
-    # Rafailov et al. 2023; per token, as the paper's equation 12 has it, with a β that
-    # suits means over tokens (Lambert et al. 2024).
+    # Rafailov et al. 2023. Means over tokens as in the paper's equation 12, with a β
+    # that suits them (Lambert et al. 2024).
     "dpo": Method(
         source="instruct",
         reward="rule",
@@ -147,21 +151,21 @@ METHODS: dict[str, Method] = {
         _grpo(iterations=2, replay=0.1),
         reward="model",  # Algorithm 1, section 4.1.4
     ),
-    # DAPO (Yu et al. 2025): clip-higher, token mean, dynamic sampling, a soft
-    # punishment of overlong outputs (set overlong_buffer), no KL.
+    # DAPO (Yu et al. 2025): clip-higher, token mean, dynamic sampling, no KL. Setting
+    # overlong_buffer adds its soft penalty on overlong outputs.
     "dapo": _grpo(
         kl_coef=0.0, clip_high=0.28, aggregate="token_mean", dynamic_sampling=4
     ),
     # Dr. GRPO (Liu et al. 2025): no division by the std or by an output's length.
     "dr_grpo": _grpo(kl_coef=0.0, advantage_scale="none", aggregate="constant"),
-    # GSPO (Zheng et al. 2025): one ratio a sequence, and its much smaller clip.
+    # GSPO (Zheng et al. 2025): one ratio per sequence, with a much smaller clip.
     "gspo": _grpo(kl_coef=0.0, importance="sequence", clip_low=3e-4, clip_high=4e-4),
-    # CISPO (MiniMax 2025): the ratio is bounded, the token's gradient kept.
+    # CISPO (MiniMax 2025): bounds the ratio but keeps the token's gradient.
     "cispo": _grpo(
         kl_coef=0.0, surrogate="cispo", clip_high=5.0, aggregate="token_mean"
     ),
-    # RLOO (Ahmadian et al. 2024): REINFORCE against the mean of the other outputs. With
-    # one update a rollout ρ is 1, and no clip acts.
+    # RLOO (Ahmadian et al. 2024): REINFORCE with the mean of the other outputs as its
+    # baseline. With one update per rollout ρ is 1, so there is no clip.
     "rloo": Method(
         source="policy",
         reward="rule",
@@ -179,7 +183,7 @@ METHODS: dict[str, Method] = {
             "advantage_baseline": "leave_one_out",
         },
     ),
-    # REINFORCE++ (Hu 2025): PPO without a critic, normalised over the batch's tokens.
+    # REINFORCE++ (Hu 2025): PPO without a critic; normalises over the batch's tokens.
     "reinforce_pp": Method(
         source="policy",
         reward="rule",

@@ -1,12 +1,11 @@
-"""The objectives: arrays of log-probabilities in, (loss, metrics) out.
+"""Losses of GRPO, PPO and supervised fine-tuning, on arrays of log-probabilities.
 
-In: log-probabilities of the completion tokens under π_θ, π_old and π_ref, the
-advantages Â and a mask. Out: a scalar loss to minimise and a dict of scalar metrics.
-No model, no config, no mesh: every function is pure and needs jax alone, and may be
-called under jit, vmap, grad, shard_map and pmap.
+GRPO is DeepSeekMath's section 4.1, supervised fine-tuning section 5.2. Functions return
+a scalar loss to minimise, most with a dict of scalar metrics. They are pure, need only
+jax, and work under jit, vmap, grad, shard_map and pmap.
 
-Axes: B rows, T tokens. A row is one output o_i, or, with `segment_ids`, several.
-What is masked out may hold anything, NaN and infinities included.
+Axes: B rows, T tokens. A row is one output o_i, or several with `segment_ids`. Masked
+positions may hold any value, NaN and infinities included.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from grpo_jax.algorithms.reductions import (
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float, Int, Num
 
-# Above e^20 an exponential goes on along its tangent: one token that the policy has
-# all but given up must not make the loss, or Adam's second moment, infinite.
+# Above this exponent, exp continues along its tangent. Otherwise one token that became
+# very unlikely could make the loss, or Adam's second moment, infinite.
 _MAX_EXPONENT = 20.0
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "k3_unbiased")
@@ -43,13 +42,13 @@ SURROGATES = ("clip", "cispo")
 
 
 def _exp(x: Array) -> Array:
-    """exp(x), continued by its tangent above `_MAX_EXPONENT`: finite and monotonic."""
+    """Returns exp(x), continued by its tangent above `_MAX_EXPONENT`."""
     excess = jnp.maximum(x - _MAX_EXPONENT, 0.0)
     return jnp.exp(jnp.minimum(x, _MAX_EXPONENT)) * (1.0 + excess)
 
 
 def _k3(x: Array) -> Array:
-    """exp(x) - x - 1, never negative: near 0 exp(x) - 1 would be rounding alone."""
+    """Returns exp(x) - x - 1; expm1 keeps its digits, and its sign, near 0."""
     excess = jnp.maximum(x - _MAX_EXPONENT, 0.0)
     small = jnp.minimum(x, _MAX_EXPONENT)
     return jnp.expm1(small) - small + excess * (jnp.exp(_MAX_EXPONENT) - 1.0)
@@ -84,7 +83,7 @@ def grpo_loss(
     importance: str = "token",
     surrogate: str = "clip",
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """GRPO's objective (DeepSeekMath, section 4.1, equations 3 and 4), to be minimised.
+    """Returns the GRPO loss (DeepSeekMath, section 4.1, equations 3 and 4).
 
         loss = - mean_i 1/|o_i| Σ_t { min[ρ_it Â_it, clip(ρ_it, 1-ε_low, 1+ε_high) Â_it]
                                       - β (π_ref/π_θ - log(π_ref/π_θ) - 1) }
@@ -94,37 +93,41 @@ def grpo_loss(
       logps: log π_θ of the tokens, [B, T], in nats.
       advantages: Â, [B] (one for each row) or [B, T].
       mask: 1 where a token counts, [B, T]; bool, int or float.
-      old_logps: log π_old; None: the policy sampled them itself, ρ = 1.
-      ref_logps: log π_ref; needed unless kl_coef is 0.
+      old_logps: log π_old, [B, T]; None: π_old = π_θ, so ρ = 1.
+      ref_logps: log π_ref, [B, T]; needed unless kl_coef is 0.
       weights: a constant factor on the policy term, [B, T].
-      sampler_logps, importance_cap: log-probabilities as the sampler computed them,
-        [B, T], and C: truncated importance sampling between sampler and trainer (Yao et
-        al. 2025), the constant factor min(exp(log π_old - sampler_logps), C).
-      entropy, entropy_coef: the policy's entropy at each token, [B, T], and c: the
-        bonus -c H (Mnih et al. 2016), aggregated as the policy term is.
+      sampler_logps: log-probabilities as the sampler computed them, [B, T], for
+        truncated importance sampling between sampler and trainer (Yao et al. 2025): the
+        policy term gets the constant factor min(exp(log π_old - sampler_logps), C).
+      importance_cap: C; needed with sampler_logps, and only then.
+      entropy: the policy's entropy H at each token, [B, T], in nats; needed unless
+        entropy_coef is 0.
+      entropy_coef: c of the entropy bonus -c H (Mnih et al. 2016), which is aggregated
+        like the policy term.
       segment_ids: for packed rows, which sequence a token belongs to, [B, T]; the
-        tokens of a sequence stand side by side in one row.
-      num_segments: how many sequences the packed rows hold (None: those with an
-        unmasked token).
-      normalizer: the count of sequences (token_mean: of tokens) of the whole batch
-        when this call holds a part of it; the parts' losses then sum to the whole's.
+        tokens of a sequence are contiguous in one row.
+      num_segments: how many sequences the packed rows hold; None: those with an
+        unmasked token.
+      normalizer: the number of sequences (token_mean: of tokens) in the whole batch, if
+        this call holds a part of it. The losses of the parts then sum to the whole's.
       clip_low, clip_high: ε_low and ε_high (None: ε_low). With surrogate="cispo",
         clip_high is the bound on ρ itself and is required.
-      delta: the bound on ρ where Â < 0 (two-sided clip).
+      delta: the bound on ρ where Â < 0 (two-sided clip); None: no bound.
       kl_coef: β.
-      kl_estimator: k3 (the paper's), k1, k2, or k3_unbiased (ρ k3).
-      aggregate: sequence_mean (the paper), token_mean (DAPO), constant (Dr. GRPO:
-        divides by rows × max_length), or sequence_sum (RLOO: by rows alone).
+      kl_estimator: "k3" (the paper), "k1", "k2", or "k3_unbiased" (ρ k3).
+      aggregate: "sequence_mean" (the paper), "token_mean" (DAPO), "constant" (Dr. GRPO:
+        divides by rows × max_length), or "sequence_sum" (RLOO: divides by rows).
+      max_length: the divisor of aggregate="constant", in tokens.
       importance: "token", or "sequence" for GSPO's ρ_i = exp(mean_t log ρ_it).
       surrogate: "clip", or "cispo": -stop_gradient(min(ρ, clip_high)) Â log π_θ.
 
     Returns:
       The loss, and the metrics policy_loss, clip_ratio/{low,high,region}_mean and
-      num_tokens; kl, entropy and sampling/importance_sampling_ratio/{min,mean,max}
-      where their arrays are given. At float32 at least, whatever came in.
+      num_tokens; also kl, entropy and sampling/importance_sampling_ratio/{min,mean,max}
+      if their arrays are given. All are scalars of float32 or a wider input's dtype.
 
     Raises:
-      ValueError: a shape, or a missing or unknown option.
+      ValueError: a wrong shape, or a missing or unknown option.
 
     >>> logps = jnp.log(jnp.array([[0.5, 0.5], [0.25, 1.0]]))
     >>> mask = jnp.array([[1, 1], [1, 0]])
@@ -222,7 +225,7 @@ def grpo_loss(
 
 
 def _importance_metrics(w: Array, m: Array) -> dict[str, Array]:
-    """Of the weights of unmasked tokens; 0 where there is none."""
+    """Returns min, mean and max of the unmasked weights, 0 if there are none."""
     valid, name = m > 0, "sampling/importance_sampling_ratio"
     lowest = jnp.where(valid, w, jnp.inf).min()
     return {
@@ -243,16 +246,28 @@ def ppo_loss(
     aggregate: str = "sequence_mean",
     **options: Any,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """PPO's clipped surrogate (Schulman et al. 2017; DeepSeekMath, section 4.1.1).
+    """Returns PPO's clipped loss (Schulman et al. 2017; DeepSeekMath, section 4.1.1).
 
         loss = - mean_i 1/|o_i| Σ_t min[ρ_it A_it, clip(ρ_it, 1-ε_low, 1+ε_high) A_it]
 
-    `grpo_loss` without its KL term, which PPO has in the reward. A comes from `gae`;
-    the value function's part is `value_loss`. TRL and verl average over all tokens
-    instead: aggregate="token_mean".
+    This is `grpo_loss` without its KL term, which PPO puts in the reward. A comes from
+    `gae`, and the value function has its own `value_loss`. TRL and verl average over
+    all tokens instead: aggregate="token_mean".
 
     Args:
-      options: weights, delta, segment_ids, normalizer and the others of `grpo_loss`.
+      logps: log π_θ of the tokens, [B, T], in nats.
+      old_logps: log π_old, [B, T]; None: π_old = π_θ.
+      advantages: A, [B, T].
+      mask: 1 where a token counts, [B, T].
+      clip_low, clip_high: ε_low and ε_high (None: ε_low).
+      aggregate: as in `grpo_loss`.
+      options: other options of `grpo_loss`, such as weights and segment_ids.
+
+    Returns:
+      The loss and metrics, as `grpo_loss` does.
+
+    Raises:
+      ValueError: as `grpo_loss` does.
 
     >>> old = jnp.log(jnp.array([[0.5, 0.5]]))
     >>> new = jnp.log(jnp.array([[0.7, 0.4]]))  # ρ = 1.4, held at 1.2, and 0.8
@@ -286,17 +301,22 @@ def value_loss(
     normalizer: ArrayLike | None = None,
     aggregate: str = "token_mean",
 ) -> Float[Array, ""]:
-    """PPO's value loss, as in TRL and verl: half the worse of two squares, over tokens.
+    """Returns PPO's clipped value loss, as in TRL and verl.
 
         loss = mean_t 1/2 max[(V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2]
 
     Args:
       values: V of the value function that is trained, [B, T].
-      old_values: V_old at sampling time, [B, T]; with clip=None it may be None.
-      returns: R, [B, T], as `gae` gives them. A constant, as V_old is.
-      clip: c; None: the plain square.
-      segment_ids, num_segments, normalizer, aggregate: as in `grpo_loss`; "constant"
-        is not offered.
+      old_values: V_old at sampling time, [B, T]; may be None if clip is None. No
+        gradient flows into it.
+      returns: R, [B, T], as `gae` returns them. No gradient flows into them.
+      mask: 1 where a token counts, [B, T].
+      clip: c; None: the plain squared error.
+      segment_ids, num_segments, normalizer: as in `grpo_loss`.
+      aggregate: "token_mean" or "sequence_mean".
+
+    Raises:
+      ValueError: a wrong shape, an unknown aggregate, or a clip without old_values.
 
     >>> values, old = jnp.array([[1.0, 0.5]]), jnp.zeros((1, 2))
     >>> float(value_loss(values, old, jnp.ones((1, 2)), jnp.ones((1, 2)), clip=0.5))
@@ -336,11 +356,22 @@ def sft_loss(
     normalizer: ArrayLike | None = None,
     aggregate: str = "sequence_mean",
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Supervised fine-tuning (section 5.2, appendix A.1.1): GC = 1 for every token.
+    """Returns the supervised fine-tuning loss (DeepSeekMath, appendix A.1.1; GC = 1).
 
         loss = - mean_i 1/|o_i| Σ_t log π_θ(o_it)
 
-    Shapes and options as in `grpo_loss`; `weights` multiply the tokens' terms.
+    Args:
+      logps: log π_θ of the tokens, [B, T], in nats.
+      mask: 1 where a token counts, [B, T].
+      weights: a factor on each token's term, [B, T].
+      segment_ids, num_segments, normalizer: as in `grpo_loss`.
+      aggregate: as in `grpo_loss`, except "constant".
+
+    Returns:
+      The loss, and the metrics nll (the mean over tokens) and num_tokens.
+
+    Raises:
+      ValueError: a wrong shape or an unknown aggregate.
 
     >>> logps = jnp.log(jnp.array([[0.5, 0.25]]))
     >>> loss, _ = sft_loss(logps, jnp.array([[1, 0]]))

@@ -1,9 +1,8 @@
-"""Learning from pairs: the objective over a preferred and a rejected output.
+"""DPO's loss on pairs of a preferred output o+ and a rejected output o-.
 
-In: log-probabilities of o+ and o- under π_θ and π_ref and their masks. Out: a scalar
-loss to minimise and a dict of scalar metrics. Pure functions, jax alone.
+The function is pure and needs only jax.
 
-Axes: B pairs, T and S tokens of o+ and o-. What is masked out may hold anything.
+Axes: B pairs, T and S tokens of o+ and o-. Masked positions may hold any value.
 """
 
 from __future__ import annotations
@@ -37,28 +36,30 @@ def dpo_loss(
     length_normalized: bool = False,
     normalizer: ArrayLike | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """DPO (Rafailov et al. 2023; DeepSeekMath, appendix A.1.4, equation 12).
+    """Returns the DPO loss (Rafailov et al. 2023; DeepSeekMath, appendix A.1.4).
 
         loss = - mean log σ(β Δ),   Δ = Σ_t log π_θ/π_ref(o+) - Σ_t log π_θ/π_ref(o-)
 
-    A pair where either side has no unmasked token counts as 0.
+    A pair in which either side has no unmasked token adds 0.
 
     Args:
       chosen_logps, rejected_logps: log π_θ of the tokens of o+, [B, T], and o-, [B, S].
-      ref_chosen_logps, ref_rejected_logps: log π_ref of the same tokens.
+      ref_chosen_logps, ref_rejected_logps: log π_ref of the same tokens. No gradient
+        flows into them.
       chosen_mask, rejected_mask: 1 where a token counts.
       beta: β.
-      length_normalized: Δ is of means over tokens, 1/|o| Σ_t: DeepSeekMath's equation
-        12, and TRL's loss_type="sigmoid_norm".
-      normalizer: the number of pairs of the whole batch when this call holds a part of
-        it; the parts' losses then sum to the whole's.
+      length_normalized: whether Δ has means over tokens, 1/|o| Σ_t, in place of sums,
+        as in DeepSeekMath's equation 12 and TRL's loss_type="sigmoid_norm".
+      normalizer: the number of pairs in the whole batch, if this call holds a part of
+        it. The losses of the parts then sum to the whole's.
 
     Returns:
-      The loss, and the metrics rewards/{chosen,rejected,margins,accuracies}: the
-      implicit rewards β times either side of Δ, over the pairs that count.
+      The loss, and the metrics rewards/{chosen,rejected,margins,accuracies}. The
+      implicit rewards are β times the two terms of Δ; means are over the pairs that
+      have tokens on both sides.
 
     Raises:
-      ValueError: a shape.
+      ValueError: a wrong shape.
 
     >>> import jax.numpy as jnp
     >>> half, ones = jnp.log(jnp.full((1, 2), 0.5)), jnp.ones((1, 2))
@@ -78,7 +79,7 @@ def dpo_loss(
         )
 
     def side(logps, ref_logps, mask):
-        """Σ_t (or 1/|o| Σ_t) log π_θ/π_ref, and whether there is a token."""
+        """Returns Σ_t (or 1/|o| Σ_t) log π_θ/π_ref, and whether any token counts."""
         m, clean = weight_of(mask, chosen_logps, rejected_logps)
         ratio = clean(logps) - jax.lax.stop_gradient(clean(ref_logps))
         divisor = at_least_1(m.sum(-1)) if length_normalized else 1

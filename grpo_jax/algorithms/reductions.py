@@ -1,9 +1,8 @@
-"""What the objectives share: how arrays of tokens become one number, and how to ask.
+"""Code that the losses share: reductions over tokens, argument checks and `jitted`.
 
-In: per-token terms ℓ and weights m, [B, T], and how to divide. Out: scalars. Here too:
-the checks of shapes and options, and `jitted`, under which every loss is compiled.
+A reduction turns per-token terms ℓ and weights m, [B, T], into one scalar.
 
-Axes: B rows, T tokens. A row is one output o_i, or, with `segment_ids`, several.
+Axes: B rows, T tokens. A row is one output o_i, or several with `segment_ids`.
 """
 
 from __future__ import annotations
@@ -27,11 +26,13 @@ AGGREGATES = ("sequence_mean", "token_mean", "constant", "sequence_sum")
 def jitted(
     *static: str, pairs: Mapping[str, str] | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """jax.jit that keeps the signature; numbers are traced, `static` names are not.
+    """Returns a decorator like `jax.jit` that keeps the function's signature.
 
-    pairs: {"kl_coef": "ref_logps"}: the coefficient of an optional array. A known 0
-    without the array is passed on as None, as under jit it could not be told from
-    another number.
+    Args:
+      static: names of arguments that are static; all others are traced.
+      pairs: maps a coefficient to its optional array, as {"kl_coef": "ref_logps"}. A
+        coefficient that is 0, without its array, is passed on as None: once traced, it
+        could not be recognised as 0.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -51,13 +52,14 @@ def jitted(
 
 
 def is_off(coefficient: Any) -> bool:
-    """Whether a coefficient is known to be 0 (None: `jitted` has seen a 0)."""
+    """Returns whether a coefficient is known to be 0 (`jitted` passes 0 as None)."""
     if coefficient is None:
         return True
     return not isinstance(coefficient, jax.core.Tracer) and bool(coefficient == 0)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raises ValueError if the value of option `name` is not one of the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
 
@@ -65,6 +67,13 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 def check_shapes(
     first: Array, others: Mapping[str, Array | None], name="logps"
 ) -> None:
+    """Raises ValueError if an array is not [B, T] or differs in shape from the first.
+
+    Args:
+      first: the array with the reference shape.
+      others: the other arrays by name; None is skipped.
+      name: the name of the first array, for the message.
+    """
     if jnp.ndim(first) != 2:
         raise ValueError(f"{name} has shape {jnp.shape(first)}; [B, T] is needed")
     for other, x in others.items():
@@ -75,10 +84,16 @@ def check_shapes(
 
 
 def weight_of(mask: Array, *arrays: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """The mask as weights m, in float32 or the arrays' wider type, and `clean`.
+    """Returns the mask as weights m, and a function `clean` that zeroes masked values.
 
-    clean(x) is x where m is not 0 and 0 elsewhere: nothing masked reaches an exponent,
-    a product or a gradient.
+    `clean` keeps masked values out of every exponent, product and gradient.
+
+    Args:
+      mask: [B, T], 0 where a token does not count; bool, int or float.
+      arrays: arrays that determine the dtype: float32, or theirs if it is wider.
+
+    Returns:
+      m, [B, T], and `clean`: x → x where m is not 0, else 0, in the same dtype.
     """
     mask = jnp.asarray(mask)
     dtype = jnp.result_type(jnp.float32, *(jnp.asarray(x).dtype for x in arrays))
@@ -91,11 +106,11 @@ def weight_of(mask: Array, *arrays: Array) -> tuple[Array, Callable[[Array], Arr
 
 
 def sequence_sums(x: Array, segment_ids: Array | None) -> Array:
-    """[B, T] -> [B, T]: at each token, the sum of x over the token's own sequence."""
+    """Returns, at each token, the sum of x over the token's sequence, [B, T]."""
     if segment_ids is None:
         return jnp.broadcast_to(x.sum(-1, keepdims=True), x.shape)
     starts = segment_ids[:, 1:] != segment_ids[:, :-1]
-    run = jnp.cumsum(jnp.pad(starts, ((0, 0), (1, 0))), axis=-1)  # the run's number
+    run = jnp.cumsum(jnp.pad(starts, ((0, 0), (1, 0))), axis=-1)  # number of the run
     sums = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=x.shape[1]))
     return jnp.take_along_axis(sums(x, run), run, axis=-1)
 
@@ -103,12 +118,19 @@ def sequence_sums(x: Array, segment_ids: Array | None) -> Array:
 def count_sequences(
     valid: Array, segment_ids: Array | None, num_segments: int | None
 ) -> Array | int:
-    """How many sequences the rows hold, those without an unmasked token included."""
+    """Returns how many sequences the rows hold.
+
+    Args:
+      valid: True where a token counts, [B, T].
+      segment_ids: which sequence a token belongs to, [B, T]; None: one a row.
+      num_segments: the number of sequences in packed rows; None: only sequences with an
+        unmasked token are counted.
+    """
     if segment_ids is None:
         return valid.shape[0]
     if num_segments is not None:
         return num_segments
-    # Not told: the sequences with an unmasked token, each counted at its first one.
+    # A run counts if any of its tokens is unmasked.
     starts = segment_ids[:, 1:] != segment_ids[:, :-1]
     run = jnp.cumsum(jnp.pad(starts, ((0, 0), (1, 0))), axis=-1)
     seen = jax.vmap(functools.partial(jax.ops.segment_max, num_segments=run.shape[1]))
@@ -125,7 +147,23 @@ def aggregate_tokens(
     normalizer: ArrayLike | None = None,
     max_length: ArrayLike | None = None,
 ) -> Array:
-    """Σ m ℓ over [B, T], divided as `aggregate` says."""
+    """Returns Σ m ℓ over [B, T], divided by what `aggregate` selects.
+
+    Args:
+      per_token: ℓ, [B, T].
+      weight: m, [B, T].
+      aggregate: "sequence_mean": each sequence by its length, then by the number of
+        sequences; "token_mean": by Σ m; "constant": by sequences × max_length;
+        "sequence_sum": by the number of sequences.
+      segment_ids, num_segments: as in `count_sequences`.
+      normalizer: replaces the number of sequences (token_mean: Σ m), if this call holds
+        a part of a batch.
+      max_length: the divisor of "constant", in tokens.
+
+    Raises:
+      ValueError: an unknown aggregate, num_segments without segment_ids, or "constant"
+        without max_length.
+    """
     check_choice("aggregate", aggregate, AGGREGATES)
     if num_segments is not None and segment_ids is None:
         raise ValueError("num_segments counts packed sequences: pass segment_ids")
@@ -145,14 +183,18 @@ def aggregate_tokens(
 
 
 def at_least_1(length: Array) -> Array:
-    """n_i = max(Σ m, 1): an empty sequence counts as 0, a fraction is not blown up."""
+    """Returns max(length, 1), a safe divisor.
+
+    An empty sequence then has mean 0, and a length below 1 does not scale terms up.
+    """
     return jnp.maximum(length, 1)
 
 
 def nonzero(count: ArrayLike) -> Array:
-    """A batch without sequences divides by 1, and so is 0."""
+    """Returns the count, or 1 where it is 0, so that an empty batch's loss is 0."""
     return jnp.where(jnp.asarray(count) > 0, count, 1)
 
 
 def token_mean(x: Array, weight: Array) -> Array:
+    """Returns the weighted mean Σ m x / max(Σ m, 1) over all tokens."""
     return (weight * x).sum() / at_least_1(weight.sum())

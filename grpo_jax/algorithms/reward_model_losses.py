@@ -1,10 +1,9 @@
-"""What a reward model minimises: scores and labels in, (loss, metrics) out.
+"""The reward model's loss on scores and labels of tokens.
 
-In: a score at every token, labels and a mask of the tokens that have one: an output's
-last token (outcome), or the last token of each step (process). Out: a scalar loss and
-scalar metrics. Pure, and needs jax alone. What is masked out may hold anything.
+Labelled tokens are an output's last token (outcome supervision) or the last token of
+each step (process supervision). The function is pure and needs only jax.
 
-Axes: B rows, T tokens.
+Axes: B rows, T tokens. Masked positions may hold any value.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ def reward_loss(
     *,
     normalizer: ArrayLike | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Binary cross-entropy of a reward model (Cobbe et al. 2021; Wang et al. 2023).
+    """Returns the binary cross-entropy of a reward model.
 
         loss = - mean_t [ y_t log σ(s_t) + (1 - y_t) log σ(-s_t) ]
 
-    over the marked tokens t; y is 0 or 1 (hard) or a share in between (soft).
+    The mean is over the labelled tokens (Cobbe et al. 2021; Wang et al. 2023).
 
     Args:
-      scores: s, the logits of "right".
-      labels: y; anything where the mask is 0.
-      mask: 1 at the tokens that have a label.
-      normalizer: the number of marked tokens in the whole batch, when this call holds
-        only a part of it: parts then sum to the whole's loss.
+      scores: s, the logits of "right", [B, T].
+      labels: y, [B, T]: 0 or 1 (hard), or a fraction between them (soft).
+      mask: 1 at the tokens that have a label, [B, T].
+      normalizer: the number of labelled tokens in the whole batch, if this call holds a
+        part of it. The losses of the parts then sum to the whole's.
 
     Returns:
-      The loss and metrics: accuracy (both on the same side of ½), score and label
-      (means), num_tokens (marked ones).
+      The loss, and the metrics accuracy (how often σ(s) and y are on the same side of
+      ½), score and label (their means), and num_tokens (labelled tokens).
 
     Raises:
       ValueError: shapes that differ.
@@ -62,8 +61,8 @@ def reward_loss(
     y = jnp.where(valid, labels.astype(dtype), 0)
     count = jnp.maximum(m.sum(), 1)
     divisor = count if normalizer is None else jnp.maximum(normalizer, 1)
-    # -y log σ(s) - (1 - y) log σ(-s); as log(1 + e^s) - y s it would lose its digits
-    # where the model is sure.
+    # -y log σ(s) - (1 - y) log σ(-s). The form log(1 + e^s) - y s would lose digits
+    # where the model is confident.
     loss = (m * (y * jax.nn.softplus(-s) + (1 - y) * jax.nn.softplus(s))).sum()
     loss = loss / divisor
     metrics = {

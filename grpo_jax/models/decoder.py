@@ -1,8 +1,8 @@
 """The decoder: Llama, DeepSeek (Llama architecture), Mistral, Qwen2 and Qwen3.
 
-In: parameters, a plain nested dict whose matrices keep Hugging Face's layout
-[out, in], layers stacked on a leading axis; and tokens. Out: hidden states, logits,
-and for the sampler the keys and values. The only file that imports flax.
+`Decoder` computes hidden states, logits and, for the sampler, keys and values.
+Parameters are a plain nested dict: matrices keep Hugging Face's layout [out, in], and
+layers are stacked on a leading axis. No other module imports flax.
 
 Axes: L layers, B rows, T positions, S positions attended to, N query heads, K key
 heads, G query heads per key head, H head width, D width, F feed-forward width,
@@ -34,17 +34,18 @@ from grpo_jax.models.lora import A, B, Lora
 Params = dict[str, Any]
 _INPUT = "layer_input"
 _policies = jax.checkpoint_policies
-# What the backward pass recomputes of a layer, by what is kept beside its input.
-# "attention" is what XLA's way of computing it gives; kernels keep none of that name.
+# What each policy keeps of a layer besides its input; the backward pass recomputes
+# the rest. `kernels/xla.py` names its results "attention"; the GPU and TPU kernels do
+# not name theirs.
 REMAT = {
     "none": _policies.everything_saveable,
     "matmuls": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable,  # their results
+        _policies.dots_with_no_batch_dims_saveable,  # their outputs
         _policies.save_only_these_names("attention", KEPT),
     ),
-    "ffn": _policies.save_only_these_names("attention", "ffn"),  # the two widest
+    "ffn": _policies.save_only_these_names("attention", "ffn"),  # two widest
     "full": _policies.save_only_these_names("attention"),
-    "offload": _policies.save_and_offload_only_these_names(  # its input in host memory
+    "offload": _policies.save_and_offload_only_these_names(  # input kept on the host
         names_which_can_be_saved=["attention"],
         names_which_can_be_offloaded=[_INPUT],
         offload_src="device",
@@ -52,14 +53,14 @@ REMAT = {
     ),
 }
 Rotation = tuple[Array, Array]  # cosines and sines, [B, T, 1, H/2]
-# keys, values -> what the queries take from them, and the layer's cache
+# (q, k, v) -> the attention output and the layer's cache
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 Product = Callable[[Array, Array], Array]  # weight [F, D], x [B, D] -> [B, F]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for longer contexts ("linear", "llama3")."""
+    """Stretches rotary frequencies for longer contexts; kind: "linear" or "llama3"."""
 
     kind: str
     factor: float
@@ -70,7 +71,12 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What distinguishes one model of the family from another."""
+    """Sizes and variants that define one model of the family.
+
+    Raises:
+      GrpoError: a size is not a positive whole number, kv_heads does not divide heads,
+        or head_dim is odd.
+    """
 
     vocab_size: int  # V
     width: int  # D
@@ -104,7 +110,7 @@ class ModelConfig:
 
 
 def rotary_frequencies(config: ModelConfig) -> Float[Array, "H/2"]:
-    """Angles per position, [H/2], float32; long-context scaling applied."""
+    """Returns the rotary angle per position, [H/2] float32, with scaling applied."""
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents)
     scaling = config.rope_scaling
@@ -112,7 +118,7 @@ def rotary_frequencies(config: ModelConfig) -> Float[Array, "H/2"]:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    # llama3: long wavelengths are stretched, short ones kept, those between blended.
+    # llama3: stretches long wavelengths, keeps short ones, and blends in between.
     wavelength = 2 * math.pi / frequencies
     turns = scaling.original_max_positions / wavelength
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -121,7 +127,17 @@ def rotary_frequencies(config: ModelConfig) -> Float[Array, "H/2"]:
 
 
 def rotate(x: Float[Array, "B T N H"], rotation: Rotation) -> Array:
-    """Rotary position embedding: halves (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """Applies rotary position embedding.
+
+    The halves (a, b) of a head become (a cos - b sin, b cos + a sin).
+
+    Args:
+      x: queries or keys, [B, T, N, H].
+      rotation: cosines and sines, [B, T, 1, H/2] float32, from `Decoder.rotation`.
+
+    Returns:
+      [B, T, N, H] in the dtype of x; the arithmetic is in float32.
+    """
     cos, sin = rotation
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -129,26 +145,37 @@ def rotate(x: Float[Array, "B T N H"], rotation: Rotation) -> Array:
 
 
 class Block(nn.Module):
-    """One layer; `attend` decides what its queries see."""
+    """One transformer layer; the caller passes the function that attends."""
 
     config: ModelConfig
     lora: Lora = Lora()
-    product: Product | None = None  # how x of one position is multiplied
+    product: Product | None = None  # for x of one position; None: `linear`
 
     def weight(self, name: str, *shape: int) -> Array:
-        """Declares a parameter; `Decoder.init` gives all of them their values."""
+        """Declares a parameter; `Decoder.init` sets the values of all parameters."""
         return self.param(name, nn.initializers.zeros, shape)
 
     def linear(self, x: Array, name: str, out: int, bias: bool = False) -> Array:
+        """Returns x Wᵀ of the matrix `name`, plus its LoRA delta and bias if any.
+
+        Args:
+          x: [B, T, D].
+          name: the matrix, a parameter [out, D].
+          out: output width.
+          bias: whether the layer has a vector `name`_bias.
+
+        Returns:
+          [B, T, out] in the dtype of x.
+        """
         weight = self.weight(name, out, x.shape[-1]).astype(x.dtype)
         if self.product is not None:
             y = self.product(weight, x[:, 0])[:, None]
         else:
-            # One axis of positions: over two of them XLA's CPU backward pass transposes
-            # what is still to be computed, element by element.
+            # With two position axes, XLA's CPU backward pass transposes operands that
+            # it has not computed yet, one element at a time. One axis avoids that.
             flat = x.reshape(-1, x.shape[-1])
             y = linear(flat, weight).reshape(*x.shape[:-1], out)
-        a = self.get_variable("params", name + A)  # not there: the base, or merged
+        a = self.get_variable("params", name + A)  # None: no adapter, or merged
         if a is not None:
             y += self.lora.delta(x, a, self.get_variable("params", name + B))
         if bias:
@@ -156,10 +183,12 @@ class Block(nn.Module):
         return y
 
     def norm(self, x: Array, name: str) -> Array:
+        """Returns `rms_norm` of x with the scale parameter `name`."""
         return rms_norm(x, self.weight(name, x.shape[-1]), self.config.norm_eps)
 
     @nn.compact
     def __call__(self, x: Array, rotation: Rotation, attend: Attend):
+        """Returns the layer's output [B, T, D] and the cache that `attend` returns."""
         c = self.config
         heads = (*x.shape[:2], -1, c.head_dim)
         h = self.norm(x, "input_norm")
@@ -181,20 +210,31 @@ class Block(nn.Module):
 
 
 def over(x: Array, vector: Array) -> Array:
-    """A vector over the last axis of x, with the rank of x."""
+    """Reshapes a vector to broadcast over the last axis of x, at the rank of x."""
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """x / √(mean x² + ε) · scale, the mean in float32."""
-    h = x.reshape(-1, x.shape[-1]).astype(jnp.float32)  # as in `Block.linear`
+    """Returns x / √(mean(x²) + ε) · scale, with the mean in float32.
+
+    Args:
+      x: [..., D].
+      scale: [D].
+      eps: ε.
+
+    Returns:
+      [..., D] in the dtype of x.
+    """
+    h = x.reshape(-1, x.shape[-1]).astype(jnp.float32)  # one axis: see `Block.linear`
     h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=-1, keepdims=True) + eps)
     return (h.astype(x.dtype) * scale.astype(x.dtype)[None]).reshape(x.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """The model as pure functions of (params, tokens); hashable, so static under jit.
+    """The model as pure functions of (params, tokens).
+
+    It is hashable, so it can be a static argument of `jax.jit`.
 
     >>> config = ModelConfig(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2,
     ...                      head_dim=4, ffn=32)
@@ -205,10 +245,10 @@ class Decoder:
     """
 
     config: ModelConfig
-    dtype: str = "float32"  # of the computation; logits and softmax stay float32
-    remat: str = "none"  # a row of REMAT: what the backward pass recomputes
-    lora: Lora = Lora()  # of the adapters that the parameters may hold
-    decode_tensor: int = 0  # devices that share matrices to decode; 0: as parameters do
+    dtype: str = "float32"  # of the computation; logits and softmax are float32
+    remat: str = "none"  # a key of REMAT: what the backward pass recomputes
+    lora: Lora = Lora()  # describes adapters in the parameters, if any
+    decode_tensor: int = 0  # devices that share a matrix in decoding; 0: as in training
 
     def __post_init__(self):
         check_choice("Decoder", "dtype", self.dtype, ("float32", "bfloat16"))
@@ -216,11 +256,18 @@ class Decoder:
         check_whole("Decoder", least=0, decode_tensor=self.decode_tensor)
 
     def init(self, key: Array, dtype: str = "float32") -> Params:
-        """Fresh parameters: embed, layers {name: [L, …]}, norm, unembed unless tied.
+        """Returns fresh parameters.
 
-        Matrices are normal with variance 1 / fan-in, norms 1, biases 0. All come from
-        one vector of random numbers: a program for each matrix would take long to
-        compile.
+        Matrices are normal with variance 1 / fan-in, norms 1, biases 0. All matrices
+        are cut from one random vector, because one random program per matrix would
+        take long to compile.
+
+        Args:
+          key: a JAX random key.
+          dtype: of the parameters.
+
+        Returns:
+          {embed [V, D], layers {name: [L, …]}, norm [D], unembed [V, D] unless tied}.
         """
         c = self.config
         attend: Attend = lambda q, k, v: (q, None)  # noqa: E731
@@ -247,18 +294,20 @@ class Decoder:
         return params
 
     def unembed(self, params: Params) -> Float[Array, "D V"]:
-        """The output matrix; a transposed view inside jit, never a copy."""
+        """Returns the output matrix; inside jit the transpose is a view, not a copy."""
         matrix = params["embed"] if self.config.tied else params["unembed"]
         return matrix.T.astype(self.dtype)
 
     def embed(self, params: Params, tokens: Int[Array, "B T"]) -> Array:
+        """Returns the token embeddings, [B, T, D] in the model's dtype."""
         return sharding.rows_of_table(params["embed"], tokens).astype(self.dtype)
 
     def finish(self, params: Params, x: Array) -> Array:
+        """Returns x after the last norm, [B, T, D]."""
         return rms_norm(x, params["norm"], self.config.norm_eps)
 
     def rotation(self, positions: Int[Array, "B T"]) -> Rotation:
-        """What `rotate` takes, once for all layers."""
+        """Returns the cosines and sines for `rotate`, computed once for all layers."""
         angles = positions[..., None, None].astype(jnp.float32)
         angles = angles * rotary_frequencies(self.config)[None, None, None]
         return jnp.cos(angles), jnp.sin(angles)
@@ -271,7 +320,19 @@ class Decoder:
         attend: Attend,
         product: Product | None = None,
     ) -> tuple[Array, Any]:
-        """One layer on its own parameters (without the leading L axis)."""
+        """Applies one layer.
+
+        Args:
+          layer: the layer's parameters, without the leading L axis.
+          x: the layer's input.
+          rotation: from `rotation`.
+          attend: maps (q, k, v) to the attention output and the layer's cache.
+          product: multiplies a weight by x of one position a row, when decoding; None:
+            the ordinary product.
+
+        Returns:
+          The layer's output, [B, T, D], and the cache that `attend` returns.
+        """
         x, cache = Block(self.config, self.lora, product).apply(
             {"params": layer}, x, rotation, attend
         )
@@ -287,14 +348,21 @@ class Decoder:
         segment_ids: Int[Array, "B T"] | None = None,
         keep_cache: bool = False,
     ) -> Any:
-        """[B, T, D] after the last norm.
+        """Returns the hidden states after the last norm.
 
         Args:
-          tokens: padding may hold any token in range.
-          mask: 1 for real tokens (None: all). Padding may stand on either side.
-          positions: None: counted from 0 over the real tokens of each sequence.
-          segment_ids: packed rows: tokens see only their own segment.
-          keep_cache: return (hidden, (keys, values)), each [L, B, T, K, H], as well.
+          params: as `init` returns them, with LoRA adapters or without.
+          tokens: [B, T]; padding may hold any token in range.
+          mask: [B, T], 1 for real tokens; None: all are real. Padding may be on either
+            side.
+          positions: [B, T]; None: counted from 0 over the real tokens of each sequence.
+          segment_ids: [B, T], for packed rows: a token attends to its own segment and
+            to the prompt that the segment shares (`kernels/mask.py`).
+          keep_cache: whether to return the keys and values too.
+
+        Returns:
+          [B, T, D] in the model's dtype; with keep_cache (hidden, (keys, values)), the
+          keys and values each [L, B, T, K, H].
         """
         real = jnp.ones(tokens.shape, bool) if mask is None else mask != 0
         if positions is None:
@@ -321,7 +389,10 @@ class Decoder:
     def __call__(
         self, params: Params, tokens: Array, **kwargs
     ) -> tuple[Float[Array, "B T D"], Float[Array, "D V"]]:
-        """`apply` for the compiled step: (hidden, unembed), so no [B, T, V] exists."""
+        """Returns hidden states and the output matrix, so no [B, T, V] is ever made.
+
+        This is the `apply` of the training step. Keyword arguments are as in `hidden`.
+        """
         return self.hidden(params, tokens, **kwargs), self.unembed(params)
 
     def logits(
@@ -333,25 +404,30 @@ class Decoder:
         positions: Array | None = None,
         segment_ids: Array | None = None,
     ) -> Float[Array, "B T V"]:
-        """Next-token logits, float32; arguments as in `hidden`."""
+        """Returns next-token logits in float32; arguments are as in `hidden`."""
         hidden = self.hidden(
             params, tokens, mask=mask, positions=positions, segment_ids=segment_ids
         )
         return self.project(params, hidden)
 
     def project(self, params: Params, hidden: Array) -> Float[Array, "... V"]:
+        """Returns float32 logits [..., V] of hidden states [..., D]."""
         return einsum("...D,DV->...V", hidden, self.unembed(params))
 
 
 def is_vector(path: str) -> bool:
-    """Whether a parameter is a norm's scale or a bias, by its path."""
+    """Returns whether the parameter at this path is a norm's scale or a bias."""
     return path.endswith(("norm", "bias"))
 
 
 def default_positions(
     real: Bool[Array, "B T"], segment_ids: Int[Array, "B T"] | None
 ) -> Int[Array, "B T"]:
-    """0, 1, 2, … over the real tokens of each sequence.
+    """Returns positions 0, 1, 2, … over the real tokens of each sequence.
+
+    Args:
+      real: True where a token is not padding.
+      segment_ids: which sequence a token belongs to; None: one sequence a row.
 
     >>> real = jnp.array([[False, True, True, True]])
     >>> default_positions(real, None).tolist()

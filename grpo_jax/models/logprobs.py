@@ -1,11 +1,8 @@
 """Token log-probabilities and entropy from hidden states, without [B, T, V].
 
-In: hidden states [..., D], the unembedding matrix [D, V], the target tokens [...].
-Out: log π(target) and the entropy of π at each position, [...], float32.
-
-Logits are made for a chunk of positions and a tile of the vocabulary at a time, forward
-and backward, with a running softmax over the tiles: memory never holds all of them.
-Pure, jax alone.
+Both passes compute logits for one chunk of positions and one tile of the vocabulary at
+a time, with a running softmax over the tiles. Memory never holds all logits. All
+functions are pure.
 
 Axes: B rows, T positions, C positions of a row in one chunk, M = B·C, D width,
 V vocabulary, v tokens of a tile.
@@ -38,22 +35,26 @@ def token_logprobs(
     temperature: ArrayLike = 1.0,
     chunk: int | None = None,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """log softmax(hidden · unembed / temperature) at the targets, and its entropy.
+    """Returns log softmax(hidden · unembed / temperature) at the targets, and entropy.
 
         logps = z_target - log Σ_v e^{z_v}      entropy = -Σ_v π_v log π_v
 
     Args:
-      hidden: [..., D] the decoder's outputs after its last norm.
-      unembed: [D, V].
-      targets: [...] the tokens that follow (already shifted).
-      temperature: the sampling temperature; one for all three passes.
-      chunk: positions along the last leading axis whose logits exist at a time, for
-        the whole vocabulary; None lets at most about 2^24 logits exist on a device, on
-        GPUs and TPUs 2^26.
+      hidden: [..., D], the decoder's hidden states after its last norm.
+      unembed: [D, V], the output matrix.
+      targets: [...], the next token at each position (already shifted).
+      temperature: the sampling temperature. Use the same one for π_θ, π_old and π_ref.
+      chunk: how many positions of a row have logits at the same time. None: chosen so
+        that a device holds at most about 2^24 logits, or 2^26 on GPUs and TPUs.
 
     Returns:
-      (logps, entropy), both [...], in nats, differentiable in hidden, unembed and
-      temperature. Gradients are accumulated in float32.
+      (logps, entropy), both [...] float32, in nats. They support first-order
+      reverse-mode differentiation in hidden, unembed and temperature; gradients are
+      accumulated in float32.
+
+    Raises:
+      ValueError: shapes that disagree, a chunk below 1, or a temperature that is not a
+        finite number above 0.
 
     >>> hidden, unembed = jnp.ones((2, 3, 4)), jnp.zeros((4, 8))
     >>> logps, entropy = token_logprobs(hidden, unembed, jnp.zeros((2, 3), int))
@@ -79,12 +80,12 @@ def token_logprobs(
     if devices == 1 or rows % devices:
         mesh, devices = None, 1
     if chunk is None:
-        if not split:  # of a vocabulary on several devices no tile is on all of them
+        if not split:  # a vocabulary split over devices has no common tiles
             tile = tuning.vocabulary_tile(tile)
         elements = rows // devices * tile
         most = max(1, tuning.logits_at_once() // max(elements, 1))
         count = -(-max(length, 1) // most)
-        chunk = -(-max(length, 1) // count)  # even ones: the last is hardly padded
+        chunk = -(-max(length, 1) // count)  # equal chunks: little padding in the last
     chunk = min(chunk, max(length, 1))
     temperature = jnp.asarray(temperature, jnp.float32)
     compute = functools.partial(_compiled, tiles=_Tiles(chunk, tile, unembed.shape[1]))
@@ -95,12 +96,12 @@ def token_logprobs(
 
 
 def _on_each_device(compute, unembed: Array, mesh: Any):
-    """Each device on its own rows, so that all agree on the output matrix once.
+    """Wraps `compute` in a shard_map, so that each device works on its own rows.
 
-    Left to itself the partitioner gathers the matrix, and sums its gradient over the
-    devices, in every chunk.
+    The output matrix is then gathered, and its gradient summed over the devices, once.
+    XLA's partitioner would do both in every chunk.
     """
-    axes = sharding.free(mesh) - {"tensor"}  # along which the partitioner does well
+    axes = sharding.free(mesh) - {"tensor"}  # the partitioner splits "tensor" well
     whole = unembed.shape[0] % sharding.size_of(mesh, "fsdp")
     split = None if whole or "fsdp" not in axes else "fsdp"
     rows, P = sharding.within(sharding.BATCH, mesh), sharding.P
@@ -119,16 +120,17 @@ def _on_each_device(compute, unembed: Array, mesh: Any):
 
 
 def _chunks(x: Array, chunk: int) -> Array:
-    """[B, T, ...] -> [T / C, B · C, ...], the last chunk padded with zeros."""
+    """[B, T, ...] -> [T / C, B · C, ...]; zeros pad the last chunk."""
     padding = -x.shape[1] % chunk
     x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
     count = x.shape[1] // chunk
     x = x.reshape(x.shape[0], count, chunk, *x.shape[2:])
-    # One axis of positions: XLA's CPU backend reduces and multiplies those fastest.
+    # XLA's CPU backend reduces and multiplies fastest with one axis of positions.
     return jnp.moveaxis(x, 1, 0).reshape(count, x.shape[0] * chunk, *x.shape[3:])
 
 
 def _unchunk(x: Array, chunk: int, rows: int, length: int) -> Array:
+    """Undoes `_chunks`: [T / C, B · C, ...] -> [B, T, ...]."""
     x = jnp.moveaxis(x.reshape(x.shape[0], rows, chunk, *x.shape[2:]), 0, 1)
     return x.reshape(rows, x.shape[1] * chunk, *x.shape[3:])[:, :length]
 
@@ -137,8 +139,8 @@ def _unchunk(x: Array, chunk: int, rows: int, length: int) -> Array:
 class _Tiles:
     """Logits exist for `chunk` positions of a row and `tile` tokens at a time.
 
-    Where the vocabulary is no multiple of a tile, the last one reaches back over the
-    one before it; what it has again counts nowhere.
+    If the tile does not divide the vocabulary, the last tile overlaps the one before
+    it. Tokens in the overlap count only in the earlier tile.
     """
 
     chunk: int
@@ -147,33 +149,36 @@ class _Tiles:
 
     @property
     def count(self) -> int:
+        """The number of tiles."""
         return -(-self.size // self.tile)
 
     def start(self, number: Any) -> Any:
-        """The first token of a tile."""
+        """Returns the first token of a tile."""
         if self.count == 1:
             return 0
         return jnp.minimum(number * self.tile, self.size - self.tile)
 
     def rows(self, table: Array, number: Any) -> Float[Array, "v D"]:
+        """Returns a tile's rows of a table [V, D]."""
         if self.count == 1:
             return table
         return jax.lax.dynamic_slice_in_dim(table, self.start(number), self.tile)
 
     def put(self, table: Array, rows: Array, number: Any) -> Float[Array, "V D"]:
+        """Returns the table [V, D] with a tile's rows replaced."""
         if self.count == 1:
             return rows
         start = self.start(number)
         return jax.lax.dynamic_update_slice_in_dim(table, rows, start, 0)
 
     def index(self, tokens: Int[Array, "M"], number: Any) -> Int[Array, "M"]:
-        """Where in a tile tokens stand; -1: in another."""
+        """Returns the tokens' places in a tile, -1 for tokens of other tiles."""
         index = tokens - self.start(number)
         here = (tokens >= number * self.tile) & (index < self.tile)
         return jnp.where(here, index, -1)
 
     def logits(self, h, rows, temperature, number: Any) -> Float[Array, "M v"]:
-        """Those of one chunk; -1e30 for tokens that an earlier tile had."""
+        """Returns a chunk's logits of a tile, -1e30 for tokens of an earlier tile."""
         z = product(h, rows)
         z = z / temperature
         if self.size % self.tile:
@@ -199,7 +204,8 @@ def _forward(hidden, table, targets, temperature, tiles):
             now = jnp.maximum(top, z.max(-1))
             below, fade = z - now[:, None], jnp.exp(top - now)
             exp = jnp.exp(below)
-            # Σ e^(z - top) (z - top): of z itself large logits would leave no digits.
+            # Σ e^(z - top) (z - top): with z in place of z - top, large logits would
+            # leave no significant digits.
             moment = (moment + total * (top - now)) * fade + (exp * below).sum(-1)
             total = total * fade + exp.sum(-1)
             index = tiles.index(y, number)
@@ -214,7 +220,7 @@ def _forward(hidden, table, targets, temperature, tiles):
     top, total, moment, at_target = jax.lax.fori_loop(0, tiles.count, add, sums)
     log_total = jnp.log(total)
     entropy = log_total - moment / total
-    # In this order: top + log_total would lose the digits of large logits.
+    # This order matters: top + log_total would lose the digits of large logits.
     logps = (at_target - top) - log_total
     logps, entropy, *sums = (
         _unchunk(x, tiles.chunk, *targets.shape)
@@ -225,9 +231,10 @@ def _forward(hidden, table, targets, temperature, tiles):
 
 
 def _forward_if(hidden, table, targets, temperature, tiles):
-    """`_forward`, which also notes whether anybody asks for the temperature's gradient.
+    """`_forward` that also records whether the temperature needs a gradient.
 
-    That, and the entropy's, cost passes over all logits, which most losses don't need.
+    Its gradient and the entropy's each cost a pass over all logits, and most losses
+    need neither.
     """
     inputs = (hidden, table, targets, temperature)
     out, saved = _forward(*(x.value for x in inputs), tiles=tiles)
@@ -260,7 +267,7 @@ def _backward(tiles, residuals, cotangents):
                 d_z += jnp.where(hit, 1 - p, -p) * g_logps[:, None]
             if g_entropy is not None:
                 d_z -= p * (g_entropy[:, None] * (log_p + entropy[:, None]))
-            if warm is not None:  # Σ_v d_z is 0: not z
+            if warm is not None:  # log_p replaces z: Σ_v d_z = 0
                 d_temperature -= (d_z * log_p).sum() / temperature
             d_z = (d_z / temperature).astype(table.dtype)
             d_h += product(d_z, rows, b_along=False)
@@ -282,11 +289,12 @@ def _backward(tiles, residuals, cotangents):
 _token_logprobs.defvjp(_forward_if, _backward, symbolic_zeros=True)
 
 
-@functools.partial(jax.jit, static_argnums=4)  # outside jit a scan compiles every time
+@functools.partial(jax.jit, static_argnums=4)  # outside jit a scan recompiles each time
 def _compiled(hidden, unembed, targets, temperature, tiles):
     # Under shard_map a custom gradient must vary over the mesh axes of its input. So
-    # let every input vary over the axes of all: what the devices share, as unembed,
-    # then has its gradient summed over them. XLA drops the constant choices.
+    # every input is made to vary over the axes of all inputs: the gradient of a shared
+    # input, such as unembed, is then summed over the devices. XLA drops the constant
+    # selects.
     every = jax.lax.stop_gradient((hidden, unembed, targets, temperature))
     one = sum((x.sum().astype(jnp.float32) for x in every), jnp.zeros(()))
 
@@ -294,7 +302,8 @@ def _compiled(hidden, unembed, targets, temperature, tiles):
         return jnp.where(False, one.astype(x.dtype), x)
 
     hidden, unembed, temperature = map(like_all, (hidden, unembed, temperature))
-    # As embeddings are stored: a loop over chunks would copy what it has to turn.
+    # Transposed to [V, D], as embeddings are stored: otherwise a loop over chunks would
+    # copy the matrix to transpose it.
     return _token_logprobs(hidden, unembed.T, targets, temperature, tiles)
 
 
@@ -304,13 +313,21 @@ def logprobs_from_logits(
     *,
     temperature: ArrayLike = 1.0,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """The same for a model that returns logits [..., V]: (logps, entropy), float32.
+    """Returns what `token_logprobs` does, for a model that returns logits.
+
+    Args:
+      logits: [..., V]; -inf rules a token out.
+      targets: [...], the next token at each position.
+      temperature: the sampling temperature.
+
+    Returns:
+      (logps, entropy), both [...] float32, in nats.
 
     >>> logps, entropy = logprobs_from_logits(jnp.zeros((1, 4)), jnp.array([2]))
     >>> round(float(logps[0]), 4), round(float(entropy[0]), 4)
     (-1.3863, 1.3863)
     """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
-    possible = log_p > -jnp.inf  # a model may rule tokens out with -inf
+    possible = log_p > -jnp.inf  # 0 · log 0 counts as 0
     entropy = -(jnp.exp(log_p) * jnp.where(possible, log_p, 0)).sum(-1)
     return jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0], entropy

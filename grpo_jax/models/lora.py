@@ -1,15 +1,15 @@
 """LoRA (Hu et al. 2021): low-rank adapters in the model's own parameter tree.
 
-In: parameters. Out: the same tree with A and B beside each target matrix W,
-y = W x + α/r · B (A x), of which A and B alone are trained; and back, merged.
+Each target matrix W gets two matrices A and B beside it: y = W x + α/r · B (A x). Only
+A and B are trained, and they can be merged into W afterwards.
 
-The base stays as it is, bit for bit. So π_ref is the same parameters without their
-adapters: no second copy of the base is held. Each stage has adapters of its own; those
-of the stage before are merged into the base where the next begins. RL after SFT thus
-has Instruct as its reference, which is the base and SFT's adapters.
+The base does not change, bit for bit. So π_ref is the same parameters without their
+adapters, and no second copy of the base is held. Each stage trains adapters of its own.
+When a stage begins, the previous stage's adapters are merged into the base. The
+reference of RL after SFT is therefore the SFT model: the base with SFT's adapters.
 
-Adapters and their optimiser state are float32, whatever the base's dtype: steps as
-small as theirs would be lost in bfloat16.
+Adapters and their optimiser state are float32, whatever the base's dtype, because
+bfloat16 would round their small updates away.
 
 Axes: L layers, R rank r, D a matrix's inputs, F its outputs.
 """
@@ -36,21 +36,25 @@ A, B = "_lora_a", "_lora_b"  # [L, R, D] and [L, F, R], after the matrix's name
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Which matrices have adapters, and of what size."""
+    """Settings of the adapters: which matrices have them, and of what size."""
 
-    rank: int = 0  # r; 0: there are none
+    rank: int = 0  # r; 0: no adapters
     alpha: float = 16.0  # α
     targets: tuple[str, ...] = TARGETS
 
     def delta(
         self, x: Float[Array, "*B D"], a: Float[Array, "R D"], b: Float[Array, "F R"]
     ) -> Float[Array, "*B F"]:
-        """α/r · B (A x), in the dtype of x."""
+        """Returns α/r · B (A x), in the dtype of x."""
         low = jnp.einsum("...D,RD->...R", x, a.astype(x.dtype))
         return jnp.einsum("...R,FR->...F", low * self.scale(a), b.astype(x.dtype))
 
     def scale(self, a: Array) -> float:
-        """α/r; the rank of A must be the model's, or α would not be A's own."""
+        """Returns α/r.
+
+        Raises:
+          GrpoError: A has another rank than this model's settings, so α is not its own.
+        """
         if a.shape[-2] != self.rank:
             raise GrpoError(
                 f"lora: the parameters' adapters have rank {a.shape[-2]}, the model's "
@@ -60,7 +64,10 @@ class Lora:
 
 
 def split(params: Any) -> tuple[Any, Any]:
-    """(what is trained, what is frozen): the adapters and the base, if there are any.
+    """Returns (trained, frozen) parts of the parameters.
+
+    With adapters, these are the adapters (and PPO's critic, "value") and the base.
+    Without, all parameters are trained and the frozen part is empty.
 
     >>> split({"norm": 1, "layers": {"q_proj": 2, "q_proj_lora_a": 3}})
     ({'layers': {'q_proj_lora_a': 3}}, {'norm': 1, 'layers': {'q_proj': 2}})
@@ -88,7 +95,7 @@ def _divide(tree: Params) -> tuple[Params, Params]:
 
 
 def join(trained: Any, frozen: Any) -> Any:
-    """The whole tree again, of what `split` gave.
+    """Returns the whole tree from the two parts that `split` returned.
 
     >>> join({"layers": {"b": 1}}, {"a": 2, "layers": {"c": 3}})
     {'a': 2, 'layers': {'c': 3, 'b': 1}}
@@ -102,10 +109,10 @@ def join(trained: Any, frozen: Any) -> Any:
 
 
 def base(params: Any) -> Any:
-    """The parameters without their adapters: π_ref, by reference and not by copy.
+    """Returns π_ref, the parameters without their adapters; no array is copied.
 
     Raises:
-      GrpoError: there are none, so that these would be the policy itself.
+      GrpoError: there are no adapters, so this would be the policy itself.
     """
     _, frozen = split(params)
     if not frozen:
@@ -117,9 +124,10 @@ def base(params: Any) -> Any:
 
 
 def merge_lora(lora: Lora, params: Params) -> Params:
-    """W + α/r · B A in the place of each adapted W; pure, and nothing without adapters.
+    """Returns the parameters with each adapted W replaced by W + α/r · B A.
 
-    The sum is made in float32 and rounded to the dtype of W.
+    The sum is computed in float32 and rounded to the dtype of W. Parameters without
+    adapters are returned as they are.
 
     >>> layers = {"o_proj": jnp.zeros((1, 2, 2)), "o_proj_lora_a": jnp.ones((1, 1, 2)),
     ...           "o_proj_lora_b": jnp.array([[[1.0], [2.0]]])}
@@ -141,17 +149,23 @@ def merge_lora(lora: Lora, params: Params) -> Params:
 def merge_matrix(
     lora: Lora, w: Float[Array, "*L F D"], a: Float[Array, "*L R D"], b: Array
 ) -> Float[Array, "*L F D"]:
-    """W + α/r · B A of one layer or of all."""
+    """Returns W + α/r · B A in the dtype of W, for one layer or for stacked layers."""
     a, b = widened(a, b)
     product = jnp.matmul(b, a, precision="highest", preferred_element_type=jnp.float32)
     return (w.astype(jnp.float32) + lora.scale(a) * product).astype(w.dtype)
 
 
 def begin(lora: Lora, params: Params, key: Array) -> Params:
-    """A stage's start: adapters of the stage before merged, new ones added.
+    """Returns the parameters with which a stage starts.
 
-    A is normal with variance 1/D, B zero: the model is the merged one, bit for bit.
-    With rank 0 there are none to add.
+    The previous stage's adapters are merged, and new ones are added unless the rank is
+    0. A is normal with variance 1/D and B is zero, so the model starts as the merged
+    one, bit for bit.
+
+    Args:
+      lora: the adapters' settings.
+      params: the previous stage's parameters, with adapters or without.
+      key: a JAX random key, for A.
     """
     params = merge_lora(lora, params)
     if not lora.rank:
@@ -159,7 +173,7 @@ def begin(lora: Lora, params: Params, key: Array) -> Params:
     layers = dict(params["layers"])
     shapes = {name: layers[name].shape for name in lora.targets}
     sizes = [n * lora.rank * d for n, _, d in shapes.values()]
-    # One vector of random numbers, as for the matrices: one program to compile.
+    # One random vector for all, as in `Decoder.init`: one program to compile.
     noise, start = jax.random.normal(key, (sum(sizes),)), 0
     for (name, (n, f, d)), size in zip(shapes.items(), sizes, strict=True):
         a = noise[start : start + size].reshape(n, lora.rank, d) / math.sqrt(d)
@@ -171,9 +185,15 @@ def begin(lora: Lora, params: Params, key: Array) -> Params:
 def stack(
     lora: Lora, stages: list[Params]
 ) -> tuple[Lora, dict[str, tuple[Array, Array]]]:
-    """The adapters of stages as one: B_1 A_1 + B_2 A_2 = [B_1 B_2] [A_1; A_2].
+    """Joins the adapters of several stages: B_1 A_1 + B_2 A_2 = [B_1 B_2] [A_1; A_2].
 
-    {matrix: (A [L, R, D], B [L, F, R])}, R the sum of the ranks, α/r the same.
+    Args:
+      lora: the settings that all stages share.
+      stages: the parameters of each stage.
+
+    Returns:
+      The joined settings, with the sum of the ranks and the same α/r, and {matrix: (A
+      [L, R, D], B [L, F, R])}.
     """
     joined = {}
     for name in lora.targets:

@@ -1,9 +1,9 @@
-"""The reward model r_φ and PPO's critic: a decoder's trunk with one score a token.
+"""The reward model r_φ and PPO's critic: a decoder's trunk with one score per token.
 
-A score is the logit of "right". It is read at an output's last token (outcome
-supervision, DeepSeekMath section 4.1.2), at each step's last token (process
-supervision, 4.1.3), or at every token (PPO's values), and depends on the tokens up to
-its own alone.
+A reward model's score is the logit of "right". It is read at an output's last token
+(outcome supervision, DeepSeekMath section 4.1.2) or at each step's last token (process
+supervision, section 4.1.3). PPO's critic reads a value at every token. A score depends
+only on its own token and those before it.
 
 Axes: B rows, T positions, D width.
 """
@@ -22,7 +22,9 @@ from grpo_jax.models.kernels.products import einsum
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """Scores as a pure function of (params, tokens); hashable, so static under jit.
+    """Scores tokens as a pure function of (params, tokens).
+
+    It is hashable, so it can be a static argument of `jax.jit`.
 
     >>> from grpo_jax.models.decoder import ModelConfig
     >>> config = ModelConfig(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2,
@@ -36,9 +38,14 @@ class RewardModel:
     decoder: Decoder
 
     def init(self, key: Array, decoder_params: Params) -> Params:
-        """The policy's trunk, copied, with a small random head.
+        """Returns a copy of a decoder's trunk with a small random head.
 
-        The tree is the decoder's without `unembed`, and `head` [D], `head_bias` [].
+        Args:
+          key: a JAX random key, for the head.
+          decoder_params: the decoder's parameters.
+
+        Returns:
+          The decoder's tree without `unembed`, with `head` [D] and `head_bias` [].
         """
         trunk = {k: v for k, v in decoder_params.items() if k != "unembed"}
         width, dtype = self.decoder.config.width, trunk["norm"].dtype
@@ -55,7 +62,7 @@ class RewardModel:
         segment_ids: Array | None = None,
         mask: Array | None = None,
     ) -> Float[Array, "B T"]:
-        """s_t at every token, float32; arguments as in `Decoder.hidden`."""
+        """Returns the score of every token; arguments are as in `Decoder.hidden`."""
         hidden = self.decoder.hidden(
             params, tokens, mask=mask, positions=positions, segment_ids=segment_ids
         )

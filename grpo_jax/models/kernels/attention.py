@@ -1,8 +1,8 @@
-"""Attention over packed rows, by the platform's way of computing it.
+"""Attention over packed rows, with the kernel chosen by platform.
 
-- TPU: splash attention, which skips blocks that no token may attend to (`tpu.py`);
-- GPU: cuDNN's flash attention, for bfloat16 and float16 (`gpu.py`);
-- CPU, and wherever no kernel fits: blocks by XLA or C++ (`xla.py`, `cpu/`).
+- TPU: splash attention, which skips blocks in which no token may attend (`tpu.py`).
+- GPU: cuDNN's flash attention, for bfloat16 and float16 (`gpu.py`).
+- CPU, and wherever no other kernel fits: blocks by XLA or C++ (`xla.py`, `cpu/`).
 
 Axes: B rows, T positions, N query heads, K key heads, H head width.
 """
@@ -30,7 +30,19 @@ def attend(
     v: Float[Array, "B T K H"],
     rows: AttentionMask,
 ) -> Float[Array, "B T N H"]:
-    """Returns `xla.dense_attention(q, k, v, rows.allowed())`, by the platform's way."""
+    """Returns softmax(q k / √H) v over the allowed positions.
+
+    The result is that of `xla.dense_attention(q, k, v, rows.allowed())`, computed by
+    the platform's kernel.
+
+    Args:
+      q: queries, [B, T, N, H].
+      k, v: keys and values, [B, T, K, H]; K divides N.
+      rows: metadata that defines the attention mask.
+
+    Returns:
+      [B, T, N, H] in the dtype of q.
+    """
     kernel, where = in_blocks, sharding.platform()
     if where == "tpu" and tpu.takes(q):
         kernel = tpu.splash
@@ -44,7 +56,7 @@ def attend(
 
 @functools.cache
 def say_no_kernel(where: str, devices: int) -> None:
-    """Warns once that attention is slow, and how to make it fast."""
+    """Warns once that the slow attention is used, and says how to get the fast one."""
     log.warning(
         "attention: %d %s devices and no mesh, so its fast kernel is not used; run "
         "under jax.set_mesh(grpo_jax.distributed.sharding.make_mesh(devices=…))",
@@ -56,10 +68,15 @@ def say_no_kernel(where: str, devices: int) -> None:
 def on_each_device(
     kernel: Callable[..., Array], q: Array, k: Array, v: Array, rows: AttentionMask
 ) -> Float[Array, "B T N H"]:
-    """The kernel on each device's rows and heads: XLA cannot split what is in it.
+    """Runs the kernel on each device's own rows and heads.
 
-    Inside a shard_map the axes that it leaves are mapped over even if their size is 1:
-    a kernel for TPUs is refused as long as any axis is XLA's to split.
+    XLA cannot partition the inside of a kernel, so a shard_map does. Within an outer
+    shard_map, the axes that are still free are mapped even if their size is 1, because
+    a TPU kernel is refused while XLA may split any axis.
+
+    Args:
+      kernel: (q, k, v, rows) → the attention output.
+      q, k, v, rows: as in `attend`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     ours = set(sharding.AXES) <= set(mesh.axis_names)

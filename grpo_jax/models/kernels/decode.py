@@ -1,7 +1,7 @@
-"""A decode turn: products of one position a row, and attention to the cache.
+"""Kernels of a decode step: products for one position per row, and cache attention.
 
-On one CPU in float32 both are C++ (`cpu/`). Elsewhere the product is XLA's, and the
-caller attends to its cache by XLA.
+In float32 on one CPU both are C++ (`cpu/`). Elsewhere XLA computes the product, and the
+caller computes attention to its cache.
 
 Axes: B rows, D and F width.
 """
@@ -20,11 +20,11 @@ from grpo_jax.models.kernels import cpu
 
 @dataclasses.dataclass(frozen=True)
 class DecodeKernels:
-    """The functions that a decode turn calls.
+    """The functions that a decode step calls.
 
     product: (weight [F, D], x [B, D]) → x weightᵀ [B, F].
-    attention: writes a turn's keys and values and attends to the cache, as
-      `cpu.attend`; None: there is no kernel for it.
+    attention: writes the step's keys and values and attends to the cache, as
+      `cpu.attend` does; None: there is no kernel for it.
     """
 
     product: Callable[..., Array]
@@ -32,7 +32,12 @@ class DecodeKernels:
 
 
 def decode_kernels(dtype: str, *caches: Any) -> DecodeKernels:
-    """Returns the kernels for a computation in `dtype` with these cached arrays."""
+    """Returns the kernels for a decode step.
+
+    Args:
+      dtype: of the computation, "float32" or "bfloat16".
+      caches: the cached keys and values, in any tree.
+    """
     if dtype == "float32" and cpu.fit(*caches):
         return DecodeKernels(cpu.few_rows, cpu.attend)
     return DecodeKernels(few_rows_product, None)
@@ -43,6 +48,6 @@ def few_rows_product(
 ) -> Float[Array, "B F"]:
     """Returns x weightᵀ, with the weight as the first factor.
 
-    For few rows CPUs are a fifth faster this way round: they repack the second factor.
+    CPUs repack the second factor. With few rows, it is a fifth faster if that is x.
     """
     return jax.lax.dot_general(weight, x, (((1,), (1,)), ((), ())), **options).T

@@ -1,4 +1,4 @@
-"""The floating-point operations of the C++ kernels, which XLA cannot count."""
+"""Counts floating-point operations of the C++ kernels, which XLA cannot see."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from typing import Any
 
 
 def call_flops(equation: Any, pairs: Callable[[], float]) -> float:
-    """Returns the floating-point operations of one call, as if all columns were seen.
+    """Returns the floating-point operations of one call of a C++ kernel.
+
+    Decode attention is counted as if every row attended to every column of the cache.
 
     Args:
-      equation: of a jaxpr, whose primitive is `ffi_call`.
-      pairs: () → how many pairs of blocks attention visits.
+      equation: a jaxpr equation whose primitive is `ffi_call`.
+      pairs: returns how many pairs of blocks attention visits.
+
+    Returns:
+      The count; 0 for a call that is not one of these kernels.
     """
     shapes = [x.aval.shape for x in equation.invars]
     target = equation.params["target_name"]

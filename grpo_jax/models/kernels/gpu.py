@@ -12,7 +12,7 @@ from grpo_jax.models.kernels.mask import AttentionMask
 
 
 def takes(q: Array) -> bool:
-    """Returns whether cuDNN computes this on every GPU since Ampere."""
+    """Returns whether cuDNN supports queries [B, T, N, H] on every GPU since Ampere."""
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     return half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.shape[1] % 2 == 0
 
@@ -20,7 +20,13 @@ def takes(q: Array) -> bool:
 def cudnn(
     q: Array, k: Array, v: Array, rows: AttentionMask, implementation: Any = "cudnn"
 ) -> Float[Array, "B T N H"]:
-    """cuDNN's flash attention; the mask goes in as a bias, 2 bytes a pair."""
+    """Computes attention by cuDNN; arguments and result are as in `attention.attend`.
+
+    cuDNN takes the mask as a bias, which costs 2 bytes per pair of positions.
+
+    Args:
+      implementation: as in `jax.nn.dot_product_attention`; tests use "xla".
+    """
     return jax.nn.dot_product_attention(
         q,
         k,

@@ -1,7 +1,7 @@
-"""Which token may attend to which: the one definition, for every kernel.
+"""The attention mask of packed rows, defined once for every kernel.
 
-A query attends to what is earlier, real, of the same segment or of its shared prompt,
-and in the window, and to itself.
+A query attends to itself, and to earlier tokens that are real, in the window, and in
+its own segment or the prompt that its segment shares.
 
 Axes: B rows, T positions, X blocks of a row, t and s positions of a block of queries
 and of keys.
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-PROMPT = 1 << 16  # a shared prompt's segment is a multiple of it
+PROMPT = 1 << 16  # the segment of a shared prompt is a multiple of this
 
 
 @functools.partial(
@@ -36,11 +36,10 @@ class AttentionMask:
     """
 
     real: Array  # bool [B, T]: not padding
-    segments: (
-        Array | None
-    )  # int32 [B, T], as `training.packing` numbers them; None: one
+    # int32 [B, T], numbered as `training.packing` does; None: one segment a row
+    segments: Array | None
     positions: Array  # int32 [B, T]
-    window: int | None = None  # a query sees positions less than this before its own
+    window: int | None = None  # a query's and a key's positions differ by less
 
     def allowed(
         self,
@@ -49,10 +48,18 @@ class AttentionMask:
         key_start: Any = 0,
         key_count: int | None = None,
     ) -> Bool[Array, "B t s"]:
-        """Whether `count` queries from `start` on see `key_count` keys, all by default.
+        """Returns the mask between a range of queries and a range of keys.
 
-        They see what is earlier, real, of the same sequence and in the window, and
-        themselves: even padding sees something, so that every softmax is of a number.
+        Every query attends to itself, even in padding, so no softmax is over nothing.
+
+        Args:
+          start: the first query; may be traced.
+          count: the number of queries, t; None: all.
+          key_start: the first key; may be traced.
+          key_count: the number of keys, s; None: all.
+
+        Returns:
+          bool [B, t, s], True where the query may attend to the key.
         """
         length = self.real.shape[1]
 
@@ -77,18 +84,25 @@ def _part(x: Array, start: Any, count: int) -> Array:
 
 
 def shares_prompt(mine: Int[Array, "..."], theirs: Int[Array, "..."]) -> Array:
-    """Whether a key's segment is the prompt that a query's segment goes on from.
+    """Returns whether a key's segment is the prompt that a query's segment continues.
 
-    Prompt g, shared by several outputs, is segment g·2^16; what goes on from it is
-    g·2^16 + 1 and above (`packing.pack` with share_prompts). Plain segments are below
-    2^16, and segment 0 is padding.
+    Prompt g, shared by several outputs, is segment g·2^16. The outputs that continue it
+    are segments g·2^16 + 1 and above (`training.packing.pack` with share_prompts).
+    Plain segments are below 2^16, and segment 0 is padding.
+
+    Args:
+      mine: segments of queries, int32.
+      theirs: segments of keys, int32, broadcastable to `mine`.
     """
     is_prompt = (theirs % PROMPT == 0) & (theirs > 0)
     return is_prompt & (mine // PROMPT == theirs // PROMPT)
 
 
 def pad_positions(tree: Any, missing: int) -> Any:
-    """Every [B, T, …] with `missing` more positions, not real and of segment 0."""
+    """Appends `missing` zero positions to every [B, T, …] array of a tree.
+
+    In an `AttentionMask` these are not real, and in segment 0.
+    """
     return jax.tree.map(
         lambda x: jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)), tree
     )
@@ -101,25 +115,34 @@ def pad_positions(tree: Any, missing: int) -> Any:
 )
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Blocks that see each other; those of one block of queries stand together."""
+    """The pairs (block of queries, block of keys) in which a token may attend.
 
-    row: Array  # [most]
-    queries: Array  # [most]
-    keys: Array  # [most]
-    count: Array  # [] so many of them are pairs
+    Pairs of the same block of queries are next to each other. The arrays have room for
+    all causal pairs; only the first `count` entries are used.
+    """
+
+    row: Array  # int32 [most], the row of the batch
+    queries: Array  # int32 [most], the block of queries in its row
+    keys: Array  # int32 [most], the block of keys in its row
+    count: Array  # int32 []
 
 
 def pairs_of(rows: AttentionMask, size: int) -> Pairs:
-    """Every pair of blocks of `size` positions of which one position sees one."""
+    """Returns the pairs of blocks in which any query may attend to any key.
+
+    Args:
+      rows: metadata that defines the attention mask.
+      size: positions of a block; divides T.
+    """
     batch, length = rows.real.shape
     blocks = length // size
 
-    def sees(start: Array) -> Array:  # [B, X] of one block of queries
+    def sees(start: Array) -> Array:  # [B, X], for one block of queries
         allowed = rows.allowed(start, size)
         return allowed.reshape(batch, size, blocks, size).any((1, 3))
 
     seen = jax.lax.map(sees, size * jnp.arange(blocks)).swapaxes(0, 1)
-    most = batch * blocks * (blocks + 1) // 2  # no later keys
+    most = batch * blocks * (blocks + 1) // 2  # keys are never later
     first = jnp.argsort(~seen.reshape(-1), stable=True)[:most].astype(jnp.int32)
     row, rest = first // blocks**2, first % blocks**2
     return Pairs(row, rest // blocks, rest % blocks, seen.sum(dtype=jnp.int32))

@@ -1,13 +1,12 @@
-"""Products of matrices by the fastest way there is.
+"""Matrix products with float32 sums, by XLA or the C++ kernel.
 
-In: two factors, each with the axis that is summed over as its last ("along") or its
-first. Out: their product. It is XLA's, but for large ones in float32 on a CPU with
-bfloat16 tiles (AMX): these are `cpu_kernels`', of six products of bfloat16 parts, about
-twice as fast. Their error, for numbers between 1e-33 and 3.39e38, is that of float32
-sums in another order: 0.5 to 1.3 times XLA's for sums of up to 1536 terms, and up to
-2.4 times for sums of 4096 terms of one sign or of a wide range of magnitudes.
+XLA computes the products, except large ones in float32 on a CPU with bfloat16 tiles
+(AMX). There the C++ kernel (`cpu/`) sums six products of bfloat16 parts, about twice as
+fast. For numbers between 1e-33 and 3.39e38 its error is that of float32 sums in another
+order: 0.5 to 1.3 times XLA's for sums of up to 1536 terms, and up to 2.4 times for sums
+of 4096 terms of one sign or of a wide range of magnitudes.
 
-Pure; imports jax alone. Axes: M rows, D and F width, N columns, K what is summed over.
+Axes: M rows, D and F width, N columns, K the axis that is summed over.
 """
 
 from __future__ import annotations
@@ -25,12 +24,15 @@ from grpo_jax.models.kernels import cpu
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-_LEAST = 128  # of an axis: smaller matrices are not worth taking apart
-KEPT = "product"  # by this name `jax.checkpoint` may keep a product of the kernel
+_LEAST = 128  # of every axis: smaller matrices are not worth splitting into parts
+KEPT = "product"  # the name by which `jax.checkpoint` keeps the kernel's products
 
 
 def linear(x: Float[Array, "M D"], weight: Float[Array, "F D"]) -> Float[Array, "M F"]:
-    """x weightᵀ. On tiles its gradient is there once and in reverse, as attention's.
+    """Returns x weightᵀ.
+
+    With AMX tiles, as with block attention, only first-order reverse-mode
+    differentiation is supported.
 
     >>> linear(jnp.ones((2, 3)), jnp.ones((5, 3))).shape
     (2, 5)
@@ -43,11 +45,12 @@ def linear(x: Float[Array, "M D"], weight: Float[Array, "F D"]) -> Float[Array, 
 def product(
     a: Array, b: Array, *, a_along: bool = True, b_along: bool = True
 ) -> Float[Array, "M N"]:
-    """Σ_k a b, in float32, for use where gradients are made by hand.
+    """Returns Σ_k a b in float32, for code that defines its own gradient.
 
     Args:
       a: [M, K] if `a_along`, else [K, M].
       b: [N, K] if `b_along`, else [K, N].
+      a_along, b_along: whether the factor's last axis is summed over, not its first.
 
     >>> product(jnp.ones((4, 2)), jnp.ones((4, 3)), a_along=False, b_along=False)[0, 0]
     Array(4., dtype=float32)
@@ -60,7 +63,7 @@ def product(
 
 
 def einsum(axes: str, a: Array, b: Array) -> Array:
-    """`jnp.einsum` of two factors with float32 sums and a float32 result.
+    """Returns `jnp.einsum(axes, a, b)` with float32 sums and a float32 result.
 
     >>> einsum("D,D->", jnp.full(3, 256, jnp.bfloat16), jnp.ones(3, jnp.bfloat16))
     Array(768., dtype=float32)
@@ -69,11 +72,11 @@ def einsum(axes: str, a: Array, b: Array) -> Array:
 
 
 def widened(*factors: Array) -> tuple[Array, ...]:
-    """Factors of a product whose result is float32: on a CPU they are float32 too.
+    """Returns the factors as float32 on a CPU, and unchanged elsewhere.
 
-    XLA's CPU code multiplies bfloat16 into float32 for some layouts of the factors and
-    fails for others, and which layouts they get is its own choice. Products of two
-    bfloat16 numbers are exact in float32, so widening changes the order of sums alone.
+    XLA's CPU code supports bfloat16 products with a float32 result only for some
+    layouts of the factors, and it chooses the layouts itself. Products of two bfloat16
+    numbers are exact in float32, so widening changes only the order of the sums.
     """
     if sharding.platform() != "cpu":
         return factors
@@ -83,7 +86,7 @@ def widened(*factors: Array) -> tuple[Array, ...]:
 def _by_tiles(a: Array, b: Array, *sizes: int) -> bool:
     if min(sizes) < _LEAST or not cpu.tiles():
         return False
-    # In a shard_map results must say along which axes they vary; a kernel's do not.
+    # In a shard_map, results declare the mesh axes they vary over; a kernel's do not.
     return not jax.sharding.get_abstract_mesh().manual_axes and cpu.fit(a, b)
 
 

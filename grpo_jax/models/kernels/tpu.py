@@ -11,23 +11,26 @@ from jaxtyping import Array, Float
 
 from grpo_jax.models.kernels.mask import AttentionMask, pad_positions
 
-LANES = 128  # a TPU's: the least block
+LANES = 128  # lanes of a TPU register; the smallest block
 TPU_BLOCK = 512  # positions of a block
 
 
 def takes(q: Array) -> bool:
-    """Returns whether splash attention computes this: rows of a block or more."""
+    """Returns whether queries [B, T, N, H] are long enough for splash attention."""
     return q.shape[1] >= LANES
 
 
 def splash(
     q: Array, k: Array, v: Array, rows: AttentionMask, interpret: bool = False
 ) -> Float[Array, "B T N H"]:
-    """JAX's Pallas kernel for TPUs, row after row, with each row's own mask.
+    """Computes attention by splash attention; arguments are as in `attention.attend`.
 
-    Shared prompts are no equality of segments, so the mask is an array and not the
-    kernel's segment ids; 4 bytes a pair of positions, which no head has for itself.
-    In turn blocks of other segments cost nothing.
+    Each row has its own mask. It is passed as an array, since the kernel's segment ids
+    cannot express shared prompts. That costs 4 bytes per pair of positions, once for
+    all heads. In return, the kernel skips blocks of other segments.
+
+    Args:
+      interpret: runs the kernel in Pallas's interpreter, for tests without a TPU.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernels,
@@ -35,7 +38,7 @@ def splash(
 
     length = q.shape[1]
     block = min(TPU_BLOCK, -(-length // LANES) * LANES)
-    # The kernel does not scale.
+    # The kernel does not scale the scores.
     q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
     q, k, v, rows = pad_positions((q, k, v, rows), -length % block)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, heads, T, H]
@@ -48,7 +51,7 @@ def splash(
             block_sizes=kernels.BlockSizes(**sizes),
             interpret=interpret,
         )
-        # What the kernel asks of this flag needs a bool; under jit it is an array.
+        # The kernel tests this flag as a Python bool, but under jit it is an array.
         kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
         return kernel(q, k, v)
 

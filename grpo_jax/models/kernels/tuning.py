@@ -1,14 +1,14 @@
-"""Sizes and shapes of programs that depend on the platform, without being kernels."""
+"""Sizes and program shapes that depend on the platform, outside the kernels."""
 
 from __future__ import annotations
 
 from grpo_jax.distributed.sharding import platform
 
-# Logits that a device holds at a time: 256 MiB of float32 for a matrix unit, since each
-# chunk reads and writes the gradient of the whole output matrix.
+# Logits that a device holds at a time. Each chunk reads and writes the gradient of the
+# whole output matrix, so accelerators take large chunks: 256 MiB of float32.
 _LOGITS = {"cpu": 2**24, "gpu": 2**26, "tpu": 2**26}
-# Of these the tokens of one tile. A CPU does all positions of a tile while it is in its
-# cache, and touches each row of the output matrix's gradient once.
+# Tokens of the vocabulary in one tile. A CPU handles all positions of a tile while the
+# tile is in its cache, and touches each row of the output matrix's gradient once.
 _TILE = {"cpu": 1024}
 
 
@@ -18,28 +18,29 @@ def logits_at_once() -> int:
 
 
 def vocabulary_tile(vocabulary: int) -> int:
-    """Returns how many tokens of a vocabulary have their logits computed together."""
+    """Returns how many tokens of a vocabulary make one tile of logits."""
     return min(vocabulary, _TILE.get(platform(), vocabulary))
 
 
 def unrolls_layers(layers: int) -> bool:
     """Returns whether a scan over so many layers should be unrolled.
 
-    A scan keeps compiling short. A few layers are faster side by side, as XLA's CPU
-    backward pass of a scan copies what it has stacked.
+    A scan compiles faster. A few layers run faster unrolled on a CPU, because XLA's
+    backward pass of a scan copies the stacked arrays there.
     """
     return layers <= 4 and platform() == "cpu"
 
 
 def loop_widths(slots: int, on: str | None = None) -> tuple[int, ...]:
-    """Returns the slots of the decode loops, one after the other.
+    """Returns the numbers of slots of successive decode loops.
 
-    A narrower loop goes on with the last rows, where it is worth a program. On a CPU a
-    row more costs nearly as much as the row before.
+    When few rows are left, a narrower loop continues with them, if that is worth
+    compiling another program. On a CPU the time is nearly proportional to the slots,
+    so it has more loops.
 
     Args:
-      slots: of the first loop.
-      on: the platform; None: this program's.
+      slots: the number of slots of the first loop.
+      on: the platform; None: the current one.
 
     >>> loop_widths(32, "tpu"), loop_widths(12, "tpu"), loop_widths(64, "cpu")
     ((32, 16, 8), (12,), (64, 56, 48, 32, 16))

@@ -1,10 +1,10 @@
-"""Attention over packed rows by XLA, for every platform without a kernel of its own.
+"""Attention over packed rows by XLA, for platforms and shapes without another kernel.
 
-Short rows are computed at once (`dense_attention`). In longer ones the pairs (block of
-queries, block of keys) in which any token may attend to any are listed first; one loop
-then takes them in turn, with a running softmax. Work and time grow with the pairs that
-there are, not with T²; memory grows with T. The backward pass walks over the same pairs
-and computes their scores again. On a CPU the two loops are C++ where that fits.
+Short rows are computed in one piece (`dense_attention`). For longer rows, the pairs
+(block of queries, block of keys) in which any token may attend are listed first. One
+loop then visits them in turn, with a running softmax. Time grows with the number of
+pairs, not with T², and memory grows with T. The backward pass visits the same pairs and
+recomputes their scores. In float32 on one CPU, both loops are C++ (`cpu/`).
 
 Axes: B rows, T positions, S positions attended to, X blocks of a row, t and s positions
 of a block of queries and of keys, N query heads, K key heads, G query heads per key
@@ -35,7 +35,14 @@ def block_attention(
     rows: AttentionMask,
     size: int = BLOCK,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k / √H) v over what `rows` allows; T is a multiple of `size`."""
+    """Returns softmax(q k / √H) v over the allowed positions, block by block.
+
+    Supports first-order reverse-mode differentiation only.
+
+    Args:
+      q, k, v, rows: as in `attention.attend`.
+      size: positions of a block; divides T.
+    """
     batch, length, heads, width = q.shape
     blocks, kv_heads = length // size, k.shape[2]
     q = q.reshape(batch, blocks, size, kv_heads, -1, width)
@@ -49,13 +56,16 @@ def block_attention(
 
 
 def marked(k: Array, v: Array) -> tuple[Array, Array]:
-    """The same keys and values, so that no mask lets a number through that it hides.
+    """Returns keys and values in which NaN cannot pass the mask.
 
-    The product of a weight of 0 and a NaN is NaN. So where a value is not finite it
-    becomes 0, and its key NaN, whose scores the mask replaces: queries that may look at
-    it still take NaN, and no others do. [..., H] each.
+        A weight of 0 times NaN is NaN, so a masked value could still spoil the output.
+    Where a value is not finite, it becomes 0 and its key NaN. The
+    mask replaces NaN scores, so only queries that may attend to the key get NaN.
+
+    Args:
+      k, v: keys and values, [..., H].
     """
-    good = jnp.isfinite(v)  # of each number: a key of which one is NaN has such scores
+    good = jnp.isfinite(v)  # one NaN in a key makes all its scores NaN
     return jnp.where(good, k, jnp.nan), jnp.where(good, v, 0)
 
 
@@ -76,8 +86,10 @@ def _add(x: Array, value: Array, index: Array) -> Array:
 
 
 def _scores(q: Array, k: Array, rows: AttentionMask, pairs: Pairs, n: Array, size: int):
-    """Scores [K, M, s] of pair n, -1e30 where nobody may look, and where somebody may;
-    the blocks' numbers."""
+    """Returns the scores of pair n and its mask, [K, M, s], and its blocks' numbers.
+
+    Masked scores are -1e30.
+    """
     blocks = rows.real.shape[1] // size
     row, i, j = pairs.row[n], pairs.queries[n], pairs.keys[n]
     mine, theirs = row * blocks + i, row * blocks + j
@@ -120,7 +132,7 @@ def _forward(q, k, v, rows, pairs, size):
     start = (zero - 1e30, zero, jnp.zeros(q.shape, jnp.float32))
     with jax.named_scope("pairs"):
         top, total, out = jax.lax.fori_loop(0, pairs.count, step, start)
-    # Under `remat` these are kept: the loop is not walked a second time.
+    # Remat policies keep these names, so the loop does not run a second time.
     out = checkpoint_name((out / total).astype(q.dtype), "attention")
     log_total = checkpoint_name(top + jnp.log(total), "attention")
     return out, (*given, rows, pairs, out, log_total)
@@ -130,8 +142,9 @@ def _backward(size, saved, d_out):
     q, k, v, rows, pairs, out, log_total = saved
     # Σ_s π_s ∂L/∂π_s = ∂L/∂o · o
     inner = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True)
-    # A query that took NaN has a log_total of NaN, and so has the gradient of all that
-    # it may look at; what others have in common with it are sums with weights of 0.
+    # A query that got NaN has a log_total of NaN, which gives NaN gradients to all keys
+    # that it may attend to. Other sums must not become NaN through a weight of 0, so
+    # the arrays themselves are cleaned.
     q, k, v, d_out = map(_clean, (q, k, v, d_out))
     if cpu.fit(q, k, v, d_out):
         given = (q, k, v, rows, pairs, log_total, d_out, inner)
@@ -173,10 +186,15 @@ def dense_attention(
     v: Float[Array, "B S K H"],
     allowed: Bool[Array, "B T S"],
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k / √H) v over the allowed positions, in float32 inside.
+    """Returns softmax(q k / √H) v over the allowed positions.
 
-    What is not finite in a key or value changes nothing for queries that may not look
-    at it, nor for the gradients that they have part in.
+    Scores and softmax are float32. A key or value that is not finite does not affect
+    queries that may not attend to it, nor their gradients.
+
+    Args:
+      q: queries, [B, T, N, H].
+      k, v: keys and values, [B, S, K, H]; K divides N.
+      allowed: True where a query may attend to a key.
     """
     q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     bad_q, bad_k = (
@@ -193,14 +211,21 @@ def dense_attention(
     weights = jnp.where(allowed, weights, 0).astype(v.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
     out = out.reshape(*out.shape[:2], -1, out.shape[-1])
-    lost = jnp.isnan(out).any((2, 3), keepdims=True)  # the loss's gradient is NaN there
+    lost = jnp.isnan(out).any((2, 3), keepdims=True)  # NaN outputs pass no gradient
     return jnp.where(lost, jax.lax.stop_gradient(out), out)
 
 
 def in_blocks(
     q: Array, k: Array, v: Array, rows: AttentionMask, size: int = BLOCK
 ) -> Float[Array, "B T N H"]:
-    """Blocks of `size` that see each other; at once where there is only one block."""
+    """Returns attention over rows of any length; they are padded to whole blocks.
+
+    Rows of at most one block use `dense_attention`.
+
+    Args:
+      q, k, v, rows: as in `attention.attend`.
+      size: positions of a block.
+    """
     length = q.shape[1]
     if length <= size:
         return dense_attention(q, k, v, rows.allowed())

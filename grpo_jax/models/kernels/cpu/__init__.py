@@ -1,16 +1,16 @@
-"""What XLA's CPU code is slow at, in C++: attention, products with few rows, AMX.
+"""C++ kernels for a CPU: attention, products with few rows, and AMX products.
 
-In: arrays of a turn of the sampler, or of packed rows. Out: what `model.few_rows`,
-`cache.seeing` and the loops of `block_attention.py` give, which do the same on
-accelerators, and where there is no C++ compiler; and large products where a CPU has
-bfloat16 tiles (AMX), for `products.py`.
+They compute what XLA does in `decode.few_rows_product`, the attention of
+`generation/kv_cache.py`, the loops of `xla.py` and `products.product`. XLA's code is
+used where there is no C++ compiler. On a CPU it is slow for two reasons: it computes a
+batch of small products on one core, in many small operations; and it packs weights
+before it multiplies, which for few rows costs more than the product.
 
-XLA computes a batch of small products on one core, in many small operations, and packs
-weights before it multiplies, which for few rows costs more than to multiply. The files
-beside this one are compiled when they are first needed, for this machine, and kept in
-$GRPO_JAX_CACHE.
+The C++ files in this folder are compiled for this machine when they are first needed,
+and cached in $GRPO_JAX_CACHE.
 
-Axes: B rows, D and F width; else as in `cache.py` and `block_attention.py`.
+Axes: B rows, D and F width, M rows and N columns of a product, K the axis that it sums
+over; in attention as in `generation/kv_cache.py` and `xla.py`.
 """
 
 from __future__ import annotations
@@ -49,11 +49,15 @@ _SYMBOLS = ("GrpoProduct", "GrpoFewRows", "GrpoDecodeAttention")
 _SYMBOLS += ("GrpoBlocksForward", "GrpoBlocksBackward")
 _FLAGS = "-std=c++17 -O3 -march=native -fPIC -shared -w -fno-math-errno".split()
 _FLAGS += "-fno-trapping-math -fno-signed-zeros -fassociative-math".split()
-_ROWS = 16  # a multiple of these at a time
+_ROWS = 16  # the kernel takes a multiple of these
 
 
 def fit(*arrays: Any) -> bool:
-    """Whether they can be used on these: one CPU, all in float32, and a compiler."""
+    """Returns whether the kernels fit arrays: all float32, on one CPU, with a compiler.
+
+    Args:
+      arrays: trees of arrays, or of anything with a dtype.
+    """
     floats = all(x.dtype == jnp.float32 for x in jax.tree.leaves(arrays))
     return floats and sharding.alone() and sharding.platform() == "cpu" and ready()
 
@@ -64,10 +68,16 @@ def product(
     a_along: bool,
     b_along: bool,
 ) -> Float[Array, "M N"]:
-    """Σ_k a b by bfloat16 tiles; k is a factor's last axis ("along"), or its first."""
+    """Returns Σ_k a b in float32, by bfloat16 tiles (AMX).
+
+    Args:
+      a: [M, K] if `a_along`, else [K, M].
+      b: [N, K] if `b_along`, else [K, N].
+      a_along, b_along: whether the factor's last axis is summed over, not its first.
+    """
     (m, k), n = a.shape[:: 1 if a_along else -1], b.shape[0 if b_along else 1]
     out = jax.ShapeDtypeStruct((m, n), jnp.float32)
-    tiles = 2 * -(-n // 32) * -(-k // 32)  # of b; 16 · 32 numbers in 3 parts each
+    tiles = 2 * -(-n // 32) * -(-k // 32)  # of b: 16 · 32 numbers in 3 parts each
     memory = jax.ShapeDtypeStruct((tiles * 3072 + 64,), jnp.uint8)
     call = jax.ffi.ffi_call("GrpoProduct", (out, memory), vmap_method="sequential")
     return call(a, b, a_along=a_along, b_along=b_along)[0]
@@ -76,7 +86,7 @@ def product(
 def few_rows(
     weight: Float[Array, "F D"], x: Float[Array, "B D"], **_
 ) -> Float[Array, "B F"]:
-    """x times weight transposed."""
+    """Returns x weightᵀ, for few rows of x."""
     rows = len(x)
     padded = -(-rows // _ROWS) * _ROWS
     x = jnp.pad(x.T, ((0, 0), (0, padded - rows)))
@@ -94,10 +104,19 @@ def attend(
     live: Bool[Array, "W"],
     window: int | None,
 ) -> tuple[Float[Array, "W 1 Q H"], tuple[Pair, ...]]:
-    """Returns a turn's attention, and the blocks with its keys and values.
+    """Writes a decode step's keys and values, and attends to the prompt and the cache.
 
-    The softmax is over the prompt and the columns of each live slot; the others get 0.
-    `cache` is a `generation.kv_cache.Cache`.
+    Args:
+      q, keys, values: of the step's token in each slot.
+      prefix: keys and values of this layer's prompts.
+      blocks: keys and values of this layer's blocks of columns; the step writes into
+        the last.
+      cache: a `generation.kv_cache.Cache`.
+      live: True for slots that are decoding; the others get 0.
+      window: the sliding window; None: none.
+
+    Returns:
+      The attention output, [W, 1, Q, H], and the blocks with the new keys and values.
     """
     columns = [
         x
@@ -125,9 +144,9 @@ def attend(
 def _blocks(
     target: str, results: Any, rows: AttentionMask, pairs: Pairs, *arrays: Array
 ):
-    """One of the two calls: arrays of its own, then what both take."""
+    """Calls a block kernel: first its own arrays, then the operands that both take."""
     segments = rows.segments
-    if segments is None:  # all of one
+    if segments is None:  # one segment
         segments = jnp.ones(rows.real.shape, jnp.int32)
     size = rows.real.size // arrays[0].shape[0]
     call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
@@ -148,7 +167,7 @@ def blocks_forward(
     rows: AttentionMask,
     pairs: Pairs,
 ) -> tuple[Float[Array, "X K M H"], Float[Array, "X K M 1"]]:
-    """What the queries take, and log Σ e^score."""
+    """Returns the attention output of each block of queries, and log Σ e^score."""
     results = jax.eval_shape(lambda x: (x, x[..., :1]), q)
     return _blocks("GrpoBlocksForward", results, rows, pairs, q, k.swapaxes(2, 3), v)
 
@@ -163,21 +182,28 @@ def blocks_backward(
     d_out: Float[Array, "X K M H"],
     inner: Float[Array, "X K M 1"],
 ) -> tuple[Array, Array, Array]:
-    """The gradients of q, k and v; `inner` is Σ_h ∂L/∂out · out."""
+    """Returns the gradients of q, k and v.
+
+    Args:
+      q, k, v, rows, pairs: as in `blocks_forward`.
+      log_total: log Σ e^score, from `blocks_forward`.
+      d_out: ∂L/∂out.
+      inner: Σ_h ∂L/∂out · out.
+    """
     results = jax.eval_shape(lambda *x: x, q, k, v)
     arrays = (q, k, k.swapaxes(2, 3), v.swapaxes(2, 3), log_total, d_out, inner)
     return _blocks("GrpoBlocksBackward", results, rows, pairs, *arrays)
 
 
 def ready() -> bool:
-    """The library is there and XLA knows it; says once why it is not."""
+    """Returns whether the library is loaded and registered; if not, warns once why."""
     return _library() is not None
 
 
 @functools.cache
 def tiles() -> bool:
-    """Whether this CPU has bfloat16 tiles, and this process may use them."""
-    if "amx_bf16" not in _cpu():  # so that nothing is compiled for their sake
+    """Returns whether this CPU has bfloat16 tiles that this process may use."""
+    if "amx_bf16" not in _cpu():  # checked first, to compile nothing without need
         return False
     library = _library()
     return library is not None and library.GrpoTiles() == 1
@@ -185,6 +211,7 @@ def tiles() -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
+    """Compiles, loads and registers the library; None if that fails."""
     try:
         library = ctypes.cdll.LoadLibrary(str(_built()))
     except (OSError, GrpoError, subprocess.CalledProcessError) as error:
@@ -199,7 +226,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _built() -> Path:
-    """The library for this source, compiler, jaxlib and kind of CPU."""
+    """Returns the library for this source, compiler, jaxlib and kind of CPU."""
     compiler = os.environ.get("CXX") or next(
         filter(shutil.which, ("c++", "g++", "clang++")), None
     )
@@ -228,7 +255,7 @@ def _built() -> Path:
 
 
 def _cpu() -> str:
-    """What the compiler may use of this CPU; a home folder serves different ones."""
+    """Describes the CPU's features: machines with different CPUs may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

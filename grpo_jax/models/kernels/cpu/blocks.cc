@@ -1,15 +1,15 @@
-// Attention by blocks that see each other, and its gradient, on a CPU.
+// Block attention and its gradient on a CPU.
 //
-// The same loops as in block_attention.py, whose axes these are: X blocks of all rows,
-// K key heads, M = G·t queries of a block, s keys of one, H head width. Pairs of blocks
-// come as `Pairs` has them: those of one block of queries stand together.
+// The loops are those of ../xla.py, with its axes: X blocks of all rows, K key heads,
+// M = G·t queries of a block, s keys of a block, H head width. Pairs of blocks come in
+// the order of `mask.Pairs`, in which pairs of one block of queries are adjacent.
 //
 // GrpoBlocksForward. In: q [X, K, M, H], transposed keys [X, K, H, s], values
 // [X, K, s, H]; the pairs' rows, queries, keys [most] and their count; real, segments,
-// positions [B, T]. Out: what is taken [X, K, M, H], log Σ e^score [X, K, M].
+// positions [B, T]. Out: the attention output [X, K, M, H], log Σ e^score [X, K, M].
 //
 // GrpoBlocksBackward. In: q, keys [X, K, s, H], transposed keys, transposed values;
-// log Σ e^score; ∂L/∂out, and Σ of it times out [X, K, M]; then as above. Out: the
+// log Σ e^score; ∂L/∂out, and Σ_h ∂L/∂out · out [X, K, M]; then as above. Out: the
 // gradients of q, keys and values.
 
 #include <algorithm>
@@ -21,16 +21,16 @@
 
 namespace {
 
-constexpr int64_t kMost = 128;  // positions of a block at most
-constexpr int64_t kParts = 4;   // of a key head's pairs: sums do not depend on threads
+constexpr int64_t kMost = 128;  // the most positions of a block
+constexpr int64_t kParts = 4;   // of a key head's pairs; fixed so that sums are too
 constexpr int64_t kStrip = 4 * kRows;  // queries that are trimmed together
 
-// Some queries of a pair of blocks, and its keys that any of them sees.
+// Some queries of a pair of blocks, and the range of keys that they may attend to.
 struct Strip {
   int64_t first, rows, low, keys;
 };
 
-// A pair's strips: those of one of the G queries that share a key head.
+// The strips of a pair, for one of the G query heads that share a key head.
 struct Strips {
   int64_t count = 0;
   Strip strips[kMost / kStrip + 1];
@@ -41,20 +41,20 @@ struct Strips {
 
 struct Blocks {
   int64_t heads, queries, size, width, per_row, count;  // K, M, t = s, H
-  int32_t far, of_prompt;  // a window, packing.PROMPT
+  int32_t far, of_prompt;  // the window, mask.PROMPT
   const int32_t *row, *mine, *theirs, *segments, *positions;
   const bool* real;
 
   int64_t Query(int64_t n) const { return row[n] * per_row + mine[n]; }
   int64_t Key(int64_t n) const { return row[n] * per_row + theirs[n]; }
 
-  // 0 where a query of pair n may look, as `Rows.allowed` has it, and else -1e30; the
-  // strips that see anything.
+  // Writes the mask of pair n: 0 where `AttentionMask.allowed` is true, else -1e30.
+  // Returns the strips that may attend to any key.
   Strips Seen(int64_t n, float* seen) const {
     int64_t start = row[n] * per_row * size;
     int64_t first = start + mine[n] * size, other = start + theirs[n] * size;
-    int32_t before = mine[n] == theirs[n] ? 0 : size;  // all keys, or those before t
-    int32_t of[kMost], prompt[kMost];  // a key's segment and, of a prompt, whose it is
+    int32_t before = mine[n] == theirs[n] ? 0 : size;  // keys before t, or all
+    int32_t of[kMost], prompt[kMost];  // a key's segment; its prompt or -1
     for (int64_t s = 0; s < size; ++s) {
       int32_t x = segments[other + s];
       of[s] = real[other + s] ? x : -1;
@@ -90,21 +90,21 @@ struct Blocks {
     return found;
   }
 
-  // Where the pairs of part i begin: at the first of a block of queries.
+  // Returns the first pair of a part. A block of queries is never split between parts.
   int64_t Begin(int64_t part) const {
     int64_t n = count * part / kParts;
     while (n > 0 && n < count && Query(n) == Query(n - 1)) ++n;
     return n;
   }
 
-  // Scores of a strip: the queries from `first` on, of [M, s].
+  // Computes the scores of a strip, whose queries start at row `first` of [M, s].
   void Scores(const Strip& of, int64_t first, const float* scaled, const float* keys,
               const float* seen, float* scores) const {
     for (int64_t t = 0; t < of.rows; ++t)
       std::fill_n(scores + t * size, of.keys, 0.0f);
     Add(of.rows, of.keys, width, {scaled + first * width, width}, {keys + of.low, size},
         scores, size);
-    // Chosen and not added: a hidden key may be NaN.
+    // The mask is selected, not added, since a masked key may be NaN.
     for (int64_t t = 0; t < of.rows; ++t) {
       const float* sees = seen + (of.first + t) * size + of.low;
       for (int64_t s = 0; s < of.keys; ++s)
@@ -112,14 +112,14 @@ struct Blocks {
     }
   }
 
-  // The queries over √H.
+  // Divides the queries by √H.
   void Scale(const float* q, float* scaled) const {
     float scale = 1.0f / std::sqrt(static_cast<float>(width));
     for (int64_t i = 0; i < queries * width; ++i) scaled[i] = q[i] * scale;
   }
 };
 
-// `rest` is what both calls have in common, in the order told above.
+// Reads the operands that both calls share, in the order given at the top.
 ffi::ErrorOr<Blocks> Read(Floats q, ffi::RemainingArgs rest, int64_t size,
                           int64_t window, int64_t of_prompt) {
   auto row = rest.get<Ints>(0), mine = rest.get<Ints>(1), theirs = rest.get<Ints>(2);
@@ -150,7 +150,7 @@ ffi::Error Forward(ffi::ThreadPool pool, Floats q, Floats keys, Floats values,
   if (!read.has_value()) return read.error();
   const Blocks of = *read;
   int64_t m = of.queries, width = of.width;
-  std::vector<int64_t> starts;  // of each block of queries
+  std::vector<int64_t> starts;  // first pair of each block of queries
   for (int64_t n = 0; n < of.count; ++n)
     if (n == 0 || of.Query(n) != of.Query(n - 1)) starts.push_back(n);
   int64_t items = starts.size() * of.heads;
@@ -208,7 +208,7 @@ ffi::Error Backward(ffi::ThreadPool pool, Floats q, Floats keys, Floats turned_k
   const float* in = inner.typed_data();
   float *dq = d_q->typed_data(), *dk = d_keys->typed_data();
   float* dv = d_values->typed_data();
-  std::vector<float> others((kParts - 1) * 2 * all);  // what later parts add
+  std::vector<float> others((kParts - 1) * 2 * all);  // sums of parts 1, 2, …
   float scale = 1.0f / std::sqrt(static_cast<float>(width));
   Share(pool, kParts * of.heads, [&](int64_t item) {
     int64_t head = item % of.heads, part = item / of.heads;

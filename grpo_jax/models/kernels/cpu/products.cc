@@ -1,13 +1,13 @@
 // Products of float32 matrices on a CPU's bfloat16 tiles (AMX of Intel's Xeons).
 //
-// A float32 has 24 bits and a bfloat16 8, so x = x₁ + x₂ + x₃ without a rest. Of the
-// nine products of a's parts and b's six are computed; a₂b₃, a₃b₂ and a₃b₃ are less
-// than a float32 rounds away. Sums are float32's. Six products of tiles are still about
-// twice as fast as one of AVX-512. Tiles take what is below 1.2e-38 for 0, so numbers
-// below some 1e-33 lose parts; what is above 3.39e38 or infinite comes out as NaN.
+// A float32 has 24 significant bits and a bfloat16 has 8, so x = x₁ + x₂ + x₃ exactly.
+// Of the nine products of a's and b's parts, six are computed: a₂b₃, a₃b₂ and a₃b₃ are
+// below float32's rounding. Sums are float32. Six products of tiles are still about
+// twice as fast as one AVX-512 product. The tiles treat numbers below 1.2e-38 as 0, so
+// numbers below about 1e-33 lose parts. Numbers above 3.39e38 and infinities give NaN.
 //
 // GrpoProduct: C [M, N] = Σ_k A [M, k] · B [k, N]. In: A and B in float32, each with k
-// as its last axis ("along") or its first. Out: C, and memory to work in.
+// as its last axis ("along") or its first. Out: C, and scratch memory.
 
 #include <algorithm>
 #include <cstdint>
@@ -27,15 +27,15 @@
 namespace {
 
 constexpr int64_t kSide = 16;             // rows or columns of a tile
-constexpr int64_t kDepth = 32;            // what a tile has of k
+constexpr int64_t kDepth = 32;            // k in a tile
 constexpr int64_t kPart = kSide * kDepth; // bfloat16s of a tile
-constexpr int64_t kTile = 3 * kPart;      // the parts of one tile stand together
-constexpr int64_t kPair = 2 * kSide;      // side of the square that registers hold
+constexpr int64_t kTile = 3 * kPart;      // a tile's three parts, contiguous
+constexpr int64_t kPair = 2 * kSide;      // side of the square in registers
 constexpr int64_t kBlock = 32;            // tiles of k that are multiplied at a time
 constexpr int64_t kStrip = 288;           // tiles of A that a thread packs at a time
 
-// The parts of 16 numbers x and 16 numbers y, x's in the lower halves. Rounded, so that
-// what is left has either sign.
+// Splits 16 numbers x and 16 numbers y into parts; those of x are in the lower halves.
+// Parts are rounded, not truncated, so remainders have either sign.
 inline void Split(__m512 x, __m512 y, __m512i parts[3]) {
   const __m512i half = _mm512_set1_epi32(0x8000);
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
@@ -46,11 +46,11 @@ inline void Split(__m512 x, __m512 y, __m512i parts[3]) {
     if (i == 2) break;
     x = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_and_si512(a, high)));
     y = _mm512_sub_ps(y, _mm512_castsi512_ps(_mm512_and_si512(b, high)));
-    asm("" : "+v"(x), "+v"(y));  // this difference is exact, and not to be rearranged
+    asm("" : "+v"(x), "+v"(y));  // keeps this exact difference from being rearranged
   }
 }
 
-// Turns 16 × 16 pairs.
+// Transposes 16 × 16 pairs.
 inline void Turn(__m512i* x) {
   __m512i y[16];
   for (int i = 0; i < 16; i += 2) {
@@ -73,7 +73,7 @@ inline void Turn(__m512i* x) {
   }
 }
 
-// The first of 16 numbers, then 0.
+// Loads the first `count` of 16 numbers, and 0 for the rest.
 inline __m512 Load(const float* x, int64_t count) {
   if (count >= 16) return _mm512_loadu_ps(x);
   if (count <= 0) return _mm512_setzero_ps();
@@ -86,11 +86,11 @@ struct Factor {
   int64_t size, depth;
   bool along;  // k is the last axis
 
-  // `count` tiles that follow each other in memory (along: in k; else: in rows), the
-  // first at row `at` and at k, written `step` apart; 0 beyond the edges. A tile pairs k
-  // with k + 16. `across`: row j of a tile holds pair j, as a second factor needs; else
-  // its rows are the matrix's. Memory is read in its order, which is three times as fast
-  // as tile by tile.
+  // Packs `count` tiles that are adjacent in memory (in k if `along`, else in rows).
+  // The first is at row `at` and at k. Tiles are written `step` apart, with 0 beyond
+  // the edges. A tile pairs k with k + 16. With `across`, row j of a tile holds pair j,
+  // as a second factor needs; otherwise its rows are the matrix's. Memory is read in
+  // order, which is three times as fast as tile by tile.
   void Pack(int64_t at, int64_t k, int64_t count, int64_t step, bool across,
             uint16_t* to) const {
     int64_t rows = size - at, left = depth - k;
@@ -115,7 +115,7 @@ struct Factor {
   }
 };
 
-// Tiles of 16 rows of 64 bytes, while it lives.
+// Configures tiles of 16 rows of 64 bytes for its lifetime.
 struct Tiles {
   Tiles() {
     struct {
@@ -124,7 +124,7 @@ struct Tiles {
       uint8_t rows[16] = {};
     } config;
     for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
-    asm volatile("" ::"r"(&config) : "memory");  // GCC 12 sees 8 bytes of it read
+    asm volatile("" ::"r"(&config) : "memory");  // GCC 12 assumes 8 bytes are read
     _tile_loadconfig(&config);
   }
   ~Tiles() { _tile_release(); }
@@ -190,7 +190,7 @@ T* Aligned(void* at) {
   return reinterpret_cast<T*>(Up(reinterpret_cast<int64_t>(at), 64) * 64);
 }
 
-// Memory of a thread, which grows and is kept.
+// A thread's scratch memory, which grows and is reused.
 struct Room {
   std::vector<char> bytes;
   template <typename T>
@@ -200,7 +200,7 @@ struct Room {
   }
 };
 
-// A whole second factor; its panels follow each other.
+// Packs a whole second factor; its panels are contiguous.
 void PackAll(ffi::ThreadPool pool, Factor b, int64_t pairs, uint16_t* to) {
   int64_t deep = Up(b.depth, kDepth), panel = deep * kTile;
   Share(pool, b.along ? 2 * pairs : deep, [=](int64_t i) {
@@ -225,8 +225,8 @@ ffi::Error Product(ffi::ThreadPool pool, Floats left, Floats right,
     return ffi::Error::InvalidArgument("too little memory to work in");
   PackAll(pool, b, pairs, packed);
   float* c = result->typed_data();
-  // Even strips of A, as many for each thread; where A has too few rows for that,
-  // groups of B's columns too.
+  // Equal strips of A, the same number for each thread. If A has too few rows for that,
+  // B's columns are split into groups too.
   int64_t block = std::min(kBlock, deep), threads = Threads(pool);
   int64_t strips = Up(Up(m, kStrip / block / 2 * kPair), threads) * threads;
   int64_t rows = Up(Up(m, strips), kPair) * kPair;
@@ -271,7 +271,7 @@ ffi::Error Product(ffi::ThreadPool pool, Floats left, Floats right,
 
 }  // namespace
 
-// Whether this process may use the tiles; asks the operating system for them.
+// Asks the operating system for the tiles; returns whether this process may use them.
 extern "C" int GrpoTiles() {
   constexpr int kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;

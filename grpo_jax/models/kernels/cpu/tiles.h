@@ -1,4 +1,4 @@
-// What the kernels share: registers, threads, products of small matrices, e^x.
+// Code that the kernels share: registers, threads, products of small matrices, e^x.
 
 #ifndef GRPO_JAX_TILES_H_
 #define GRPO_JAX_TILES_H_
@@ -23,7 +23,7 @@ using Bools = ffi::Buffer<ffi::PRED>;
 
 namespace {
 
-// What a tile of sums takes of the registers: kRows · kWide vectors of kLanes numbers.
+// A tile of sums in registers has kRows · kWide vectors of kLanes numbers.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kWide = 4, kRows = 6;
 #elif defined(__AVX2__) || defined(__ARM_NEON)
@@ -33,12 +33,12 @@ constexpr int kLanes = 8, kWide = 2, kRows = 4;
 #endif
 typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
-inline int64_t Threads(ffi::ThreadPool pool) {  // 0 where XLA cannot tell
+inline int64_t Threads(ffi::ThreadPool pool) {  // XLA says 0 if unknown
   return std::max<int64_t>(1, pool.num_threads());
 }
 
-// Runs item 0, 1, … on this thread and on those of the pool that are free. A helper
-// that comes late finds nothing left: only those at work are waited for.
+// Runs items 0, 1, … on this thread and on free threads of the pool. It waits only for
+// items in progress; a helper that starts late finds no items left.
 void Share(ffi::ThreadPool pool, int64_t items, std::function<void(int64_t)> run) {
   struct State {
     std::function<void(int64_t)> run;
@@ -62,10 +62,10 @@ void Share(ffi::ThreadPool pool, int64_t items, std::function<void(int64_t)> run
 struct Matrix {
   const float* data;
   int64_t stride;      // from row to row
-  int64_t across = 1;  // from column to column; 1 where it is a second factor
+  int64_t across = 1;  // from column to column; 1 in a second factor
 };
 
-// C [M, N vectors] = or += A [M, k] · B [k, N vectors], the sums held in registers.
+// C [M, N vectors] = or += A [M, k] · B [k, N vectors], with the sums in registers.
 template <int M, int N, bool kAdd>
 inline void Tile(int64_t k, Matrix a, Matrix b, float* c, int64_t stride) {
   Vec sum[M][N] = {};
@@ -123,7 +123,7 @@ void Add(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c,
   some(std::integral_constant<int, 1>());
 }
 
-// e^x for x <= 0, to 1e-7 of it; 0 below -87. Plain enough for vectors.
+// e^x for x <= 0, with relative error 1e-7; 0 below -87. Compilers vectorise it.
 inline float Exp(float x) {
   float y = std::max(x, -87.0f) * 1.44269504f;
   float n = std::floor(y + 0.5f), f = y - n;
@@ -141,7 +141,7 @@ inline float Exp(float x) {
   return x < -87.0f ? 0.0f : p;
 }
 
-// The greatest of `least` and n numbers.
+// Returns the greatest of `least` and n numbers.
 inline float Greatest(float least, int64_t n, const float* x) {
   Vec some = {};
   some += least;
@@ -155,8 +155,8 @@ inline float Greatest(float least, int64_t n, const float* x) {
   return least;
 }
 
-// One query's softmax goes on with n scores, which become weights: its greatest score,
-// its sum of weights, and what it took so far, which fades if the greatest grows.
+// Continues one query's running softmax with n scores, which become weights. It updates
+// the highest score and the sum of weights, and rescales the output to a new highest.
 inline void Soften(int64_t n, float* scores, int64_t width, float* top, float* total,
                    float* out) {
   float now = Greatest(*top, n, scores), sum = 0;

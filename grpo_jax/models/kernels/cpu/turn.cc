@@ -1,16 +1,16 @@
-// A turn of the sampler on a CPU: its matrix products and its attention.
+// A decode step on a CPU: its matrix products and its attention.
 //
-// Two calls of XLA's foreign function interface, which __init__.py compiles.
+// Both are calls of XLA's foreign function interface; __init__.py compiles this file.
 //
-// GrpoFewRows: C [F, W] = A [F, D] · B [D, W], for W a multiple of 16. Weights come
-// once from memory, while others are multiplied; nothing is packed.
+// GrpoFewRows: C [F, W] = A [F, D] · B [D, W], for W a multiple of 16. Weights are read
+// from memory once, while others are multiplied, and are not packed.
 //
-// GrpoDecodeAttention: the same as `seeing` of cache.py, whose axes these are. In:
-// q [W, K·G, H]; keys and values of this turn [W, K, H]; the column of the last block
-// where they go; prompts' keys [P, K, H, S] and values [P, K, S, H]; lengths [P];
-// prompt, position, live [W]; then of each block of columns its places [W, B], keys
-// [W, K, H, B] and values [W, K, B, H]. Out: [W, K·G, H], 0 where no row is live; and,
-// in its own place, the last block with the live rows' keys and values.
+// GrpoDecodeAttention: the attention of generation/kv_cache.py, with its axes. In:
+// q [W, K·G, H]; the step's keys and values [W, K, H]; their column in the last block;
+// prompts' keys [P, K, H, S] and values [P, K, S, H]; lengths [P]; prompt,
+// position, live [W]; then, for each block of columns, places [W, B], keys [W, K, H, B]
+// and values [W, K, B, H]. Out: [W, K·G, H], 0 where a slot is not live; and the last
+// block, updated in place with the keys and values of the live slots.
 
 #include <algorithm>
 #include <cmath>
@@ -24,7 +24,7 @@
 
 namespace {
 
-constexpr int64_t kTogether = 8;  // rows of a prompt that are one matrix product
+constexpr int64_t kTogether = 8;  // the most rows of a prompt in one matrix product
 constexpr int64_t kChunk = 128;   // positions of a prompt at a time
 
 template <int M, int N>
@@ -43,7 +43,7 @@ ffi::Error FewRows(ffi::ThreadPool pool, Floats a, Floats b,
   float* out = c->typed_data();
   if (n % 16) return ffi::Error::InvalidArgument("columns are no multiple of 16");
   constexpr int64_t kStep = 2 * kRows;
-  int64_t least = rows / (4 * Threads(pool));  // four items a thread, or more
+  int64_t least = rows / (4 * Threads(pool));  // at least four items per thread
   int64_t each = std::max<int64_t>(least / kStep, 1) * kStep;
   Share(pool, (rows + each - 1) / each, [=](int64_t item) {
     int64_t last = std::min(rows, (item + 1) * each);
@@ -64,7 +64,7 @@ ffi::Error FewRows(ffi::ThreadPool pool, Floats a, Floats b,
   return ffi::Error::Success();
 }
 
-// The softmax of some queries so far: greatest score, sum of weights, weighted values.
+// The running softmax of some queries: highest score, sum of weights, weighted values.
 struct Parts {
   float *top, *total, *out;
   Parts From(int64_t row, int64_t width) const {
@@ -85,10 +85,10 @@ struct Attention {
   std::vector<Block> blocks;
   int64_t column, kv_heads, groups, width, prompt_size, block, window;
   float* result;
-  std::vector<int32_t> slots;   // those that are live, by their prompt
-  std::vector<int64_t> starts;  // of the rows of a prompt that go together
+  std::vector<int32_t> slots;   // the live ones, ordered by prompt
+  std::vector<int64_t> starts;  // first row of each group of rows with one prompt
 
-  // Room for the work of one item.
+  // Scratch memory of one item.
   struct Memory {
     std::vector<float> floats;
     float *queries, *scores;
@@ -104,7 +104,7 @@ struct Attention {
     }
   };
 
-  // Some rows of a prompt, and one of the key heads.
+  // Computes one group of rows with the same prompt, for one key head.
   void Item(int64_t group, int64_t head) const {
     const int32_t* mine = &slots[starts[group]];
     int64_t rows = starts[group + 1] - starts[group], size = groups * width;
@@ -114,7 +114,7 @@ struct Attention {
       const float* from = q + (mine[r] * kv_heads + head) * size;
       for (int64_t i = 0; i < size; ++i) memory.queries[r * size + i] = from[i] * scale;
     }
-    // A window makes the rows see different parts of their prompt.
+    // With a window, the rows attend to different parts of their prompt.
     int64_t together = window ? 1 : rows;
     for (int64_t r = 0; r < rows; r += together)
       Prompt(mine[r], head, r * groups, together * groups, memory);
@@ -167,8 +167,8 @@ struct Attention {
          [=](int64_t j) { return places[begin + j] >= oldest; });
   }
 
-  // The queries from `first` on also see those of n keys that they may, and take of
-  // their values.
+  // Adds n more keys and values to the running softmax of the queries from `first` on,
+  // those that `may` allows.
   template <typename May>
   void Look(int64_t first, int64_t m, int64_t n, Matrix keys, Matrix values,
             const Memory& memory, May may) const {
