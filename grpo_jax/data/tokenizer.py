@@ -233,7 +233,7 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int:
-        """The id that ends an answer in training; any of `eos_ids` ends a completion."""
+        """The id that ends an answer in training; all `eos_ids` end a completion."""
         return self.eos_ids[0]
 
     def token_id(self, token: str | None) -> int | None:
