@@ -1,8 +1,8 @@
 """Calls of reward functions, which may hang, fail or return anything.
 
 A `Call` runs one function and holds N floats, with NaN for no value, or the exception
-that the function raised. `Calls` records the calls of a run, so that a function that
-keeps failing stops it.
+that the function raised. `Calls` records the calls of a run, so that the run stops if a
+function keeps failing.
 """
 
 import asyncio

@@ -28,7 +28,7 @@ from grpo_jax.rewards.grading import worker_pool
 from grpo_jax.rewards.reward_calls import LARGEST, Call, Calls, Reward, WrongCount
 
 log = logging.getLogger(__name__)
-RESERVED = ("prompts", "completions")  # arguments that no data column may be named as
+RESERVED = ("prompts", "completions")  # names that no data column may have
 
 
 def rule_reward(
@@ -58,7 +58,7 @@ def rule_reward(
 
 
 def format_reward(prompts: Sequence, completions: Sequence, **columns) -> list[float]:
-    r"""Returns 1.0 if a completion has exactly one \boxed{…} that is not empty, else 0.0.
+    r"""Returns 1.0 if a completion has exactly one non-empty \boxed{…}, else 0.0.
 
     >>> format_reward(["q"] * 3, [r"\boxed{2}", r"\boxed{2} \boxed{3}", r"\boxed{2"])
     [1.0, 0.0, 0.0]
@@ -209,7 +209,7 @@ def score(
       prompts: N prompts.
       completions: N completions.
       columns: further fields, N values each, passed by name.
-      timeout: seconds that all functions together may take.
+      timeout: seconds after which a call times out; all calls start together.
       max_failures: the largest share of calls that may raise an exception.
       calls: the run's record of calls; by default only this call counts.
 
