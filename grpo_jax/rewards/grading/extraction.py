@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from grpo_jax.data.brackets import boxed
 
 MAX_CHARS = 1000  # a longer answer must be identical to the reference
-_WINDOW = 2 * MAX_CHARS  # characters read after "the answer is" or before the last digit
+_WINDOW = 2 * MAX_CHARS  # characters after "the answer is", or before the last digit
 _TRIES = 64  # statements examined, from the last one backwards
 
 # ---- which part of the text ----------------------------------------------------------
@@ -135,9 +135,10 @@ def _plain(text: str) -> str:
 def extract(text: str, language: str = "en") -> str | None:
     r"""Returns the final answer that a completion states, or None.
 
-    The search has the order of DeepSeekMath's evaluation: `final answer is $…$. I hope`,
-    the last complete `\boxed{…}`, `the answer is …` (or 答案是 …), GSM8K's `#### …`, the
-    last ```output block, the last number. Thoughts, up to `</think>`, do not count.
+    The search has the order of DeepSeekMath's evaluation: `final answer is $…$. I
+    hope`, the last complete `\boxed{…}`, `the answer is …` (or 答案是 …), GSM8K's
+    `#### …`, the last ```output block, the last number. Thoughts, up to `</think>`, do
+    not count.
 
     Args:
       text: the completion.
@@ -164,8 +165,8 @@ def stated(text: str, language: str = "en") -> str | None:
     """Returns the answer that a completion names as such; see `extract` for the order.
 
     Returns:
-      None if no answer is named. "" if an answer was announced but does not follow; then
-      no earlier number counts as the answer.
+      None if no answer is named. "" if an answer is announced but does not follow;
+      then no earlier number counts as the answer.
 
     >>> stated("He answers 3. The answer is 4."), stated("so 3 in all"), stated("#### ")
     ('4', None, '')
@@ -259,7 +260,7 @@ def _tagged(text: str) -> str | None:
 
 
 def _hoped(text: str) -> str | None:
-    """Returns the answer of the last `final answer is $…$. I hope` (Minerva's prompt)."""
+    """Returns the last `final answer is $…$. I hope`, from Minerva's prompt."""
     words = "final answer is $"
     for at in _last_places(text, words):
         start = at + len(words)
