@@ -135,7 +135,7 @@ def _prepare(source: Source, path: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as part:
         if (
             path.stat().st_size < 50e6
-        ):  # no progress bar for a small file
+        ):  # a small file is quick, so hide the progress bar
             tfds.disable_progress_bar()
         builder = Questions(
             rows=itertools.chain([first], rows),
