@@ -1,8 +1,8 @@
-r"""Brackets: where a text splits, what a pair encloses, what is boxed.
+r"""Splits text at brackets, and finds the contents of `\boxed{…}`.
 
-In: any text, in LaTeX or plain. Out: pieces of it, in one pass whatever the nesting.
-`(`, `[`, `{` and `\{` open, their partners close, and any closing one ends any opening
-one, as `[1, 2)` is an interval.
+The text may be plain or LaTeX. Every function takes one pass, whatever the nesting.
+`(`, `[`, `{` and `\{` open, and their partners close. Any closing bracket matches any
+opening one, as `[1, 2)` is an interval.
 """
 
 import re
@@ -14,7 +14,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?:\{|(\w{1,99}))|\\.|[{}]", re.S)
 
 
 def brackets(text: str) -> Iterator[tuple[int, int, int]]:
-    """(start, end, depth after it) of each bracket; a command is none."""
+    """Yields (start, end, depth after it) of each bracket; commands do not count."""
     depth = 0
     for found in _BRACKET.finditer(text):
         if len(found.group()) == 1 or found.group() in (r"\{", r"\}"):
@@ -23,7 +23,7 @@ def brackets(text: str) -> Iterator[tuple[int, int, int]]:
 
 
 def outside(text: str, pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
-    """The matches of a pattern that no bracket encloses."""
+    """Yields the matches of a pattern that no bracket encloses."""
     inside, depth = brackets(text), 0
     start, _, after = next(inside, (len(text), 0, 0))
     for found in pattern.finditer(text):
@@ -35,9 +35,11 @@ def outside(text: str, pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
 
 
 def split(text: str, separators: str | re.Pattern[str]) -> list[str]:
-    r"""The parts between the separators that no bracket encloses.
+    r"""Splits a text at the separators that no bracket encloses.
 
-    separators: a text, or a pattern.
+    Args:
+      text: the text.
+      separators: a literal text, or a pattern.
 
     >>> split(r"1, (2, 3), \{4, 5\}", ",")
     ['1', ' (2, 3)', ' \\{4, 5\\}']
@@ -54,14 +56,20 @@ def split(text: str, separators: str | re.Pattern[str]) -> list[str]:
 
 
 def closes(text: str, opening: str = "", closing: str = "") -> bool:
-    """Whether the first bracket's partner is the last character."""
+    """Returns whether the partner of the first bracket is the last character.
+
+    Args:
+      text: the text.
+      opening: if given, the text must start with it and end with `closing`.
+      closing: see `opening`.
+    """
     if opening and not (text.startswith(opening) and text.endswith(closing)):
         return False
     return next((end == len(text) for _, end, n in brackets(text) if n == 0), False)
 
 
 def unwrap(text: str) -> str:
-    """Without the braces that enclose everything."""
+    """Removes braces that enclose the whole text."""
     text = text.strip()
     while text[:1] == "{" and text[-1:] == "}" and text[-2:] != r"\}" and closes(text):
         text = text[1:-1].strip()
@@ -69,9 +77,9 @@ def unwrap(text: str) -> str:
 
 
 def boxed(text: str) -> list[str]:
-    r"""The contents of the complete `\boxed{…}` or `\fbox{…}`, braces balanced.
+    r"""Returns the contents of each complete `\boxed{…}` or `\fbox{…}`, in order.
 
-    Of nested boxes the outermost complete one.
+    Braces are balanced. Of nested boxes, only the outermost complete one counts.
 
     >>> boxed(r"\boxed{a_{1}}, \boxed 7, \boxed{2, \boxed{3} ")
     ['a_{1}', '7', '3']
@@ -79,7 +87,7 @@ def boxed(text: str) -> list[str]:
     ['\\fbox{4}']
     """
     found: list[tuple[int, int]] = []
-    opened: list[int | None] = []  # where a box's content starts; None: other braces
+    opened: list[int | None] = []  # start of a box's content; None for other braces
     starts = [at for at in (text.find(r"\boxed"), text.find(r"\fbox")) if at >= 0]
     for token in _BOX.finditer(text, min(starts, default=len(text))):
         if token[1]:

@@ -1,11 +1,11 @@
-"""The embedded task: chain sums with a worked solution, in four variants.
+"""The procedural task: chain sums with a worked solution, in four variants.
 
-In: a variant's name ("sums/chain") and a split. Out: a sequence of `Example`, made one
-by one from its index: no file, no download, no state. "sums/tool-chain" has the same
-questions, solved by a program.
+`load` returns a sequence of `Example`. Each example is computed from its index, so the
+task needs no file and no download. "sums/tool-chain" has the questions of "sums/chain",
+solved by a program.
 
-A problem (its terms and signs, whatever the wording) belongs to train or to test by a
-hash of itself, so no test problem was ever trained on in another wording.
+A hash of a problem's terms decides whether it belongs to train or test. A test problem
+is therefore never trained on in another wording.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from grpo_jax.data.example import Example, Indexed
 from grpo_jax.errors import GrpoError
 
 ALPHABET = "0123456789+-=?# \n,.Sabdefhikmnorstuwy加减等于几从开始"
-# The same, and what programs and interpreters write.
+# The alphabet with the characters of programs and their outputs.
 TOOL_ALPHABET = "".join(dict.fromkeys(ALPHABET + string.printable[:95]))
-LARGEST = 19  # of a term
+LARGEST = 19  # the largest absolute value of a term
+# The smallest and largest number of terms.
 LENGTHS = {"chain": (2, 3), "long": (4, 4), "words": (2, 3), "zh": (2, 3)}
 _SIZES = {"train": 20_000, "test": 5_000}
 
@@ -28,7 +29,14 @@ Terms = tuple[int, ...]
 
 
 def load(name: str, split: str) -> Indexed[Example]:
-    """The examples of sums/chain (in-domain), sums/long, sums/words or sums/zh.
+    """Returns the examples of sums/chain, sums/long, sums/words or sums/zh.
+
+    Args:
+      name: the variant; "sums/tool-…" has solutions by a program.
+      split: "train" or "test".
+
+    Raises:
+      GrpoError: there is no such variant or split.
 
     >>> load("sums/chain", "test")[0].question
     '6+3-2=?'
@@ -48,7 +56,7 @@ def load(name: str, split: str) -> Indexed[Example]:
 
 class _Sums:
     def __init__(self, variant: str, split: str):
-        self.digest = f"{variant}/{split}"  # its rows follow from that
+        self.digest = f"{variant}/{split}"  # determines all rows
         self.variant, self.split = variant.removeprefix("tool-"), split
         self.solve = solve if variant == self.variant else solve_by_program
 
@@ -69,7 +77,7 @@ class _Sums:
 
 
 def _draw(rng: random.Random, lengths: tuple[int, int], held_out: bool) -> Terms:
-    """Signed terms whose running sums stay at 0 or above, of the split asked for."""
+    """Draws signed terms of the given split; the running sums are never negative."""
     while True:
         terms = [rng.randint(1, LARGEST)]
         for _ in range(rng.randint(*lengths) - 1):
@@ -80,12 +88,12 @@ def _draw(rng: random.Random, lengths: tuple[int, int], held_out: bool) -> Terms
 
 
 def is_held_out(terms: Terms) -> bool:
-    """Whether a problem is a test problem: a tenth of all are."""
+    """Returns whether a problem belongs to the test split; about a tenth do."""
     return hashlib.blake2b(repr(terms).encode()).digest()[0] % 10 == 0
 
 
 def solve(terms: Terms) -> str:
-    """The chain of thought: running sums, then the answer.
+    """Returns the chain of thought: the running sums, then the answer.
 
     >>> print(solve((12, 7, -5)))
     12+7=19
@@ -100,7 +108,7 @@ def solve(terms: Terms) -> str:
 
 
 def solve_by_program(terms: Terms) -> str:
-    """The same with a program and its output.
+    """Returns a solution by a program and its output.
 
     >>> print(solve_by_program((12, -5)))
     ```python

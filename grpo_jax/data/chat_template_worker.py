@@ -1,13 +1,13 @@
-"""The process that renders chat templates, with limits on its memory and time.
+"""A worker process that renders chat templates, with limits on memory and time.
 
-A chat template is a program that came with a model. jinja2's sandbox keeps it from
-Python's attributes and files, but not from `'a' * 10**10` or from endless loops, and
-nothing inside one process can stop these. `chat_templates.py` starts this file as a
-script; it imports jinja2 and nothing of the package.
+A chat template is a program that comes with a model. jinja2's sandbox blocks Python's
+attributes and files, but not `'a' * 10**10` or endless loops. Only a separate process
+can stop these. `chat_templates.py` starts this file as a script. It imports jinja2 and
+nothing from the package.
 
-In: a line of JSON, {template, special_tokens, chats, now}. Out: a line of JSON,
-{"texts": [...]} or {"error": "..."}. The kernel ends the process where one request
-takes too long.
+It reads one request per line of JSON, {template, special_tokens, chats, now}, and
+replies with a line of JSON, {"texts": [...]} or {"error": "..."}. The kernel kills the
+process if a request takes too long.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ import jinja2.parser
 import jinja2.sandbox
 
 MEMORY = 1 << 29  # bytes of address space
-SECONDS = 5  # of processor time for one request; a usual one takes milliseconds
-WAIT = 60  # seconds by the clock
-CHARACTERS = 1 << 24  # of all texts of a request
-# Noncharacters of Unicode round what a {% generation %} block writes.
+SECONDS = 5  # of CPU time per request; a usual one takes milliseconds
+WAIT = 60  # seconds of wall time per request
+CHARACTERS = 1 << 24  # in all texts of a request
+# Noncharacters of Unicode that enclose the text of a {% generation %} block.
 BLOCK, BLOCK_END = "\ufdd2", "\ufdd3"
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %}…{% endgeneration %}, which some templates put round answers."""
+    """Parses {% generation %}…{% endgeneration %}, in which templates put answers."""
 
     tags = {"generation"}
 
@@ -61,13 +61,13 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 
 @functools.lru_cache(8)
 def _compile(template: str) -> jinja2.Template:
-    """A template with the names that transformers gives it."""
+    """Compiles a template with the functions and filters that transformers offers."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_Generation, jinja2.ext.loopcontrols],
     )
-    environment.filters["tojson"] = _to_json  # jinja2's own escapes HTML
+    environment.filters["tojson"] = _to_json  # jinja2's filter escapes HTML
     return environment.from_string(template, {"raise_exception": _raise})
 
 
@@ -77,12 +77,22 @@ def render(
     chats: list[tuple[list[dict[str, str]], bool]],
     now: str,
 ) -> list[str]:
-    """The text of each chat; with True it ends where the assistant's answer starts."""
+    """Returns the text of each chat.
+
+    Args:
+      template: the jinja2 source.
+      special_tokens: eos_token, bos_token … as text.
+      chats: pairs of messages and `add_generation_prompt`.
+      now: the time that the template's clock shows, in ISO format.
+
+    Raises:
+      ValueError: the texts have more than `CHARACTERS` characters.
+    """
     moment = datetime.datetime.fromisoformat(now)
     compiled = _compile(template)
     texts, left = [], CHARACTERS
     for messages, add_generation_prompt in chats:
-        random.seed(0)  # jinja2 has a filter `random`: every prompt is the same one
+        random.seed(0)  # keeps jinja2's `random` filter reproducible
         text = compiled.render(
             messages=messages,
             tools=None,
@@ -103,16 +113,17 @@ def _answer(line: bytes) -> dict[str, Any]:
         return {"texts": render(**json.loads(line))}
     except MemoryError:
         return {"error": f"it needs more than {MEMORY >> 20} MiB of memory"}
-    except Exception as error:  # a template is a program: it can raise anything
+    except Exception as error:  # a template is a program and can raise anything
         return {"error": str(error)[:1000] or type(error).__name__}
 
 
 def main() -> None:
-    # What stops a whole group of processes is the parent's to handle.
+    """Sets the limits, then answers requests from stdin until it closes."""
+    # The parent handles signals that go to the whole process group.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     for number in (signal.SIGPROF, signal.SIGALRM):
-        signal.signal(number, signal.SIG_DFL)  # ends the process
+        signal.signal(number, signal.SIG_DFL)  # kills the process
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies = os.fdopen(os.dup(1), "wb")

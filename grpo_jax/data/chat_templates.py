@@ -1,11 +1,11 @@
-"""Chats as text by a model's own template, in a process with limits.
+"""Renders chats with a model's own template, in a process with limits.
 
-In: a template, the special tokens it may name, and chats. Out: `Rendered`, the text
-with the places that tokens cannot show: which special tokens are the data's own words,
-where the assistant's messages end, what stands in {% generation %} blocks.
+`render` returns `Rendered` chats: the text, and the positions that the text alone does
+not tell. These are special tokens that the data itself contains, the ends of the
+assistant's messages, and the {% generation %} blocks.
 
-These places are found by marks, noncharacters of Unicode, which no text holds: they go
-into the messages, come out of the template wherever it puts the text, and are removed.
+Marks find these positions. They are noncharacters of Unicode, which no valid text
+contains. The messages carry them through the template, and then they are removed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from grpo_jax.errors import GrpoError
 _WORKER = Path(__file__).with_name("chat_template_worker.py")
 _QUOTE, _END, _BLOCK, _BLOCK_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 _MARKS = re.compile(f"[{_QUOTE}{_END}{_BLOCK}{_BLOCK_END}]")
-# The model's own tokens, which a worked answer may hold, special or not.
+# Tokens of the model's own that a worked answer may contain, special or not.
 _THOUGHTS = ("<think>", "</think>")
 
 Message = Mapping[str, str]  # role, content
@@ -37,16 +37,16 @@ Message = Mapping[str, str]  # role, content
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """A chat's text without marks; all places are indices into it."""
+    """A chat's text without marks; all positions are indices into the text."""
 
     text: str
-    quotes: frozenset[int]  # where a special token's text begins that the data wrote
-    ends: tuple[int, ...]  # where an assistant's message ends
-    blocks: tuple[tuple[int, int], ...]  # of {% generation %}
+    quotes: frozenset[int]  # starts of special tokens that the data wrote
+    ends: tuple[int, ...]  # ends of marked assistant messages
+    blocks: tuple[tuple[int, int], ...]  # (start, end) of {% generation %} blocks
 
     @classmethod
     def read(cls, marked: str) -> Rendered:
-        """What a template wrote, whose marks are taken out.
+        """Parses the output of a template: removes its marks and records them.
 
         >>> Rendered.read("a\\ufdd0<s>b\\ufdd1</s>").ends
         (5,)
@@ -67,7 +67,12 @@ class Rendered:
 
 
 def quoted(message: Message, special: re.Pattern[str]) -> dict[str, str]:
-    """A message whose special tokens are marked as words of the data."""
+    """Returns a message whose special tokens are marked as the data's own text.
+
+    Args:
+      message: a dict with `role` and `content`.
+      special: matches the texts of the special tokens.
+    """
 
     def mark(found: re.Match[str]) -> str:
         own = message["role"] == "assistant" and found[0] in _THOUGHTS
@@ -77,11 +82,17 @@ def quoted(message: Message, special: re.Pattern[str]) -> dict[str, str]:
 
 
 def unmarked(text: str) -> str:
+    """Returns the text without marks."""
     return _MARKS.sub("", text)
 
 
 def ended(message: Message, *, before_spaces: bool = False) -> dict[str, str]:
-    """A message with a mark at its end, or before the white space there."""
+    """Returns a message with a mark at its end.
+
+    Args:
+      message: a dict with `role` and `content`.
+      before_spaces: put the mark before trailing white space.
+    """
     content = message["content"]
     end = len(content.rstrip()) if before_spaces else len(content)
     return {**message, "content": content[:end] + _END + content[end:]}
@@ -93,11 +104,18 @@ def render(
     chats: Sequence[tuple[Sequence[Message], bool]],
     now: datetime.datetime,
 ) -> list[Rendered]:
-    """Each chat by the template; with True up to where the assistant's answer starts.
+    """Renders each chat with the template.
 
-    now: what the template's clock shows.
-    Raises GrpoError where the template does, and where it takes more memory or time
-    than `chat_template_worker.py` allows.
+    Args:
+      template: the jinja2 source.
+      special_tokens: eos_token, bos_token … as text; the template may use them.
+      chats: pairs of messages and `add_generation_prompt`. If that is true, the text
+        ends where the assistant's answer starts.
+      now: the time that the template's clock shows.
+
+    Raises:
+      GrpoError: the template raises an error, or needs more memory or time than
+        `chat_template_worker.py` allows.
     """
     request = {
         "template": template,
@@ -106,7 +124,7 @@ def render(
         "now": now.isoformat(),
     }
     line = json.dumps(request).encode() + b"\n"
-    reply = _ask(line) or _ask(line)  # once more where something else ended it
+    reply = _ask(line) or _ask(line)  # ask again if something else killed it
     if reply is None:
         raise GrpoError(
             "chat template: the process that renders it ends without an answer; try "
@@ -120,11 +138,11 @@ def render(
 # -- the process -------------------------------------------------------------------
 
 _lock = threading.Lock()
-_process: tuple[int, subprocess.Popen[bytes]] | None = None  # with its parent's id
+_process: tuple[int, subprocess.Popen[bytes]] | None = None  # with the parent's pid
 
 
 def _ask(request: bytes) -> dict | None:
-    """The answer; None where the process ended without one."""
+    """Returns the reply; None if the process ended without one."""
     with _lock:
         process = _started()
         assert process.stdin and process.stdout
@@ -134,7 +152,7 @@ def _ask(request: bytes) -> dict | None:
             reply = process.stdout.readline()
         except BrokenPipeError:
             reply = b""
-        except BaseException:  # Ctrl-C: a later reply would be this request's
+        except BaseException:  # Ctrl-C: the next reply would belong to this request
             _close()
             raise
         if reply.endswith(b"\n"):
@@ -163,7 +181,7 @@ def _started() -> subprocess.Popen[bytes]:
 
 
 def _close() -> None:
-    """Ends the process, if it is this one's own (a forked child's is its parent's)."""
+    """Ends the worker, unless it belongs to the parent of a forked process."""
     global _process
     owned, _process = _process, None
     if owned is None or owned[0] != os.getpid():

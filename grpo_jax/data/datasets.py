@@ -1,11 +1,10 @@
-"""Questions with their answers, indexed by training step.
+"""Datasets of questions with answers, and their batches by training step.
 
-In: the name of a set ("gsm8k", "math", "gsm8k+math"), of a procedural task
-("sums/…") or of a local JSON-lines file, and a split.
-Out: `Dataset`, a random-access sequence of `Example`; `Batches`, which gives the
-examples of any step without having gone through the steps before it.
+`load` opens a public set, the procedural task ("sums/…") or a local JSON-lines file
+as a `Dataset`, a random-access sequence of `Example`. `Batches` returns the examples
+of any training step without reading the steps before it.
 
-`datasets.py` reads, downloads and prepares the files (TFDS, Grain).
+`prepared_sets.py` finds, downloads and prepares the files.
 """
 
 from __future__ import annotations
@@ -23,7 +22,15 @@ T = TypeVar("T")
 
 
 class Dataset(Sequence[Example]):
-    """Sequences of examples, one after the other, as one random-access sequence.
+    """Concatenates sequences of examples into one random-access sequence.
+
+    Args:
+      name: the set's name, for messages.
+      parts: the sequences, in order.
+      limit: use only the first `limit` examples of each part.
+
+    Raises:
+      GrpoError: the dataset is empty.
 
     >>> both = Dataset("both", [[Example("a", "1")], [Example("b", "2")]])
     >>> len(both), both[1].question, [e.answer for e in both]
@@ -40,7 +47,7 @@ class Dataset(Sequence[Example]):
         self.name = name
         self._parts = list(parts)
         lengths = (len(part) for part in self._parts)
-        if limit is not None:  # of each part
+        if limit is not None:  # applies to each part
             lengths = (min(length, limit) for length in lengths)
         self._ends = list(itertools.accumulate(lengths))
         if not self._ends or not self._ends[-1]:
@@ -48,7 +55,7 @@ class Dataset(Sequence[Example]):
 
     @property
     def digest(self) -> list[str]:
-        """Of each part what its rows were read from, such as a file's SHA-256."""
+        """Identifies the source of each part, for example by a file's SHA-256."""
         return [getattr(part, "digest", "") or repr(part) for part in self._parts]
 
     def __len__(self) -> int:
@@ -78,19 +85,23 @@ def load(
     limit: int | None = None,
     require: Sequence[str] = (),
 ) -> Dataset:
-    """The examples of a set, decoded one by one when they are asked for.
+    """Returns the examples of a set; each is decoded when it is accessed.
 
-    name: gsm8k, math, math500, cmath, mgsm_zh (en, de, es, fr, ja), svamp, mawps,
-    gsm_hard, gaokao_mathcloze, gaokao_mathqa, ocw, sat, mmlu_stem, sums/…, or the
-    path of a `.jsonl` file; "a+b" puts sets one after the other.
-    A file's rows hold `question` with `answer` and/or `solution`, or chat
-    `messages`; a file has no splits, so `split` is not looked at.
-    data_dir: where the original files lie; by default $GRPO_JAX_DATA. A file that
-    is not there is downloaded. limit: only the first rows of each set.
-    require: fields that no row may leave empty: ("answer",) for grading,
-    ("solution",) for SFT.
-    Raises GrpoError for a set that is unknown or empty and for a row that cannot be
-    used, with file and line.
+    Args:
+      name: gsm8k, math, math500, cmath, mgsm_zh (also en, de, es, fr, ja), svamp,
+        mawps, gsm_hard, gaokao_mathcloze, gaokao_mathqa, ocw, sat, mmlu_stem,
+        sums/…, or the path of a `.jsonl` file. "a+b" concatenates sets. The rows of
+        a file hold `question` with `answer`, `solution` or both, or chat `messages`.
+      split: "train" or "test". A file has no splits and ignores it.
+      data_dir: the folder of the original files; by default $GRPO_JAX_DATA. A file
+        that is missing there is downloaded.
+      limit: use only the first `limit` rows of each set.
+      require: fields that no row may leave empty: ("answer",) for grading,
+        ("solution",) for SFT.
+
+    Raises:
+      GrpoError: the set is unknown or empty, or a row is invalid; the message names
+        the file and the line.
 
     >>> load("gms8k", "test")
     Traceback (most recent call last):
@@ -107,7 +118,7 @@ def load(
 
             examples: Indexed[Example] = chain_sums.load(part, split)
         else:
-            from grpo_jax.data import prepared_sets  # TFDS: a second to import
+            from grpo_jax.data import prepared_sets  # TFDS takes a second
 
             examples = prepared_sets.load(
                 part, split, data_dir=data_dir, require=require
@@ -117,11 +128,19 @@ def load(
 
 
 class Batches(Generic[T]):
-    """The batch of every step: a fresh shuffle each epoch, the same on all machines.
+    """Returns the batch of a step by its index, with a new shuffle each epoch.
 
-    dataset: any sequence; batch_size: rows of a batch. Every process of a run finds a
-    step's rows by its number alone, however many there are (`hosts.py`).
-    Raises GrpoError if there are fewer rows than one batch holds.
+    The order depends only on the seed and the length of the dataset. Every process of
+    a run therefore finds the rows of a step by its number, however many processes
+    there are.
+
+    Args:
+      dataset: any sequence.
+      batch_size: rows per batch.
+      seed: seeds the shuffles.
+
+    Raises:
+      GrpoError: the batch size is below 1 or above the number of rows.
 
     >>> batches = Batches(range(4), 2, seed=0)
     >>> sorted(batches[0] + batches[1]), sorted(batches[2] + batches[3])
@@ -129,7 +148,7 @@ class Batches(Generic[T]):
     """
 
     def __init__(self, dataset: Indexed[T], batch_size: int, *, seed: int):
-        import grain  # a second to import
+        import grain  # the import takes a second
 
         if batch_size < 1:
             raise GrpoError(f"batch of {batch_size} rows: 1 or more are needed")

@@ -1,4 +1,4 @@
-"""One question with what is known about its answer; what every data source yields."""
+"""The example that every data source yields: a question and its known answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Item = TypeVar("Item", covariant=True)
 
 
 class Indexed(Protocol[Item]):
-    """What has a length and gives the item at an index."""
+    """A sequence with a length and random access by index."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Item: ...
@@ -18,16 +18,16 @@ class Indexed(Protocol[Item]):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One question q with what is known about its answer.
+    """One question q with its reference answer, its worked solution, or both.
 
     >>> Example("What is 2 + 3?", answer="5").language
     'en'
     """
 
     question: str
-    answer: str = ""  # the short final answer, which a completion is graded against
-    solution: str = ""  # the worked text, which SFT imitates
-    language: str = "en"  # chooses the instruction: "zh" the Chinese one
+    answer: str = ""  # the short final answer that completions are graded against
+    solution: str = ""  # the worked solution that SFT imitates
+    language: str = "en"  # selects the prompt's instruction: Chinese for "zh"
     id: str = ""
-    # further fields, handed on to the reward functions (level, subject, options …)
+    # Further fields, passed on to the reward functions (level, subject, options …).
     columns: Mapping[str, Any] = field(default_factory=dict, hash=False)

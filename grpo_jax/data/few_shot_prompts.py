@@ -1,12 +1,11 @@
-"""Few-shot prompts, for base models that follow no instruction.
+"""Few-shot prompts, for base models that do not follow instructions.
 
-In: a set's name and an example. Out: a prompt of worked examples followed by the
-question, and the mark at which a model has gone on to a question of its own.
+A prompt consists of worked examples and the question. `cut` removes what a model
+writes after its answer, when it goes on to a question of its own.
 
-GSM8K and MATH take worked examples from their own training files, drawn at a fixed
-seed. The others take those of few_shot_examples.json, which were written for this
-project, so that figures are near to, and not the same as, those of the reports' own
-demonstrations.
+The worked examples for GSM8K and MATH are drawn from their training files with a fixed
+seed. The other sets use few_shot_examples.json, which was written for this project.
+Results are therefore close to those of the published prompts, but not identical.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ Shot = tuple[str, str]  # question, worked answer
 
 @dataclass(frozen=True)
 class Format:
-    """How a set's prompt is written: labels, and how an answer ends."""
+    """The format of a set's few-shot prompt."""
 
-    question: str
-    answer: str
-    ends: str  # of a worked answer; {} is the final answer
-    shots: int
+    question: str  # the label before a question
+    answer: str  # the label before an answer
+    ends: str  # the last sentence of a worked answer; {} is the final answer
+    shots: int  # the number of worked examples
     source: str  # a set with a training file, or a key of few_shot_examples.json
 
     @property
     def stop(self) -> str:
-        """What begins the next question."""
+        """The text that starts the next question."""
         return f"\n{self.question}"
 
 
@@ -71,11 +70,14 @@ FORMATS = {
     **{f"mgsm_{language}": _GSM for language in ("de", "en", "es", "fr", "ja")},
 }
 SEED = 0
-LONGEST = 400  # characters of a drawn worked answer: eight of them leave room
+LONGEST = 400  # characters of a drawn worked answer, so that eight fit in a prompt
 
 
 def find(name: str) -> Format:
-    """The format of a set's few-shot prompts.
+    """Returns the format of a set's few-shot prompts.
+
+    Raises:
+      GrpoError: the set has none.
 
     >>> find("gsm8k").shots, find("cmath").stop
     (8, '\\n问题：')
@@ -89,7 +91,15 @@ def find(name: str) -> Format:
 
 
 def prompt(name: str, example: Example, *, data_dir: str | None = None) -> Example:
-    """The example with its few-shot prompt as the question.
+    """Returns the example with its few-shot prompt as the question.
+
+    Args:
+      name: the set's name, a key of `FORMATS`.
+      example: the example to ask.
+      data_dir: the folder of the original files; see `datasets.load`.
+
+    Raises:
+      GrpoError: the set has no format, or its training file cannot be read.
 
     >>> print(prompt("cmath", Example("2加3等于几？")).question[-23:])
     答案是 8。
@@ -107,7 +117,7 @@ def prompt(name: str, example: Example, *, data_dir: str | None = None) -> Examp
 
 
 def cut(text: str, form: Format) -> str:
-    """A completion up to where the model asks itself the next question.
+    """Returns a completion up to where the model asks itself the next question.
 
     >>> cut(" It is 3.\\n\\nQ: And 4 + 4?", find("gsm8k"))
     ' It is 3.\\n'
@@ -116,9 +126,13 @@ def cut(text: str, form: Format) -> str:
 
 
 def stop_ids(tokenizer: Tokenizer, form: Format) -> list[list[int]]:
-    """The mark as the token ids that it has after a line break; or [].
+    """Returns the token ids of the next question's label after a line break.
 
-    Only to end a row early: what counts is `cut`.
+    The sampler uses them to end a completion early; `cut` decides what counts.
+
+    Returns:
+      A list with one sequence of ids, or [] if the label is not a whole number of
+      tokens.
     """
     ids = tokenizer.encode(f"1.\n\n{form.question}")
     for n in range(1, len(ids)):
@@ -129,7 +143,7 @@ def stop_ids(tokenizer: Tokenizer, form: Format) -> list[list[int]]:
 
 @functools.cache
 def written_examples() -> dict[str, list[dict[str, str]]]:
-    """The worked examples of this project, by the kind of set that they are for."""
+    """Returns the worked examples of few_shot_examples.json, by `Format.source`."""
     file = Path(__file__).with_name("few_shot_examples.json")
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -146,7 +160,7 @@ def _shots(form: Format, data_dir: str | None) -> Sequence[Shot]:
 
 
 def _draw(form: Format, data_dir: str | None) -> Sequence[Shot]:
-    """Worked examples from a set's training file, the same ones on every machine."""
+    """Draws worked examples from a set's training file with a fixed seed."""
     train = datasets.load(
         form.source, "train", data_dir=data_dir, require=("solution",)
     )

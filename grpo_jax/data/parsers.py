@@ -1,9 +1,10 @@
-"""From a file to examples: the rows of each format, and what each set's rows mean.
+"""Parsers for the files of the sets.
 
-In: a file of questions. Out: readers, (line number, row) one after the other; and
-converters, a row as an `Example`. What a row says about how its answer is graded goes
-into its columns: `options` (the answer is a letter), `blanks` (so many answers, in
-order), `tolerance` (the answer is a number that was rounded).
+Readers (`json_lines`, `json_list`, `tsv`) yield the line number and row of a file.
+Converters (`gsm8k`, `math_`, …) turn a row into an `Example`. They raise KeyError,
+TypeError or ValueError for an invalid row; `registry.examples` adds file and line.
+Columns of the example tell how its answer is graded: `options` (the answer is a
+letter), `blanks` (the number of answers, in order), `tolerance` (a rounded number).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from grpo_jax.errors import GrpoError, one_line
 from grpo_jax.files import parse_json
 
 Row = Any  # what a file holds for one example: a JSON object, or a line's columns
-LONGEST = 1 << 26  # bytes of a line; more is no row, and is not read into memory
+LONGEST = 1 << 26  # bytes per line; a longer line is refused before it fills memory
 
 
 # -- the rows of each file ---------------------------------------------------------
@@ -57,11 +58,13 @@ def _parse(path: Path, number: int, text: str) -> Any:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yields (line number, JSON value) for each line that is not blank."""
     for number, line in _lines(path):
         yield number, _parse(path, number, line)
 
 
 def json_list(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yields (1, item) for each item of a file that holds one JSON list."""
     text = "\n".join(
         _decode(path, number, line)
         for number, line in enumerate(path.read_bytes().split(b"\n"), 1)
@@ -69,10 +72,11 @@ def json_list(path: Path) -> Iterator[tuple[int, Row]]:
     rows = _parse(path, 1, text)
     if not isinstance(rows, list):
         raise GrpoError(f"{path}:1: expected a JSON list, found {kind(rows)}")
-    return ((1, row) for row in rows)  # json does not tell a row's line
+    return ((1, row) for row in rows)  # json does not report a row's line
 
 
 def tsv(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yields (line number, {question, answer}) for each line with two columns."""
     for number, line in _lines(path):
         columns = line.split("\t")
         if len(columns) != 2:
@@ -87,11 +91,12 @@ def tsv(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def kind(value: Any) -> str:
+    """Returns the name of a value's type, for error messages."""
     return type(value).__name__
 
 
 def _text(row: Row, key: str) -> str:
-    """A field as text; a number is written without a needless `.0`."""
+    """Returns a field as text; whole numbers are written without `.0`."""
     value = row[key]
     if isinstance(value, str):
         return value.strip()
@@ -107,6 +112,7 @@ def _rest(row: Row, *used: str) -> dict[str, Any]:
 
 
 def gsm8k(row: Row) -> Example:
+    """Converts a row of GSM8K, whose final answer follows "####"."""
     worked, mark, answer = _text(row, "answer").rpartition("####")
     if not mark:
         raise ValueError("field 'answer' has no '####' before the final answer")
@@ -115,7 +121,7 @@ def gsm8k(row: Row) -> Example:
 
 
 def last_boxed(text: str) -> str:
-    r"""The content of the last \boxed{…} ("" without one).
+    r"""Returns the content of the last \boxed{…}, or "" if there is none.
 
     >>> last_boxed(r"so \boxed{1}, no, \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
@@ -126,11 +132,12 @@ def last_boxed(text: str) -> str:
     return " ".join(boxes[0].split()) if boxes else ""  # on one line
 
 
-# Two solutions of the published file end in an empty \\boxed{}; both come to 0.
+# Two solutions of the published file end in an empty \boxed{}; both answers are 0.
 _MATH_BLANKS = ("train/number_theory/7115.json", "train/number_theory/7117.json")
 
 
 def math_(row: Row) -> Example:
+    r"""Converts a row of MATH; without an answer field, the last \boxed{} counts."""
     solution = _text(row, "solution")
     name = _text(row, "unique_id" if "unique_id" in row else "id")
     if name in _MATH_BLANKS:
@@ -147,18 +154,21 @@ def math_(row: Row) -> Example:
 
 
 def cmath(row: Row) -> Example:
+    """Converts a row of CMATH."""
     columns = _rest(row, "question", "golden")
     question, answer = _text(row, "question"), _text(row, "golden")
     return Example(question, answer, language="zh", columns=columns)
 
 
 def mgsm(language: str) -> Callable[[Row], Example]:
+    """Returns the converter for the MGSM rows of a language."""
     return lambda row: Example(
         _text(row, "question"), _text(row, "answer"), language=language
     )
 
 
 def svamp(row: Row) -> Example:
+    """Converts a row of SVAMP, whose text is split into a body and a question."""
     body = _text(row, "Body")
     question = f"{body.rstrip('.')}. {_text(row, 'Question')}"
     columns = {"type": row["Type"], "equation": row["Equation"]}
@@ -167,19 +177,23 @@ def svamp(row: Row) -> Example:
 
 
 def mawps(row: Row) -> Example:
+    """Converts a row of MAWPS."""
     columns = _rest(row, "input", "target")
     answer = _text(row, "target")
     return Example(_text(row, "input"), answer, columns=columns | rounded(answer))
 
 
 def gsm_hard(row: Row) -> Example:
+    """Converts a row of GSM-Hard, whose answer a program computed."""
     answer = _text(row, "target")
     columns = {"program": row["code"]} | rounded(answer)
     return Example(_text(row, "input"), answer, columns=columns)
 
 
 def rounded(answer: str) -> dict[str, Any]:
-    """The tolerance of an answer that a program computed: 0.001, and 1 % of it.
+    """Returns the tolerance column for an answer that a program computed.
+
+    The tolerance is 0.001 absolute and 1 % relative. Integers get none.
 
     >>> rounded("6.333333333"), rounded("7")
     ({'tolerance': [0.001, 0.01]}, {})
@@ -188,7 +202,10 @@ def rounded(answer: str) -> dict[str, Any]:
 
 
 def ocw(row: Row) -> Example:
-    """A number (equal to a relative 1e-5), an expression or an equation."""
+    """Converts a row of OCW: a number, an expression or an equation.
+
+    Numbers are compared with a relative tolerance of 1e-5.
+    """
     answer = _text(row, "answer").replace("np.arcsin", "\\arcsin").replace("$", "")
     columns = {}
     try:
@@ -201,7 +218,7 @@ def ocw(row: Row) -> Example:
 
 
 def _choice(question: str, options: list[str], ask: str, between: str) -> str:
-    """A question with its lettered options, as the reports ask it."""
+    """Returns a question with its lettered options, as the papers write it."""
     lettered = [f"({label}) {o}" for label, o in zip("ABCDEFGH", options, strict=False)]
     return f"{question}\n{ask}\n{between.join(lettered)}"
 
@@ -211,6 +228,7 @@ CHOOSE_ZH = "从以下选项中选择："
 
 
 def mmlu(row: Row) -> Example:
+    """Converts a multiple-choice row of MMLU-STEM."""
     options = [str(option).strip() for option in row["options"]]
     question = _choice(_text(row, "question"), options, CHOOSE, ", ")
     columns = {"options": options, "subject": row["topic"]}
@@ -219,7 +237,7 @@ def mmlu(row: Row) -> Example:
 
 
 def sat(row: Row) -> Example:
-    """The options stand in one text, as "A) … B) …" or "A. … B. …"."""
+    """Converts a row of SAT, whose options are one text: "A) … B) …" or "A. … B. …"."""
     text, options, at = _text(row, "options"), [], 0
     starts = []
     for label in "ABCD":
@@ -236,6 +254,7 @@ def sat(row: Row) -> Example:
 
 
 def gaokao_mathqa(row: Row) -> Example:
+    """Converts a multiple-choice row of AGIEval's Gaokao-MathQA."""
     options = [re.sub(r"^\([A-H]\)", "", option).strip() for option in row["options"]]
     text = _text(row, "question").rstrip("\\").rstrip()
     question = _choice(text, options, CHOOSE_ZH, " ")
@@ -245,7 +264,7 @@ def gaokao_mathqa(row: Row) -> Example:
 
 
 def _label(label: Any, options: list[str]) -> str:
-    """The right options' letters; a few questions have several ("A B D")."""
+    """Returns the letters of the right options; a few questions have several."""
     letters = re.sub(r"[\s,]", "", str(label))
     known = "ABCDEFGH"[: len(options)]
     if not letters or not set(letters) <= set(known):
@@ -255,6 +274,7 @@ def _label(label: Any, options: list[str]) -> str:
 
 
 def gaokao_mathcloze(row: Row) -> Example:
+    """Converts a fill-in row of AGIEval's Gaokao-MathCloze; ";" separates answers."""
     answers = [part.strip().strip("$") for part in _text(row, "answer").split(";")]
     columns = {"source": row["other"]["source"], "blanks": len(answers)}
     question = _text(row, "question")
@@ -262,8 +282,7 @@ def gaokao_mathcloze(row: Row) -> Example:
 
 
 def _chat(messages: Any) -> dict[str, Any]:
-    """The last question of a chat, its answer, the system prompt, and what was said
-    before them."""
+    """Splits a chat into its system prompt, earlier turns, last question and answer."""
     shape = (
         "expected [system,] user[, assistant, user, …][, assistant], each with role "
         "and content"
@@ -290,7 +309,10 @@ def _chat(messages: Any) -> dict[str, Any]:
 
 
 def local_row(row: Row) -> Example:
-    """A row of a user's own file: these names and no guesses at others."""
+    """Converts a row of a user's own file.
+
+    Only the documented field names are read; other fields become columns.
+    """
     used = ("messages", "question", "answer", "solution", "language", "id")
     columns = _rest(row, *used)
     fields: dict[str, Any] = {"question": "", "solution": ""}
@@ -317,11 +339,11 @@ def local_row(row: Row) -> Example:
     return Example(question, answer, solution, language, name, columns)
 
 
-_BAD_TEXT = re.compile("[\x00\ud800-\udfff]")  # JSON can hide them behind \\u
+_BAD_TEXT = re.compile("[\x00\ud800-\udfff]")  # JSON can hold them as \\u escapes
 
 
 def check_text(value: Any) -> None:
-    """Refuses NUL and lone surrogates, which no tokenizer can take."""
+    """Raises ValueError for NUL and lone surrogates, which no tokenizer accepts."""
     if isinstance(value, str):
         if found := _BAD_TEXT.search(value):
             raise ValueError(

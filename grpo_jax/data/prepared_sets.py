@@ -1,11 +1,9 @@
-"""The files behind the sets: found or downloaded, checked, prepared by TFDS.
+"""Finds or downloads the files of the sets, and prepares them with TFDS.
 
-In: the name of a set or the path of a JSON-lines file.
-Out: `load(...)`, a random-access sequence of `Example` over array_record files that
-TFDS wrote once into $GRPO_JAX_CACHE (default ~/.cache/grpo_jax) and Grain reads.
-
-A prepared folder is named after the SHA-256 of its source, so that a changed file is
-prepared anew. TensorFlow is not needed.
+`load` returns a random-access sequence of `Example`. TFDS writes its array_record
+files once into $GRPO_JAX_CACHE (default ~/.cache/grpo_jax), and Grain reads them. The
+name of a prepared folder contains the SHA-256 of its source, so a changed file is
+prepared again. TensorFlow is not needed.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from grpo_jax.data.registry import GITHUB, Source, examples, find, is_file, loca
 from grpo_jax.errors import GrpoError
 from grpo_jax.files import cache_folder
 
-VERSION = "1.1.0"  # of the prepared rows: raise it when rows.py reads otherwise
+VERSION = "1.1.0"  # of the prepared rows; raise it when parsers.py changes them
 FIELDS = ("question", "answer", "solution", "language", "id", "columns")
 
 
@@ -39,7 +37,7 @@ def _sha256(path: Path) -> str:
 
 
 def _download(source: Source, data_dir: str) -> Path:
-    """The original file from its public address, kept under its SHA-256."""
+    """Downloads the original file into the cache, under a name with its SHA-256."""
     by_hand = f"{data_dir or '$GRPO_JAX_DATA'}/{source.file}"
     if not source.url:
         raise GrpoError(
@@ -81,16 +79,16 @@ def _find(source: Source, data_dir: str | None) -> Path:
 
 class _Info(tfds.core.DatasetInfo):
     def initialize_from_bucket(self) -> None:
-        """Nothing: TFDS asks a server about each set, and leaves an empty folder."""
+        """Does nothing. TFDS would query a server and leave an empty folder."""
 
 
 class Questions(tfds.core.GeneratorBasedBuilder):
-    """One source file as a TFDS data set, in the order of the file."""
+    """Builds a TFDS dataset from one source file, in the order of the file."""
 
     VERSION = tfds.core.Version(VERSION)
 
     def __init__(self, *, rows: Iterator[Example] | None = None, **kwargs: Any):
-        self._rows = rows  # optional, as TFDS wants of every argument
+        self._rows = rows  # optional, as TFDS requires of every argument
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -107,7 +105,7 @@ class Questions(tfds.core.GeneratorBasedBuilder):
         return {"rows": self._generate_examples()}
 
     def _generate_examples(self):
-        first_empty: dict[str, int] = {}  # the first row without an answer, solution
+        first_empty: dict[str, int] = {}  # first row without answer or solution
         for index, example in enumerate(self._rows or ()):
             row = {name: getattr(example, name) for name in FIELDS}
             for name in ("answer", "solution"):
@@ -118,14 +116,14 @@ class Questions(tfds.core.GeneratorBasedBuilder):
         self.info.metadata.update(first_empty)
 
     def _log_download_bytes(self):
-        """Nothing: TFDS prints where it prepares, a temporary folder of no use here."""
+        """Does nothing. TFDS would print the path of a temporary folder."""
 
     def _log_download_done(self):
-        """Nothing: see above."""
+        """Does nothing, like `_log_download_bytes`."""
 
 
 def _prepare(source: Source, path: Path) -> Path:
-    """The folder of prepared records; two processes may get here at the same time."""
+    """Returns the folder of prepared records. Two processes may do this at once."""
     folder = cache_folder("tfds")
     done = folder / f"{source.slug}-{_sha256(path)[:16]}-{VERSION}"
     if done.exists():
@@ -137,7 +135,7 @@ def _prepare(source: Source, path: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as part:
         if (
             path.stat().st_size < 50e6
-        ):  # a bar only where there is something to wait for
+        ):  # a small file is quick, so hide the progress bar
             tfds.disable_progress_bar()
         builder = Questions(
             rows=itertools.chain([first], rows),
@@ -154,7 +152,12 @@ def _prepare(source: Source, path: Path) -> Path:
 
 
 class Prepared:
-    """Prepared records, read and decoded one by one."""
+    """A random-access sequence over prepared records, decoded one by one.
+
+    Args:
+      name: the set and split, used in the ids of rows that have none.
+      folder: the folder of the prepared records.
+    """
 
     def __init__(self, name: str, folder: Path):
         self.name = name
@@ -177,7 +180,12 @@ class Prepared:
 def load(
     name: str, split: str, *, data_dir: str | None, require: Sequence[str]
 ) -> Prepared:
-    """One set (not a sum of sets): see `data.load`."""
+    """Returns one set; see `datasets.load` for the arguments.
+
+    Raises:
+      GrpoError: the set or file is unknown, cannot be downloaded, read or prepared, or
+        has a row without a required field.
+    """
     if is_file(name):
         source, path = local(name), Path(name)
         if not path.is_file():

@@ -1,11 +1,11 @@
-"""From a question to the ids of a prompt; from a worked answer to an SFT row.
+"""Encodes questions as prompts, and questions with worked answers as SFT rows.
 
-In: an `Example` and a `Tokenizer`.
-Out: `encode_prompt`, the ids of q; `encode_sft`, ids with the mask of the tokens that
-the loss covers: the answer and its EOS, never the prompt, never what a tool wrote.
+`encode_prompt` returns the token ids of a question q. `encode_sft` returns token ids
+and a loss mask. The mask covers the answer and its EOS, but not the prompt and not the
+output of a tool.
 
-Templates: "chat" is the model's own (`chat_templates.py`), "deepseekmath" the one of
-DeepSeekMath ("User: …\n\nAssistant:"), "plain" the question as it is.
+Templates: "chat" is the model's own (`chat_templates.py`), "deepseekmath" is that of
+DeepSeekMath ("User: …\n\nAssistant:"), and "plain" is the question alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
 
 TEMPLATES = ("chat", "deepseekmath", "plain")
-TOGETHER = 64  # prompts that are rendered at once
+TOGETHER = 64  # prompts rendered in one request
 # The instruction appended to a question, by (instruction, language).
 INSTRUCTIONS = {
     ("cot", "en"): "Please reason step by step, and put your final answer within "
@@ -37,19 +37,26 @@ INSTRUCTIONS = {
     "\\boxed{}中。",
 }
 Part = tuple[str, bool]  # text, and whether special tokens are parsed in it
-# What the interpreter wrote of an ```output block: all behind its opening, with which
-# the model asks for it.
+# The interpreter's part of an ```output block: everything after the opening line,
+# which the model writes to call the interpreter.
 _TOOL_OUTPUT = re.compile(
     r"^[ \t]*```output([ \t]*\n.*?(?:^[ \t]*```[ \t]*$\n?|\Z))", re.M | re.S
 )
-# A tag that a prompt ends with, such as <think>: the answer does not write it again.
+# A tag at the end of a prompt, such as <think>. The answer does not repeat it.
 _OPENED = re.compile(r"([<\[][^<>\[\]\s]{1,32}[>\]])\s*\Z")
 
 
 def content(example: Example, instruction: str = "cot") -> str:
-    """The question with its instruction on a new line ("none": the question alone).
+    """Returns the question, followed by the instruction on a new line.
 
-    Only Chinese has its own wording; every other language gets the English one.
+    Chinese questions get the Chinese wording, all others the English one.
+
+    Args:
+      example: the question.
+      instruction: "cot" (chain of thought), "tool" (with programs) or "none".
+
+    Raises:
+      GrpoError: the question is empty, or there is no such instruction.
 
     >>> content(Example("1+1=?", language="zh"))
     '1+1=?\\n请通过逐步推理来解答问题，并把最终答案放置于\\\\boxed{}中。'
@@ -73,7 +80,17 @@ def encode_prompt(
 ) -> list[int]:
     """Returns the token ids of the prompt q, up to where the model's answer starts.
 
-    Special tokens are parsed where the template wrote them and nowhere else.
+    Special tokens are parsed only where the template wrote them.
+
+    Args:
+      tokenizer: the model's tokenizer.
+      question: an example, or the text of a question.
+      template: "chat", "deepseekmath" or "plain".
+      instruction: "cot", "tool" or "none"; see `content`.
+
+    Raises:
+      GrpoError: the template or the instruction is unknown or does not fit the
+        example, or the prompt is empty.
 
     >>> from grpo_jax.data.tokenizer import Tokenizer
     >>> tokenizer = Tokenizer.from_alphabet("12+=")
@@ -87,7 +104,7 @@ def encode_prompt(
 def _encode(
     tokenizer: Tokenizer, examples: Sequence[Example], template: str, instruction: str
 ) -> list[list[int]]:
-    """The prompts of several examples, whose chats are rendered at once."""
+    """Returns the prompt ids of several examples; chats are rendered together."""
     if template == "chat":
         chats = [(_messages(tokenizer, e, instruction), True) for e in examples]
         every = [
@@ -114,12 +131,15 @@ def encode_sft(
     template: str = "chat",
     instruction: str = "cot",
 ) -> tuple[list[int], list[int]]:
-    """(tokens, loss_mask) of a question with its worked answer.
+    """Returns the token ids and the loss mask of a question with its worked answer.
 
-    tokens: exactly the ids of `encode_prompt`, then the solution (without one: the
-    answer), then the EOS. loss_mask: 1 on the solution's tokens and the EOS; 0 on the
-    prompt and on what follows "```output" in such a block. Without a solution and an
-    answer all 0: such a row weighs nothing.
+    Args: as for `encode_prompt`.
+
+    Returns:
+      tokens: exactly the ids of `encode_prompt`, then the solution (or the answer, if
+        there is no solution), then the EOS.
+      loss_mask: one int per token: 1 on the solution and the EOS, 0 on the prompt and
+        on what a tool wrote after "```output". All 0 without solution and answer.
 
     >>> from grpo_jax.data.tokenizer import Tokenizer
     >>> tokenizer = Tokenizer.from_alphabet("12+=3")
@@ -135,8 +155,8 @@ def encode_sft(
         return ids, [0] * len(ids)
     prompt, answer = _answered(tokenizer, example, template, instruction, target)
     prompt_ids = tokenizer.encode_parts(prompt)[0]
-    # With the prompt before it, as some tokenizers put a space where a text begins;
-    # alone, where prompt and answer would melt into one token.
+    # Encode the answer after its prompt, as some tokenizers add a space at the start
+    # of a text. Encode it alone if prompt and answer would merge into one token.
     ids, offsets = tokenizer.encode_parts([*prompt, *answer.parts])
     start = sum(len(text) for text, _ in prompt)
     if ids[: len(prompt_ids)] == prompt_ids:
@@ -161,9 +181,22 @@ def encode_prompts(
     template: str = "chat",
     instruction: str = "cot",
 ) -> tuple[list[tuple[Example, list[int]]], int]:
-    """The examples whose prompt has at most `limit` tokens, and how many were dropped.
+    """Encodes the prompts of many examples, and drops those that are too long.
 
-    Nothing is cut short. Raises GrpoError if more than half would be dropped.
+    Prompts are never truncated.
+
+    Args:
+      tokenizer: the model's tokenizer.
+      examples: the questions.
+      limit: the largest number of tokens of a prompt.
+      template: as for `encode_prompt`.
+      instruction: as for `encode_prompt`.
+
+    Returns:
+      The kept examples, each with its token ids, and the number of dropped ones.
+
+    Raises:
+      GrpoError: more than half of the examples are too long, or one cannot be encoded.
 
     >>> from grpo_jax.data.tokenizer import Tokenizer
     >>> tokenizer = Tokenizer.from_alphabet("12+=")
@@ -178,7 +211,7 @@ def encode_prompts(
     while batch := list(itertools.islice(examples, TOGETHER)):
         try:
             encoded = _encode(tokenizer, batch, template, instruction)
-        except GrpoError:  # of one row, or together too much for the template's limits
+        except GrpoError:  # one bad row, or the batch is above the template's limits
             encoded = [_encode(tokenizer, [e], template, instruction)[0] for e in batch]
         for example, ids in zip(batch, encoded, strict=True):
             longest = max(longest, len(ids))
@@ -198,7 +231,7 @@ def encode_prompts(
 
 
 def _bos(tokenizer: Tokenizer, template: str) -> list[int]:
-    """A chat template writes the BOS itself; before other text it is a tokenizer's."""
+    """Returns the BOS to put first; a chat template writes its own."""
     if template == "chat" or not tokenizer.adds_bos or tokenizer.bos_id is None:
         return []
     return [tokenizer.bos_id]
@@ -207,7 +240,7 @@ def _bos(tokenizer: Tokenizer, template: str) -> list[int]:
 def _written(
     tokenizer: Tokenizer, example: Example, template: str, instruction: str
 ) -> list[Part]:
-    """A prompt by one of the templates that are not the model's own."""
+    """Writes a prompt with the template "plain" or "deepseekmath"."""
     text, system = content(example, instruction), _system(example)
     parts: list[Part] = [(f"{system}\n\n", False)] if system else []
     turns = _turns(example)
@@ -235,7 +268,7 @@ def _system(example: Example) -> str:
 
 
 def _turns(example: Example) -> list[tuple[str, str]]:
-    """(role, text) of what was said before the question: user, assistant, …"""
+    """Returns the (role, text) pairs of the turns before the question."""
     turns = example.columns.get("messages") or ()
     return [(turn["role"], turn["content"]) for turn in turns]
 
@@ -243,7 +276,7 @@ def _turns(example: Example) -> list[tuple[str, str]]:
 def _messages(
     tokenizer: Tokenizer, example: Example, instruction: str
 ) -> list[Message]:
-    """What is said before the answer, with marks at special tokens."""
+    """Returns the messages before the answer, with special tokens marked."""
     system, question = _system(example), content(example, instruction)
     said = [("system", system)] if system else []
     said += [*_turns(example), ("user", question)]
@@ -257,7 +290,7 @@ def _message(tokenizer: Tokenizer, role: str, text: str) -> Message:
 def _parts(
     tokenizer: Tokenizer, rendered: Rendered, start: int, end: int
 ) -> list[Part]:
-    """A stretch of a chat, where special tokens that the data wrote are plain text."""
+    """Splits a part of a chat so that special tokens in the data stay plain text."""
     parts: list[Part] = []
     for found in tokenizer.special_pattern.finditer(rendered.text, start, end):
         if found.start() in rendered.quotes:
@@ -272,15 +305,15 @@ def _parts(
 
 @dataclasses.dataclass(frozen=True)
 class _Answer:
-    """What follows a prompt in an SFT row."""
+    """The answer of an SFT row; spans are (start, end) in the joined parts."""
 
     parts: list[Part]
-    tools: list[tuple[int, int]]  # what a tool wrote, in the parts' text
-    gaps: list[tuple[int, int]]  # what {% generation %} leaves out
-    closed: bool  # it ends with the token that ends a turn
+    tools: list[tuple[int, int]]  # spans that a tool wrote
+    gaps: list[tuple[int, int]]  # spans outside the {% generation %} blocks
+    closed: bool  # whether it ends with the token that ends a turn
 
     def learned(self, start: int, end: int) -> bool:
-        """Whether the loss covers a token at this place of the text."""
+        """Returns whether the loss covers a token with this span."""
         return not (
             any(start < y and end > x for x, y in self.tools)
             or any(start >= x and end <= y for x, y in self.gaps)
@@ -294,7 +327,7 @@ def _answered(
     instruction: str,
     target: str,
 ) -> tuple[list[Part], _Answer]:
-    """The parts of a prompt, and of the answer behind it."""
+    """Returns the parts of a prompt, and the answer that follows it."""
     if template != "chat":
         prompt = _written(tokenizer, example, template, instruction)
         answer = " " + target if template == "deepseekmath" else target
@@ -304,7 +337,7 @@ def _answered(
     said = _message(tokenizer, "assistant", target)
     ends_before_spaces = [([*messages, ended(said, before_spaces=True)], False)]
     if target == target.rstrip():
-        ends_before_spaces = []  # the end itself
+        ends_before_spaces = []  # no trailing white space: both ends are the same
     opened, whole, *marked = _render(
         tokenizer,
         [
@@ -321,8 +354,8 @@ def _answered(
     if not whole.text.startswith(opened.text) or _squeezed(target) not in _squeezed(
         whole.text[start:]
     ):
-        # Finished turns look otherwise, or lose some of the answer, such as its
-        # thoughts: the answer goes on directly.
+        # The template writes a finished turn differently from the prompt, or drops
+        # a part of the answer such as its thoughts. Append the answer directly.
         after = known[0] if known else opened
         return prompt, _direct(tokenizer, opened.text, target, after)
     ends = [m.ends[-1] for m in known if m.text == whole.text]
@@ -342,7 +375,7 @@ def _answered(
 
 
 def _direct(tokenizer: Tokenizer, prompt: str, target: str, after: Rendered) -> _Answer:
-    """The answer as it is behind the prompt, and what closes a turn elsewhere."""
+    """Returns the answer as written, with the end of turn of a finished chat."""
     opened = _OPENED.search(prompt)
     if opened and target.lstrip().startswith(opened[1]):
         target = target.lstrip().removeprefix(opened[1])
@@ -359,7 +392,7 @@ def _direct(tokenizer: Tokenizer, prompt: str, target: str, after: Rendered) -> 
 def _end_of_turn(
     tokenizer: Tokenizer, rendered: Rendered, start: int
 ) -> tuple[int, int] | None:
-    """Where the first token stands that ends a completion, written by the template."""
+    """Returns the span of the first end-of-completion token that the template wrote."""
     for found in tokenizer.special_pattern.finditer(rendered.text, start):
         if found.start() not in rendered.quotes:
             if tokenizer.token_id(found[0]) in tokenizer.eos_ids:
@@ -381,7 +414,16 @@ def render_chat(
     *,
     add_generation_prompt: bool = True,
 ) -> str:
-    """The text of a chat by the model's own template, as transformers renders it."""
+    """Returns the text of a chat in the model's template, as transformers renders it.
+
+    Args:
+      tokenizer: the tokenizer, which holds the template.
+      messages: dicts with `role` and `content`.
+      add_generation_prompt: end the text where the assistant's answer starts.
+
+    Raises:
+      GrpoError: there is no chat template, or it fails.
+    """
     return _render(tokenizer, [(messages, add_generation_prompt)])[0].text
 
 

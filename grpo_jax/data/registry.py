@@ -1,8 +1,8 @@
-"""The known sets of questions: where each file lies and how its rows are read.
+"""Registry of the known sets of questions.
 
-In: a set's name and split, or the path of a user's JSON-lines file.
-Out: `Source` (file, public address, SHA-256, reader, converter), and `examples`, which
-turns a file into `Example`s or says file, line and row of what is wrong.
+`find` returns the `Source` of a set: its file, public URL, SHA-256, reader and
+converter. `local` does so for a user's JSON-lines file. `examples` converts a file to
+`Example`s, or raises an error that names the file, line and row.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from grpo_jax.errors import GrpoError
 
 @dataclass(frozen=True)
 class Source:
-    """Where a set lies and how it is read."""
+    """Where the file of a set is, and how its rows are read."""
 
     slug: str
-    file: str  # below the data directory
+    file: str  # path relative to the data directory
     read: Callable[[Path], Iterator[tuple[int, Row]]]
     convert: Callable[[Row], Example]
-    url: str = ""  # "": nowhere to download it from
+    url: str = ""  # "": no public download
     sha256: str = ""
 
 
@@ -37,8 +37,8 @@ _MGSM = "google-research/url-nlp/452a21ad3dae5668c06ceeac21ff073e1e40f9be/mgsm"
 _SVAMP = "arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53"
 _AGIEVAL = "ruixiangcui/AGIEval/5c77d073fda993f1652eaae3cf5d04cc5fd21d40/data/v1"
 _HARNESS = "ZubinGou/math-evaluation-harness/db77bc6bb2a17c90ed2d63e88ebd8c40a82858c5"
-# (set, split): file, reader, converter, address on GitHub, SHA-256. MATH has no
-# address: a takedown notice of its owner removed it from the hub.
+# (set, split): file, reader, converter, path on GitHub, SHA-256. MATH has no path:
+# its owner's takedown notice removed it from the Hugging Face hub.
 _TABLE: dict[tuple[str, str], tuple] = {
     ("gsm8k", "train"): (
         "gsm8k/train.jsonl",
@@ -143,30 +143,35 @@ SOURCES = {
 }
 
 
-PAPER = ("gsm8k", "math")  # what DeepSeekMath's RL trained on
+PAPER = ("gsm8k", "math")  # the RL training sets of DeepSeekMath (section 4.2)
 
 
 def in_domain(name: str, trained_on: Sequence[str] = PAPER) -> bool:
-    """Whether RL on these sets has seen questions of the kind.
+    """Returns whether a set is in the domain of the sets that RL trained on.
 
     >>> in_domain("math500"), in_domain("gsm_hard"), in_domain("svamp", ["svamp"])
     (True, False, True)
     """
-    whole = {"math500": "math"}  # a set that is a part of another
+    whole = {"math500": "math"}  # subsets of another set
     return name in trained_on or whole.get(name) in trained_on
 
 
 def is_file(name: str) -> bool:
-    """Whether the name of a set is the path of a user's own file."""
+    """Returns whether the name of a set is the path of a user's own file."""
     return name.endswith(".jsonl")
 
 
 def local(name: str) -> Source:
-    """A user's own JSON-lines file."""
+    """Returns the source for a user's own JSON-lines file."""
     return Source("jsonl", name, parsers.json_lines, parsers.local_row)
 
 
 def find(name: str, split: str) -> Source:
+    """Returns the source of a known set.
+
+    Raises:
+      GrpoError: the set is unknown, or it has no such split.
+    """
     if (name, split) in SOURCES:
         return SOURCES[name, split]
     splits = [s for n, s in SOURCES if n == name]
@@ -184,7 +189,11 @@ def find(name: str, split: str) -> Source:
 
 
 def examples(source: Source, path: Path) -> Iterator[Example]:
-    """Every row of the file as an example, or an error with file, line and row."""
+    """Yields every row of a file as an example.
+
+    Raises:
+      GrpoError: a row is invalid; the message names the file, line and row.
+    """
     for index, (number, row) in enumerate(source.read(path)):
         where = f"{path}:{number}: row {index}"
         try:

@@ -1,7 +1,6 @@
-"""Which tokens are special, and which of them ends a turn of a chat.
+"""Flags and finds special tokens, and finds the token that ends a chat turn.
 
-In: a tokenizer of the `tokenizers` package, what its folder names, a chat template.
-Out: tokens flagged, a pattern of their texts, the id of the turn's end.
+All functions take a tokenizer of the `tokenizers` package.
 """
 
 from __future__ import annotations
@@ -19,7 +18,12 @@ from grpo_jax.errors import GrpoError
 def pattern(
     tokenizer: tokenizers.Tokenizer, *, special: bool = True
 ) -> re.Pattern[str]:
-    """Matches the special tokens, or all that were added to the vocabulary."""
+    """Returns a pattern that matches the text of any special token.
+
+    Args:
+      tokenizer: the tokenizer.
+      special: if false, match every added token, special or not.
+    """
     added = tokenizer.get_added_tokens_decoder().values()
     names = {t.content for t in added if t.special or not special}
     longest_first = sorted(names, key=len, reverse=True)
@@ -32,10 +36,15 @@ def flag_special(
     *,
     added_only: bool = False,
 ) -> None:
-    """Makes tokens of the vocabulary special, as transformers does with named ones.
+    """Flags tokens as special, as transformers does with eos_token and the like.
 
-    Some files list eos_token as an ordinary word: then a question could write it, and
-    an answer would show it.
+    Some files list eos_token as an ordinary word. A question could then contain it,
+    and a decoded answer would show it.
+
+    Args:
+      tokenizer: the tokenizer, changed in place.
+      names: the texts of the tokens; None and unknown texts are skipped.
+      added_only: flag only tokens that were added to the vocabulary.
     """
     added = {t.content: t for t in tokenizer.get_added_tokens_decoder().values()}
     for name in names:
@@ -54,9 +63,19 @@ def turn_end(
     special_tokens: Mapping[str, str],
     now: datetime.datetime,
 ) -> list[int]:
-    """The token that a chat template puts behind an answer; [] where it has none.
+    """Returns the id of the token that a chat template writes after an answer.
 
-    A model of such chats ends its turns with it, whatever eos_token says.
+    A model trained on such chats ends its turns with it, whatever eos_token says. The
+    token is also flagged as special.
+
+    Args:
+      tokenizer: the tokenizer, changed in place.
+      template: the chat template, or None.
+      special_tokens: eos_token, bos_token … as text, for the template.
+      now: the time that the template's clock shows.
+
+    Returns:
+      A list with the id, or [] if there is no such token.
     """
     if template is None:
         return []
@@ -64,12 +83,13 @@ def turn_end(
     chat = [{"role": "user", "content": "1+1=?"}, answer]
     try:
         (told,) = chat_templates.render(template, special_tokens, [(chat, False)], now)
-    except GrpoError:  # raised where a chat is rendered, if one ever is
+    except GrpoError:  # raised again when a chat is rendered
         return []
     after = told.text[told.ends[-1] :] if told.ends else ""
     for found in pattern(tokenizer, special=False).finditer(after):
         name = found[0]
-        # One that no file calls special may be any word; but not right here.
+        # An added token that is not special may be any word, so it counts only
+        # directly after the answer.
         first = name.strip() and not after[: found.start()].strip()
         if first or pattern(tokenizer).fullmatch(name):
             flag_special(tokenizer, [name])

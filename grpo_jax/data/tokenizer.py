@@ -1,11 +1,11 @@
-"""Text to token ids and back.
+"""The tokenizer: text to token ids and back.
 
-In: a Hugging Face folder with `tokenizer.json`, or an alphabet of characters.
-Out: `Tokenizer`, which also knows the ids that end a completion and the model's own
-chat template, and writes a folder that transformers opens with the same ids.
+A `Tokenizer` comes from a Hugging Face folder with `tokenizer.json`, or from an
+alphabet of characters. It also holds the ids that end a completion and the model's
+chat template. It can save a folder that transformers opens with the same ids.
 
-Special tokens (`<|im_end|>` …) are recognised only where a template wrote them, never
-in a question: a question cannot end its own turn or open another one.
+Special tokens (`<|im_end|>` …) are recognised only where a template wrote them. A
+question therefore cannot end its own turn or open another one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from grpo_jax.data.special_tokens import flag_special, pattern, turn_end
 from grpo_jax.errors import GrpoError, one_line
 from grpo_jax.files import read_json, read_whole
 
-FILES = (  # what belongs to the tokenizer in a Hugging Face folder
+FILES = (  # the tokenizer's files in a Hugging Face folder
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -35,13 +35,23 @@ FILES = (  # what belongs to the tokenizer in a Hugging Face folder
     "merges.txt",
     "generation_config.json",  # lists all ids that end a completion
 )
-PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # of a character tokenizer
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # of `Tokenizer.from_alphabet`
 
 
 class Tokenizer:
-    """A tokenizer of the `tokenizers` package with the ids that a sampler needs.
+    """Wraps a tokenizer of the `tokenizers` package and the ids that a sampler needs.
 
-    Use `from_folder` or `from_alphabet`. Encoding is thread-safe.
+    Create one with `from_folder` or `from_alphabet`. Encoding is thread-safe.
+
+    Attributes:
+      eos_ids: all ids that end a completion.
+      bos_id: the id of the BOS token, or None.
+      pad_id: the id of the padding token; the EOS if there is none.
+      adds_bos: whether a text that is not a chat starts with the BOS.
+      vocab_size: the highest id plus 1.
+      special_tokens: eos_token, bos_token … as text.
+      special_pattern: matches the text of every special token.
+      chat_template: the jinja2 source, or None.
 
     >>> tokenizer = Tokenizer.from_alphabet("0123456789+= ?")
     >>> tokenizer.encode("1+2")
@@ -61,14 +71,24 @@ class Tokenizer:
         chat_template: str | None = None,
         files: dict[str, bytes] | None = None,
     ):
-        """special: eos_token, bos_token … as text; adds_bos None: as tokenizer says."""
-        tokenizer.no_truncation()  # some files ask for it: it loses text silently
+        """Wraps a tokenizer; `from_folder` and `from_alphabet` fill in the arguments.
+
+        Args:
+          tokenizer: the tokenizer; its special tokens are flagged in place.
+          special: eos_token, bos_token … as text.
+          eos_ids: the ids that end a completion, the EOS of training first.
+          pad_id: the padding id; by default the EOS.
+          adds_bos: whether a text starts with the BOS; by default as `tokenizer` does.
+          chat_template: the jinja2 source.
+          files: the original files by name, which `save` writes.
+        """
+        tokenizer.no_truncation()  # some files set it, and it loses text silently
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self._files = files or {}  # the original ones, for `save`
+        self._files = files or {}
         self.special_tokens = special
         self.chat_template = chat_template
-        # What a chat template's clock shows: one moment for all prompts of a run.
+        # The time that chat templates see; the same for all prompts of a run.
         self.now = datetime.datetime.now()
         flag_special(tokenizer, special.values())
         flag_special(tokenizer, map(tokenizer.id_to_token, eos_ids), added_only=True)
@@ -77,11 +97,11 @@ class Tokenizer:
         self.bos_id: int | None = self.token_id(special.get("bos_token"))
         self.pad_id: int = self.eos_id if pad_id is None else pad_id
         self.special_pattern = pattern(tokenizer)
-        first = tokenizer.encode("").ids[:1]  # with what the file itself adds
+        first = tokenizer.encode("").ids[:1]  # the special tokens that the file adds
         by_file = self.bos_id is not None and first == [self.bos_id]
         self.adds_bos: bool = by_file if adds_bos is None else adds_bos
         known = tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size: int = max(known.values(), default=-1) + 1  # the highest id + 1
+        self.vocab_size: int = max(known.values(), default=-1) + 1
 
     # -- making one ----------------------------------------------------------------
 
@@ -89,7 +109,13 @@ class Tokenizer:
     def from_alphabet(
         cls, characters: Iterable[str], *, chat_template: str | None = None
     ) -> Tokenizer:
-        """One token a character, after <pad> 0, <bos> 1 and <eos> 2."""
+        """Returns a tokenizer with one token per character.
+
+        The ids 0, 1 and 2 are <pad>, <bos> and <eos>; the characters follow.
+
+        Raises:
+          GrpoError: an item of `characters` is not one character.
+        """
         from tokenizers import Regex, decoders, models, pre_tokenizers
 
         tokens = dict.fromkeys([PAD, BOS, EOS, *characters])
@@ -110,12 +136,14 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """The tokenizer of a Hugging Face folder.
+        """Returns the tokenizer of a Hugging Face folder.
 
-        The ids that end a completion: the tokenizer's own eos_token first, then those
-        of generation_config.json (or, without it, of config.json), then the one that
-        the chat template puts behind an answer.
-        Raises GrpoError if tokenizer.json is missing or damaged and if there is no EOS.
+        The ids that end a completion are, in this order: the eos_token, the ids in
+        generation_config.json (or else in config.json), and the token that the chat
+        template writes after an answer.
+
+        Raises:
+          GrpoError: tokenizer.json is missing or damaged, or there is no EOS.
         """
         folder = Path(path)
         file = folder / "tokenizer.json"
@@ -169,7 +197,7 @@ class Tokenizer:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a folder that transformers and `from_folder` open with the same ids.
 
-        The files of a tokenizer that came from a folder are written byte for byte.
+        A tokenizer from a folder is written with its original files, byte for byte.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -193,7 +221,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _plain(self) -> tokenizers.Tokenizer:
-        """The same, but for "<eos>" in a text, which is five characters here."""
+        """A copy that encodes the text "<eos>" as five ordinary characters."""
         plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
         plain.encode_special_tokens = True
         return plain
@@ -202,15 +230,19 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int:
-        """The id that closes an answer in training (`eos_ids` all end a completion)."""
+        """The id that ends an answer in training; all `eos_ids` end a completion."""
         return self.eos_ids[0]
 
     def token_id(self, token: str | None) -> int | None:
-        """The id of a token's text, None if there is no such token."""
+        """Returns the id of a token's text, or None if there is no such token."""
         return None if token is None else self._tokenizer.token_to_id(token)
 
     def check_fits(self, vocab_rows: int) -> None:
-        """Refuses a model whose embedding has fewer rows than there are ids."""
+        """Checks that a model's embedding has a row for every id.
+
+        Raises:
+          GrpoError: `vocab_rows` is smaller than `vocab_size`.
+        """
         if self.vocab_size > vocab_rows:
             raise GrpoError(
                 f"tokenizer: its highest id is {self.vocab_size - 1}, and the model's "
@@ -222,23 +254,31 @@ class Tokenizer:
     def encode(
         self, text: str, *, add_bos: bool = False, parse_special: bool = False
     ) -> list[int]:
-        """The ids of a text.
+        """Returns the ids of a text.
 
-        parse_special: read special tokens in the text as such (a template's text);
-        otherwise they are ordinary characters. add_bos: put the BOS first, if any.
+        Args:
+          text: the text.
+          add_bos: put the BOS first, if there is one.
+          parse_special: parse special tokens in the text, as in a template's text.
+            Otherwise they are ordinary characters.
+
+        Raises:
+          GrpoError: the text cannot be encoded.
         """
         ids = self.encode_parts([(text, parse_special)])[0]
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of many texts, special tokens not parsed."""
+        """Returns the ids of each text; special tokens are not parsed."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Returns the text of some ids.
+        """Returns the text of token ids.
 
-        skip_special: without special tokens, and without the ids at its end that end a
-        completion, special or not.
+        Args:
+          ids: the token ids.
+          skip_special: leave out special tokens, and any of `eos_ids` at the end, even
+            one that is not flagged as special.
         """
         ids = list(ids)
         while skip_special and ids and ids[-1] in self.eos_ids:
@@ -246,9 +286,10 @@ class Tokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """What each id adds to the text, special tokens too; joined they are the text.
+        """Returns what each id adds to the text, special tokens included.
 
-        "" where a character is not whole yet; it then stands with its last id.
+        The pieces joined are the text. A character of several ids belongs to the last
+        of them; the others get "".
 
         >>> tokenizer = Tokenizer.from_alphabet("12+")
         >>> tokenizer.pieces([3, 5, 4, tokenizer.eos_id])
@@ -256,7 +297,7 @@ class Tokenizer:
         """
         found, before, start, shown = [], 0, 0, ""
         for end in range(1, len(ids) + 1):
-            # Decoded behind the piece before it, where a word keeps its space.
+            # Decode after the previous piece, so that a word keeps its leading space.
             text = self.decode(ids[before:end], skip_special=False)
             cut = text.endswith("\ufffd") and end < len(ids)
             found.append("" if cut else text[len(shown) :])
@@ -266,12 +307,14 @@ class Tokenizer:
         return found
 
     def texts(self) -> list[str]:
-        """What every id adds in the middle of a text, [V]; "" for special tokens.
+        """Returns what each id adds in the middle of a text; "" for special tokens.
+
+        The list has `vocab_size` entries.
 
         >>> Tokenizer.from_alphabet("1+").texts()
         ['', '', '', '1', '+']
         """
-        # Behind another token, as some decoders drop a space where a text begins.
+        # Decode after another token, as some decoders drop a text's leading space.
         alone = ((i, self.decode([i])) for i in range(self.vocab_size))
         before, first = next(x for x in alone if x[1] and "\ufffd" not in x[1])
         rows = [[before, i] for i in range(self.vocab_size)]
@@ -281,10 +324,16 @@ class Tokenizer:
     def encode_parts(
         self, parts: Sequence[tuple[str, bool]]
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of parts joined to one text, and each id's (start, end) in it.
+        """Returns the ids of parts joined to one text, and each id's (start, end).
 
-        parts: (text, whether special tokens are parsed in it). Exactly the ids of the
-        whole text where no unparsed part holds a special token's text.
+        If no unparsed part contains a special token's text, these are exactly the ids
+        of the whole text.
+
+        Args:
+          parts: pairs of a text and whether special tokens are parsed in it.
+
+        Raises:
+          GrpoError: the text cannot be encoded.
 
         >>> tokenizer = Tokenizer.from_alphabet("<eos> 1")
         >>> tokenizer.encode_parts([("1", False), ("<eos>", True)])[0]
@@ -293,7 +342,7 @@ class Tokenizer:
         [9, 3, 4, 5, 6, 7]
         """
         text = "".join(part for part, _ in parts)
-        spans: list[tuple[int, int]] = []  # of the special tokens that are meant
+        spans: list[tuple[int, int]] = []  # of the special tokens to parse
         start = 0
         for part, parse in parts:
             if parse:
@@ -302,8 +351,8 @@ class Tokenizer:
             start += len(part)
         if spans == [found.span() for found in self.special_pattern.finditer(text)]:
             return self._run(self._tokenizer, text)
-        # An unparsed part holds the text of a special token (or one formed at a
-        # joint): cut at the template's own special tokens, encode the rest as plain.
+        # An unparsed part contains a special token's text, or two parts form one where
+        # they meet. Split at the parsed special tokens, and encode the rest as plain.
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         position = 0
@@ -333,21 +382,21 @@ class Tokenizer:
 
 
 def open_tokenizer(file: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a tokenizer.json.
+    """Returns the tokenizer of a tokenizer.json file.
 
     Raises:
-      GrpoError: it cannot be read, is a git-LFS pointer or not a tokenizer file.
+      GrpoError: the file cannot be read, is a git-LFS pointer, or is no tokenizer file.
     """
     raw = read_whole(file)
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(raw)
-        tokenizer.no_truncation()  # some files ask for it: it loses text silently
+        tokenizer.no_truncation()  # some files set it, and it loses text silently
         tokenizer.no_padding()
-        tokenizer.encode("")  # where a damaged post-processor shows
+        tokenizer.encode("")  # fails if the post-processor is damaged
         return tokenizer
     except Exception as error:  # the package raises nothing narrower
         reason = one_line(error)
-    except BaseException as error:  # pyo3's PanicException, of an assertion in Rust
+    except BaseException as error:  # pyo3's PanicException: a panic in Rust
         if type(error).__name__ != "PanicException":
             raise
         reason = one_line(error)
@@ -357,7 +406,7 @@ def open_tokenizer(file: Path) -> tokenizers.Tokenizer:
 def _token_ids(
     file: Path, key: str, value: Any, tokenizer: tokenizers.Tokenizer
 ) -> list[int]:
-    """An id or a list of ids, each of a token that there is."""
+    """Returns an id or a list of ids as a list, after checking that they exist."""
     found = value if isinstance(value, list) else [value]
     for item in found:
         whole = type(item) is int and 0 <= item < 2**32
@@ -370,12 +419,12 @@ def _token_ids(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that may be absent."""
+    """Returns the JSON object of a file, or {} if there is no such file."""
     return read_json(path) if path.is_file() else {}
 
 
 def _special(config: dict[str, Any]) -> dict[str, str]:
-    """eos_token, bos_token …: written as text or as an object with `content`."""
+    """Returns eos_token, bos_token … as text; some files write them as objects."""
     special = {}
     for key, value in config.items():
         if key.endswith("_token") and isinstance(value, dict):

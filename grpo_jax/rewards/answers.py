@@ -1,7 +1,7 @@
-r"""Final answers: what a completion states, and whether two answers are the same.
+r"""Final answers: extraction from a completion, and comparison.
 
-`extract` reads the answer out of a text and `equivalent` compares two answers. The
-parts are in `grading/`.
+`extract` returns the answer that a text states, and `equivalent` compares two answers.
+The implementation is in `grading/`.
 """
 
 from grpo_jax.data.brackets import boxed as boxed
@@ -13,10 +13,11 @@ from grpo_jax.rewards.grading.extraction import stated as stated
 
 
 def equivalent(prediction: str, reference: str) -> bool:
-    r"""Whether a predicted answer is the reference answer; never raises, bounded time.
+    r"""Returns whether a predicted answer equals the reference answer.
 
-    Rational answers are settled in the calling thread; all else, and so any hostile
-    text, in the killable workers of `grading`.
+    Takes bounded time for any text. Rational answers are compared in the calling
+    thread. Other answers are compared in worker processes, which are killed if they
+    take too long.
 
     >>> equivalent(r"\dfrac{3}{6}", "0.5"), equivalent("20%", "20")
     (True, True)

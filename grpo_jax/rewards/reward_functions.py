@@ -1,12 +1,10 @@
-r"""Reward functions and the safe way to call them.
-
-In: prompts, completions and the data set's other columns, N values each. Out: one
-float a completion from each function, and their weighted sum (`score`).
+r"""The built-in reward functions, and `score`, which calls reward functions safely.
 
 A reward function has TRL's signature, sync or `async def`:
-`reward(prompts, completions, **columns) -> list[float | None]`. None means that the
-function has nothing to say about that sample (DeepSeekMath section 4.1 uses one
-outcome reward; several may be mixed with weights).
+`reward(prompts, completions, **columns) -> list[float | None]`. Each argument has N
+values, and the columns are the dataset's other fields. None means that the function
+does not apply to that sample. `score` returns the weighted sum of all functions;
+DeepSeekMath (section 4.1) uses a single reward.
 """
 
 import importlib
@@ -30,7 +28,7 @@ from grpo_jax.rewards.grading import worker_pool
 from grpo_jax.rewards.reward_calls import LARGEST, Call, Calls, Reward, WrongCount
 
 log = logging.getLogger(__name__)
-RESERVED = ("prompts", "completions")  # what a call passes beside the data's columns
+RESERVED = ("prompts", "completions")  # names that no data column may have
 
 
 def rule_reward(
@@ -41,9 +39,14 @@ def rule_reward(
     language: Sequence[str | None] | None = None,
     **columns,
 ) -> list[float]:
-    r"""1.0 where the completion's final answer equals the reference, else 0.0.
+    r"""Returns 1.0 if a completion's final answer equals the reference, else 0.0.
 
-    language: in which each one's numbers are written; without it, English.
+    Args:
+      prompts: not used.
+      completions: texts, or chats as lists of messages.
+      answer: the reference answers, one per completion.
+      language: the language in which the numbers of each completion are written; by
+        default English. See `answers.extract`.
 
     >>> rule_reward(["1+1?"] * 2, [r"so \boxed{2}", "it is 3."], answer=["2", "2"])
     [1.0, 0.0]
@@ -55,7 +58,7 @@ def rule_reward(
 
 
 def format_reward(prompts: Sequence, completions: Sequence, **columns) -> list[float]:
-    r"""1.0 where the completion holds exactly one \boxed{…} and it is not empty.
+    r"""Returns 1.0 if a completion has exactly one non-empty \boxed{…}, else 0.0.
 
     >>> format_reward(["q"] * 3, [r"\boxed{2}", r"\boxed{2} \boxed{3}", r"\boxed{2"])
     [1.0, 0.0, 0.0]
@@ -71,14 +74,20 @@ def format_reward(prompts: Sequence, completions: Sequence, **columns) -> list[f
 
 
 def _text(completion: Any) -> str:
-    """A completion's text; TRL passes chats as lists of messages."""
+    """Returns a completion's text; TRL passes chats as lists of messages."""
     if isinstance(completion, str):
         return completion
     return "".join(message["content"] for message in completion)
 
 
 def resolve(name: str) -> Reward:
-    """The function of that name: rule, format, module:function or file.py:function.
+    """Returns the reward function of a name.
+
+    Args:
+      name: "rule", "format", "module:function" or "file.py:function".
+
+    Raises:
+      GrpoError: the name has none of these forms, or the import fails.
 
     >>> resolve("rule") is rule_reward, resolve("math:fsum").__name__
     (True, 'fsum')
@@ -115,13 +124,15 @@ def resolve(name: str) -> Reward:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `score` returns, for N samples.
+    """The rewards of N samples, as returned by `score`.
 
-    rewards: float32 [N], the weighted sum over the functions that gave a value, NaN
-    where none did (`group_advantages` leaves such samples out). by_function: float32
-    [N] each, unweighted, NaN where the function gave none. failures: samples without
-    a value, by function. timeouts: calls that ran out of time (0.0 for all samples).
-    errors: calls that raised, by function.
+    Attributes:
+      rewards: float32 [N], the weighted sum over the functions that returned a value.
+        NaN if none did; `group_advantages` leaves such samples out.
+      by_function: unweighted rewards of each function, float32 [N]; NaN for no value.
+      failures: the number of samples without a value, by function.
+      timeouts: the number of calls that timed out, with 0.0 for all their samples.
+      errors: the number of calls that raised an exception, by function.
     """
 
     rewards: np.ndarray
@@ -131,7 +142,10 @@ class Scores:
     errors: dict[str, int] = field(default_factory=dict)
 
     def take(self, indices: Sequence[int]) -> "Scores":
-        """The scores of some of the samples; counts of calls stay the whole batch's."""
+        """Returns the scores of the samples at `indices`.
+
+        `timeouts` and `errors` remain those of the whole batch.
+        """
         rows = list(indices)
         by_function = {name: x[rows] for name, x in self.by_function.items()}
         failures = {name: int(np.isnan(x).sum()) for name, x in by_function.items()}
@@ -141,7 +155,10 @@ class Scores:
 
     @staticmethod
     def join(parts: "Sequence[Scores]") -> "Scores":
-        """The scores of several batches as those of one."""
+        """Concatenates the scores of several batches.
+
+        `timeouts` and `errors` are the largest of any batch.
+        """
         names = list(parts[0].by_function)
         return Scores(
             rewards=np.concatenate([p.rewards for p in parts]),
@@ -154,7 +171,7 @@ class Scores:
         )
 
     def gather(self) -> "Scores":
-        """The scores of all processes, each of which has graded its share."""
+        """Returns the joined scores of all processes; each has graded its share."""
         arrays = {"rewards": self.rewards, **self.by_function}
         mine = {name: x.tolist() for name, x in arrays.items()}
         parts = []
@@ -177,25 +194,30 @@ def score(
     max_failures: float = 0.5,
     calls: Calls | None = None,
 ) -> Scores:
-    r"""Calls every reward function at once and adds up what they return.
+    r"""Calls all reward functions concurrently, and returns their weighted sum.
 
-    None, NaN, infinity, a number beyond ±1e15 or another type than a number is no
-    value: that sample's total leaves the function out, and it is counted. A function
-    that raises, or whose result does when it is read, gives no value for the batch and
-    is logged with one sample. One that is not back after `timeout` seconds counts as
-    wrong (0.0) and training goes on without waiting for it.
+    None, NaN, infinity, a number beyond ±1e15 and anything that is not a number count
+    as no value. The sum of that sample leaves the function out, and `failures` counts
+    it. A function that raises an exception gives no value for the whole batch, and is
+    logged with one sample. This includes an exception while its result is read. A
+    function that has not returned after `timeout` seconds gets 0.0 for all samples,
+    and training goes on without it.
 
     Args:
-      weights: one a function.
-      prompts, completions: N each; columns: N values each, passed by name.
-      timeout: seconds for the slowest function.
-      max_failures: the share of calls that may raise.
-      calls: the run's record of calls; without it, only this call's count.
+      functions: the reward functions.
+      weights: one weight per function.
+      prompts: N prompts.
+      completions: N completions.
+      columns: further fields, N values each, passed by name.
+      timeout: seconds after which a call times out; all calls start together.
+      max_failures: the largest share of calls that may raise an exception.
+      calls: the run's record of calls; by default only this call counts.
 
     Raises:
-      GrpoError: unequal lengths, a column that a function lacks or that has a name of
-        `RESERVED`, a wrong number of values, a sum beyond ±1e15, more than
-        `max_failures` of the calls raised, or none of the last 10 gave any value.
+      GrpoError: the lengths differ; a function needs a column that is missing, or does
+        not accept one; a column's name is in `RESERVED`; a function returns the wrong
+        number of values; a sum is beyond ±1e15; more than `max_failures` of the recent
+        calls raised; or the last 10 calls of a function gave no value.
 
     >>> def long(prompts, completions, **columns):
     ...     return [len(c) if c else None for c in completions]
@@ -291,11 +313,15 @@ def _names(functions: Sequence[Reward]) -> list[str]:
 
 
 def check_calls(functions: Sequence[Reward], columns: Iterable[str]) -> None:
-    """Refuses functions that cannot be called with these columns, before any call.
+    """Checks that the functions can be called with these columns.
+
+    Args:
+      functions: the reward functions.
+      columns: the names of the data's columns.
 
     Raises:
-      GrpoError: a column has a name of `RESERVED`, or a function does not take the
-        columns, or needs another.
+      GrpoError: a column's name is in `RESERVED`, or a function does not accept the
+        columns or needs another one.
     """
     columns = list(columns)
     for name in RESERVED:

@@ -1,13 +1,15 @@
-"""Whether two mathematical answers are the same: the parts behind `answers`.
+"""Extraction and comparison of mathematical answers; `rewards.answers` is the API.
 
-brackets    where a text splits, what is boxed
-extraction  a completion → what it states as its answer
-wording     words, English and Chinese → signs and operators
-notation    LaTeX → one spelling
-units       a quantity → its expression and its unit
-structure   lists, tuples, intervals, equations, matrices
-regions     unions of intervals → their spans in order
-expressions exact numbers and formulas
-algebra     what only a computer algebra system can decide
-workers     processes that do that, and may be killed
+extraction   finds the final answer in a completion
+wording      turns English and Chinese words into signs and operators
+notation     brings LaTeX into one spelling
+units        splits a quantity into its expression and its unit
+structure    parses lists, tuples, intervals, equations and matrices
+regions      normalises unions of intervals
+expressions  evaluates numbers and formulas
+equality     compares two answers with exact arithmetic
+algebra      compares answers that need algebra
+worker_pool  runs that in `worker` processes, which may be killed
+kinds        grades options, several blanks and rounded numbers
+paper        the lenient rule for comparison with published figures
 """

@@ -1,8 +1,8 @@
-r"""The worker's side of grading: algebra, in a process that may be killed.
+r"""Compares answers by algebra, in a worker process that may be killed.
 
-In: two answers. Out: whether they are equal. Expressions are compared by their
-40-digit values at a few fixed points; what our reader cannot read goes to
-math-verify. Only `grading`'s workers call this: it can hang on hostile text.
+Expressions are compared by their 40-digit values at a few fixed points. Text that
+`expressions` cannot read goes to math-verify. Only workers call `decide`, as it can
+hang on hostile text.
 """
 
 import re
@@ -19,7 +19,7 @@ from grpo_jax.rewards.grading.expressions import (
 from grpo_jax.rewards.grading.notation import APART, OR, clean
 from grpo_jax.rewards.grading.paper import RULES
 
-MATH_VERIFY_CHARS = 400  # longer text only costs it the time limit
+MATH_VERIFY_CHARS = 400  # longer text would only run into the time limit
 
 
 def _values(text: str, natural_log: bool):
@@ -42,7 +42,10 @@ def _close(a, b) -> bool:
 
 
 def same_function(a: str, b: str) -> bool:
-    r"""Whether two expressions agree at every point (they may differ in branch cuts).
+    r"""Returns whether two expressions agree at every point, up to branch cuts.
+
+    Raises:
+      Unreadable: an expression is outside the grammar of `expressions`.
 
     >>> same_function(r"\frac{1}{\sqrt{3}}", r"\frac{\sqrt{3}}{3}")
     True
@@ -57,7 +60,7 @@ def _agree(a: str, b: str, natural_log: bool) -> bool:
     pairs = zip(_values(a, natural_log), _values(b, natural_log), strict=True)
     for point, (x, y) in enumerate(pairs):
         if not _close(x, y):
-            # Below zero x^{2/3} and the real cube root's square are on two branches.
+            # For negative x, x^{2/3} and the square of the real cube root differ.
             mp = context()
             complex_values = mp.im(mp.convert(x)) != 0 or mp.im(mp.convert(y)) != 0
             return point == POINTS - 1 and complex_values and "i" not in _letters(a + b)
@@ -69,7 +72,10 @@ def _letters(text: str) -> str:
 
 
 def proportional(a: str, b: str, *, positive: bool = False) -> bool:
-    """Whether a = c·b for one constant c ≠ 0 (c > 0 if `positive`).
+    """Returns whether a = c·b for a constant c ≠ 0 (c > 0 if `positive`).
+
+    Raises:
+      Unreadable: an expression is outside the grammar of `expressions`.
 
     >>> proportional("y-(2x+3)", "2x-y+3"), proportional("1-x", "x-1", positive=True)
     (True, False)
@@ -88,9 +94,10 @@ def proportional(a: str, b: str, *, positive: bool = False) -> bool:
 
 
 class Algebra(Exact):
-    """Leaf comparisons by value at fixed points, for a process that may be killed."""
+    """Compares leaves by their values at fixed points, in a worker process."""
 
     def same(self, a: str, b: str) -> bool:
+        """Returns whether two expressions agree at every point."""
         try:
             return super().same(a, b)
         except Undecided:
@@ -103,6 +110,7 @@ class Algebra(Exact):
             raise Undecided from None
 
     def proportional(self, a: str, b: str, positive: bool) -> bool:
+        """Returns whether a = c·b for a constant c ≠ 0 (c > 0 if `positive`)."""
         try:
             return proportional(a, b, positive=positive)
         except TooLarge:
@@ -111,7 +119,7 @@ class Algebra(Exact):
             raise Undecided from None
 
     def value(self, text: str) -> Fraction | None:
-        """A real constant to 25 decimals; None for what is none."""
+        """Returns a real constant to 25 decimals; None if the text is not one."""
         mp = context()
         try:
             x, y = (mp.convert(value_at(text, point, True)) for point in (0, 1))
@@ -122,7 +130,10 @@ class Algebra(Exact):
         return Fraction(int(mp.nint(mp.re(x) * 10**25)), 10**25)
 
     def close(self, a: str, b: str, within: float) -> bool:
-        """Whether two constants differ by so little; False for what is not constant."""
+        """Returns whether two constants differ by at most `within`.
+
+        Returns False if one of them is not a constant.
+        """
         try:
             return super().close(a, b, within)
         except Undecided:
@@ -138,7 +149,13 @@ class Algebra(Exact):
 
 
 def decide(prediction: str, reference: str, rule: str = "strict") -> bool:
-    """The whole comparison, in this process: only a worker may call it."""
+    """Returns whether two answers are equal. Only a worker may call this.
+
+    Args:
+      prediction: the predicted answer, as written.
+      reference: the reference answer, as written.
+      rule: "strict" or "paper"; see `worker_pool.grade`.
+    """
     try:
         return RULES[rule](prediction, reference, Algebra())
     except Undecided:
@@ -157,8 +174,8 @@ def _math_verify(prediction: str, reference: str) -> bool:
             return False
     import math_verify
 
-    # Only the LaTeX reader: the plain one hands its text to sympy's parse_expr.
-    # Its own time limit is an alarm in this process; the pool's is a kill from outside.
+    # Use only the LaTeX parser: the plain one passes its text to sympy's parse_expr.
+    # Its own time limit is an alarm in this process. The pool kills from outside.
     config = [math_verify.LatexExtractionConfig()]
     parsed = [
         math_verify.parse(f"${text}$", config, parsing_timeout=0)

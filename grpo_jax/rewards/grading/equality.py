@@ -1,10 +1,10 @@
-r"""Decides whether two answers are the same, by exact arithmetic or a given algebra.
+r"""Decides whether two answers are equal, by exact arithmetic or a given algebra.
 
-Both answers are cleaned into one spelling (`notation.clean`), read as a small structure
-(`structure.read`: list, tuple, interval, equation, leaf …) and matched. The policy:
-p % equals p and p/100, but n never equals 100n. A missing unit is fine, another unit is
-wrong. Tuples are ordered, comma lists are not. An interval equals its inequality. A
-rounded decimal is not the exact answer.
+Both answers are brought into one spelling (`notation.clean`), parsed into a structure
+(`structure.read`) and matched. The rules: p % equals p and p/100, but n never equals
+100n. A missing unit is accepted, and a different unit is wrong. Tuples are ordered, but
+comma lists are not. An interval equals its inequality. A rounded decimal does not equal
+the exact answer.
 """
 
 import re
@@ -19,7 +19,7 @@ from grpo_jax.rewards.grading.structure import RELATION, Node, family_of, member
 from grpo_jax.rewards.grading.units import quantity
 from grpo_jax.rewards.grading.wording import changes_value
 
-MAX_MEMBERS = 64  # of a list
+MAX_MEMBERS = 64  # the largest length of a list
 
 _BEGINNING = re.compile(r"(-?)(\d*\.\d{5,})\\ldots")
 _GOES_ON = re.compile(r"\\(?:[lc]?dots)(?![A-Za-z])|\.\.\.|⋯")
@@ -29,13 +29,14 @@ _PLAIN = re.compile(
 
 
 class Undecided(Exception):
-    """The comparison needs more than rational arithmetic."""
+    """Raised if a comparison needs more than rational arithmetic."""
 
 
 class Exact:
-    """Leaf comparisons that rational arithmetic settles; others are `Undecided`."""
+    """Compares leaves by rational arithmetic; raises `Undecided` for others."""
 
     def same(self, a: str, b: str) -> bool:
+        """Returns whether two expressions have the same value."""
         try:
             x, y = rational(a), rational(b)
         except TooLarge:
@@ -45,10 +46,11 @@ class Exact:
         return x == y or _same_float(a, b, x, y)
 
     def proportional(self, a: str, b: str, positive: bool) -> bool:
+        """Returns whether a = c·b with a constant c ≠ 0 (c > 0 if `positive`)."""
         raise Undecided
 
     def value(self, text: str) -> Fraction | None:
-        """A real constant, rounded the same way as others; None for what is none."""
+        """Returns the value of a real constant; None if the text is not one."""
         try:
             return rational(text)
         except TooLarge:
@@ -57,6 +59,7 @@ class Exact:
             raise Undecided from None
 
     def close(self, a: str, b: str, within: float) -> bool:
+        """Returns whether two constants differ by at most `within`."""
         try:
             return abs(rational(a) - rational(b)) <= within
         except TooLarge:
@@ -66,7 +69,7 @@ class Exact:
 
 
 def _same_float(a: str, b: str, x: Fraction, y: Fraction) -> bool:
-    """A program's 15-digit output (0.30000000000000004) equals the number it rounds."""
+    """Accepts a program's rounded output, such as 0.30000000000000004 for 0.3."""
     floats = [
         "." in text and len(text.replace(".", "").strip("-0")) >= 15 for text in (a, b)
     ]
@@ -74,7 +77,16 @@ def _same_float(a: str, b: str, x: Fraction, y: Fraction) -> bool:
 
 
 def match(a: Node, b: Node, numbers: Exact) -> bool:
-    """Whether two structures are the same answer; `Undecided` if that needs algebra."""
+    """Returns whether two structures are the same answer.
+
+    Args:
+      a: one answer.
+      b: the other answer.
+      numbers: compares the leaves.
+
+    Raises:
+      Undecided: the comparison needs more than `numbers` can decide.
+    """
     if a.text and a.text == b.text:
         return True
     if a.kind == "set" and len(a.items) == 1:
@@ -140,7 +152,7 @@ def match(a: Node, b: Node, numbers: Exact) -> bool:
 
 
 def _same_family(a: Node, b: Node, numbers: Exact) -> bool:
-    """Whether both are the same for all integers, from whichever they count."""
+    """Compares families over an integer, whatever integer they start from."""
     if b.kind != "family":
         a, b = b, a
     letter = b.marks[0]
@@ -160,7 +172,7 @@ def _difference(node: Node) -> str:
 
 
 def _same_members(left: list[Node], right: list[Node], numbers: Exact) -> bool:
-    """Each one of either side has its equal on the other."""
+    """Returns whether each member of either list has an equal in the other."""
     if max(len(left), len(right)) > MAX_MEMBERS:
         return False
     return all(
@@ -171,7 +183,10 @@ def _same_members(left: list[Node], right: list[Node], numbers: Exact) -> bool:
 
 
 def match_leaves(a: str, b: str, numbers: Exact) -> bool:
-    """Two answers without structure: text, times, ratios, bases, units, numbers."""
+    """Compares answers without structure: text, times, ratios, bases and quantities.
+
+    Args and errors are those of `match`, with cleaned text for `a` and `b`.
+    """
     if notation.plain(a) == notation.plain(b):
         return True
     if changes_value(a) or changes_value(b):
@@ -181,7 +196,7 @@ def match_leaves(a: str, b: str, numbers: Exact) -> bool:
         return False
     for one, other in ((a, b), (b, a)):
         if begins := _BEGINNING.fullmatch(one):
-            # 1.41421… is what begins so, and nothing that ends there.
+            # 1.41421… equals a number with these first digits and more.
             sign, digits = begins.groups()
             ulp = 10.0 ** -len(digits.partition(".")[2])
             return numbers.close(f"{sign}{digits}5", other, 0.499999 * ulp)
@@ -207,7 +222,7 @@ def match_leaves(a: str, b: str, numbers: Exact) -> bool:
 
 
 def _same_ratio(a: list[str], b: list[str], numbers: Exact) -> bool:
-    """2:4 is 1:2 and 1/2; 1:2:3 is 2:4:6."""
+    """Compares ratios: 2:4 equals 1:2 and 1/2, and 1:2:3 equals 2:4:6."""
     if len(a) == 1 or len(b) == 1:
         return len(a) + len(b) == 3 and numbers.same("/".join(a), "/".join(b))
     return len(a) == len(b) and all(
@@ -217,7 +232,16 @@ def _same_ratio(a: list[str], b: list[str], numbers: Exact) -> bool:
 
 
 def compare_strict(prediction: str, reference: str, numbers: Exact) -> bool:
-    """`equivalent` with a given arithmetic: exact here, algebraic in a worker."""
+    """Returns whether two answers are equal, with a given arithmetic.
+
+    Args:
+      prediction: the predicted answer, as written.
+      reference: the reference answer, as written.
+      numbers: `Exact`, or `algebra.Algebra` in a worker process.
+
+    Raises:
+      Undecided: the comparison needs more than `numbers` can decide.
+    """
     prediction, reference = prediction.strip(), reference.strip()
     if prediction == reference:
         return bool(reference)

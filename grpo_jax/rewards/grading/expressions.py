@@ -1,8 +1,8 @@
-r"""A small reader of LaTeX arithmetic: text to a number, and nothing is executed.
+r"""Evaluates LaTeX arithmetic such as `2\sqrt{7}-1`, without executing any text.
 
-In: one expression that `answers.clean` has normalised, such as `2\sqrt{7}-1`.
-Out: an exact `Fraction` (`rational`), or in a grading worker a 40-digit value with a
-fixed number for each name (`value_at`); `f(x)` is an unknown function. Anything else
+The input is one expression from `notation.clean`. `rational` returns an exact
+`Fraction`. `value_at` returns a 40-digit value, with a fixed number for each name; it
+runs in a grading worker. `f(x)` is an unknown function. Everything outside the grammar
 raises `Unreadable`.
 """
 
@@ -11,7 +11,7 @@ import math
 import re
 from fractions import Fraction
 
-MAX_BITS = 20_000  # of an exact power or factorial: 9^9^9^9 stops here
+MAX_BITS = 20_000  # of an exact power; refuses 9^9^9^9
 MAX_DEPTH = 60
 MAX_TOKENS = 600
 
@@ -34,19 +34,19 @@ _NAMED = {"vec", "hat", "bar", "overline", "mathbf", "overrightarrow", "mathbb"}
 _CLOSING = {"lfloor": "rfloor", "lceil": "rceil", "lvert": "rvert"}
 _TIMES = {r"\cdot", r"\times", "*"}
 _OVER = {"/", r"\div"}
-POINTS = 4  # where two expressions are compared; the last has negative values
+POINTS = 4  # points at which expressions are compared; names are negative at the last
 
 
 class Unreadable(ValueError):
-    """The expression is outside the grammar."""
+    """Raised if an expression is outside the grammar."""
 
 
 class TooLarge(Unreadable):
-    """The expression is in the grammar, but nobody should evaluate it."""
+    """Raised if an expression is in the grammar, but too large to evaluate."""
 
 
 class _Reader:
-    """A recursive-descent evaluator over one expression's tokens."""
+    """A recursive-descent evaluator for the tokens of one expression."""
 
     def __init__(self, text: str, point: int | None = None, natural_log: bool = True):
         self.tokens: list[str] = _TOKEN.findall(text)
@@ -174,7 +174,7 @@ class _Reader:
         return value
 
     def argument(self):
-        """One braced group or one character, as after \\frac."""
+        """Reads one braced group or one character, as after \\frac."""
         token = self.peek()
         if token == "{":
             return self.group()
@@ -359,7 +359,7 @@ def _binomial(n, k) -> Fraction:
 
 
 def _random(name: str, point: int) -> Fraction:
-    """A fixed rational in (0.3, 2.3) for this name at this point."""
+    """Returns a fixed rational in (0.3, 2.3) for a name at a point."""
     digest = hashlib.sha256(f"{name}@{point}".encode()).digest()
     return Fraction(3, 10) + Fraction(int.from_bytes(digest[:6], "big"), 2**47)
 
@@ -368,7 +368,7 @@ _mp = None
 
 
 def context():
-    """The worker's own 40-digit arithmetic (imported there, never changed)."""
+    """Returns mpmath's arithmetic with 40 digits, imported at the first call."""
     global _mp
     if _mp is None:
         import mpmath
@@ -379,7 +379,11 @@ def context():
 
 
 def rational(text: str) -> Fraction:
-    r"""The exact value of a rational expression; `Unreadable` otherwise.
+    r"""Returns the exact value of a rational expression.
+
+    Raises:
+      TooLarge: the expression is too large to evaluate.
+      Unreadable: the expression is not rational, or is outside the grammar.
 
     >>> rational(r"\frac43 - 0.5 \cdot 2^{-1}"), rational(r"\binom{10}{3}")
     (Fraction(13, 12), Fraction(120, 1))
@@ -388,7 +392,20 @@ def rational(text: str) -> Fraction:
 
 
 def value_at(text: str, point: int, natural_log: bool):
-    r"""The value with a fixed number for each name; `natural_log` says what \log is."""
+    r"""Returns the value of an expression, with a fixed number for each name.
+
+    Args:
+      text: the expression, from `notation.clean`.
+      point: the index of the point, below `POINTS`, which fixes the numbers.
+      natural_log: whether \log is the natural logarithm; otherwise it has base 10.
+
+    Returns:
+      A `Fraction`, or a 40-digit number of mpmath.
+
+    Raises:
+      TooLarge: the expression is too large to evaluate.
+      Unreadable: the expression is outside the grammar, or undefined.
+    """
     return _value(_Reader(text, point, natural_log))
 
 

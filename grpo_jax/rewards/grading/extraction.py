@@ -1,7 +1,7 @@
-r"""What a completion states as its final answer.
+r"""Extracts the final answer that a completion states.
 
-In: a model's text. Out: the answer's text, or None. Only what stands after a model's
-thoughts counts. Everything here is linear in the text's length, whatever the text.
+`extract` returns the answer's text, or None. Only the text after a model's thoughts
+counts. The time is linear in the length of the text, whatever it contains.
 """
 
 import re
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 from grpo_jax.data.brackets import boxed
 
-MAX_CHARS = 1000  # a longer answer must be the reference letter for letter
-_WINDOW = 2 * MAX_CHARS  # behind "the answer is", and before the last digit
-_TRIES = 64  # statements looked at, from the last one back
+MAX_CHARS = 1000  # a longer answer must be identical to the reference
+_WINDOW = 2 * MAX_CHARS  # characters after "the answer is", or before the last digit
+_TRIES = 64  # statements examined, from the last one backwards
 
 # ---- which part of the text ----------------------------------------------------------
 _THOUGHTS = "think|thinking|thought|thoughts|reasoning"
@@ -21,13 +21,13 @@ _THOUGHTS_END = re.compile(
 _THOUGHTS_BEGIN = re.compile(
     rf"\s*(?:<(?:{_THOUGHTS})>|<\|begin_of_thoughts?\|>|◁think▷|\[THINK\])", re.I
 )
-# The end of a turn, where a tokenizer decodes it as text.
+# End-of-turn tokens that a tokenizer has decoded as text.
 _END_TOKENS = re.compile(
     r"<\|[^<>|\s]{1,40}\|>|<｜[^<>｜\s]{1,40}｜>|</?s>|<eos>|<(?:end|start)_of_turn>"
     r"|\[/?INST\]",
     re.I,
 )
-_NOTES = re.compile(r"<<[^<>\n]{0,99}>>")  # GSM8K's calculator
+_NOTES = re.compile(r"<<[^<>\n]{0,99}>>")  # GSM8K's calculator annotations
 
 # ---- where an answer is stated -------------------------------------------------------
 _I_HOPE = re.compile(r"\$\.? I hope")
@@ -41,7 +41,7 @@ _FOR = (
 _THEREFORE = (
     r"(?:\s(?:therefore|thus|then|hence|so|simply|just|indeed|also|clearly)\b,?)?"
 )
-# "The answer is": whatever follows is the answer.
+# "The answer is": the answer follows, whatever it looks like.
 _IS = re.compile(
     rf"answers?{_FOR}{_MARK}\s{{1,3}}(?:is|are|was|equals|(?:should|would|will|must) be"
     rf"|comes (?:out )?to)\b{_THEREFORE}{_MARK}\s{{0,3}}:?"
@@ -49,7 +49,7 @@ _IS = re.compile(
     r"|答え\s{0,3}(?:は|：|:){1,2}",
     re.I,
 )
-# "Answer:": also heads whole solutions, so only what looks like an answer is one.
+# "Answer:" may also start a whole solution, so the text must look like an answer.
 _COLON = re.compile(
     rf"answer{_FOR}{_MARK}\s?[:=：]\s?{_MARK}|ans\s?[.:=]|答{_MARK}\s?[：:]{_MARK}"
     r"|answer\s?(?:\*\*)?\s?\n",
@@ -79,14 +79,14 @@ _NO_ANSWER = re.compile(
 _SEVERAL = re.compile(
     r"\$[^$]{1,99}\$(?:\s?(?:,|，|、)?\s?(?:and|or|和|或|及|，|、|,)\s?\$[^$]{1,99}\$){1,9}"
 )
-# What a sentence puts before a number.
+# Words that a sentence puts before a number.
 _ARTICLE = re.compile(
     r"(?:an?|the|also|somit|daher|donc|de|entonces) (?=[-−$\\]?\d)", re.I
 )
 _VALUE = re.compile(
     r"[-−+±(\[{<>≤≥$€£\\|]*\s?(?:\d|[A-Za-z]\b|[A-Za-z]\s?[=(<>]|\\|π|√|∞|∅)"
 )
-_SHORT_WORDS = 5  # of an answer in words: "all real numbers", "Friday"
+_SHORT_WORDS = 5  # the longest answer in words: "all real numbers", "Friday"
 
 # ---- numbers -------------------------------------------------------------------------
 _DIGITS = r"(?:\d{1,3}(?:(?:,|\{,\}|\\[,!]|[\u00a0\u2009\u202f])\d{3})+(?!\d)|\d+)"
@@ -115,7 +115,7 @@ COMMA_LANGUAGES = ("de", "es", "fr")
 
 
 def final_part(text: str) -> str:
-    """What follows a model's thoughts; "" where they were cut off.
+    """Returns the text after a model's thoughts; "" if the thoughts do not end.
 
     >>> final_part("<think>so 5</think> It is 6."), final_part("<think>so 5")
     (' It is 6.', '')
@@ -126,20 +126,23 @@ def final_part(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without a calculator's notes, and with a line's end for a turn's."""
+    """Removes calculator annotations, and turns end-of-turn tokens into newlines."""
     if "<<" in text:
         text = _NOTES.sub("", text)
     return _END_TOKENS.sub("\n", text) if "<" in text or "[" in text else text
 
 
 def extract(text: str, language: str = "en") -> str | None:
-    r"""The final answer that a completion states, or None.
+    r"""Returns the final answer that a completion states, or None.
 
-    The order of DeepSeekMath's evaluation: `final answer is $…$. I hope`, the last
-    complete `\boxed{…}`, `the answer is …` (or 答案是 …), GSM8K's `#### …`, the last
-    ```output block, the last number. Thoughts, up to `</think>`, do not count.
+    The search has the order of DeepSeekMath's evaluation: `final answer is $…$. I
+    hope`, the last complete `\boxed{…}`, `the answer is …` (or 答案是 …), GSM8K's
+    `#### …`, the last ```output block, the last number. Thoughts, up to `</think>`, do
+    not count.
 
-    language: "de", "es" and "fr" write 1.234,5 or 1 234,5 for 1,234.5.
+    Args:
+      text: the completion.
+      language: "de", "es" and "fr" write 1.234,5 or 1 234,5 for 1,234.5.
 
     >>> extract(r"First \boxed{1}. So it is \boxed{\frac{1}{2}}."), extract("Hm.")
     ('\\frac{1}{2}', None)
@@ -159,9 +162,11 @@ def extract(text: str, language: str = "en") -> str | None:
 
 
 def stated(text: str, language: str = "en") -> str | None:
-    """The answer that a completion names as its answer; see `extract` for the order.
+    """Returns the answer that a completion names as such; see `extract` for the order.
 
-    None where it names none, "" where it was about to: no number before that is one.
+    Returns:
+      None if no answer is named. "" if an answer is announced but does not follow;
+      then no earlier number counts as the answer.
 
     >>> stated("He answers 3. The answer is 4."), stated("so 3 in all"), stated("#### ")
     ('4', None, '')
@@ -190,7 +195,7 @@ def stated(text: str, language: str = "en") -> str | None:
 
 
 def printed(text: str) -> str | None:
-    """The last line of the last ```output block; None where the program failed.
+    """Returns the last line of the last ```output block; None if the program failed.
 
     >>> printed("```output\\n1\\n2\\n```"), printed("```output\\nRuntime errors: x")
     ('2', None)
@@ -204,7 +209,11 @@ def printed(text: str) -> str | None:
 
 
 def last_number(text: str, language: str = "en") -> str | None:
-    r"""The last number of a text, or the last formula that holds it.
+    r"""Returns the last number of a text, or the formula that contains it.
+
+    Args:
+      text: the text.
+      language: as for `extract`.
 
     >>> last_number("The probability is 3/4."), last_number(r"so $2\sqrt{3}$ cm long.")
     ('3/4', '2\\sqrt{3}')
@@ -220,7 +229,7 @@ def last_number(text: str, language: str = "en") -> str | None:
             break
     if last < 0:
         return None
-    # Short of the whole text: a number that is longer is nobody's answer.
+    # A window bounds the time; a number that exceeds it is no real answer.
     window = text[max(0, last - _WINDOW) : last + 300]
     window = window.translate(_WIDE)
     if language[:2] in COMMA_LANGUAGES:
@@ -240,7 +249,7 @@ def last_number(text: str, language: str = "en") -> str | None:
 
 # ---- statements ----------------------------------------------------------------------
 def _tagged(text: str) -> str | None:
-    """The inside of the last <answer>…</answer>."""
+    """Returns the content of the last <answer>…</answer>."""
     low = text.lower()
     start = low.rfind("<answer>")
     if start < 0:
@@ -251,7 +260,7 @@ def _tagged(text: str) -> str | None:
 
 
 def _hoped(text: str) -> str | None:
-    """The last `final answer is $…$. I hope` (it is correct), of Minerva's prompt."""
+    """Returns the last `final answer is $…$. I hope`, from Minerva's prompt."""
     words = "final answer is $"
     for at in _last_places(text, words):
         start = at + len(words)
@@ -261,9 +270,12 @@ def _hoped(text: str) -> str | None:
 
 
 def _statements(text: str) -> Iterator[tuple[int, str, bool]]:
-    """(end, language, "is" or only a colon) of what announces one, the last first."""
+    """Yields (end, language, sure) of each announcement of an answer, the last first.
+
+    `sure` is true for "is", and false for a mere colon.
+    """
     low = text.lower()
-    low = low if len(low) == len(text) else text  # İ is two letters in lower case
+    low = low if len(low) == len(text) else text  # İ has two characters in lower case
     places = {at for word in _KEYWORDS for at in _last_places(low, word)}
     for at in sorted(places, reverse=True)[:_TRIES]:
         before = text[max(0, at - 20) : at]
@@ -289,10 +301,15 @@ def _last_places(text: str, word: str) -> Iterator[int]:
 
 
 def _statement(text: str, language: str, sure: bool) -> str | None:
-    """The clause after "the answer is": its formula, or all of it to the full stop.
+    """Returns the answer in the text after "the answer is", or None.
 
-    sure: it says "is"; behind a mere colon ("Answer: First we add …") only what looks
-    like an answer is one.
+    This is the formula at the start of the clause, or the clause up to its full stop.
+
+    Args:
+      text: the text after the announcement.
+      language: as for `extract`.
+      sure: the announcement says "is". After a mere colon ("Answer: First we add …"),
+        the clause must look like an answer.
     """
     line = next((part for part in text.splitlines() if part.strip(" :：*$#>")), "")
     line = line.strip().lstrip(":：").strip().strip("*").strip()
@@ -317,7 +334,7 @@ def _statement(text: str, language: str, sure: bool) -> str | None:
 
 
 def _without_reason(clause: str) -> str:
-    """Without "(see step 3)" and "because …"."""
+    """Removes remarks such as "(see step 3)" and "because …"."""
     while remark := re.search(r"\s?[(（][^()（）]*[)）]\s*$", clause):
         if not re.search(r"[a-z]{2,}[\s.]|[见由第共即]", remark.group(), re.I):
             break
@@ -349,14 +366,14 @@ def _trim(text: str) -> str:
 
 # ---- numbers of other languages ------------------------------------------------------
 def _localized(text: str, language: str) -> str:
-    """An answer with its numbers as English writes them."""
+    """Returns an answer with its numbers in English notation."""
     if language[:2] not in COMMA_LANGUAGES or len(text) > MAX_CHARS:
         return text
     return _to_points(text)
 
 
 def _to_points(text: str) -> str:
-    r"""1.234,5 and 1 234,5 are 1234.5; 3,5 is 3.5.
+    r"""Converts 1.234,5 and 1 234,5 to 1234.5, and 3,5 to 3.5.
 
     >>> _to_points("1.234 €, 1 234,50 €, 3,5 kg und 2 oder 3")
     '1234 €, 1234.50 €, 3.5 kg und 2 oder 3'

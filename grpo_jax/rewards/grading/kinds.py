@@ -1,13 +1,13 @@
-r"""Answers that are not one expression: options, several blanks, rounded numbers.
+r"""Grades answers that are not one expression: options, blanks, rounded numbers.
 
-In: an example, whose columns name its kind, and completions. Out: what a completion
-answers (`predict`), and which answers are right (`grade`).
+`predict` extracts the answer of a completion, and `grade` compares answers. The columns
+of an example tell its kind:
 
-- `options`: the letter that is stated, or the one option that equals what is stated;
-  a letter elsewhere counts only as (B) or after "option", 选 and the like.
-- `blanks` k: k answers in their order, in one box or in the last k boxes.
-- `tolerance` [absolute, relative]: a number within both of the reference; what is no
-  number is compared as usual.
+- `options`: the stated letter, or the single option that equals the stated value. A
+  letter elsewhere counts only as (B), or after "option", 选 and the like.
+- `blanks` k: k answers in order, in one box or in the last k boxes.
+- `tolerance` [absolute, relative]: a number that is within both of the reference. An
+  answer that is not a number is compared as usual.
 """
 
 import re
@@ -23,7 +23,7 @@ from grpo_jax.rewards.grading.units import quantity
 
 _COMMA = re.compile("[,，、和]")
 _STYLE = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|rm|bf)\b|[{}$*\\]")
-# What may follow a letter that is a whole answer: "B) 12", "B: 12", "B because …".
+# Text that may follow a letter that is the answer: "B) 12", "B: 12", "B because …".
 _AFTER = r"(?=$|[).:：、，。]|\s+(?:is|as|since|because|which)\b)"
 _REFUSED = (
     r"(?!\s*(?:(?:is|are|was)\s*)?(?:not\b|n't|wrong|incorrect|false|fail|不|错))"
@@ -44,7 +44,15 @@ _RIGHT = re.compile(
 
 
 def predict(text: str, example: Example, rule: str = "strict") -> str | None:
-    r"""What a completion answers: an expression, letters, or blanks joined by "; ".
+    r"""Returns the answer of a completion, or None.
+
+    Args:
+      text: the completion.
+      example: the question, whose columns tell the kind of answer.
+      rule: "strict" or "paper"; see `worker_pool.grade`.
+
+    Returns:
+      An expression, the letters of options, or the answers to blanks joined by "; ".
 
     >>> which = Example("?", "B", columns={"options": ["3", "4"]})
     >>> predict(r"so \boxed{\text{(B)}}.", which), predict("So (A) is right.", which)
@@ -58,7 +66,7 @@ def predict(text: str, example: Example, rule: str = "strict") -> str | None:
         return blanks(text, count)
     boxes = boxed(extraction.final_part(text)) if rule == "paper" else []
     if len(boxes) > 1 and "final answer is $" not in text:
-        return AND.join(boxes)  # that rule looks at all of them
+        return AND.join(boxes)  # the paper's rule looks at all boxes
     return extraction.extract(text, example.language)
 
 
@@ -67,7 +75,15 @@ def grade(
     predictions: Sequence[str | None],
     rule: str = "strict",
 ) -> list[bool]:
-    """Whether each prediction answers its example; None is wrong.
+    """Returns whether each prediction is the right answer to its example.
+
+    Args:
+      examples: the questions.
+      predictions: results of `predict`, one per example; None counts as wrong.
+      rule: "strict" or "paper"; see `worker_pool.grade`.
+
+    Raises:
+      GrpoError: a worker process does not start.
 
     >>> which = Example("?", "B", columns={"options": ["3", "4"]})
     >>> near = Example("?", "4.5e33", columns={"tolerance": [None, 1e-5]})
@@ -112,7 +128,7 @@ def grade(
     for (i, _, _), is_same in zip(pairs, same, strict=True):
         equal.setdefault(i, []).append(is_same)
     for i, found in equal.items():
-        if options_of(examples[i]):  # exactly one option has that value
+        if options_of(examples[i]):  # exactly one option must have that value
             at = "ABCDEFGH".index(examples[i].answer)
             right[i] = found[at] and sum(found) == 1
         else:
@@ -120,11 +136,11 @@ def grade(
     return right
 
 
-# What a row's columns say; a user's own columns may hold anything under these names.
+# A user's own columns may hold anything under these names, so their types are checked.
 
 
 def options_of(example: Example) -> list[str]:
-    """The options, where the answer is letters of them."""
+    """Returns the options; [] if the answer is not letters of options."""
     options = example.columns.get("options")
     if not isinstance(options, list) or not 2 <= len(options) <= 8:
         return []
@@ -132,12 +148,13 @@ def options_of(example: Example) -> list[str]:
 
 
 def blanks_of(example: Example) -> int:
-    """How many answers the answer is."""
+    """Returns the number of blanks; 1 by default."""
     count = example.columns.get("blanks")
     return count if isinstance(count, int) else 1
 
 
 def tolerance_of(example: Example) -> tuple[float | None, float] | None:
+    """Returns the absolute and the relative tolerance, or None."""
     match example.columns.get("tolerance"):
         case [(None | int() | float()) as absolute, (int() | float()) as relative]:
             return absolute, relative
@@ -145,11 +162,19 @@ def tolerance_of(example: Example) -> tuple[float | None, float] | None:
 
 
 def is_letters(text: str, options: int) -> bool:
+    """Returns whether a text consists of letters of the first `options` options."""
     return bool(text) and set(text) <= set("ABCDEFGH"[:options])
 
 
 def choice(text: str, options: int) -> str | None:
-    r"""The option's letter (several as "ACD"), or the value that is stated instead.
+    r"""Returns the letter of the chosen option, or the value that is stated instead.
+
+    Args:
+      text: the completion.
+      options: the number of options.
+
+    Returns:
+      One letter, several as "ACD", another stated value, or None.
 
     >>> choice("The answer is B. It fits.", 4), choice(r"\boxed{A, C}", 4)
     ('B', 'AC')
@@ -174,7 +199,7 @@ def choice(text: str, options: int) -> str | None:
 
 
 def _hinted(text: str, known: str) -> str | None:
-    """The letters that are last called right, or else those last called an option."""
+    """Returns the last letters called right, or else the last called an option."""
     for pattern in (_RIGHT, _HINT):
         found = [
             "".join(group for group in match.groups() if group)
@@ -198,7 +223,9 @@ def _letters(text: str, known: str) -> str | None:
 
 
 def blanks(text: str, count: int) -> str | None:
-    r"""The answers to several blanks, joined by "; "; None where it is another number.
+    r"""Returns the answers to `count` blanks, joined by "; ".
+
+    Returns None if the completion states another number of answers.
 
     >>> blanks(r"\boxed{1}, then \boxed{(2, 3)}", 2), blanks(r"\boxed{5, 10}", 2)
     ('1; (2, 3)', '5; 10')
@@ -216,7 +243,7 @@ def blanks(text: str, count: int) -> str | None:
 
 
 def split_blanks(text: str) -> list[str]:
-    """At semicolons, or else at the commas and 和 that no bracket encloses."""
+    """Splits answers at semicolons, or else at commas and 和 outside brackets."""
     parts = [part for part in re.split(r"[;；]", text) if part.strip(" $")]
     if len(parts) < 2:
         parts = split(text, _COMMA)
@@ -224,7 +251,9 @@ def split_blanks(text: str) -> list[str]:
 
 
 def number(text: str) -> float | None:
-    r"""The value of a numeric answer, whatever its unit and what stands before "=".
+    r"""Returns the value of a numeric answer, or None if it is not a number.
+
+    The unit and the text before "=" are ignored.
 
     >>> number(r"r = 4.5\times10^{3} \text{ m}"), number("1,200 kg"), number("x+1")
     (4500.0, 1200.0, None)

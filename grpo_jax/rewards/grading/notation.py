@@ -1,9 +1,9 @@
-r"""One spelling for answers: Unicode, LaTeX, units, times and bases in plain rules.
+r"""Brings answers into one spelling.
 
-In: an answer as a model or a data set writes it. Out: `clean` text without spaces
-(prose stays inside `\text{…}`), and small questions about cleaned text that
-`answers` asks: whether it is text, a time, a base or a ratio.
-The rules are applied in order, each to the whole text.
+`clean` converts an answer, as a model or a dataset writes it, to LaTeX without spaces;
+prose stays inside `\text{…}`. The other functions classify and compare cleaned text
+that is a word, a time, a ratio or a number in a base. The rules of `clean` are regular
+expressions, applied in order, each to the whole text.
 """
 
 import functools
@@ -16,10 +16,10 @@ from grpo_jax.rewards.grading.wording import NUMERALS, spell
 
 _CJK = r"\u3040-\u30ff\u3400-\u9fff"
 _DIGITS = "零一二三四五六七八九十"
-END = "(?![A-Za-z])"  # of a LaTeX command
-ROW = "\ue000"  # the end of a matrix row, which LaTeX writes \\
-APART = "\ue001"  # behind a comma that groups no thousands: 3, 141
-OR = r"\lor"  # between answers, or inequalities, of which any may hold
+END = "(?![A-Za-z])"  # the end of a LaTeX command
+ROW = "\ue000"  # the end of a matrix row; LaTeX writes \\
+APART = "\ue001"  # follows a comma that does not group thousands: 3, 141
+OR = r"\lor"  # separates alternative answers or inequalities
 
 _SYMBOLS = {
     "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "∙": r"\cdot ", "⋅": r"\cdot ",
@@ -46,7 +46,7 @@ _WORDS = {
         "sqrt sin cos tan cot sec csc ln log lg exp arcsin arccos arctan sinh cosh tanh"
     ).split()},
 }  # fmt: skip
-# Short words that are prose; other runs of up to three letters are products: abc.
+# Short words that are prose. Other runs of up to three letters are products: abc.
 _SHORT = {
     name for name in UNIT_NAMES if re.fullmatch("[a-z]{2,3}", name) and name != "in"
 } | set("yes no odd am pm sq per all hrs".split())
@@ -64,7 +64,7 @@ def _vulgar(match: re.Match) -> str:
 
 def _styled(match: re.Match) -> str:
     style, letter = match.groups()
-    if style == "mathbf":  # a vector; in \mathrm, e and i are the constants
+    if style == "mathbf":  # \mathbf marks a vector; e and i in \mathrm are constants
         return rf"\mathbf{{{letter}}}"
     constant = letter.isdigit() or (style == "mathrm" and letter in "ei")
     return letter if constant else rf"\text{{{letter}}}"
@@ -76,7 +76,7 @@ def _root(match: re.Match) -> str:
 
 
 def _matrix(match: re.Match) -> str:
-    """A matrix in any of LaTeX's environments as pmatrix, or vmatrix between bars."""
+    """Writes a matrix of any LaTeX environment as pmatrix, or vmatrix for bars."""
     before, name, body, after = match.groups()
     bars = before == after == "|" or "v" in name.lower()
     if name == "cases" or before == r"\{" or (not bars and "=" in body):
@@ -87,7 +87,7 @@ def _matrix(match: re.Match) -> str:
 
 
 def _goes_on(match: re.Match) -> str:
-    r"""0.1666… is 0.1\overline{6}; 1.41421… stays a beginning."""
+    r"""Writes 0.1666… as 0.1\overline{6}; 1.41421… keeps its dots."""
     whole, digits, repeating = match.groups()
     for period in (1, 2, 3):
         for start in range(len(digits) - 2 * period + 1):
@@ -140,6 +140,7 @@ def _mixed(match: re.Match) -> str:
 
 
 def rules(*rules):
+    """Returns (pattern, replacement) pairs with compiled patterns."""
     return [(re.compile(pattern), replacement) for pattern, replacement in rules]
 
 
@@ -269,7 +270,7 @@ _RULES = rules(
 
 @functools.lru_cache(maxsize=4096)
 def clean(text: str) -> str:
-    r"""The canonical spelling of an answer.
+    r"""Returns the canonical spelling of an answer.
 
     >>> clean(r" $\dfrac{1}{2}\,\mathrm{cm}$. "), clean("３½ 厘米")
     ('\\frac{1}{2}\\text{cm}', '(3+\\frac{1}{2})\\text{厘米}')
@@ -285,7 +286,7 @@ def clean(text: str) -> str:
         for symbol, latex in _SYMBOLS.items():
             text = text.replace(symbol, latex)
     text = text.replace(r"\\", ROW if "matrix" in text or r"\begin" in text else " ")
-    text = re.sub(r"\s+", " ", text).strip()  # one space: the rules count on it
+    text = re.sub(r"\s+", " ", text).strip()  # the rules expect single spaces
     text = _apply(last, spell(_apply(then, text)))
     return unwrap(text)
 
@@ -299,7 +300,10 @@ def _apply(rules: list, text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Letters for comparing words: no wrappers, spaces or case; 条件 may be missing."""
+    """Returns cleaned text in a form for comparing words.
+
+    Wrappers, spaces, case, final punctuation and a final 条件 are removed.
+    """
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     if re.search(rf"[A-Za-z{_CJK}]$", text.strip(" .,;:!?")):
         text = re.sub(r"[\s.,;:!?'\"]+$|^the\s+|(?<=.)条件[.]?$", "", text.strip())
@@ -312,7 +316,7 @@ def plain(text: str) -> str:
 
 
 def leaf_kind(text: str) -> str:
-    """text | time | base | ratio | number, by spelling."""
+    """Returns the kind of a leaf by its spelling: text, time, base, ratio or number."""
     bare = re.sub(r"\\text\{[^{}]*\}", "", text)
     if not re.search(r"[\dA-Za-z]", bare) and r"\text" in text:
         return "text"
@@ -327,7 +331,7 @@ def leaf_kind(text: str) -> str:
 
 
 def same_time(a: str, b: str) -> bool:
-    """4:30 pm; a missing am or pm is a missing unit."""
+    """Returns whether two times are equal; am or pm may be missing in one of them."""
     both = []
     for text in (a, b):
         found = re.fullmatch(
@@ -341,7 +345,7 @@ def same_time(a: str, b: str) -> bool:
 
 
 def same_base(a: str, b: str) -> bool:
-    """1011_2; a missing base is a missing unit."""
+    """Returns whether two numbers such as 1011_2 are equal; one base may be missing."""
     digits, bases = [], []
     for text in (a, b):
         digit, _, base = text.partition("_")

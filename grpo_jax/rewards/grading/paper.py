@@ -1,14 +1,14 @@
-r"""The lenient rule that DeepSeekMath's published figures were graded by.
+r"""The lenient rule by which DeepSeekMath's published figures were graded.
 
-In: two answers. Out: whether that rule takes them for the same. Never a reward: ×100
-and /100 pass, brackets of any kind are one, units are not looked at, of a longer list
-only the end counts. Only for a figure that stands beside a published one.
+Use it only for figures that are compared with published ones, and never as a reward. It
+accepts factors of 100, ignores units and the kind of brackets, and looks only at the
+end of a list that is too long.
 
-The rule, in our words: numbers are equal within 0.001, also after ×100 or /100 (p % is
-p/100); tuples and matrices entry by entry, whatever their brackets; unions and lists
-without their order; x = 5 is 5, an equation is its multiple; the rest is algebra, or
-two constants within 0.001. Where the original asks sympy this asks the project's own
-algebra, and whatever the strict rule passes passes here.
+The rule: numbers are equal within 0.001, also after ×100 or /100 (p % is p/100). Tuples
+and matrices are compared entry by entry, whatever their brackets. Unions and lists have
+no order. x = 5 equals 5, and an equation equals its multiples. Everything else is
+compared by algebra, or as two constants within 0.001. The original uses sympy; this
+module uses the package's own algebra, and accepts everything that the strict rule does.
 """
 
 import re
@@ -23,12 +23,20 @@ from grpo_jax.rewards.grading.structure import read
 from grpo_jax.rewards.grading.units import quantity
 
 WITHIN = 1e-3
-AND = r"\text{ and }"  # between the answers of a completion with several
+AND = r"\text{ and }"  # separates the answers of a completion with several boxes
 _CUT = re.compile(r"\\left|\\right|\\[,;!]|\s|\\\$|\$")
 
 
 def compare_leniently(prediction: str, reference: str, numbers: Exact) -> bool:
-    r"""The rule with a given arithmetic; `Undecided` if that needs algebra.
+    r"""Returns whether the lenient rule finds two answers equal.
+
+    Args:
+      prediction: the predicted answer, as written.
+      reference: the reference answer, as written.
+      numbers: `Exact`, or `algebra.Algebra` in a worker process.
+
+    Raises:
+      Undecided: the comparison needs more than `numbers` can decide.
 
     >>> pairs = [("50", "0.5"), ("[1,2)", "(1,2]"), ("7, 1, 2", "2, 1")]
     >>> [compare_leniently(*pair, Exact()) for pair in pairs]
@@ -54,7 +62,7 @@ def _is_list(text: str) -> bool:
 
 
 def _list(text: str) -> list[str]:
-    """The different answers of a text, in their order."""
+    """Returns the distinct answers in a text, in order."""
     parts = [text] if _number(text) is not None else text.split(AND)
     if len(parts) == 1 and _number(text) is None:
         parts = split(text, ",")
@@ -62,7 +70,7 @@ def _list(text: str) -> list[str]:
 
 
 def _same_members(given: list[str], wanted: list[str], numbers: Exact) -> bool:
-    """Each one of either side has its equal on the other."""
+    """Returns whether each answer of either list has an equal in the other."""
     if max(len(given), len(wanted)) > equality.MAX_MEMBERS:
         return False
     return all(
@@ -75,7 +83,7 @@ def _same_members(given: list[str], wanted: list[str], numbers: Exact) -> bool:
 
 
 def _any(test: Callable[[Any], bool], items: Sequence[Any]) -> bool:
-    """any(…), where an undecided item is only asked for if no other settles it."""
+    """Like any(…), but raises `Undecided` only if no other item passes."""
     undecided = None
     for item in items:
         try:
@@ -98,7 +106,7 @@ def _number(text: str) -> float | None:
 
 
 def _spell(text: str) -> str:
-    """Without spaces, dollars and the unit, whichever it is."""
+    """Removes spaces, dollar signs and the unit, except %."""
     bare, unit = quantity(clean(_CUT.sub("", text) if "begin" not in text else text))
     return unwrap(bare) + ("%" if unit == "%" else "")
 

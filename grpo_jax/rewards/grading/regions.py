@@ -1,7 +1,8 @@
-r"""Sets of real numbers: unions of intervals and points, in one form.
+r"""Normalises sets of real numbers: unions of intervals and points.
 
-In: the structure of an answer with \cup, \cap, "or", "and" or \ne. Out: its spans in
-order, those that touch joined, so that (1,2]\cup(2,3) and 1<x<3 are the same list.
+`region` converts the structure of an answer with \cup, \cap, "or", "and" or \ne to its
+spans in order. Adjacent spans are joined, so (1,2]\cup(2,3) and 1<x<3 give the same
+list.
 """
 
 import math
@@ -11,23 +12,25 @@ from fractions import Fraction
 
 from grpo_jax.rewards.grading.structure import RELATION, Node
 
-Bound = Fraction | float  # a float is infinite
-Span = tuple[Bound, bool, Bound, bool]  # from, is it in, to, is it in
+Bound = Fraction | float  # floats are only used for ±infinity
+Span = tuple[Bound, bool, Bound, bool]  # low, low included, high, high included
 Value = Callable[[str], Fraction | None]
 ALL: list[Span] = [(-math.inf, False, math.inf, False)]
 
 
 def is_region(node: Node) -> bool:
-    """Whether it is written as a union, an intersection or an inequality."""
+    """Returns whether a node is a union, an intersection or an inequality."""
     if node.kind == "tuple":
         return bool(RELATION.search(node.text))
     return node.kind == "set" and node.marks in ("or", "and", "either")
 
 
 def region(node: Node, value: Value) -> list[Span] | None:
-    """The spans of an answer; None for what is no set of real numbers.
+    """Returns the spans of an answer, or None if it is not a set of real numbers.
 
-    value: of a text, exact or rounded alike; None for what is no real constant.
+    Args:
+      node: the structure of the answer.
+      value: returns the value of a text, or None if it is not a real constant.
     """
     if node.kind == "assign":
         return region(node.items[1], value)
@@ -39,7 +42,7 @@ def region(node: Node, value: Value) -> list[Span] | None:
     if node.kind != "set":
         return None
     if node.marks == "{}" and any(item.kind == "tuple" for item in node.items):
-        return None  # of points in the plane
+        return None  # a set of points in the plane
     parts = [region(item, value) for item in node.items]
     if any(part is None for part in parts):
         return None

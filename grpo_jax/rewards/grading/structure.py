@@ -1,7 +1,7 @@
-r"""The structure of a cleaned answer: lists, tuples, intervals, equations, matrices.
+r"""Parses a cleaned answer: lists, tuples, intervals, equations and matrices.
 
-In: text that `notation.clean` has normalised. Out: a `Node` (`read`). An inequality
-in one name becomes its interval, ± two answers, ① ② a list.
+`read` converts text from `notation.clean` to a `Node`. An inequality in one variable
+becomes its interval, and ± becomes two answers.
 """
 
 import re
@@ -21,13 +21,18 @@ _SIGN = re.compile(r"\\(pm|mp)(?![a-z])")
 
 @dataclass(frozen=True)
 class Node:
-    """One part of an answer.
+    """A node in the structure of an answer.
 
-    kind: leaf | set (unordered) | tuple | matrix | assign (name, value) |
-    equation (two sides) | chain (of inequalities) | family (over an integer).
-    marks: a tuple's brackets, an inequality's signs; of a set "{}" where it is written
-    so, or where it is a region how its parts are joined: or, and, either; a family's
-    letter and domain. An interval is a tuple of its ends; x > 1 is (1, infinity).
+    An interval is a tuple of its ends; x > 1 is (1, infinity).
+
+    Attributes:
+      kind: leaf, set (unordered), tuple, matrix, assign (name, value), equation (two
+        sides), chain (of inequalities) or family (over an integer).
+      text: the cleaned text of the node.
+      items: the children.
+      marks: a tuple's brackets, a chain's signs, or a family's letter and domain. For a
+        set: "{}" if it is written with braces, or "or", "and" or "either" if it is a
+        region, for how its parts are joined.
     """
 
     kind: str
@@ -37,7 +42,12 @@ class Node:
 
 
 def read(text: str, *, thousands: bool = True) -> Node:
-    """The structure of a cleaned answer."""
+    """Returns the structure of a cleaned answer.
+
+    Args:
+      text: the answer, from `notation.clean`.
+      thousands: read 12,345 outside brackets as one number.
+    """
     text = unwrap(text)
     if thousands:
         text = join_thousands(text)
@@ -92,14 +102,14 @@ def read(text: str, *, thousands: bool = True) -> Node:
 
 
 def _list(text: str, parts: list[str], separator: str, thousands: bool) -> Node:
-    """Answers beside each other; inequalities of one name are a region together."""
+    """Parses a list of answers; inequalities in one variable form a region."""
     unequal = re.match(r"[A-Za-z]\\ne", parts[0])
     if unequal and separator == "," and not any(map(RELATION.search, parts[1:])):
         return _all_but(text, ",".join([parts[0][unequal.end() :], *parts[1:]]))
     nodes: tuple[Node, ...] = ()
     for part in parts:
         node = read(part, thousands=thousands)
-        several = node.kind == "set" and not node.marks  # ±1, ±2 are four
+        several = node.kind == "set" and not node.marks  # ±1, ±2 are four answers
         named = all(item.kind == "assign" for item in node.items)
         opened = _SIGN.search(part) or (separator == OR and not named)
         nodes += node.items if several and opened else (node,)
@@ -114,7 +124,7 @@ def _list(text: str, parts: list[str], separator: str, thousands: bool) -> Node:
 
 
 def _braces(inner: str) -> Node:
-    """A set: its members, or what a condition says."""
+    """Parses the content of braces: members, or a condition."""
     builder = re.match(r"[A-Za-z](?:\\in\\mathbb\{[RCZ]\})?(?:\\mid|\||:)", inner)
     if builder:
         return read(inner[builder.end() :])
@@ -126,6 +136,7 @@ def _braces(inner: str) -> Node:
 
 
 def leaf(text: str) -> Node:
+    """Returns a node without structure."""
     return Node("leaf", text)
 
 
@@ -140,7 +151,7 @@ def _all_but(text: str, holes: str) -> Node:
 
 
 def _absolute(text: str, parts: list[str], marks: str) -> Node | None:
-    """|x-1| < 2 is (-1, 3), and |x| > 3 the two half-lines outside."""
+    """Parses |x-1| < 2 as (-1, 3), and |x| > 3 as the two half-lines outside."""
     outside = re.fullmatch(r"\|[^|]*\|", parts[-1])
     size, limit = (parts[-1], parts[0]) if outside else (parts[0], parts[-1])
     found = re.fullmatch(r"\|[A-Za-z]((?:[-+][^|]+)?)\|", size)
@@ -171,7 +182,7 @@ _DOMAIN = re.compile(
     rf"|\\text\{{(?:where|for|with|when|对|其中)?{_INTEGER}\}}([A-Za-z])"
     r")\)?$"
 )
-SHIFTS = 3  # of its integer, by which two families may differ
+SHIFTS = 3  # the largest shift of the integer between two equal families
 
 
 def _family(text: str) -> Node | None:
@@ -202,7 +213,12 @@ def _letters(text: str) -> set[str]:
 
 
 def members(family: Node, letter: str) -> list[Node]:
-    """The same family, counted from other integers, and down as well as up."""
+    """Returns spellings of a family: its integer shifted, and counted down.
+
+    Args:
+      family: a node of kind "family".
+      letter: the letter for the integer in the result.
+    """
     old, domain, rest = family.marks[0], family.marks[1:], family.items[0].text
     forms = [letter]
     if domain == "Z":
@@ -217,7 +233,10 @@ def members(family: Node, letter: str) -> list[Node]:
 
 
 def family_of(node: Node, letter: str) -> Node | None:
-    """An answer whose integer is not said to be one, as a family in that letter."""
+    """Returns an answer as a family over a letter that it does not declare.
+
+    Returns None if the letter is not k, n or m, or not in the answer.
+    """
     usual = letter in "knm" and letter in _letters(node.text)
     return Node("family", node.text, (node,), letter + "Z") if usual else None
 
@@ -266,7 +285,7 @@ _SIDES = re.compile(r"\\(?:le|ge|ne)(?![a-z])|[<>=]")
 
 
 def join_thousands(text: str) -> str:
-    """12,345 outside brackets is one number."""
+    """Joins groups of thousands outside brackets: 12,345 becomes 12345."""
     if "," not in text:
         return text
     joined, last = "", 0
@@ -283,7 +302,7 @@ _MATRIX = re.compile(
 
 
 def _matrix(text: str) -> Node | None:
-    """One matrix with what it is multiplied by; the determinant between bars."""
+    """Parses a matrix and its factor; a matrix between bars is its determinant."""
     if listed := re.fullmatch(r"([(\[].*[)\]])\^\{?(?:T|\\text\{T\}|\\top)\}?", text):
         row = read(listed[1])
         if row.kind == "tuple" and closes(listed[1]):
@@ -320,14 +339,14 @@ def _determinant(cells: list[list[str]]) -> str:
 
 
 def _rows_of_lists(items: tuple[Node, ...]) -> tuple[Node, ...] | None:
-    """[[1,2],[3,4]] is a matrix."""
+    """Returns the rows of a list of lists such as [[1,2],[3,4]], or None."""
     lists = all(item.kind == "tuple" and item.marks == "[]" for item in items)
     same = len({len(item.items) for item in items}) == 1
     return items if lists and same else None
 
 
 def relation_sides(text: str) -> tuple[list[str], list[str]] | None:
-    """The sides and the signs of an equation or inequality, or None."""
+    """Returns the sides and the signs of an equation or inequality, or None."""
     signs = [match.group() for match in outside(text, _SIDES)]
     sides = [side.strip() for side in split(text, _SIDES)]
     return (sides, signs) if signs and all(sides) else None
@@ -345,7 +364,10 @@ _VALUES = r"\\(?:infty|pi|sqrt|frac|cdot|times|div|ln|log|sin|cos|tan|sum|pm)" +
 
 
 def is_name(text: str) -> bool:
-    r"""x, a_{12}, f(2), P(X=1), AB, V_1:V_2, (x,y), \angle A: can be assigned to."""
+    r"""Returns whether a text names something that an equation can define.
+
+    Examples are x, a_{12}, f(2), P(X=1), AB, V_1:V_2, (x,y) and \angle A.
+    """
     if len(text) > 60 or text in ("i", "e"):
         return False
     for pattern, replacement in _NAME_LIKE:
@@ -356,5 +378,5 @@ def is_name(text: str) -> bool:
 
 
 def has_unknown(text: str) -> bool:
-    """Whether a name other than e and i appears."""
+    """Returns whether a text contains a name other than e and i."""
     return bool(re.search(r"[A-Za-df-hj-z\\]", re.sub(TEXT + "|" + _VALUES, "", text)))

@@ -1,8 +1,4 @@
-r"""Quantities: an expression and its unit, under one name for each unit.
-
-In: an answer that `notation.clean` has normalised. Out: what stands before its unit,
-and the unit ("" where it has none).
-"""
+r"""Splits a quantity into its expression and its unit, with one name for each unit."""
 
 import re
 
@@ -10,7 +6,7 @@ from grpo_jax.rewards.grading.wording import NUMERALS
 
 TEXT = r"\\text\{[^{}]*\}"
 _TRIG = r"\\(?:sin|cos|tan|cot|sec|csc)"
-# One name for each unit; "square" and "cubic" become powers in `_unit`.
+# Spellings by the unit's name. `_unit` turns "square" and "cubic" into powers.
 _UNITS = {
     "cm": "cm centimeter centimetre 厘米 公分", "m": "m meter metre 米",
     "mm": "mm millimeter millimetre 毫米", "km": "km kilometer kilometre 千米 公里",
@@ -35,7 +31,10 @@ _UNIT_END = re.compile(
 
 
 def quantity(text: str) -> tuple[str, str]:
-    r"""The expression and its unit's one name ("" if it has none).
+    r"""Returns the expression and the name of its unit ("" if there is none).
+
+    Args:
+      text: an answer from `notation.clean`.
 
     >>> quantity(r"15\text{centimeters}^2"), quantity(r"20%"), quantity(r"60^\circ")
     (('15', 'cm^2'), ('20', '%'), ('60', 'degree'))

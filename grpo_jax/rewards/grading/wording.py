@@ -1,8 +1,8 @@
-r"""Signs, comparisons and operations in words, English and Chinese, as mathematics.
+r"""Converts English and Chinese words for signs and operations to mathematics.
 
-In: an answer whose LaTeX is in one spelling, but whose words are not. Out: the same
-with `negative 7` as -7, `at least 7` as x\ge 7, `7 squared` as 7^2. A word that none
-of these rules takes stays prose; `changes_value` tells which prose is no unit.
+`spell` turns `negative 7` into -7, `at least 7` into x\ge 7, and `7 squared` into 7^2.
+Words that match no rule stay prose. `changes_value` finds prose that is not a unit but
+changes the answer's value.
 """
 
 import re
@@ -25,7 +25,7 @@ _SPELLED = (
     rf"|(?:{'|'.join(reversed(_ONES))}|{'|'.join(_TENS)})\b"
     rf"|[{''.join(_CHINESE)}十百千万]+"
 )
-# What Chinese counts with, where it is the end of the answer: 两个, 三十元.
+# Chinese measure words and units at the end of an answer: 两个, 三十元.
 _COUNTED = (
     "(?:[个只条张本支件名位次倍岁人元块米克吨升天年页棵头辆台袋箱盒瓶组种根把颗粒间层度"
     "月周秒]|厘米|千米|公里|千克|公斤|小时|分钟)$"
@@ -39,7 +39,7 @@ _NUMBER = r"[\d.,]*\d"
 _BASE = rf"(?:{_NUMBER}|\\sqrt ?(?:\{{[^{{}}]*\}}|\d)|\([^()]*\)|^ ?[a-z](?![A-Za-z]))"
 _TERM = rf"(?:{_BASE}|(?<![A-Za-z\\])[a-z](?![A-Za-z]))"
 _AFTER, _BEFORE = r"(?<=[\d)}]) ?", r" ?(?=[\d(\\])(?!\\text)"
-# What an operator in words stands before: a number, a formula or one letter.
+# What may follow an operator in words: a number, a formula or one letter.
 _N = (
     r"(?!a [A-Za-z])(?= ?[-+]? ?(?:\.?\d|[(|$∞]"
     r"|\\(?!text|lor|cup|cap|le|ge|ne|in\b|mid)"
@@ -69,7 +69,7 @@ def _sub(pattern: str, replacement, flags=re.I):
 
 
 def _spelled(word: str) -> str:
-    """A number in words as digits.
+    """Returns a number in words as digits.
 
     >>> _spelled("twenty-five"), _spelled("二百零五"), _spelled("十二")
     ('25', '205', '12')
@@ -191,7 +191,7 @@ _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _SIDE = re.compile(
     r"(?:^|(?<=,)|(?<=\\lor)) ?(?=<|>|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z]))"
 )
-# Prose that says that an answer is another one than the number beside it.
+# Prose that makes an answer differ from the number beside it.
 _CHANGES = re.compile(
     r"\b(?:not?|n't|non|never|neither|nor|except|excluding|without|negative|minus|plus"
     r"|half|double|twice|triple|reciprocal|inverse|opposite|root|factorial|power"
@@ -204,7 +204,10 @@ _CHANGES = re.compile(
 
 
 def spell(text: str) -> str:
-    r"""Words as signs and operators.
+    r"""Returns the text with words replaced by signs and operators.
+
+    Args:
+      text: an answer whose LaTeX is in one spelling, from within `notation.clean`.
 
     >>> spell(r"\text{negative }7"), spell("大于3"), spell(r"7 \text{ squared}")
     ('-7', 'x>3', '7^{2}')
@@ -223,7 +226,7 @@ def spell(text: str) -> str:
 
 
 def changes_value(text: str) -> bool:
-    r"""Whether prose in a cleaned answer makes it another value than its number.
+    r"""Returns whether prose in a cleaned answer changes the value of its number.
 
     >>> changes_value(r"\text{except}7"), changes_value(r"7\text{cm}")
     (True, False)

@@ -1,7 +1,7 @@
-"""A grading worker: the process that decides pairs which need computer algebra.
+"""A grading worker: a process that compares answers with computer algebra.
 
-`worker_pool` starts it, sends it one pair a line of JSON, and may kill it. It executes
-no text: starting programs, sockets and writing files are refused.
+`worker_pool` starts it, sends it one pair per line of JSON, and may kill it. It never
+executes text. An audit hook refuses to start programs, open sockets or write files.
 """
 
 import json
@@ -11,21 +11,27 @@ import signal
 import sys
 
 MEMORY = 2 << 30  # bytes of address space a worker may use
-PATIENCE = 5  # times as many seconds by the clock, where the CPU is shared
+PATIENCE = 5  # wall-clock limit as a multiple of the CPU limit, for a busy machine
 
 
 def work(parent: int) -> None:
-    """A worker's life: a pair in, `1` or `0` out, until the pipe or the parent ends."""
+    """Reads pairs from stdin and writes `1` or `0` for each.
+
+    Returns when the pipe closes or the parent has gone.
+
+    Args:
+      parent: the process id of the parent.
+    """
     import resource
 
-    # Ctrl-C, and a SIGTERM to all processes of a run, are the parent's to handle.
+    # The parent handles Ctrl-C and a SIGTERM to all processes of a run.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     replies = os.dup(1)
-    os.dup2(2, 1)  # whatever a library prints goes with the errors
+    os.dup2(2, 1)  # what a library prints goes to stderr
     try:
-        import math_verify  # noqa: F401  (its start is not in a pair's time)
+        import math_verify  # noqa: F401  (imported before a pair's time starts)
 
         from grpo_jax.rewards.grading.algebra import decide
     except ImportError as error:
@@ -48,7 +54,7 @@ def work(parent: int) -> None:
             buffer += part
         line, _, buffer = buffer.partition(b"\n")
         prediction, reference, rule, seconds = json.loads(line)
-        # The kernel ends this process if its parent can no longer do so.
+        # The kernel kills this process if its parent can no longer do so.
         signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds + 1)
         try:
             answer = decide(prediction, reference, rule)
@@ -59,7 +65,7 @@ def work(parent: int) -> None:
 
 
 def _refuse(event: str, args: tuple) -> None:
-    """No text makes a worker start a program, open a socket or write a file."""
+    """Raises PermissionError for programs, sockets and writing to files."""
     if event.startswith(("subprocess.", "os.system", "os.exec", "os.posix_spawn",
                          "os.fork", "os.spawn", "socket.", "os.remove", "os.rename",
                          "shutil.", "ctypes.")):  # fmt: skip
@@ -69,6 +75,7 @@ def _refuse(event: str, args: tuple) -> None:
 
 
 def readable(pipe: int, seconds: float) -> bool:
+    """Waits at most `seconds` for a pipe; returns whether it can be read or closed."""
     poller = select.poll()  # select() refuses descriptors above 1023
     poller.register(pipe, select.POLLIN | select.POLLHUP)
     return bool(poller.poll(seconds * 1000))

@@ -1,13 +1,15 @@
-r"""Grading in worker processes that can be killed.
+r"""Grades answers in worker processes that can be killed.
 
-In: predictions and references (text). Out: a bool a pair. The caller settles
-rational answers itself; the rest goes, one pair a line of JSON, to worker processes
-(`worker.work` started by `python -c`, never a fork of the trainer and never its
-`__main__`). The limit of a pair is CPU time, so that a busy machine makes no right
-answer wrong; by the clock it is `PATIENCE` times as long. A worker that passes it is
-killed and replaced, and its pair counts as not equal. One that somebody else killed is
-replaced, and its pair asked again. Workers start with the first pair that needs one,
-and leave when the pool closes or their parent is gone, however it went.
+`grade` returns a bool for each pair of prediction and reference. Rational answers are
+compared in the calling process. Other pairs go to worker processes, one per line of
+JSON. `python -c` starts them, so they are no forks of the trainer and do not import its
+`__main__`.
+
+The limit for a pair is CPU time, so a busy machine does not make a right answer wrong.
+The limit by the clock is `PATIENCE` times as long. A worker above a limit is killed and
+replaced, and its pair counts as not equal. If something else killed the worker, the
+pair is tried again. Workers start when a pair needs one. They end when the pool closes
+or the parent has gone.
 """
 
 import atexit
@@ -29,13 +31,13 @@ from grpo_jax.rewards.grading import equality
 from grpo_jax.rewards.grading.paper import RULES
 from grpo_jax.rewards.grading.worker import PATIENCE, readable
 
-SECONDS = 3.0  # of CPU for one pair; with a fresh worker's start it stays under 5
+SECONDS = 3.0  # of CPU per pair; with the start of a new worker it stays below 5
 START_SECONDS = 120.0
 WORKERS = max(1, min(8, (os.cpu_count() or 2) // 2))
 
 
 class _Worker:
-    """One process and its two pipes."""
+    """A worker process and its two pipes."""
 
     def __init__(self):
         root = str(Path(__file__).resolve().parents[3])
@@ -57,10 +59,11 @@ class _Worker:
     def ask(
         self, prediction: str, reference: str, rule: str, seconds: float
     ) -> bool | None:
-        """The answer; None if the worker ran out of time (it is then dead).
+        """Returns the answer; None if the worker ran out of time and was killed.
 
         Raises:
-          _Died: the worker was killed, or crashed, before it answered.
+          _Died: the worker was killed or crashed before it answered.
+          GrpoError: the worker did not start.
         """
         try:
             if not self.ready:
@@ -89,7 +92,7 @@ class _Worker:
         raise _Died
 
     def _line(self, seconds: float) -> bytes | None:
-        """What the worker says; None where its time is over, b"" where it is dead."""
+        """Returns the worker's reply; None after a timeout, b"" if it is dead."""
         assert self.process.stdout
         pipe, line = self.process.stdout.fileno(), b""
         began, used = time.monotonic(), _cpu_seconds(self.process.pid)
@@ -123,7 +126,7 @@ class _Died(Exception):
 
 
 def _cpu_seconds(process: int) -> float:
-    """The CPU time that a process has used; -1 where the system does not say it."""
+    """Returns the CPU seconds of a process; -1 if the system does not tell."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -132,21 +135,29 @@ def _cpu_seconds(process: int) -> float:
 
 
 class Pool:
-    """At most `workers` processes, handed out one pair at a time to any thread."""
+    """A thread-safe pool of worker processes, each of which takes one pair at a time.
+
+    Args:
+      workers: the largest number of processes.
+      seconds: the limit of CPU time for a pair.
+
+    Attributes:
+      timeouts: the number of pairs that counted as not equal for lack of an answer.
+    """
 
     def __init__(self, workers: int = WORKERS, seconds: float = SECONDS):
         self.workers, self.seconds, self.owner = workers, seconds, os.getpid()
-        self.timeouts = 0  # pairs that counted as not equal for want of an answer
+        self.timeouts = 0
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         self._all: set[_Worker] = set()
         self._lock = threading.Lock()
         for _ in range(workers):
-            self._idle.put(None)  # a place where a worker may be started
+            self._idle.put(None)  # a slot in which a worker may start
 
     def same(self, prediction: str, reference: str, rule: str = "strict") -> bool:
-        """One pair, decided by a worker; False if it takes too long.
+        """Returns whether a worker finds a pair equal; False if it takes too long.
 
-        A worker that died may have been killed by somebody else: another one is asked.
+        If a worker dies, another one is asked, since something else may have killed it.
         """
         for _ in range(2):
             with contextlib.suppress(_Died):
@@ -168,7 +179,7 @@ class Pool:
             return bool(answer)
         finally:
             if worker is not None and worker.process.returncode is not None:
-                # Its replacement starts now, so that the next pair need not wait.
+                # Start the replacement now, so that the next pair need not wait.
                 worker = self._start() if self._forget(worker) else None
             self._idle.put(worker)
 
@@ -179,7 +190,7 @@ class Pool:
         return worker
 
     def _forget(self, worker: _Worker | None) -> bool:
-        """Ends a worker; False if `close` had ended it."""
+        """Ends a worker; returns False if `close` had already ended it."""
         if worker is None:
             return False
         worker.close()
@@ -189,8 +200,8 @@ class Pool:
         return known
 
     def close(self) -> None:
-        """Ends the workers; a later pair starts new ones."""
-        if os.getpid() != self.owner:  # a forked child: they are not its own
+        """Ends all workers; a later pair starts new ones."""
+        if os.getpid() != self.owner:  # the workers belong to the parent of this fork
             return
         with self._lock:
             workers, self._all = self._all, set()
@@ -203,7 +214,7 @@ _pool_lock = threading.Lock()
 
 
 def pool() -> Pool:
-    """This process's pool (a forked child gets its own)."""
+    """Returns the pool of this process; a forked child gets its own."""
     global _pool
     with _pool_lock:
         if _pool is None or _pool.owner != os.getpid():
@@ -223,9 +234,16 @@ def _same(prediction: str, reference: str, rule: str) -> bool:
 def grade(
     predictions: Sequence[str | None], references: Sequence[str], rule: str = "strict"
 ) -> list[bool]:
-    r"""Whether each prediction is its reference answer; None is wrong.
+    r"""Returns whether each prediction equals its reference answer.
 
-    rule: strict, or paper: DeepSeekMath's own, for comparing with its figures only.
+    Args:
+      predictions: the answers; None counts as wrong.
+      references: the reference answers, as many as predictions.
+      rule: "strict", or "paper", the lenient rule of DeepSeekMath. Use "paper" only
+        for comparison with published figures.
+
+    Raises:
+      GrpoError: the lengths differ, or a worker process does not start.
 
     >>> grade(["0.5", None, "3"], [r"\frac{1}{2}", "1", "4"])
     [True, False, False]
