@@ -71,7 +71,7 @@ def say(text: str) -> None:
 def share(items: int, group: int = 1) -> slice:
     """Returns the slice of `items` items that is this process's share.
 
-    Groups of `group` consecutive items are kept whole if each process gets one.
+    Groups of `group` consecutive items are kept whole if every process gets one.
 
     >>> share(10)
     slice(0, 10, None)
@@ -82,8 +82,8 @@ def share(items: int, group: int = 1) -> slice:
 def part(items: int, group: int, number: int, of: int) -> slice:
     """Returns share `number` of `of` as a slice.
 
-    Shares differ by at most one item, or one group. Groups of `group` consecutive items
-    are kept whole if there are at least `of` of them.
+    Shares differ by at most one item, or by one group. Groups of `group` consecutive
+    items are kept whole if there are at least `of` groups.
 
     >>> [part(12, 4, i, 2) for i in (0, 1)], [part(4, 4, i, 2) for i in (0, 1)]
     ([slice(0, 4, None), slice(4, 12, None)], [slice(0, 2, None), slice(2, 4, None)])

@@ -172,9 +172,10 @@ def one_at_a_time(mesh: Mesh, x: Any) -> Any:
 
 
 def mesh_in_use() -> AbstractMesh | None:
-    """Returns the mesh set by `jax.set_mesh`, or None if no array can be split.
+    """Returns the mesh set by `jax.set_mesh`, or None.
 
-    Inside a shard_map the mesh has the remaining axes only.
+    It also returns None for a mesh of another kind and for one that splits nothing.
+    Inside a shard_map the axes of the shard_map do not count.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(AXES) <= set(mesh.axis_names):

@@ -23,7 +23,7 @@ KEPT = 50  # characters kept at each end of a long output
 OUTPUT_TOKENS = 160  # most tokens of an output with its fences
 
 
-# -- from a text to a program ----------------------------------------------------------
+# -- programs in a text ----------------------------------------------------------------
 
 
 def blocks_of(text: str) -> list[str]:
@@ -91,6 +91,7 @@ class Interpreter:
         self.timeout, self.sandbox = timeout, sandbox or shared_sandbox()
 
     def __call__(self, programs: Sequence[str]) -> list[Call]:
+        """Runs the programs and returns a `Call` for each of them."""
         once = list(dict.fromkeys(programs))
         told = processes.divide(self._run, once)
         calls = {p: Call(p, *one) for p, one in zip(once, told, strict=True)}
@@ -124,7 +125,7 @@ def shortened(text: str, kept: int = KEPT) -> str:
     return text if len(text) <= 2 * kept else f"{text[:kept]}...{text[-kept:]}"
 
 
-# -- what the model is told, as tokens ------------------------------------------------
+# -- outputs as tokens -----------------------------------------------------------------
 
 
 def encoded(tokenizer: Tokenizer, before: str, text: str) -> list[int]:

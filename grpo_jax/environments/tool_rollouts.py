@@ -235,7 +235,7 @@ def _gathered(rows: Sequence[_Row], occupancy: float) -> Solutions:
 
 
 def most_tokens(generations: int, max_new_tokens: int) -> int:
-    """Returns the most tokens of an output, the interpreter's included.
+    """Returns the most tokens that an output can have, the interpreter's included.
 
     `generations` = 0 means no tools: the output is one generation.
 
@@ -247,7 +247,7 @@ def most_tokens(generations: int, max_new_tokens: int) -> int:
     return generations * (max_new_tokens + OUTPUT_TOKENS)
 
 
-# -- what an output says ---------------------------------------------------------------
+# -- the text of an output -------------------------------------------------------------
 
 
 def text_of(tokenizer: Tokenizer, tokens: Sequence[int], mask: Sequence[Any]) -> str:

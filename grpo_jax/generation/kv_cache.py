@@ -43,7 +43,7 @@ class Prefixes:
     """
 
     lengths: Array  # [P] int32
-    layers: tuple[Pair, ...]  # [P, K, H, S] and [P, K, S, H] of each
+    layers: tuple[Pair, ...]  # per layer [P, K, H, S] and [P, K, S, H]
 
 
 @functools.partial(
@@ -250,7 +250,17 @@ def reads_of(cache: Cache, live: Bool[Array, "W"]) -> Bool[Array, "X"]:
 
 
 def written(blocks: Sequence[Pair], keys: Array, values: Array, cache: Cache):
-    """Writes this turn's [W, 1, K, H] keys and values into the last block."""
+    """Writes this turn's keys and values into the last block.
+
+    Args:
+      blocks: keys [W, K, H, B] and values [W, K, B, H] of each block in a layer.
+      keys: [W, 1, K, H].
+      values: [W, 1, K, H].
+      cache: gives the column to write.
+
+    Returns:
+      The blocks after writing.
+    """
     *others, (old_keys, old_values) = blocks
     at = cache.turn % cache.block
 
@@ -390,8 +400,15 @@ def grow(cache: Cache, tokens: int) -> Cache:
 def joined(blocks: Sequence[Array], turn: Array, axis: int) -> Array:
     """Concatenates the blocks in the order of their columns.
 
-    The ring buffer must not have wrapped around. `turn` is the cache's, and `axis` is
-    the axis of the columns.
+    The ring buffer must not have wrapped around.
+
+    Args:
+      blocks: keys, values or places of each block.
+      turn: [] int32, the cache's turn.
+      axis: the axis of the columns.
+
+    Returns:
+      One array with (X + 1)·B columns.
     """
     *others, last = blocks
     size = last.shape[axis]

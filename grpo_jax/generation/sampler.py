@@ -340,7 +340,7 @@ def generate(
       params: its parameters, on one device or on the training mesh.
       prompts: token ids of each prompt, none of them empty.
       key: PRNG key; use a new one for every call (jax.random.fold_in(key, step)).
-      samples: completions G of each prompt.
+      samples: completions of each prompt, the G of GRPO (section 4.1).
       max_new_tokens: the limit C on the tokens of a completion.
       temperature: 0 is greedy; log-probabilities are then those at temperature 1.
       top_k, top_p, min_p: filters, applied in this order (`Sampling`).

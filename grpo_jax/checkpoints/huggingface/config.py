@@ -175,7 +175,7 @@ def _check_number(where: str, key: str, value: Any, most: float = 1e12) -> None:
 
 
 def _rope(c: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """Returns theta and the scaling, from `rope_parameters` or from the older keys."""
+    """Returns RoPE's theta and scaling, from `rope_parameters` or the older keys."""
     group = "rope_parameters" if c.get("rope_parameters") else "rope_scaling"
     rope = c.get(group) or {}
     if not isinstance(rope, Mapping):

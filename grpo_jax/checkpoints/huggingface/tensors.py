@@ -44,6 +44,7 @@ class Stored:
     read: Callable[[Any], np.ndarray]  # copies the numbers at an index
 
     def __getitem__(self, index: Any) -> np.ndarray:
+        """Returns the numbers at a NumPy index; raises GrpoError for unknown dtypes."""
         if isinstance(self.dtype, str):
             raise GrpoError(
                 f"{self.file}: numbers of type {self.dtype} are not supported; "
