@@ -1,15 +1,9 @@
-"""What tells one state from another: of each leaf its kind, a checksum, and whether it
-is finite.
+"""Checksums of a state's leaves, computed on the devices that hold them.
 
-In: a pytree of jax arrays (typed PRNG keys too), on one device or over a mesh. Out: a
-JSON dictionary by leaf, computed where the arrays live.
-
-A checksum is Σ_i h(bits of element i, i) modulo 2**32, computed where the array lives.
-An integer sum does not depend on its order, so neither does the checksum on the mesh;
-h is a bijection of the bits, so one changed element always changes the sum.
-
-The same pass over a leaf tells whether its numbers are finite: a state that is not is
-neither saved nor restored.
+A checksum is Σ_i h(bits of element i, i) modulo 2**32. An integer sum does not depend
+on its order, so the checksum does not depend on the mesh. For each i, h is a bijection
+of the bits, so changing one element always changes the sum. The same pass tests whether
+all numbers are finite; a state that is not finite is neither saved nor restored.
 """
 
 from __future__ import annotations
@@ -24,7 +18,7 @@ from grpo_jax.errors import GrpoError
 
 
 def checksum(x: jax.Array) -> jax.Array:
-    """Σ_i h(bits of element i, i) as a uint32 scalar, whatever `x` is sharded over.
+    """Returns Σ_i h(bits of element i, i) as a uint32 scalar, for any sharding of `x`.
 
     >>> int(checksum(jnp.array([1.0, 2.0]))) != int(checksum(jnp.array([2.0, 1.0])))
     True
@@ -34,7 +28,7 @@ def checksum(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def _examine(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(checksum, whether all of it is finite), scalars, where `x` lives."""
+    """Returns the uint32 checksum of `x` and whether all its numbers are finite."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -45,7 +39,7 @@ def _examine(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     width = min((jnp.finfo if floating else jnp.iinfo)(x.dtype).bits, 32)
     bits = jax.lax.bitcast_convert_type(x, f"uint{width}").astype(jnp.uint32)
     finite = jnp.isfinite(x) if floating else jnp.ones(x.shape, bool)
-    if bits.ndim > x.ndim:  # 64 bits: a last axis of two words
+    if bits.ndim > x.ndim:  # 64-bit numbers have a last axis of two words
         finite = jnp.broadcast_to(finite[..., None], bits.shape)
     index = jnp.uint32(0)
     for axis in range(bits.ndim):
@@ -53,9 +47,9 @@ def _examine(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         index = index + place * jnp.uint32(stride)
     h = bits ^ (index * jnp.uint32(0x9E3779B9))
-    h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)  # an odd factor loses no bit
+    h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)  # an odd factor is invertible
     h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
-    # One reduction of both reads the leaf once.
+    # Reducing both at once reads the leaf once.
     return jax.lax.reduce(
         (h ^ (h >> 16), finite),
         (jnp.uint32(0), jnp.bool_(True)),
@@ -65,7 +59,11 @@ def _examine(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """The leaves by name, such as `params/layers/0/kernel`."""
+    """Returns a tree's leaves by name, such as `params/layers/q_proj`.
+
+    Raises:
+      GrpoError: two leaves have the same name.
+    """
     leaves: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -76,7 +74,14 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def describe(leaves: dict[str, Any]) -> tuple[dict[str, list[Any]], list[str]]:
-    """What is kept of each leaf beside its elements; the leaves that are not finite."""
+    """Returns the kind and checksum of each leaf, and which leaves are not finite.
+
+    Args:
+      leaves: jax arrays by name, as of `flatten`.
+
+    Returns:
+      {name: [kind, checksum]}, and the names of the leaves that are not finite.
+    """
     # One at a time: on forced CPU devices, programs with collectives block each other.
     found = {name: [int(value) for value in _examine(x)] for name, x in leaves.items()}
     described = {name: [kind(x), found[name][0]] for name, x in leaves.items()}
@@ -84,8 +89,10 @@ def describe(leaves: dict[str, Any]) -> tuple[dict[str, list[Any]], list[str]]:
 
 
 def and_more(names: list[str]) -> str:
+    """Returns the first name and how many more there are, for messages."""
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def kind(x: Any) -> str:
+    """Returns an array's dtype and shape as text, such as "float32[2, 3]"."""
     return f"{x.dtype}{list(x.shape)}"

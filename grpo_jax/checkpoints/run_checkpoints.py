@@ -1,8 +1,8 @@
-"""Checkpoints: state in, state out, nothing lost.
+"""Saves and restores the state of a run.
 
-In: a pytree of jax arrays (typed PRNG keys too), on one device or over the mesh of
-many processes, and a JSON dictionary. Out: one folder a step, written by Orbax while
-training goes on, with a checksum a leaf; the same state again, or one line why not.
+A state is a pytree of jax arrays (typed PRNG keys included), on one device or on the
+mesh of many processes, with a dictionary of JSON metadata. Orbax writes one folder per
+step while training continues. Each leaf has a checksum, which is verified on restore.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ _LOGGERS = (None, "absl", "asyncio")  # through which Orbax tells of failures
 
 @contextlib.contextmanager
 def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
-    """Makes `workdir` and holds it for this run, so that no second run writes there.
+    """Creates `workdir` and locks it, so that no second run writes there.
 
-    The lock goes with the process, however it ends. With several processes, call it
-    after `jax.distributed.initialize`: process 0 holds the lock for all.
+    The lock is released when the process ends, however it ends. With several processes,
+    call it after `jax.distributed.initialize`; process 0 holds the lock for all.
 
-    Raises `GrpoError` when another process holds it, or when it is not writable.
+    Raises:
+      GrpoError: another process holds the lock, or the directory is not writable.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, lock(folder + "/run") as workdir:
@@ -63,7 +64,7 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
         workdir.mkdir(parents=True, exist_ok=True)
         handle = open(workdir / ".lock", "ab+", buffering=0)
         with tempfile.TemporaryFile(dir=workdir):
-            pass  # the lock may be an old one, in a folder that takes no other file
+            pass  # an old lock may be there while the folder takes no new file
     except OSError as error:
         raise closed(error) from None
     with handle:
@@ -89,26 +90,30 @@ def _crc32(record: dict[str, Any]) -> int:
 
 
 def _first_line(error: BaseException) -> str:
-    """What went wrong at the bottom of a chain of exceptions, in one line."""
+    """Returns the cause at the bottom of a chain of exceptions, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = (str(error).strip().splitlines() or [""])[0].split(" [tensorstore_spec")[0]
-    ends = f"{text[:120]} … {text[-170:]}"  # the cause stands at either
+    ends = f"{text[:120]} … {text[-170:]}"  # the cause may be at either end
     return f"{type(error).__name__}: {ends if len(text) > 300 else text}"
 
 
 class Checkpoints:
-    """A directory of checkpoints, one folder a step; use it in a `with` statement.
+    """A directory of checkpoints, one folder per step; use it in a `with` statement.
 
     Leaving the block finishes a pending save, also after an exception or `sys.exit`.
-    Every process of a run makes the same calls in the same order.
+    All processes of a run must make the same calls in the same order.
 
     Args:
-        directory: made when missing.
-        every: `save` writes at the steps that this divides.
-        keep: how many checkpoints stay, the newest ones.
-        clean: remove what a killed run left half-written; not where one may be live.
-        objection: of a checkpoint's metadata, why it is not to be restored, or "".
+      directory: where checkpoints are; created if missing.
+      every: `save` writes at steps that are multiples of this.
+      keep: how many of the newest checkpoints are kept.
+      clean: remove unfinished checkpoints of a killed run. Set it to False if another
+        run may be writing there.
+      objection: maps a checkpoint's metadata to the reason not to restore it, or "".
+
+    Raises:
+      GrpoError: `every` or `keep` is below 1, or the directory cannot be opened.
 
     >>> import tempfile
     >>> state = {"w": jnp.arange(3.0), "key": jax.random.key(0)}
@@ -142,7 +147,7 @@ class Checkpoints:
         self._old_handler: Any = None
 
     def __enter__(self) -> Checkpoints:
-        from orbax.checkpoint import v1 as ocp  # half a second: only for who saves
+        from orbax.checkpoint import v1 as ocp  # imported late: it takes half a second
 
         for logger in _LOGGERS:
             logging.getLogger(logger).addFilter(_not_orbax)
@@ -155,7 +160,7 @@ class Checkpoints:
             )
         except OSError as error:
             raise self._error(_first_line(error)) from error
-        if jax.distributed.is_initialized():  # it has a handler of its own
+        if jax.distributed.is_initialized():  # which has its own SIGTERM handler
             processes.listen()
         elif threading.current_thread() is threading.main_thread():
             self._old_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -171,32 +176,43 @@ class Checkpoints:
             self._restore_handler()
         try:
             self._orbax.close()
-        except Exception as problem:  # what has failed before is raised here again
+        except Exception as problem:  # Orbax raises an earlier failure again
             failure = failure or self._error(_first_line(problem))
         finally:
             for logger in _LOGGERS:
                 logging.getLogger(logger).removeFilter(_not_orbax)
         if failure and isinstance(error, Exception):
-            error.add_note(str(failure))  # what came first is shown first
-        elif failure:  # also in the place of sys.exit(0)
+            error.add_note(str(failure))  # the first error is shown first
+        elif failure:  # also instead of sys.exit(0)
             raise failure
 
     def steps(self) -> list[int]:
-        """The finished steps, oldest first, once a pending save has ended."""
+        """Waits for a pending save and returns the finished steps, oldest first."""
         self._wait()
         return self._known()
 
     def save(
         self, step: int, state: Any, metadata: dict[str, Any], force: bool = False
     ) -> bool:
-        """Saves when `every` divides `step`, or when forced; returns whether it did.
+        """Saves the state if `step` is a multiple of `every`, or if forced.
 
-        Returns when the arrays are copied (they may be donated then) and writes in the
-        background; the next call raises what failed there. A step that this object
-        has just saved or restored is not written again.
-        Raises `GrpoError` when a write failed, when steps run backwards, when a number
-        is not finite, and when the directory holds another run's checkpoints, from
-        which this one did not start.
+        Returns as soon as the arrays are copied; they may then be donated. Writing goes
+        on in the background, and the next call raises an error that occurs there. A
+        step that was just saved or restored is not written again.
+
+        Args:
+          step: the number of the step; steps must grow.
+          state: pytree of jax arrays, none of them empty.
+          metadata: a dictionary of JSON values.
+          force: save at any step.
+
+        Returns:
+          Whether the state is being saved.
+
+        Raises:
+          GrpoError: a write failed, the step is before the last one, a number is not
+            finite, a leaf is no jax array, or the directory holds another run's
+            checkpoints from which this run did not start.
         """
         due = force or step % self._every == 0
         if due or not self._orbax.is_saving_in_progress():
@@ -221,7 +237,7 @@ class Checkpoints:
             )
         self._set_aside()
         record = {"step": step, "metadata": metadata, "leaves": described}
-        record = json.loads(json.dumps(record))  # as it will be read: 1 becomes "1"
+        record = json.loads(json.dumps(record))  # as read back: 1 becomes "1"
         kept = {"record": record, "crc32": _crc32(record)}
         save = self._orbax.save_async
         try:
@@ -233,13 +249,23 @@ class Checkpoints:
     def restore(
         self, abstract: Any, step: int | None = None
     ) -> tuple[int, Any, dict[str, Any]]:
-        """The newest checkpoint, or that of `step`, verified: (step, state, metadata).
+        """Restores and verifies the newest checkpoint, or that of `step`.
 
-        `abstract` is the state in arrays or ShapeDtypeStructs, whose shardings say
-        where each leaf goes: the mesh may be another. After an older step is restored,
-        the first save renames the newer ones to `STEP.abandoned`.
-        Raises `GrpoError` for none, for another structure and for a damaged one.
-        Nothing older is taken silently: the message lists the steps to choose from.
+        After an older step is restored, the first save renames the newer ones to
+        `STEP.abandoned`. A damaged checkpoint is never replaced by an older one
+        silently: the message lists the steps to choose from.
+
+        Args:
+          abstract: the state as arrays or ShapeDtypeStructs. Their shardings say where
+            each leaf goes; the mesh may differ from the one that saved.
+          step: the step, or None for the newest.
+
+        Returns:
+          (step, state, metadata).
+
+        Raises:
+          GrpoError: there is no checkpoint, its structure differs, it is damaged, or
+            `objection` rejects it.
         """
         known = self.steps()
         if not known:
@@ -256,7 +282,7 @@ class Checkpoints:
         targets = {name: _target(x) for name, x in wanted.items()}
         loaded = self._read(step, lambda: self._orbax.load(step, targets))
         leaves = {name: _settle(loaded.pop(name), x) for name, x in wanted.items()}
-        # types too: a lost file may turn a PRNG key into plain integers
+        # Compares types too: a lost file may turn a PRNG key into plain integers.
         found, broken = describe(leaves)
         if bad := [name for name in found if found[name] != record["leaves"][name]]:
             what = f"the checksum of {and_more(bad)} does not match"
@@ -268,10 +294,10 @@ class Checkpoints:
         return step, state, record["metadata"]
 
     def preempted(self) -> bool:
-        """Whether to save and leave: some process of the run was sent SIGTERM.
+        """Returns whether to save and exit, because a process was sent SIGTERM.
 
-        Ask at every step, on every process: all of them get the same answer at the
-        same step. A second SIGTERM ends the process at once.
+        Call it at every step on every process; all get the same answer at the same
+        step. In a run of one process, a second SIGTERM ends it at once.
         """
         self._preempted |= processes.stopping()
         return self._preempted
@@ -289,7 +315,7 @@ class Checkpoints:
         return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
 
     def _wait(self) -> None:
-        """Ends the pending save, if there is one, and raises what went wrong in it."""
+        """Waits for a pending save and raises the error that occurred in it."""
         if self._pending is None:
             return
         (step, response), self._pending = self._pending, None
@@ -313,8 +339,8 @@ class Checkpoints:
         return self._error(f"step {step} is damaged ({why}); {choice}")
 
     def _read(self, step: int, read: Callable[[], Any]) -> Any:
-        """`read()`, or the damage that Orbax met in one line."""
-        # a failed read abandons others, and each would print a page when it ends
+        """Returns `read()`; raises an error of Orbax as damage, in one line."""
+        # A failed read abandons other reads, and each of them would print a traceback.
         hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
         try:
             with warnings.catch_warnings(action="ignore"):
@@ -329,7 +355,7 @@ class Checkpoints:
         raise self._damaged(step, why)
 
     def _record(self, step: int) -> dict[str, Any]:
-        """What `save` wrote beside the arrays, once its own checksum is right."""
+        """Returns what `save` wrote beside the arrays, after checking its checksum."""
         kept = self._read(step, lambda: self._orbax.metadata(step).custom_metadata)
         record = (kept or {}).get("record", {})
         if record.get("step") != step or kept.get("crc32") != _crc32(record):
@@ -337,7 +363,7 @@ class Checkpoints:
         return record
 
     def _set_aside(self) -> None:
-        """Renames the checkpoints that an older step was chosen over."""
+        """Renames the checkpoints that are newer than the restored step."""
         known = self._known()
         if known and self._here is None:
             raise self._error(f"steps {known} are another run's; restore one first")
@@ -353,7 +379,7 @@ class Checkpoints:
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs each failure by the page; here it is raised in one line."""
+    """Filters out Orbax's long logs of failures; they are raised in one line here."""
     text = f"{record.pathname} {record.getMessage()}"
     return "/orbax/" not in text and "tensorstore_spec" not in text
 
@@ -364,7 +390,7 @@ def _target(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _settle(leaf: jax.Array, like: Any) -> jax.Array:
-    """Frees a leaf from its device where `like` is free, so that it joins any mesh."""
+    """Uncommits a leaf from its device if `like` is uncommitted, to fit any mesh."""
     if like.committed if isinstance(like, jax.Array) else like.sharding:
         return leaf
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -374,7 +400,7 @@ def _settle(leaf: jax.Array, like: Any) -> jax.Array:
 
 
 def _difference(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """A line for each leaf that the checkpoint and the run do not share."""
+    """Returns a line for each leaf that differs between checkpoint and run."""
     lines = [f"{n}: only in the checkpoint" for n in saved if n not in wanted]
     lines += [f"{n}: not in the checkpoint" for n in wanted if n not in saved]
     return lines + [

@@ -1,16 +1,16 @@
-"""Several processes as one run: starting them, what they tell each other, their end.
+"""Starts, coordinates and ends the processes of a run.
 
-In: flags, or what a cluster says of itself (TPU pods, SLURM, Kubernetes, Open MPI, as
-jax detects them). Out: jax.distributed, and a few functions that a loop needs so that
-it can be written for one process and be right for many. With one they cost nothing.
+Processes are found by flags, or on a cluster that jax detects (TPU pods, SLURM,
+Kubernetes, Open MPI). The functions here let a training loop be written for one process
+and be right for many; with one process they cost nothing.
 
-Every process runs the same program on the same numbers: the questions of a step, its
-outputs as token ids, its rewards. What is slow on a host is divided: each decodes and
-grades the outputs that are its own (`share`), and all get the results (`exchange`).
-Process 0 alone writes. An error in one process ends all, with its line.
+Every process runs the same program on the same data: a step's questions, outputs and
+rewards. Slow host work is divided: each process decodes and grades its share of the
+outputs (`share`), and all get the results (`exchange`). Only process 0 writes files. An
+error in one process ends all of them, with its message.
 
-What processes tell each other goes through jax's coordinator and not the devices: it
-waits for no program, and may be a text.
+Messages go through jax's coordinator and not through the devices. They may be text, and
+do not wait for a running program.
 """
 
 from __future__ import annotations
@@ -48,26 +48,30 @@ def _state() -> Any:
 
 
 def count() -> int:
+    """Returns the number of processes."""
     return _state().num_processes
 
 
 def index() -> int:
+    """Returns the number of this process, from 0."""
     return _state().process_id
 
 
 def first() -> bool:
-    """Whether this is the process that writes and prints."""
+    """Returns whether this is process 0, which writes and prints."""
     return index() == 0
 
 
 def say(text: str) -> None:
-    """A line for the reader, once a run."""
+    """Prints a line, on process 0 only."""
     if first():
         print(text, flush=True)
 
 
 def share(items: int, group: int = 1) -> slice:
-    """Which of so many items are this process's own; groups are kept whole if possible.
+    """Returns the slice of `items` items that is this process's share.
+
+    Groups of `group` consecutive items are kept whole if every process gets one.
 
     >>> share(10)
     slice(0, 10, None)
@@ -76,7 +80,10 @@ def share(items: int, group: int = 1) -> slice:
 
 
 def part(items: int, group: int, number: int, of: int) -> slice:
-    """Share `number` of `of`; they differ by an item (or a group) at most.
+    """Returns share `number` of `of` as a slice.
+
+    Shares differ by at most one item, or by one group. Groups of `group` consecutive
+    items are kept whole if there are at least `of` groups.
 
     >>> [part(12, 4, i, 2) for i in (0, 1)], [part(4, 4, i, 2) for i in (0, 1)]
     ([slice(0, 4, None), slice(4, 12, None)], [slice(0, 2, None), slice(2, 4, None)])
@@ -88,9 +95,9 @@ def part(items: int, group: int, number: int, of: int) -> slice:
 
 
 def exchange(value: T) -> list[T]:
-    """What every process gives here, by its number; values of JSON.
+    """Returns the values of all processes, in the order of their numbers.
 
-    All processes must come here, in the same order.
+    All processes must call it, in the same order. Values are those of JSON.
 
     >>> exchange({"reward": 0.5})
     [{'reward': 0.5}]
@@ -101,13 +108,13 @@ def exchange(value: T) -> list[T]:
     turn = next(_turns)
     client.key_value_set(f"grpo_jax/{turn}/{index()}", json.dumps(value))
     found = [json.loads(_get(f"grpo_jax/{turn}/{i}")) for i in range(count())]
-    if turn:  # who is here has read what was told before
+    if turn:  # all have read the turn before
         client.key_value_delete(f"grpo_jax/{turn - 1}/{index()}")
     return found
 
 
 def _get(key: str) -> str:
-    """A value, waited for as long as every process lives."""
+    """Waits for a value, for as long as every process lives."""
     while True:
         try:
             return _state().client.blocking_key_value_get(key, 2000)
@@ -117,13 +124,17 @@ def _get(key: str) -> str:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What process 0 makes of files that all can see, for all: JSON."""
+    """Calls `make` on process 0 and returns its result (JSON) on all processes."""
     told: list[Any] = exchange(make() if first() else None)
     return told[0]
 
 
 def divide(work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R]:
-    """work(items), a result an item, of which each process does its share.
+    """Returns work(items), of which each process computes its share.
+
+    Args:
+      work: returns one result (JSON) for each of the items that it is given.
+      items: the items, the same on all processes.
 
     >>> divide(lambda texts: [len(t) for t in texts], ["a", "bcd"])
     [1, 3]
@@ -134,7 +145,15 @@ def divide(work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> li
 
 
 def agree(what: str, values: Mapping[str, Any]) -> None:
-    """Refuse where a process has other values than process 0, by their hashes."""
+    """Checks that all processes have the same values, by the hashes of their reprs.
+
+    Args:
+      what: what the values are, for the message.
+      values: the values by name.
+
+    Raises:
+      GrpoError: a process has other values than process 0.
+    """
     if _state().client is None:
         return
     texts = {name: repr(value).encode() for name, value in values.items()}
@@ -150,10 +169,10 @@ def agree(what: str, values: Mapping[str, Any]) -> None:
 
 
 def stopping() -> bool:
-    """Whether some process was told to stop (SIGTERM): all hear it at the same call.
+    """Returns whether a process was sent SIGTERM; all learn it at the same call.
 
-    Ask at every step of whatever takes long, in all processes alike. One process alone
-    never hears it here: its signal is its own.
+    Call it at every step of long work, on all processes. In a run of one process it
+    always returns False; that process handles the signal itself.
     """
     global _stop
     if _state().client is not None and not _stop:
@@ -163,11 +182,12 @@ def stopping() -> bool:
 
 
 class _OwnCounter:
-    """jax's preemption manager, which only `stopping` asks whether to stop.
+    """Wraps jax's preemption manager, so that only `stopping` can ask it.
 
-    On SIGTERM the manager has all processes stop at the call whose number is one above
-    the highest that any has come to. This holds while the numbers grow: Orbax would ask
-    with its own, the training steps, and set a call that is already past.
+    On SIGTERM the manager lets all processes stop at a call whose number is one above
+    the highest that any process has reached. The numbers must therefore only grow.
+    Orbax would ask with its own numbers, the training steps, and the chosen call could
+    already be past.
     """
 
     def __init__(self, manager: Any):
@@ -175,12 +195,12 @@ class _OwnCounter:
         self.shutdown = manager.shutdown
 
     def reached_sync_point(self, number: int) -> bool:
-        """What others hear: `Checkpoints` tells Orbax when to save."""
+        """Returns False: Orbax saves when `Checkpoints` tells it to."""
         return False
 
 
 def listen() -> None:
-    """Makes `stopping` the only one that asks jax whether to stop."""
+    """Makes `stopping` the only caller of jax's preemption manager."""
     state = _state()
     if not isinstance(state.preemption_sync_manager, _OwnCounter):
         state.preemption_sync_manager = _OwnCounter(state.preemption_sync_manager)
@@ -195,18 +215,22 @@ def together(
     wait: int = 300,
     heartbeat: int = 100,
 ) -> Iterator[None]:
-    """All processes of a run, from their start to their common end.
+    """Connects the processes of a run for the length of a `with` block.
+
+    If the block fails in one process, all processes end with its message.
 
     Args:
-      coordinator, processes, number: host:port of process 0, how many there are and
-        which this is; None: as the cluster says, and where there is none this process
-        is alone.
-      wait: seconds for all to come (fault 41).
-      heartbeat: seconds after which a process that is silent counts as lost; jax then
-        aborts the others (fault 40).
+      coordinator: host:port of process 0; None if the cluster tells it. Without a
+        cluster this process is then alone.
+      processes: how many processes there are, or None.
+      number: the number of this process, from 0, or None.
+      wait: seconds to wait until all processes are there; the run ends if one is not.
+      heartbeat: seconds after which a silent process counts as lost. jax then aborts
+        the others, which would otherwise wait for it without end.
 
     Raises:
-      GrpoError: a part of the address is missing or out of range.
+      GrpoError: a part of the address is missing or out of range, or the processes do
+        not find each other.
     """
     if not _start(coordinator, processes, number, wait, heartbeat):
         yield
@@ -228,7 +252,7 @@ def together(
 
 
 def _start(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
-    """Starts jax.distributed; False where this process is alone."""
+    """Starts jax.distributed; returns False if this process is alone."""
     given = [coordinator, processes, number]
     if given != [None] * 3:
         if None in given:
@@ -255,10 +279,11 @@ def _start(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
             coordinator,
             processes,
             number,
-            initialization_timeout=wait + 60,  # jax's own end is an abort
+            initialization_timeout=wait + 60,  # after our own: jax would abort
             heartbeat_timeout_seconds=heartbeat,
             coordinator_bind_address=bind,
-            # Told everything, jax has nothing to look up, and takes all local devices.
+            # With all flags given, jax need not detect a cluster, and each process
+            # takes all its local devices.
             cluster_detection_method="deactivate" if coordinator else None,
         )
     except ValueError as error:
@@ -267,7 +292,7 @@ def _start(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
         raise GrpoError(f"processes: {error}") from None
     except RuntimeError as error:
         if given == [None] * 3 and "before any JAX" in str(error):
-            return False  # part of a program that computes already
+            return False  # called by a program that uses jax already
         line = (str(error).splitlines() or [""])[0]
         raise GrpoError(f"processes: they could not be started ({line})") from error
     finally:
@@ -286,7 +311,7 @@ def _nobody_came(seconds: int) -> None:
 
 
 def _failure() -> str | None:
-    """The line of the process that failed first, if one did."""
+    """Returns the message of the process that failed first, if one did."""
     try:
         return _state().client.key_value_try_get(_FAILED)
     except jax.errors.JaxRuntimeError:
@@ -294,15 +319,15 @@ def _failure() -> str | None:
 
 
 def _watch(done: threading.Event) -> None:
-    """Ends this process when another has failed: it may be waiting for that one."""
+    """Ends this process when another has failed, as it may be waiting for it."""
     while not done.wait(1.0):
         if line := _failure():
             _leave(line)
 
 
 def _end(line: str) -> None:
-    """This process fails: the others are told, unless its failure is theirs."""
-    if "JaxRuntimeError" in line:  # what the end of another looks like from here
+    """Ends this process, and tells the others unless one of them failed first."""
+    if "JaxRuntimeError" in line:  # the usual sign that another process ended
         time.sleep(2.5)
     first_line = _failure()
     if first_line is None:
@@ -318,5 +343,5 @@ def _leave(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
     sys.stdout.flush()
     if first():
-        time.sleep(3)  # the others ask process 0
+        time.sleep(3)  # the others still ask process 0 for the message
     os._exit(1)

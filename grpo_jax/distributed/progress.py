@@ -1,4 +1,4 @@
-"""Progress bars, drawn by the first process of a run alone."""
+"""Progress bars, drawn only by the first process of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from grpo_jax.distributed import processes
 
 
 def progress(stage: str, start: int, steps: int, unit: str = "step") -> tqdm.tqdm:
-    """A bar with the time left; in a log a line every ten seconds and at the end."""
+    """Returns a bar on stderr with the time left.
+
+    If stderr is no terminal, it prints a line every ten seconds and one at the end.
+
+    Args:
+      stage: the label before the bar.
+      start: steps that are done already.
+      steps: steps in total.
+      unit: what a step is called.
+    """
     screen = sys.stderr.isatty()
     return tqdm.tqdm(
         desc=stage,
@@ -27,13 +36,13 @@ def progress(stage: str, start: int, steps: int, unit: str = "step") -> tqdm.tqd
 
 
 class _Lines(io.StringIO):
-    """What tqdm draws over and over in one line, as lines; each count once."""
+    """Writes the line that tqdm redraws as separate lines, each count once."""
 
     count = ""
 
     def write(self, text: str) -> int:
         shown = text.replace("\x1b[A", "").strip()
-        count = shown.partition(" [")[0]  # behind it stand times
+        count = shown.partition(" [")[0]  # the rest is times
         if shown and count != self.count:
             print(shown, file=sys.stderr, flush=True)
             self.count = count

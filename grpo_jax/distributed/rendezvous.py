@@ -1,11 +1,10 @@
-"""Processes meet before jax starts: all are there, each once, and agree how many.
+"""Checks, before jax starts, that all processes of a run are there with right flags.
 
-In: the address of process 0, how many processes there are and which this is. Out:
-nothing, once all have come; else the same line in every process that did.
-
-jax itself waits for as many as process 0 was told, and takes two with one number for
-one that has restarted: a run with a wrong flag hangs, or ends in C++. Here process 0
-listens at the coordinator's address, which jax takes over when all have come.
+jax itself waits for as many processes as process 0 was told, and takes two processes
+with one number for one that has restarted. A run with a wrong flag then hangs, or ends
+in a C++ error. Here process 0 first listens at the coordinator's address, and every
+process gets the same message if one is missing or has a wrong flag. When all have come,
+jax takes the address over.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import time
 
 from grpo_jax.errors import GrpoError
 
-_OURS = "grpo_jax"  # begins every line; another word is another program's
+_OURS = "grpo_jax"  # first word of every message, to recognise our own processes
 
 
 def meet(
@@ -26,12 +25,14 @@ def meet(
 
     Args:
       coordinator: host:port of process 0, as the others reach it.
+      processes: how many processes there are.
+      number: the number of this process, from 0.
       bind: host:port where process 0 listens.
-      wait: seconds for all to come.
+      wait: seconds to wait for all processes.
 
     Raises:
-      GrpoError: one is missing, two have the same number, two were told different
-        counts; nobody answers as process 0, or one whose run has begun.
+      GrpoError: a process is missing, two have the same number, two were told different
+        counts, or process 0 does not answer or has begun its run.
     """
     deadline = time.monotonic() + wait
     if number == 0:
@@ -46,9 +47,9 @@ def _split(address: str) -> tuple[str, int]:
 
 
 def _receive(bind: str, processes: int, wait: float, deadline: float) -> None:
-    """Process 0: hears all others, then tells them to begin, or why not."""
+    """Process 0: waits for all others, then tells them to begin, or why not."""
     came: dict[int, socket.socket] = {}
-    others: list[socket.socket] = []  # of whom the run has no place
+    others: list[socket.socket] = []  # with a wrong flag
     error = ""
     with _listen(bind) as listener, contextlib.ExitStack() as open_ones:
         while len(came) < processes - 1 or not all(map(_is_there, came.values())):
@@ -80,7 +81,7 @@ def _receive(bind: str, processes: int, wait: float, deadline: float) -> None:
                 )
             if wrong:
                 others.append(peer)
-                if not error:  # those who are about to come are told too
+                if not error:  # processes about to come get the message too
                     deadline = min(deadline, time.monotonic() + 2)
                 error = error or wrong
             else:
@@ -120,7 +121,7 @@ def _next(listener: socket.socket, deadline: float) -> socket.socket | None:
 
 
 def _hear(peer: socket.socket) -> tuple[int, int] | None:
-    """What a process says of itself; None for whoever else comes by."""
+    """Returns a process's number and its count; None if the peer is not one of ours."""
     try:
         word, number, count = _line(peer, 2.0).split()
         hello = int(number), int(count)
@@ -130,14 +131,14 @@ def _hear(peer: socket.socket) -> tuple[int, int] | None:
 
 
 def _line(peer: socket.socket, seconds: float) -> str:
-    """A line of at most 1,000 bytes; "" where the other side has gone."""
+    """Reads a line of at most 1,000 bytes; "" if the other side has closed."""
     peer.settimeout(max(0.01, seconds))
     with peer.makefile("rb") as file:
         return file.readline(1000).decode("utf-8", "replace")
 
 
 def _is_there(peer: socket.socket) -> bool:
-    """Whether it still waits; one that was stopped and started again does not."""
+    """Whether the peer still waits; a process that was restarted does not."""
     peer.setblocking(False)
     try:
         return bool(peer.recv(1, socket.MSG_PEEK))
@@ -152,7 +153,7 @@ def _is_there(peer: socket.socket) -> bool:
 def _report(
     coordinator: str, processes: int, number: int, wait: float, deadline: float
 ) -> None:
-    """Every other process: goes to process 0, and waits until it says to begin."""
+    """Every other process: connects to process 0 and waits for its answer."""
     answer, there = "", False
     while not answer and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
@@ -160,7 +161,7 @@ def _report(
             with socket.create_connection(_split(coordinator), timeout=5) as peer:
                 there = True
                 peer.sendall(f"{_OURS} {number} {processes}\n".encode())
-                # A little longer than process 0, which knows who is missing.
+                # A little longer than process 0, whose message says who is missing.
                 answer = _line(peer, deadline + 1 - time.monotonic())
         if not answer:
             time.sleep(0.2)

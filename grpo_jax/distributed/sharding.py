@@ -1,7 +1,7 @@
-"""Where arrays live: one mesh (data, fsdp, tensor) and one table of rules.
+"""Layout of arrays over devices: one mesh (data, fsdp, tensor) and one table of rules.
 
-In: the sizes of the mesh, a tree of parameters (or optimiser state). Out: shardings.
-One device is the mesh (1, 1, 1), not another code path.
+The rules map the path of a leaf of the parameters or optimiser state to its sharding. A
+single device is the mesh (1, 1, 1) and takes the same code path.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from grpo_jax.errors import GrpoError
 P = PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 
-# The first pattern found in a leaf's path decides; matrices are [L, out, in].
+# The first pattern that is found in a leaf's path applies; matrices are [L, out, in].
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/(q|k|v|gate|up)_proj$", P(None, "tensor", "fsdp")),
     (r"layers/(o|down)_proj$", P(None, "fsdp", "tensor")),
@@ -38,7 +38,16 @@ BATCH = P(("data", "fsdp"))  # rows are spread over both
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """The mesh over `devices` (all there are by default); fsdp=-1 takes the rest."""
+    """Returns a mesh over `devices`, by default over all devices.
+
+    Args:
+      data, fsdp, tensor: sizes of the axes. At most one of them may be -1, and then
+        takes the devices that are left.
+      devices: devices in the order of the mesh, tensor axis fastest.
+
+    Raises:
+      GrpoError: the sizes are invalid or do not multiply to the number of devices.
+    """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
@@ -58,10 +67,13 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
 
 
 def regroup(mesh: Mesh, tensor: int, *, fsdp: bool = False) -> Mesh:
-    """The same devices in groups of `tensor`, each with all of the parameters.
+    """Returns a mesh of the same devices in groups of `tensor`, for decoding.
 
-    To decode: what is read at every token is then split, and never gathered. With
-    `fsdp` each group has only its share of the parameters.
+    Each group holds all parameters, split over its devices, so that no weights are
+    gathered while decoding. With `fsdp` each group holds only its share of them.
+
+    Raises:
+      GrpoError: `tensor` does not divide the number of devices.
     """
     if mesh.size % tensor:
         raise GrpoError(
@@ -76,10 +88,16 @@ def regroup(mesh: Mesh, tensor: int, *, fsdp: bool = False) -> Mesh:
 def spec_of(
     path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
-    """The table's answer for one leaf; an axis that does not divide stays whole.
+    """Returns the sharding of a leaf by RULES.
 
-    What only the optimiser reads is spread over "data" too: each of those that hold the
-    same parameters moves a share of them.
+    An axis whose size is not a multiple of the mesh axis stays whole. Optimiser state
+    is also split over "data", so that devices with the same parameters each update a
+    share of them.
+
+    Args:
+      path: the leaf's path, with slashes.
+      shape: its shape.
+      mesh: the mesh.
 
     >>> mesh = make_mesh(devices=jax.devices()[:1])
     >>> spec_of("layers/q_proj", (2, 8, 4), mesh)
@@ -100,7 +118,7 @@ def spec_of(
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every leaf of a tree of parameters or optimiser state."""
+    """Returns a NamedSharding for each leaf of parameters or optimiser state."""
 
     def of(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -110,7 +128,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:
-    """ShapeDtypeStructs with shardings: the shape of a state that is not there yet."""
+    """Returns ShapeDtypeStructs with shardings, for a state that does not exist yet."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         tree,
@@ -119,44 +137,45 @@ def abstract(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
-    """Rows over (data, fsdp), after `leading` axes that are not split."""
+    """Returns the sharding of rows over (data, fsdp), after `leading` unsplit axes."""
     return NamedSharding(mesh, P(*(None,) * leading, *BATCH))
 
 
 def rows_multiple(mesh: Mesh | AbstractMesh) -> int:
-    """A batch's row count must be a multiple of this."""
+    """Returns the number of devices over which the rows of a batch are split."""
     return size_of(mesh, BATCH[0])
 
 
 def size_of(mesh: Mesh | AbstractMesh, axes: Any) -> int:
-    """Over how many devices the axes spread what this program sees.
+    """Returns over how many devices these axes split the arrays of this program.
 
-    Inside a shard_map its own axes do not: the program has one part already.
+    Axes of a surrounding shard_map do not count: the program sees one part only.
     """
     names = (axes,) if isinstance(axes, str) else (axes or ())
     return math.prod(mesh.shape[name] for name in names if name in free(mesh))
 
 
 def free(mesh: Mesh | AbstractMesh) -> set[str]:
-    """The axes along which the partitioner splits: all but those of a shard_map."""
+    """Returns the axes that XLA's partitioner splits: all but those of a shard_map."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name for name, kind in kinds if kind != AxisType.Manual}
 
 
 def one_at_a_time(mesh: Mesh, x: Any) -> Any:
-    """x, on its way; on a CPU mesh of several devices x when it is there.
+    """Returns x, and waits for it first on a CPU mesh of several devices.
 
-    Two programs that both wait for all devices of such a mesh can starve each other;
-    an accelerator runs its programs in the order in which they were dispatched.
+    On such a mesh two programs that both need all devices can deadlock. Accelerators
+    run their programs in the order of dispatch and need no wait.
     """
     several = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
     return jax.block_until_ready(x) if several else x
 
 
 def mesh_in_use() -> AbstractMesh | None:
-    """The mesh that `jax.set_mesh` has set; None where it spreads nothing, or none is.
+    """Returns the mesh set by `jax.set_mesh`, or None.
 
-    Inside a shard_map it is what the shard_map leaves of it.
+    It also returns None for a mesh of another kind and for one that splits nothing.
+    Inside a shard_map the axes of the shard_map do not count.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(AXES) <= set(mesh.axis_names):
@@ -165,33 +184,36 @@ def mesh_in_use() -> AbstractMesh | None:
 
 
 def platform() -> str:
-    """The devices that this program is compiled for: "cpu", "gpu" or "tpu".
+    """Returns the platform this program is compiled for: "cpu", "gpu" or "tpu".
 
-    The mesh in use knows, also where the machine that compiles has no such devices.
-    `jax.lax.platform_dependent` would trace every way on every platform, and cuDNN's
-    refuses to be traced without cuDNN; under `grad` it keeps what each would need.
+    The mesh in use tells it, also on a machine without such devices. We do not use
+    `jax.lax.platform_dependent`: it traces every branch on every platform, the cuDNN
+    branch cannot be traced without cuDNN, and `grad` keeps the residuals of all.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
 
 def layout_is_known() -> bool:
-    """Whether it is known on which devices this program's arrays lie.
+    """Returns whether this program knows how its arrays are split over devices.
 
-    Not where there are several devices and `jax.set_mesh` has set none of our meshes.
-    Only XLA's own operations can be used then: it can split them, but no kernel.
+    With several devices and none of our meshes set by `jax.set_mesh` it does not. Then
+    only XLA's own operations can be used, as XLA cannot partition a custom kernel.
     """
     return mesh_in_use() is not None or alone()
 
 
 def alone() -> bool:
-    """Whether what this program sees lies on one device for certain."""
+    """Returns whether all arrays of this program are certain to be on one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return (jax.device_count() if mesh.empty else size_of(mesh, mesh.axis_names)) == 1
 
 
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Pin an intermediate to the mesh in use; nothing where none is or it can't be."""
+    """Constrains the sharding of an intermediate array on the mesh in use.
+
+    Without a mesh, or if an axis does not divide, it returns x as it is.
+    """
     mesh = mesh_in_use()
     if mesh is None:
         return x
@@ -202,7 +224,7 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def within(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """The same without the axes of a shard_map that this is inside of."""
+    """Returns the spec without the axes of a surrounding shard_map."""
 
     def left(axes):
         names = (axes,) if isinstance(axes, str) else (axes or ())
@@ -212,11 +234,18 @@ def within(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
 
 
 def rows_of_table(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """table [V, D] at tokens [B, T], where columns are split over fsdp, and B too.
+    """Returns table[tokens] for a table whose columns are split over "fsdp".
 
-    Each device looks its columns up for the tokens of all, and rows are exchanged for
-    columns: neither the table nor its gradient is ever whole. Left to itself the
-    partitioner copies both everywhere.
+    Each device looks up its columns for the tokens of all, and an all-to-all exchanges
+    columns for rows. Neither the table nor its gradient is gathered, while XLA's
+    partitioner on its own would copy both to every device.
+
+    Args:
+      table: [V, D].
+      tokens: [B, T] int, rows split over `BATCH`.
+
+    Returns:
+      [B, T, D], rows split over `BATCH`.
     """
     mesh = mesh_in_use()
     width = size_of(mesh, "fsdp") if mesh else 1
@@ -227,7 +256,7 @@ def rows_of_table(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
     def look_up(table, tokens):
         everywhere = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
-        x = table[everywhere]  # [B of all, T, D / fsdp]
+        x = table[everywhere]  # [fsdp · B, T, D / fsdp]
         return jax.lax.all_to_all(x, "fsdp", split_axis=0, concat_axis=2, tiled=True)
 
     rows = within(BATCH, mesh)
@@ -240,7 +269,7 @@ def rows_of_table(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh that a tree's arrays were placed on, if they were placed on one."""
+    """Returns the mesh on which a tree's arrays were placed, or None."""
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
             if isinstance(leaf.sharding, NamedSharding):
@@ -251,10 +280,14 @@ def mesh_of(tree: Any) -> Mesh | None:
 
 
 def move(tree: Any, memory: str) -> Any:
-    """A tree's arrays in the memory of their devices, or in the host's ("host").
+    """Moves a tree's arrays to device memory or to pinned host memory.
+
+    Args:
+      tree: the arrays; their shardings are kept.
+      memory: "device" or "host".
 
     Raises:
-      GrpoError: the devices cannot reach the host's memory.
+      GrpoError: these devices have no such memory.
     """
     kind = {"device": "device", "host": "pinned_host"}[memory]
 
@@ -271,7 +304,9 @@ def move(tree: Any, memory: str) -> Any:
 
 
 def to_devices(x: Any, sharding: NamedSharding) -> jax.Array:
-    """NumPy's numbers, the same on every host, laid out: each host sends its own part.
+    """Returns a sharded array of NumPy data that is the same on every host.
+
+    Each host sends only the parts of its own devices.
 
     >>> mesh = make_mesh(devices=jax.devices()[:1])
     >>> to_devices([1, 2], NamedSharding(mesh, P())).tolist()
@@ -282,7 +317,7 @@ def to_devices(x: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def to_hosts(tree: Any) -> Any:
-    """A tree of arrays as NumPy's, whole on every host; all of them must call it."""
+    """Returns a tree of arrays as whole NumPy arrays; every process must call it."""
 
     def whole(x):
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -294,7 +329,10 @@ def to_hosts(tree: Any) -> Any:
 
 
 def batch_placer(mesh: Mesh):
-    """A function that puts a packed batch [A, B, T] on the mesh: rows over BATCH."""
+    """Returns a function that places a packed batch [A, B, T] on the mesh.
+
+    Rows B are split over `BATCH`; arrays of another rank are replicated.
+    """
     rows, whole = batch_sharding(mesh, leading=1), NamedSharding(mesh, P())
 
     def place(batch: Any) -> Any:

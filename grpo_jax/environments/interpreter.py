@@ -1,11 +1,9 @@
-r"""The interpreter: the programs in a model's text, and what it is told of them.
+r"""Runs the Python programs in a model's text and formats their output for the model.
 
-In: texts that a model wrote. Out: for each program a `Call`: what it printed, or
-"Runtime errors: …", and how a tokenizer has it.
-
-The rules are those of DeepSeekMath's evaluation: a ```python block at the end of a text
-is run behind the earlier ones, which go without their unindented lines that print; of
-an output over 100 characters the first and the last 50 are kept.
+The rules are those of DeepSeekMath's evaluation code. A ```python block at the end of a
+text is run after the earlier blocks, whose unindented lines that print are left out.
+The model is given what the program printed, or "Runtime errors: …". Of more than 100
+characters it gets the first and the last 50.
 """
 
 from __future__ import annotations
@@ -21,24 +19,26 @@ from grpo_jax.sandbox import ProgramResult, Sandbox, SandboxError, shared_sandbo
 STOP = "```output"
 PROGRAM = "```python"
 FENCE = "```"
-KEPT = 50  # characters of a long result's beginning, and of its end
-OUTPUT_TOKENS = 160  # of an output with its fences, at most
+KEPT = 50  # characters kept at each end of a long output
+OUTPUT_TOKENS = 160  # most tokens of an output with its fences
 
 
-# -- from a text to a program ----------------------------------------------------------
+# -- programs in a text ----------------------------------------------------------------
 
 
 def blocks_of(text: str) -> list[str]:
-    """The closed ```python blocks of a text that have anything in them."""
+    """Returns the programs in a text's closed ```python blocks, without empty ones."""
     parts = text.split(PROGRAM)[1:]
     blocks = [part.partition(FENCE)[0].strip("\n") for part in parts if FENCE in part]
     return [block for block in blocks if block.strip()]
 
 
 def program_of(before: Sequence[str], text: str) -> str | None:
-    r"""The program that a text asks to run, None if it does not end with one.
+    r"""Returns the program that a text asks to run, or None if it ends without one.
 
-    before: what the model wrote earlier, whose programs it builds on.
+    Args:
+      before: the model's earlier turns, whose programs run first.
+      text: the model's last turn.
 
     >>> print(program_of(["```python\nx = 2\nprint(x)\n```\n"],
     ...                  "Again:\n```python\nprint(x + 1)\n```\n"))
@@ -53,7 +53,7 @@ def program_of(before: Sequence[str], text: str) -> str | None:
 
 
 def _stays(line: str) -> bool:
-    """Whether a line is run again with a later block: all but unindented prints."""
+    """Whether a line runs again before a later block: all but unindented prints do."""
     return "print(" not in line or line.startswith((" ", "\t", "import", "def "))
 
 
@@ -62,7 +62,7 @@ def _stays(line: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A program that was run, what the model is told, and whether it failed."""
+    """A program that was run, the output given to the model, and whether it failed."""
 
     program: str
     output: str
@@ -70,12 +70,18 @@ class Call:
 
 
 class Interpreter:
-    """Runs programs in a sandbox, side by side; equal ones once.
+    """Runs programs in a sandbox, in parallel; equal programs run once.
 
-    Of several processes all call with the same programs: each runs its share, and all
-    get every `Call`. timeout: seconds of wall and of CPU time for each program. Raises
-    GrpoError where no sandbox works, and where one that worked fails twice: that says
-    nothing of the program.
+    With several processes all must call it with the same programs: each process runs
+    its share of them, and all get every `Call`.
+
+    Args:
+      timeout: limit in seconds on each program's wall time and on its CPU time.
+      sandbox: where programs run; the shared sandbox if None.
+
+    Raises:
+      GrpoError: no sandbox works here, or a working one failed twice. The program is
+        then not counted as wrong.
 
     >>> [call.output for call in Interpreter()(["print(6 * 7)", "1 / 0"])]
     ['42', 'Runtime errors: ZeroDivisionError: division by zero']
@@ -85,13 +91,14 @@ class Interpreter:
         self.timeout, self.sandbox = timeout, sandbox or shared_sandbox()
 
     def __call__(self, programs: Sequence[str]) -> list[Call]:
+        """Runs the programs and returns a `Call` for each of them."""
         once = list(dict.fromkeys(programs))
         told = processes.divide(self._run, once)
         calls = {p: Call(p, *one) for p, one in zip(once, told, strict=True)}
         return [calls[program] for program in programs]
 
     def _run(self, programs: Sequence[str]) -> list[tuple[str, bool]]:
-        """What is told of each, and whether it failed."""
+        """Returns each program's output for the model, and whether it failed."""
         limits = dict(wall_seconds=self.timeout, cpu_seconds=self.timeout)
         try:
             found = self.sandbox.run_programs(programs, **limits)
@@ -101,7 +108,7 @@ class Interpreter:
 
 
 def said(result: ProgramResult) -> str:
-    """What the model is told of a program: what it printed, or how it failed."""
+    """Returns the output given to the model: what was printed, or the error."""
     if result.status in ("ok", "output_limit") and (text := result.stdout.strip()):
         return shortened(text)
     fault = result.stderr.strip().rpartition("\n")[2]
@@ -110,7 +117,7 @@ def said(result: ProgramResult) -> str:
 
 
 def shortened(text: str, kept: int = KEPT) -> str:
-    """The first and the last characters of a text that has more than both.
+    """Returns the first and last `kept` characters of a text longer than both.
 
     >>> shortened("1" * 200) == "1" * 50 + "..." + "1" * 50
     True
@@ -118,12 +125,21 @@ def shortened(text: str, kept: int = KEPT) -> str:
     return text if len(text) <= 2 * kept else f"{text[:kept]}...{text[-kept:]}"
 
 
-# -- what the model is told, as tokens ------------------------------------------------
+# -- outputs as tokens -----------------------------------------------------------------
 
 
 def encoded(tokenizer: Tokenizer, before: str, text: str) -> list[int]:
-    """The ids of a text behind another one, whose end is `before`; a character that the
-    tokenizer does not have becomes a question mark, or nothing."""
+    """Encodes a text that follows another one.
+
+    Args:
+      tokenizer: the model's tokenizer.
+      before: the end of the text before it.
+      text: the text; a character that the tokenizer cannot encode becomes a question
+        mark, or is left out if that cannot be encoded either.
+
+    Returns:
+      The token ids of `text` alone.
+    """
     for c in sorted(set(text)):
         for other in (c, "?", ""):
             try:
@@ -139,9 +155,12 @@ def encoded(tokenizer: Tokenizer, before: str, text: str) -> list[int]:
 
 
 def output_tokens(tokenizer: Tokenizer, end: str, output: str) -> list[int]:
-    r"""The ids that the interpreter appends.
+    r"""Returns the token ids that the interpreter appends for an output.
 
-    end: how the model's text ends: a fence, or "```output", with its white space.
+    Args:
+      tokenizer: the model's tokenizer.
+      end: the end of the model's text: a fence or "```output", and white space.
+      output: the output; it is shortened further if it takes more than OUTPUT_TOKENS.
 
     >>> tokenizer = Tokenizer.from_alphabet("```output\n42")
     >>> tokenizer.decode(output_tokens(tokenizer, "```\n", "42"))

@@ -1,21 +1,18 @@
-r"""Tool-integrated reasoning: the model writes programs, an interpreter their output.
+r"""Tool-integrated reasoning: the model writes programs and reads what they print.
 
-In: model, parameters, prompts, an `Interpreter`. Out: `Solutions`, token ids with a
-mask that tells what was sampled from what the interpreter wrote.
+This is the loop of DeepSeekMath's evaluation code, for all rows at once:
+1. Sample up to EOS, or until the text contains "```output", in whatever tokens.
+2. A row whose text now ends with a closed ```python block calls the interpreter, with
+   the earlier blocks (without unindented lines that print) and the last block.
+3. The programs run in parallel in the sandbox, each process running its share. The
+   rows' keys and values stay in the cache.
+4. "\n{result}\n```\n" is encoded and appended, and the row continues, up to the
+   allowed number of generations.
+Sampled token ids are never decoded and encoded again. "```output" ends the model's
+turn, so the model never writes an output itself; if no program comes before it, the row
+ends.
 
-The loop of DeepSeekMath's evaluation, for all rows at once:
-1. sample up to EOS, or up to where the text has "```output", however it is tokenised;
-2. a row whose text now ends with a closed ```python block calls the interpreter: the
-   earlier blocks without their unindented lines that print, then the whole last block;
-3. the programs run in parallel in the sandbox (of several processes each runs its share
-   of them), while keys and values stay in the slots;
-4. "\n{result}\n```\n" is encoded and appended, and the row goes on, for as many
-   generations as are allowed.
-What was sampled stays the ids that it is: nothing is decoded and encoded again. The
-model never writes an output's text: "```output" ends its turn, and without a program
-before it the row.
-
-Axes: N rows, C positions of the longest.
+Axes: N rows, C positions of the longest row.
 """
 
 from __future__ import annotations
@@ -51,19 +48,19 @@ from grpo_jax.models.decoder import Decoder, Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Solutions:
-    """N outputs, on the host; what follows a row's end is 0."""
+    """N outputs, on the host. Positions after a row's end hold 0."""
 
     tokens: np.ndarray  # [N, C] int32
-    logps: np.ndarray  # [N, C] float32, of sampled tokens; 0 at the interpreter's
-    mask: np.ndarray  # [N, C] bool: sampled
+    logps: np.ndarray  # [N, C] float32, in nats; 0 on the interpreter's tokens
+    mask: np.ndarray  # [N, C] bool, True on sampled tokens
     lengths: np.ndarray  # [N] int32
-    finished: np.ndarray  # [N] bool: ended with EOS
-    occupancy: float  # of the first generation
+    finished: np.ndarray  # [N] bool, ended with EOS
+    occupancy: float  # of the slots in the first generation
     calls: list[list[Call]]  # of each row, in order
 
 
 class _Row:
-    """An output as it grows."""
+    """A growing output: the turns of the model and of the interpreter."""
 
     def __init__(self):
         self.tokens: list[int] = []
@@ -71,9 +68,9 @@ class _Row:
         self.mask: list[bool] = []
         self.texts: list[str] = []  # of the model's turns, without "```output"
         self.calls: list[Call] = []
-        self.told: list[int] = []  # the tokens of the last output
-        self.program: str | None = None  # what its last turn asks to run
-        self.end = ""  # how the text ends where it asks
+        self.told: list[int] = []  # tokens of the interpreter's last turn
+        self.program: str | None = None  # that the last turn asks to run
+        self.end = ""  # end of the text that asks to run it
         self.finished = False
 
     def add(self, tokens: Sequence[int], logps: Sequence[float] | None = None) -> None:
@@ -84,7 +81,7 @@ class _Row:
     def write(
         self, tokenizer: Tokenizer, tokens: list[int], logps: list[float]
     ) -> None:
-        """A turn of the model, which calls or ends the row."""
+        """Adds a turn of the model, which calls the interpreter or ends the row."""
         self.add(tokens, logps)
         text = tokenizer.decode(tokens)
         before, found, rest = text.partition(STOP)
@@ -96,14 +93,14 @@ class _Row:
         self.end = STOP + rest if found else FENCE + before[len(before.rstrip()) :]
 
     def tell(self, tokenizer: Tokenizer, call: Call) -> None:
-        """A turn of the interpreter."""
+        """Adds a turn of the interpreter."""
         self.calls.append(call)
         self.told = output_tokens(tokenizer, self.end, call.output)
         self.add(self.told)
 
 
 def _last_run(mask: Sequence[Any]) -> int:
-    """How many values at the end are true."""
+    """Returns how many values at the end are true."""
     return next((i for i, m in enumerate(reversed(mask)) if not m), len(mask))
 
 
@@ -122,16 +119,31 @@ def solve(
     cache_dtype: str | None = None,
     rows: int = 0,
 ) -> Solutions:
-    """Outputs with programs: N = prompts × samples, those of a prompt side by side.
+    """Samples outputs in which the model may run programs.
 
     Args:
-      generations: of an output, at most; programs run after each, the last one too.
-      max_new_tokens: of each generation; an output that is cut off by it ends, unless
-        it ends with a program.
-      key: all draws come from it; in later generations also from which rows go on.
-      rows: whose keys and values are kept at a time (those of a prompt together); 0:
-        all.
-      others: as in `rollout.generate`.
+      model: the decoder.
+      params: its parameters.
+      tokenizer: the model's tokenizer.
+      prompts: token ids of each prompt.
+      interpreter: runs the programs.
+      key: PRNG key of all draws. In later generations draws also depend on which rows
+        continue.
+      samples: outputs of each prompt.
+      generations: most generations of an output; programs run after each of them, the
+        last one included.
+      max_new_tokens: limit on the tokens of each generation. An output that reaches it
+        ends, unless its text ends with a program.
+      temperature: as in `sampler.generate`.
+      cache_dtype: as in `sampler.generate`.
+      rows: most rows whose keys and values are held at a time, at least those of one
+        prompt; 0 holds all rows.
+
+    Returns:
+      N = prompts × samples solutions; those of a prompt are contiguous.
+
+    Raises:
+      GrpoError: an option or a prompt is out of range, or the sandbox does not work.
     """
     options: Any = dict(
         max_new_tokens=max_new_tokens,
@@ -152,7 +164,7 @@ def solve(
     every, occupancy = [], []
     with jax.set_mesh(layout) if layout else contextlib.nullcontext():
         for start in range(0, len(prompts), size):
-            # Rows fold their own numbers into a key: those above are none of theirs.
+            # The sampler folds row numbers into a key; numbers from 2^29 on are free.
             own = jax.random.fold_in(key, (1 << 30) + start) if start else key
             out = generate(
                 model,
@@ -168,7 +180,7 @@ def solve(
             seats = [_Row() for _ in range(out.tokens.shape[0])]
             every += seats
             for turn in range(1, generations + 1):
-                while not out.tokens.is_ready():  # asleep here, so that Ctrl-C is heard
+                while not out.tokens.is_ready():  # sleep here, so that Ctrl-C works
                     time.sleep(0.002)
                 got = sharding.to_hosts((out.tokens, out.logps, out.lengths))
                 for row, tokens, logps, n in zip(seats, *got, strict=True):
@@ -194,8 +206,7 @@ def solve(
 
 
 def _only(out: Rollouts, rows: Sequence[int], multiple: int) -> Rollouts:
-    """The kept rows of these numbers, in slots of their own: the others cost nothing
-    any more."""
+    """Selects rows and moves them into fewer slots, so that the others cost nothing."""
     size = -(-bucket(len(rows), smallest=8) // multiple) * multiple
     size = min(out.cache.token.shape[0], size)
     index = np.array([*rows, *[rows[0]] * (size - len(rows))])
@@ -224,7 +235,9 @@ def _gathered(rows: Sequence[_Row], occupancy: float) -> Solutions:
 
 
 def most_tokens(generations: int, max_new_tokens: int) -> int:
-    """The tokens of an output, at most, with what it is told; no generations: no tools.
+    """Returns the most tokens that an output can have, the interpreter's included.
+
+    `generations` = 0 means no tools: the output is one generation.
 
     >>> most_tokens(0, 1024), most_tokens(2, 1024)
     (1024, 2368)
@@ -234,12 +247,19 @@ def most_tokens(generations: int, max_new_tokens: int) -> int:
     return generations * (max_new_tokens + OUTPUT_TOKENS)
 
 
-# -- what an output says ---------------------------------------------------------------
+# -- the text of an output -------------------------------------------------------------
 
 
 def text_of(tokenizer: Tokenizer, tokens: Sequence[int], mask: Sequence[Any]) -> str:
-    """An output's text; where the model opened an output that no program has, up to
-    there."""
+    """Decodes an output.
+
+    If the model opened an "```output" without a program before it, the text ends there.
+
+    Args:
+      tokenizer: the model's tokenizer.
+      tokens: token ids of the output.
+      mask: for each of them whether it was sampled.
+    """
     text = tokenizer.decode(tokens)
     if mask and mask[-1]:
         own = tokenizer.decode(tokens[len(mask) - _last_run(mask) :])

@@ -1,9 +1,9 @@
-"""Kept rows go on: tokens that others wrote are appended, and sampling resumes.
+"""Resumes rollouts after tokens that the model did not write, such as a tool's output.
 
-In: `Rollouts` with a cache, tokens for each row (a tool's output). Out: `Rollouts` of
-the new turn. Keys and values of what was there are not computed again.
+The KV cache of the earlier turns is reused: only the appended tokens are prefilled
+before sampling goes on.
 
-Axes: N rows, W slots (one a row), T appended positions, C new positions.
+Axes: N rows, W slots (one per row), T appended positions, C new positions.
 """
 
 from __future__ import annotations
@@ -42,9 +42,22 @@ def continue_tokens(
     ends: Ends,
     stop_table: Array | None = None,
 ) -> Rollouts:
-    """The jittable core of `continue_rollouts`; lengths -1: the row is left alone.
+    """Jittable core of `continue_rollouts`.
 
-    [W, T + C]: what was appended, outside the mask, then what was sampled.
+    Args:
+      model: the decoder.
+      params: its parameters.
+      cache: the cache of the earlier turns, one slot per row.
+      tokens: [W, T] int32, the tokens to append, padded on the right.
+      lengths: [W] int32, how many of them are real; -1 leaves the row as it is.
+      key: PRNG key of this turn's draws.
+      sampling: temperature and filters.
+      ends: what ends a row, and the limit C on new tokens.
+      stop_table: [V, S] table of `stop_strings.stop_table`, or None.
+
+    Returns:
+      Rollouts of width T + C with the new cache. A row holds its appended tokens, where
+      the mask is False, and then the sampled ones.
     """
     max_new_tokens = ends.limit
     rows, width = tokens.shape
@@ -67,7 +80,7 @@ def continue_tokens(
     at = jnp.arange(width + max_new_tokens)[None] - lengths[:, None]
     given = at < 0
 
-    def behind(sampled: Array) -> Array:  # [W, C] -> [W, T + C], 0 where none is
+    def behind(sampled: Array) -> Array:  # [W, C] -> [W, T + C], padded with 0
         index = jnp.clip(at, 0, max_new_tokens - 1)
         moved = jnp.take_along_axis(sampled, index, 1)
         return jnp.where((at >= 0) & (at < max_new_tokens), moved, 0)
@@ -107,16 +120,27 @@ def continue_rollouts(
     stop: Sequence[Sequence[int]] = (),
     stop_table: ArrayLike | None = None,
 ) -> Rollouts:
-    """Go on with kept rows after tokens that others wrote, such as a tool's output.
+    """Appends tokens, such as a tool's output, to kept rollouts and samples on.
 
     Args:
-      rollouts: of `generate(…, keep=True)` or of this function; its cache is used up.
-      appended: [N] token ids after a row's last one; None: the row is left alone.
-      key, max_new_tokens, …: as in `generate`, for what is sampled now.
+      model: the decoder that sampled the rollouts.
+      params: its parameters.
+      rollouts: the result of `generate(…, keep=True)` or of this function, with N rows.
+        Use the cache of the result from then on.
+      appended: for each of the N rows the token ids to append, or None to leave the row
+        as it is.
+      key: PRNG key; use a new one for every call.
+      max_new_tokens: the limit C on the tokens sampled in this turn.
+      temperature, top_k, top_p, min_p: as in `generate`.
+      eos_id, stop, stop_table: as in `generate`.
 
     Returns:
-      Rollouts of this turn alone, with a cache: a row begins with its appended tokens,
+      Rollouts of this turn only, with a cache. A row begins with its appended tokens,
       whose mask is False and whose log-probabilities are 0.
+
+    Raises:
+      GrpoError: the rollouts have no cache, `appended` has not N entries, or an option
+        or a token id is out of range.
 
     >>> from grpo_jax.models.decoder import ModelConfig
     >>> config = ModelConfig(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2,

@@ -1,10 +1,11 @@
-"""Decoding: the slots, their cache, and the loop that writes a token a turn.
+"""The decode loop: each turn writes one token in every slot that has a row.
 
-In: a model, its parameters, a `State` and what refills its slots. Out: the state when
-every row has ended. Pure; `rollout.py` and `continuation.py` start and read it.
+A slot is a place in the batch; a row is a completion. `sampler.py` fills the slots from
+a queue of prompts, and `continuation.py` starts the loop from slots that are filled.
+All functions are pure.
 
-Axes: N rows, W slots, C new positions, T appended positions, S positions of a prompt,
-X + 1 blocks of columns, B columns of one, K key heads, H head width.
+Axes: N rows, W slots, C new positions, T appended positions, S prompt positions, X + 1
+blocks of B columns each (`kv_cache.py`), K key heads, H head width.
 """
 
 from __future__ import annotations
@@ -50,15 +51,15 @@ from grpo_jax.models.kernels.xla import dense_attention, marked
 )
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-    """Completions, grouped by prompt; what follows a row's end is 0."""
+    """N completions, grouped by prompt. Positions after a row's end hold 0."""
 
     tokens: Any  # [N, C] int32
-    logps: Any  # [N, C] float32, of the distribution that was sampled, in nats
-    mask: Any  # [N, C] bool: sampled, the EOS token included
+    logps: Any  # [N, C] float32, in nats, under the sampled distribution
+    mask: Any  # [N, C] bool, True on sampled tokens, EOS included
     lengths: Any  # [N] int32
-    finished: Any  # [N] bool: ended with EOS or a stop sequence, not cut off
-    occupancy: Any = None  # [] float32, the share of slots × turns that decoded
-    cache: Any = None  # `Cache`, where it was kept
+    finished: Any  # [N] bool, ended with EOS or a stop string, not cut off
+    occupancy: Any = None  # [] float32, share of slots × turns that decoded a row
+    cache: Any = None  # `Cache`, if it was kept
 
 
 @functools.partial(
@@ -77,12 +78,14 @@ class Rollouts:
 )
 @dataclasses.dataclass(frozen=True)
 class State:
+    """State of the decode loop."""
+
     offered: Array  # [] slots × turns so far
-    used: Array  # [] those that decoded a row
-    queue: Array  # [] the next row to be given a slot
-    row: Array  # [W] the row that a slot decodes; N: none
-    recent: Array  # [W, longest stop sequence] its last tokens, -1 before them
-    matched: Array  # [W] the state of its text in a `stop_table`
+    used: Array  # [] those of them that decoded a row
+    queue: Array  # [] the next row to get a slot
+    row: Array  # [W] the row that the slot decodes; N if none
+    recent: Array  # [W, longest stop sequence] the row's last tokens, padded with -1
+    matched: Array  # [W] state of the row's text in the `stop_table`
     cache: Cache
     out: Rollouts
 
@@ -92,13 +95,17 @@ _OF_ROW = ("row", "recent", "matched")
 
 @dataclasses.dataclass(frozen=True)
 class Ends:
-    """What ends a row; sequences of token ids, all of whose tokens belong to it."""
+    """What ends a row: an EOS token, a stop sequence of token ids, or the limit.
+
+    The tokens that end a row belong to it.
+    """
 
     eos: tuple[int, ...]
     stop: tuple[tuple[int, ...], ...]
     limit: int  # C
 
     def reached(self, recent: Int[Array, "W R"]) -> Bool[Array, "W"]:
+        """Returns whether each row's last R tokens end in EOS or a stop sequence."""
         ended = jnp.isin(recent[:, -1], jnp.array(self.eos, jnp.int32))
         for s in self.stop:
             ended |= (recent[:, -len(s) :] == jnp.array([s], jnp.int32)).all(1)
@@ -106,7 +113,7 @@ class Ends:
 
 
 def _layers(model: Decoder, params: Params) -> list[Params]:
-    """A layer's weights, taken apart once; indexing in the loop would copy them."""
+    """The weights of each layer, sliced once: indexing in the loop would copy them."""
     return [
         jax.tree.map(lambda x, i=i: x[i], params["layers"])
         for i in range(model.config.layers)
@@ -128,26 +135,43 @@ def decode(
     any_group: Callable[[Array], Array] = lambda more: more,
     stop_table: Array | None = None,
 ) -> State:
-    """Turns until the queue is empty and every row has ended.
+    """Decodes until the queue is empty and every row has ended.
 
-    A row's draws are those of number `first` + its own. Where several groups of devices
-    have such a loop each, any_group(more) says whether any of them has to go on: all
-    do then, so that none waits for another in the middle of something else.
+    When the queue is empty and few slots still have a row, the loop continues with
+    fewer slots, so that the last rows do not pay for idle ones.
 
-    When the queue is empty and few slots have a row left, narrower loops go on with
-    those: the last rows do not pay for slots that stand idle.
+    Args:
+      model: the decoder.
+      params: its parameters.
+      state: the state to start from.
+      refill: gives rows of the queue to the free slots; called before every turn while
+        the loop has all slots.
+      rows: [] how many rows the queue holds.
+      key: PRNG key; a row's draws depend on its number + `first`, and on how many
+        tokens it has.
+      sampling: temperature and filters.
+      ends: what ends a row.
+      widths: how many slots each loop in turn has; the first is W.
+      first: number of this group's first row among the rows of all groups.
+      any_group: maps "this group has more to do" to "any group has". If devices run
+        this loop in groups, all groups take the same number of turns, as a collective
+        of one would otherwise wait for another that has left the loop.
+      stop_table: [V, S] table of `stop_strings.stop_table`, or None.
+
+    Returns:
+      The state after the last turn; its `out` holds the rollouts.
     """
     layers, window = _layers(model, params), model.config.sliding_window
     none, prefixes = state.out.tokens.shape[0], state.cache.prefixes
     together = max(1, min(TOGETHER, none // len(prefixes.lengths)))
     kernels = decode_kernels(model.dtype, prefixes.layers, state.cache.layers)
 
-    # Looked up: XLA would make them again in each layer, and for each head.
+    # A table to look up: XLA would compute the angles again in each layer and head.
     longest = prefixes.layers[0][1].shape[2] + state.cache.columns
     rotations = model.rotation(jnp.arange(longest)[None])
 
     def step(state: State) -> State:
-        if len(state.row) == widths[0]:  # afterwards the queue is empty
+        if len(state.row) == widths[0]:  # in narrower loops the queue is empty
             state = refill(state)
         live = state.row < none
         cache = next_column(state.cache, live)
@@ -169,9 +193,9 @@ def decode(
         hidden = model.finish(params, x)[:, 0]
         factors = widened(model.unembed(params).T, hidden)
         logits = kernels.product(*factors, preferred_element_type=jnp.float32)
-        # A matrix split by vocabulary gives each device some logits of every row; the
-        # draw takes all logits of some rows. Said in two steps: logits travel then, and
-        # not the matrix.
+        # With a matrix split by vocabulary, each device computes some logits of every
+        # row, but the draw needs all logits of some rows. With both layouts named, XLA
+        # moves the logits and not the matrix.
         for spec in (sharding.P(*sharding.BATCH, "tensor"), sharding.P(sharding.AXES)):
             logits = sharding.constrain(logits, spec)
 
@@ -228,21 +252,29 @@ def decode(
 
 
 def _more(state: State, rows: Array, least: int) -> Bool[Array, ""]:
-    """Whether to go on with these slots: rows wait, or enough are being decoded."""
+    """Whether rows are waiting, or more than `least` slots still decode one."""
     live = (state.row < state.out.tokens.shape[0]).sum()
     return (live > least) | (state.queue < rows)
 
 
 def _narrow(state: State, width: int) -> State:
-    """The slots that decode a row, moved into `width` slots."""
+    """Moves the slots that decode a row into a state of `width` slots."""
     if width == len(state.row):
         return state
-    order = jnp.argsort(state.row, stable=True)[:width]  # those without one are last
+    order = jnp.argsort(state.row, stable=True)[:width]  # slots without a row are last
     of_row = {name: getattr(state, name)[order] for name in _OF_ROW}
     return dataclasses.replace(state, cache=of_slots(state.cache, order), **of_row)
 
 
 def start(cache: Cache, row: Array, rows: int, ends: Ends) -> State:
+    """Returns the state before the first turn.
+
+    Args:
+      cache: the cache of W slots.
+      row: [W] int32, the row of each slot; `rows` for a slot without one.
+      rows: N, how many rows there are.
+      ends: what ends a row.
+    """
     shape = (rows, ends.limit)
     longest = max([1, *map(len, ends.stop)])
     return State(
@@ -266,9 +298,14 @@ def start(cache: Cache, row: Array, rows: int, ends: Ends) -> State:
 def append(
     model: Decoder, params: Params, cache: Cache, tokens: Array, lengths: Array
 ) -> Cache:
-    """tokens [W, T], of which [W] are real, after what the slots hold.
+    """Prefills tokens behind those that the slots hold, and returns the new cache.
 
-    The columns must reach that far (`grow`): they are not used in a circle here.
+    Args:
+      model: the decoder.
+      params: its parameters.
+      cache: a cache whose columns were written once and have room for T more (`grow`).
+      tokens: [W, T] int32, padded on the right.
+      lengths: [W] int32, how many of a slot's tokens are real.
     """
     tokens = jnp.concatenate([cache.token[:, None], tokens], 1)
     token = jnp.take_along_axis(tokens, lengths[:, None], 1)[:, 0]
@@ -312,7 +349,7 @@ def append(
         x, blocks = model.block(layer, x, rotation, look)
         new.append(blocks)
     *others, last = parted(places, count, turn, 1)
-    number = jnp.maximum(turn - 1, 0) // cache.block  # where the last block came from
+    number = jnp.maximum(turn - 1, 0) // cache.block  # the last block's place
     others = [jnp.where(number == i, -1, x) for i, x in enumerate(others)]
     return dataclasses.replace(
         cache,

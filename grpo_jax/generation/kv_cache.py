@@ -1,16 +1,16 @@
-"""What the slots hold, and attention to it.
+"""The KV cache of the decode loop, and attention over it.
 
-A prompt's keys and values stand once, in `Prefixes`, and every row that goes on from it
-reads them there: so many rows at a time as one matrix product. What a row adds stands
-in its slot's columns, in blocks of B. All slots write the same column at the same turn,
-into the last block; when that is full it is put away among the X others, which are used
-in a circle. `places` says which columns are of a slot's present row. Attention reads
-the blocks back to the oldest row that is being decoded, and no others: each is an array
-of its own, so that it is read where it stands.
+The keys and values of a prompt are stored once, in `Prefixes`. All rows that continue
+the prompt read them there, several rows in one matrix product. The keys and values of
+sampled tokens are stored per slot, in blocks of B columns. At each turn all slots write
+the same column of the last block. When that block is full, it moves into a ring buffer
+of X other blocks. `places` gives each column's position in the slot's current row.
+Attention reads only the blocks that reach back to the oldest row still being decoded;
+each block is an array of its own, so that it is read without a copy.
 
-Axes: W slots, P prompts, S positions of a prompt, X + 1 blocks of columns, B columns of
-one, E entries (prompts with R slots each), e of them at once, K key heads, G query
-heads per key head, M = R·G, Q = K·G, H head width.
+Axes: W slots, P prompts, S prompt positions, X + 1 blocks of B columns each, E entries
+(a prompt with R of its slots), e of them at once, K key heads, G query heads per key
+head, M = R·G, Q = K·G, H head width.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.distributed import sharding
 from grpo_jax.models.kernels.products import einsum
 
-TOGETHER = 8  # R at most: rows of a prompt whose scores are one matrix product
+TOGETHER = 8  # most rows R of a prompt that share one matrix product
 Pair = tuple[Array, Array]  # keys and values
 
 
@@ -37,10 +37,13 @@ Pair = tuple[Array, Array]  # keys and values
 )
 @dataclasses.dataclass(frozen=True)
 class Prefixes:
-    """The prompts, each without its last token, which goes in with every row."""
+    """Keys and values of the prompts without their last token.
+
+    The last token is the first input of every row that continues the prompt.
+    """
 
     lengths: Array  # [P] int32
-    layers: tuple[Pair, ...]  # [P, K, H, S] and [P, K, S, H] of each
+    layers: tuple[Pair, ...]  # per layer [P, K, H, S] and [P, K, S, H]
 
 
 @functools.partial(
@@ -59,41 +62,47 @@ class Prefixes:
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What the slots hold: all a row's tokens but the last, which is yet to go in."""
+    """Keys and values of each slot's row, except of its last token.
 
-    turn: Array  # [] int32, the column that is written next, counted without end
-    token: Array  # [W] int32
-    position: Array  # [W] int32, where it will go
+    The last token, `token`, is the input of the next turn.
+    """
+
+    turn: Array  # [] int32, how many columns were written so far
+    token: Array  # [W] int32, the next input
+    position: Array  # [W] int32, its position in the row
     began: Array  # [W] int32, the turn when the slot got its row
-    prompt: Array  # [W] int32, of the slot's row
-    places: tuple[Array, ...]  # [W, B] int32 each, the position in a column; -1: none
-    layers: tuple[tuple[Pair, ...], ...]  # of each block: [W, K, H, B], [W, K, B, H]
+    prompt: Array  # [W] int32, the prompt of the slot's row
+    places: tuple[Array, ...]  # [W, B] int32 each, a column's position; -1 if unused
+    layers: tuple[tuple[Pair, ...], ...]  # per block [W, K, H, B] and [W, K, B, H]
     prefixes: Prefixes
 
     @property
     def block(self) -> int:
+        """B, the columns of a block."""
         return self.places[0].shape[1]
 
     @property
     def columns(self) -> int:
+        """The columns of all blocks, (X + 1)·B."""
         return len(self.places) * self.block
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which slots go on from which prompt: entries of R slots with one prompt."""
+    """Slots grouped by prompt: each entry has up to R slots of one prompt."""
 
     prompts: Array  # [E]
-    slots: Array  # [E, R]; W: none
-    where: Array  # [W] a slot's place among the E·R
-    rounds: Array  # [] how many times `at_once` entries hold any slot
-    at_once: int
+    slots: Array  # [E, R]; W where an entry has fewer slots
+    where: Array  # [W] index of the slot among the E·R
+    rounds: Array  # [] how many rounds of `at_once` entries hold a slot
+    at_once: int  # e
 
 
 def plan_of(cache: Cache, live: Bool[Array, "W"], together: int) -> Plan:
+    """Groups the slots by prompt, with at most `together` (R) slots per entry."""
     slots, index = len(live), jnp.arange(len(live))
     at_once = max(1, slots // together)
-    # Slots by their prompt, those without a row last.
+    # Slots in the order of their prompts; slots without a row are last.
     prompt = jnp.where(live, cache.prompt, 2**30)
     order = jnp.argsort(prompt, stable=True)
     ordered = prompt[order]
@@ -112,7 +121,7 @@ def plan_of(cache: Cache, live: Bool[Array, "W"], together: int) -> Plan:
     )
 
 
-Parts = tuple[Array, Array, Array]  # greatest score, sum of weights, weighted values
+Parts = tuple[Array, Array, Array]  # largest score, sum of weights, weighted values
 
 
 def of_prefix(
@@ -123,7 +132,20 @@ def of_prefix(
     plan: Plan,
     window: int | None,
 ) -> Parts:
-    """Attention to the prompts, each read once for R of its rows."""
+    """Returns the part of attention over the prompts, each read once for R rows.
+
+    Args:
+      q: [W, K, G, H] queries of this turn.
+      layer: keys [P, K, H, S] and values [P, K, S, H] of the prompts in this layer.
+      lengths: [P] int32, positions of each prompt.
+      position: [W] int32, position of each query in its row.
+      plan: the slots grouped by prompt.
+      window: the sliding window in tokens, or None.
+
+    Returns:
+      float32 terms of an online softmax: the largest score [W, K, G, 1], the sum of
+      weights [W, K, G, 1] and the weighted sum of values [W, K, G, H].
+    """
     slots, kv_heads, groups, head_dim = q.shape
     entries, together = plan.slots.shape
     size = plan.at_once
@@ -177,7 +199,19 @@ def attend(
     window: int | None,
     reads: Bool[Array, "X"],
 ) -> Float[Array, "W 1 Q H"]:
-    """Softmax over the prompt, which is in `parts`, and then block after block."""
+    """Completes attention: adds the blocks to the prompt's `parts`, one by one.
+
+    Args:
+      q: [W, 1, Q, H] queries of this turn.
+      parts: the prompt's terms, from `of_prefix`.
+      blocks: keys [W, K, H, B] and values [W, K, B, H] of each block in this layer.
+      cache: gives the position of each column and of the queries.
+      window: the sliding window in tokens, or None.
+      reads: [X] bool, which of the full blocks to read (`reads_of`).
+
+    Returns:
+      [W, 1, Q, H], in the dtype of q.
+    """
     slots, kv_heads = blocks[0][0].shape[:2]
     q = q.reshape(slots, kv_heads, -1, q.shape[-1])
 
@@ -197,8 +231,8 @@ def attend(
         return now, total, out * fade + taken
 
     *others, last = blocks
-    # Branches: a loop of one turn or none computes its scores in either case, as XLA
-    # takes out of loops what does not change in them.
+    # Branches and not a loop of zero or one turns: XLA would hoist the scores out of
+    # the loop, as they do not change in it, and always compute them.
     with jax.named_scope("blocks"):
         for read, *block in zip(reads, others, cache.places[:-1], strict=True):
             parts = jax.lax.cond(read, add, lambda parts, *_: parts, parts, *block)
@@ -207,7 +241,7 @@ def attend(
 
 
 def reads_of(cache: Cache, live: Bool[Array, "W"]) -> Bool[Array, "X"]:
-    """The blocks back to the oldest row, of those that were put away."""
+    """Returns [X] bool: which full blocks hold columns of a row still decoded."""
     last = cache.turn // cache.block
     oldest = jnp.min(jnp.where(live, cache.began, cache.turn)) // cache.block
     others = len(cache.places) - 1
@@ -216,7 +250,17 @@ def reads_of(cache: Cache, live: Bool[Array, "W"]) -> Bool[Array, "X"]:
 
 
 def written(blocks: Sequence[Pair], keys: Array, values: Array, cache: Cache):
-    """The blocks with [W, 1, K, H] keys and values of this turn."""
+    """Writes this turn's keys and values into the last block.
+
+    Args:
+      blocks: keys [W, K, H, B] and values [W, K, B, H] of each block in a layer.
+      keys: [W, 1, K, H].
+      values: [W, 1, K, H].
+      cache: gives the column to write.
+
+    Returns:
+      The blocks after writing.
+    """
     *others, (old_keys, old_values) = blocks
     at = cache.turn % cache.block
 
@@ -230,10 +274,18 @@ def written(blocks: Sequence[Pair], keys: Array, values: Array, cache: Cache):
 def seeing(
     cache: Cache, live: Bool[Array, "W"], together: int, window: int | None
 ) -> Callable[..., tuple[Array, tuple[Pair, ...]]]:
-    """A turn's attention, for each of the layers in turn.
+    """Returns the attention function of this turn, to be called for each layer.
 
-    (queries, keys, values, the layer's prompts, its blocks) → what the queries take,
-    and the blocks with the keys and values.
+    Args:
+      cache: the cache, with this turn's column prepared (`next_column`).
+      live: [W] bool, slots that decode a row.
+      together: R, most slots of a prompt per matrix product.
+      window: the sliding window in tokens, or None.
+
+    Returns:
+      A function of a layer's queries [W, 1, Q, H], keys and values [W, 1, K, H], its
+      prompts and its blocks. It returns the attention output [W, 1, Q, H] and the
+      blocks with the new keys and values.
     """
     plan, reads = plan_of(cache, live, together), reads_of(cache, live)
 
@@ -248,7 +300,10 @@ def seeing(
 
 
 def next_column(cache: Cache, live: Bool[Array, "W"]) -> Cache:
-    """The column of this turn is each slot's; a full block is put away before."""
+    """Assigns this turn's column to the slots' positions.
+
+    If the last block is full, it first moves into the ring buffer of the others.
+    """
     at = cache.turn % cache.block
     *others, last = zip(cache.places, *cache.layers, strict=True)
     full = (at == 0) & (cache.turn > 0)
@@ -266,7 +321,7 @@ def next_column(cache: Cache, live: Bool[Array, "W"]) -> Cache:
 
 
 def block_size(tokens: int) -> int:
-    """B for rows of so many tokens: few blocks, and each mostly used.
+    """Returns B for rows of so many tokens, so that blocks are few and mostly used.
 
     >>> [block_size(n) for n in (20, 128, 512, 1024, 4096)]
     [32, 64, 64, 128, 512]
@@ -278,7 +333,9 @@ def block_size(tokens: int) -> int:
 
 
 def others_for(tokens: int, queue: bool) -> int:
-    """X. A row that began within a block, out of a queue, reaches into one more.
+    """Returns X for rows of so many tokens.
+
+    With a queue a row may start in the middle of a block, and then needs one more.
 
     >>> others_for(128, queue=False), others_for(128, queue=True)
     (1, 2)
@@ -288,7 +345,14 @@ def others_for(tokens: int, queue: bool) -> int:
 
 
 def empty(slots: int, tokens: int, queue: bool, prefixes: Prefixes) -> Cache:
-    """Slots without a row, for rows of so many tokens."""
+    """Returns a cache whose slots have no row.
+
+    Args:
+      slots: W.
+      tokens: most new tokens of a row.
+      queue: whether slots get further rows when one ends.
+      prefixes: the prompts' keys and values, which also give shapes and dtype.
+    """
     keys, values = prefixes.layers[0]
     heads, width, size = *keys.shape[1:3], block_size(tokens)
     count = others_for(tokens, queue) + 1
@@ -313,7 +377,7 @@ def empty(slots: int, tokens: int, queue: bool, prefixes: Prefixes) -> Cache:
 
 @jax.jit
 def of_slots(cache: Cache, index: Int[Array, "V"]) -> Cache:
-    """The cache of some slots, in this order."""
+    """Returns the cache of the slots `index` [V], in that order."""
     names = ("token", "position", "began", "prompt", "places", "layers")
     chosen: Any = {
         name: jax.tree.map(lambda x: x[index], getattr(cache, name)) for name in names
@@ -322,7 +386,10 @@ def of_slots(cache: Cache, index: Int[Array, "V"]) -> Cache:
 
 
 def grow(cache: Cache, tokens: int) -> Cache:
-    """Blocks for so many further tokens, where no column was used twice."""
+    """Adds blocks for so many further tokens.
+
+    The ring buffer must not have wrapped around: no column was written twice.
+    """
     more = -(-tokens // cache.block)
     *others, last = cache.places
     layers = tuple((*blocks[:-1], *blocks[-1:] * (more + 1)) for blocks in cache.layers)
@@ -331,7 +398,18 @@ def grow(cache: Cache, tokens: int) -> Cache:
 
 
 def joined(blocks: Sequence[Array], turn: Array, axis: int) -> Array:
-    """The blocks, each in its place among the columns, which were used once."""
+    """Concatenates the blocks in the order of their columns.
+
+    The ring buffer must not have wrapped around.
+
+    Args:
+      blocks: keys, values or places of each block.
+      turn: [] int32, the cache's turn.
+      axis: the axis of the columns.
+
+    Returns:
+      One array with (X + 1)·B columns.
+    """
     *others, last = blocks
     size = last.shape[axis]
     at = jnp.maximum(turn - 1, 0) // size * size
@@ -340,7 +418,7 @@ def joined(blocks: Sequence[Array], turn: Array, axis: int) -> Array:
 
 
 def parted(flat: Array, count: int, turn: Array, axis: int) -> tuple[Array, ...]:
-    """The opposite of `joined`."""
+    """Splits concatenated columns into `count` blocks; the inverse of `joined`."""
     size = flat.shape[axis] // count
     at = jnp.maximum(turn - 1, 0) // size * size
     last = jax.lax.dynamic_slice_in_dim(flat, at, size, axis)

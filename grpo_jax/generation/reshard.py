@@ -1,7 +1,7 @@
-"""Parameters on the mesh that decodes.
+"""Moves parameters from the training mesh to the decoding mesh of the same devices.
 
-In: parameters as they are trained, and a mesh of the same devices (`sharding.regroup`).
-Out: the same in the dtype of the computation, whole within each group of devices.
+For decoding, each group of devices holds all parameters, in the compute dtype
+(`sharding.regroup`).
 """
 
 from __future__ import annotations
@@ -17,15 +17,20 @@ from grpo_jax.models.decoder import Decoder, Params
 
 
 def relaid(model: Decoder, params: Params, layout: Mesh) -> Params:
-    """Parameters on the mesh that decodes, in the dtype of the computation."""
+    """Returns the parameters on the mesh `layout`, in the model's compute dtype."""
     return relay(model, params, layout)(params)
 
 
 def relay(model: Decoder, params: Params, layout: Mesh) -> Any:
-    """The compiled `relaid` for such parameters.
+    """Returns the compiled function behind `relaid`, for parameters of these shapes.
 
-    In two steps, which XLA knows how to take: rows of matrices for columns within the
-    groups of devices, and then between the groups what is missing in each.
+    It moves them in two steps, each of which XLA partitions well: an exchange of rows
+    for columns within the groups of devices, and then an all-gather between groups.
+
+    Args:
+      model: the decoder, which gives the dtype.
+      params: the parameters, or their shapes.
+      layout: the decoding mesh.
     """
     leaves, tree = jax.tree.flatten(params)
     return _relay(model.dtype, layout, tree, tuple(x.shape for x in leaves))
@@ -45,7 +50,7 @@ def _relay(dtype: str, layout: Mesh, tree: Any, shapes: tuple) -> Any:
 
 
 def is_laid_out(model: Decoder, params: Params, layout: Mesh) -> bool:
-    """Whether the parameters are there already."""
+    """Returns whether the parameters have this layout and the compute dtype already."""
     where = sharding.shardings(params, layout)
 
     def here(x, sharding) -> bool:
@@ -56,7 +61,10 @@ def is_laid_out(model: Decoder, params: Params, layout: Mesh) -> bool:
 
 
 def laid_out(model: Decoder, params: Params) -> tuple[Mesh | None, Params]:
-    """The mesh that decodes, and the parameters there; None and they on one device."""
+    """Returns the decoding mesh and the parameters on it.
+
+    On a single device the mesh is None and the parameters are returned as they are.
+    """
     mesh = sharding.mesh_of(params)
     if mesh is None or mesh.size == 1:
         return None, params

@@ -1,14 +1,13 @@
-"""The sampler: prompts in, completions with their log-probabilities out.
+"""Samples completions of prompts, with their log-probabilities.
 
-In: model, parameters, prompts (lists of token ids), a key. Out: `Rollouts`.
+Each prompt is prefilled once, however many samples are drawn from it. Then one jitted
+while_loop (`decode_loop.py`) decodes W slots at a time, one token per turn. When a row
+ends, its slot takes the next (prompt, sample) pair of the queue.
 
-A prompt is prefilled once, however many samples are drawn from it. Then one jitted
-while_loop (`decoding.py`) decodes W slots at a time, a token a turn. A slot whose row
-ended takes the next (prompt, sample) of the queue: the prompt's last token goes in, and
-the rest of its prompt is read where it stands. A row's random numbers depend on its own
-number and turn alone. So in float32 the same key gives the same tokens whatever the
-slots, but for draws that rounding decides. In bfloat16 rounding decides more of them:
-79 % of 128 rows of up to 32 tokens were equal with 16 and with 128 slots
+A row's random numbers depend only on the key, its row number and how many tokens it
+has. In float32 the same key therefore gives the same tokens for any number of slots,
+except where rounding decides a draw. In bfloat16 that happens more often: 79 % of 128
+rows of up to 32 tokens were equal with 16 and with 128 slots
 (`tests/test_bfloat16.py`).
 
 Axes: P prompts, M samples of each, N = P·M rows, W slots, S prompt positions, C new
@@ -62,11 +61,25 @@ def generate_tokens(
     groups: tuple[str, ...] = (),
     stop_table: Array | None = None,
 ) -> Rollouts:
-    """The jittable core of `generate`: all but the arrays is static.
+    """Jittable core of `generate`; every argument that is no array is static.
 
-    tokens [P, S], mask [P, S] = 1 on real tokens; padding may stand on either side.
-    Prompts without a real token, which must be the last, only fill the shape. `groups`
-    are the axes of the shard_map that this is inside of, and these prompts a part.
+    Args:
+      model: the decoder.
+      params: its parameters.
+      tokens: [P, S] int32. Prompts without a real token only fill the shape, and must
+        be the last ones.
+      mask: [P, S], nonzero on real tokens; padding may be on either side.
+      key: PRNG key.
+      samples, max_new_tokens, temperature, top_k, top_p, min_p, eos_id, stop, slots,
+        cache_dtype, keep, stop_table: as in `generate`.
+      groups: axes of the shard_map around this call, if there is one; `tokens` are then
+        one group's prompts.
+
+    Returns:
+      Rollouts of N = P·samples rows.
+
+    Raises:
+      GrpoError: an option is out of range.
     """
     request = max_new_tokens, eos_id, samples, slots, cache_dtype
     check_request("generate_tokens", model.config.vocab_size, *request)
@@ -97,7 +110,7 @@ def generate_tokens(
     rows = lengths.astype(bool).sum() * samples
 
     def refill(state: State) -> State:
-        """The queue's next rows into the slots that have none."""
+        """Gives the next rows of the queue to the free slots."""
         cache, free = state.cache, state.row == total
         row = state.queue + jnp.cumsum(free) - 1
         taken = free & (row < rows)
@@ -147,11 +160,19 @@ def spread_tokens(
     stop_table: Array | None = None,
     **options: Any,
 ) -> Rollouts:
-    """`generate_tokens` on the mesh in use: each group of devices for itself.
+    """Runs `generate_tokens` on the mesh in use, split over groups of devices.
 
-    Along "data" (and "fsdp") every group has prompts, slots and a cache of its own, and
-    asks the others only whether they are done; along "tensor" devices share matrices
-    and heads. `slots` are one group's.
+    Along "data" and "fsdp" each group has its own prompts, slots and cache; groups only
+    tell each other whether they are done. Along "tensor" the devices of a group share
+    matrices and heads.
+
+    Args:
+      model, params, tokens, mask, key, samples, stop_table: as in `generate_tokens`; P
+        is a multiple of the number of groups.
+      **options: further options of `generate_tokens`; `slots` counts one group's slots.
+
+    Returns:
+      Rollouts of all groups, with the mean of their occupancies.
     """
 
     def of_group(params, tokens, mask, key, stop_table):
@@ -188,11 +209,11 @@ _spread = jax.jit(spread_tokens, static_argnames=_STATIC)
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What of a request is compiled: one program for many numbers of prompts."""
+    """The static shape of a request; many numbers of prompts share one program."""
 
-    copies: int  # of each prompt, in turn, with `samples` samples each
-    samples: int
-    prompts: int  # P, with copies and padding
+    copies: int  # consecutive copies of each prompt
+    samples: int  # drawn from each copy
+    prompts: int  # P, copies and padding included
     width: int  # S
     slots: int  # W of each group of devices
 
@@ -205,9 +226,16 @@ def shape_of(
     groups: int = 1,
     slots: int | None = None,
 ) -> Shape:
-    """How a request is laid out over `groups` of devices.
+    """Returns the shape of a request that is split over groups of devices.
 
-    Where prompts are fewer than groups, several groups draw a prompt's samples.
+    If there are fewer prompts than groups, several groups share a prompt's samples.
+
+    Args:
+      prompts: number of prompts.
+      longest: tokens of the longest prompt.
+      samples: completions of each prompt.
+      groups: number of groups of devices.
+      slots: rows decoded at a time by all groups together; None for `default_slots`.
 
     >>> shape_of(16, 100, 64, groups=64)
     Shape(copies=4, samples=16, prompts=64, width=128, slots=16)
@@ -225,20 +253,28 @@ def shape_of(
 
 
 def program(shape: Shape, *, spread: bool, **options: Any) -> functools.partial:
-    """The compiled sampler: (model, params, tokens, mask, key=…) → `Rollouts`."""
+    """Returns the jitted sampler, a function (model, params, tokens, mask, key=…).
+
+    Args:
+      shape: the request's shape.
+      spread: whether it is split over the groups of the mesh in use.
+      **options: static options of `generate_tokens`.
+    """
     options |= {"samples": shape.samples, "slots": shape.slots}
     return functools.partial(_spread if spread else _jitted, **options)
 
 
 def as_ids(ids: int | Sequence[int]) -> tuple[int, ...]:
+    """Returns one token id or several as a tuple of Python integers."""
     return (int(ids),) if isinstance(ids, int | np.integer) else tuple(map(int, ids))
 
 
 def default_slots(rows: int) -> int:
-    """Rows decoded at a time: all of up to 128, then a quarter: few then stand idle.
+    """Returns how many rows to decode at a time: all up to 128, then a quarter.
 
-    A turn of 64 rows costs far less than two of 32: both read all weights. And rows
-    that begin together read only what they wrote.
+    A turn of 64 rows costs far less than two turns of 32, as each turn reads all
+    weights. A quarter leaves few slots idle when completions differ in length. Rows
+    that begin together read no older blocks of the cache.
 
     >>> [default_slots(n) for n in (8, 100, 1024)]
     [8, 100, 256]
@@ -247,7 +283,7 @@ def default_slots(rows: int) -> int:
 
 
 def bucket(length: int, *, smallest: int = 16) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, …: a run then compiles a handful of shapes.
+    """Rounds up to one of 16, 24, 32, 48, 64, 96, …, so that a run compiles few shapes.
 
     >>> [bucket(n) for n in (1, 17, 25, 100)]
     [16, 24, 32, 128]
@@ -259,7 +295,11 @@ def bucket(length: int, *, smallest: int = 16) -> int:
 
 
 def ragged(lists: Sequence[Sequence[int]], rows: int, width: int):
-    """([rows, width] tokens, [rows, width] mask), filled from the left."""
+    """Pads lists of token ids on the right.
+
+    Returns:
+      [rows, width] int32 tokens and the [rows, width] bool mask of the real ones.
+    """
     tokens, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
     for i, ids in enumerate(lists):
         tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
@@ -267,6 +307,7 @@ def ragged(lists: Sequence[Sequence[int]], rows: int, width: int):
 
 
 def first_rows(out: Rollouts, rows: int) -> Rollouts:
+    """Returns the rollouts without the rows that only fill the shape."""
     if out.tokens.shape[0] == rows:
         return out
     names = ("tokens", "logps", "mask", "lengths", "finished")
@@ -292,25 +333,33 @@ def generate(
     keep: bool = False,
     stop_table: ArrayLike | None = None,
 ) -> Rollouts:
-    """Sample completions: [N, max_new_tokens] with N = prompts × samples.
+    """Samples completions of each prompt.
 
     Args:
-      prompts: token ids on the host, none empty.
-      key: fresh for every call (jax.random.fold_in(key, step)).
-      samples: G, drawn from each prompt; the rows of a prompt are contiguous.
-      temperature: 0 is greedy (log-probabilities are then those at temperature 1).
-      top_k, top_p, min_p: rule tokens out, in this order (`Sampling`);
-        log-probabilities are those of the distribution that is left.
-      eos_id: one token or several; it belongs to the completion and to the mask.
-      stop: sequences of token ids that end a completion, and belong to it.
-      slots: rows decoded at a time (`default_slots`); results depend on it by rounding
-        alone, which in bfloat16 changes the tokens of some rows.
-      cache_dtype: of keys and values; the model's if None.
+      model: the decoder.
+      params: its parameters, on one device or on the training mesh.
+      prompts: token ids of each prompt, none of them empty.
+      key: PRNG key; use a new one for every call (jax.random.fold_in(key, step)).
+      samples: completions of each prompt, the G of GRPO (section 4.1).
+      max_new_tokens: the limit C on the tokens of a completion.
+      temperature: 0 is greedy; log-probabilities are then those at temperature 1.
+      top_k, top_p, min_p: filters, applied in this order (`Sampling`).
+        Log-probabilities are those of the distribution after filtering.
+      eos_id: one token id or several; the EOS token belongs to the completion.
+      stop: sequences of token ids that end a completion and belong to it.
+      slots: rows decoded at a time, `default_slots` if None. Results depend on it only
+        by rounding, which in bfloat16 changes the tokens of some rows.
+      cache_dtype: dtype of the cached keys and values; the model's if None.
       keep: keep the cache for `continue_rollouts`; every row then has its own slot.
-      stop_table: [V, S] of `stopping.stop_table`: texts that end a completion.
+      stop_table: [V, S] table of `stop_strings.stop_table`, for strings that end a
+        completion.
+
+    Returns:
+      Rollouts of N = prompts × samples rows, [N, max_new_tokens]. The rows of a prompt
+      are contiguous.
 
     Raises:
-      GrpoError: no prompts, an empty one, or a choice that makes no sense.
+      GrpoError: there are no prompts, one is empty, or an option is out of range.
 
     >>> from grpo_jax.models.decoder import ModelConfig
     >>> config = ModelConfig(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2,
@@ -330,7 +379,7 @@ def generate(
     empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
     if empty:
         raise GrpoError(f"generate: prompt {empty[0]} is empty")
-    # Refuses here, before anything is traced.
+    # Built here only to check the options before anything is traced.
     Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     stop = as_stops(stop)
     check_token_ids("generate", stop, vocab_size, what="stop sequence")
@@ -351,7 +400,7 @@ def generate(
         tokens, mask = (sharding.to_devices(x, rows) for x in (tokens, mask))
     sample = program(
         shape,
-        # What is kept is one cache, not one of each group.
+        # A kept cache must be one cache, not one per group.
         spread=layout is not None and not keep,
         max_new_tokens=max_new_tokens,
         temperature=float(temperature),
@@ -369,6 +418,11 @@ def generate(
 
 
 def as_stops(stop: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Returns the stop sequences as tuples of token ids.
+
+    Raises:
+      GrpoError: one is a string, or empty.
+    """
     if isinstance(stop, str) or any(isinstance(s, str) for s in stop):
         raise GrpoError("generate: stop holds a text; give token ids, or a stop_table")
     if not all(len(s) for s in stop):

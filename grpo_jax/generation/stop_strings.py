@@ -1,13 +1,11 @@
-"""Stop strings, found in the text, however a tokenizer splits it.
+"""Finds stop strings in sampled text, whatever tokens they are split into.
 
-In: a tokenizer and strings. Out: a table that a compiled loop reads: what a token makes
-of how much of a string stood before it.
+"```output" may come as ["```", "output"], as ["`", "``out", "put"] or inside a longer
+token; a sequence of token ids would match only one of these. The automaton of Aho and
+Corasick (1975) over the characters of every token finds them all. As a table it costs
+the compiled decode loop one look-up per turn.
 
-"```output" may come as ["```", "output"], ["`", "``out", "put"] or within a token that
-goes on after it; sequences of token ids name one of these. The table is the automaton
-of Aho and Corasick (1975) over the characters of each token: exact, one look-up a turn.
-
-Axes: V token ids, S states (beginnings of the strings, "" first; the last: found).
+Axes: V token ids, S states (prefixes of the strings, "" first; the last is "found").
 """
 
 from __future__ import annotations
@@ -24,11 +22,21 @@ from grpo_jax.errors import GrpoError
 def stop_table(
     tokenizer: Tokenizer, strings: tuple[str, ...], rows: int = 0
 ) -> np.ndarray:
-    """[V, S] int32: the state after a token, for each state before it.
+    """Returns the table of the state after a token, for each state before it.
 
-    State 0 has nothing of a string, the last has seen one, whatever came after it. A
-    token without a text (a special one) changes nothing. rows: V at least, for models
-    whose embedding is larger than their vocabulary.
+    In state 0 no part of a string has been seen. The last state means that a string was
+    found, and no token leaves it. Special tokens have no text and keep the state.
+
+    Args:
+      tokenizer: the tokenizer, whose tokens' texts are matched.
+      strings: the stop strings, none of them empty.
+      rows: least V, for models whose embedding is larger than their vocabulary.
+
+    Returns:
+      [V, S] int32.
+
+    Raises:
+      GrpoError: there are no strings, or one is empty.
 
     >>> tokenizer = Tokenizer.from_alphabet("ab")  # 3 and 4, after the special ones
     >>> stop_table(tokenizer, ("aab",))[3:].tolist()
@@ -36,7 +44,7 @@ def stop_table(
     """
     if not strings or not all(strings):
         raise GrpoError("stop_table: give strings with a character each, at least")
-    states = [""]  # the beginnings, the shorter ones first
+    states = [""]  # all proper prefixes, the shorter ones first
     for string in strings:
         states += [string[:n] for n in range(1, len(string))]
     states = sorted(set(states), key=lambda s: (len(s), s))

@@ -1,10 +1,9 @@
-"""One token a row from its logits: temperature, top-k, top-p, min-p; or greedy.
+"""Samples one token per row from its logits: greedy, or temperature and filters.
 
-In: logits [N, V], a key and a turn a row. Out: tokens and the log-probabilities of
-what was really sampled: the distribution after temperature and filters, renormalised.
-
-Sorting a vocabulary is slow everywhere; thresholds are found by bisection instead, and
-draws invert the cumulated mass, so that two random numbers a row suffice.
+Log-probabilities are those of the distribution that was sampled: after temperature and
+top-k, top-p and min-p, renormalised. Sorting a vocabulary is slow on every platform, so
+the filters find their thresholds by bisection. Draws invert the cumulative distribution
+and need two random numbers per row.
 
 Axes: N rows, V vocabulary.
 """
@@ -21,19 +20,19 @@ from jaxtyping import Array, Float, Int
 from grpo_jax.arguments import check_number, check_whole
 from grpo_jax.errors import GrpoError
 
-LEAST = 1e-4  # of a temperature: a logit of 1e30 is the largest that it may divide
-_BLOCK = 256  # tokens of the vocabulary summed at once when one is drawn
-_ONE = 0x3F800000  # the bits of 1.0f; those of numbers in [0, 1] grow with them
+LEAST = 1e-4  # least temperature above 0; below it logits could overflow float32
+_BLOCK = 256  # vocabulary entries per block of a draw
+_ONE = 0x3F800000  # bits of 1.0f; floats in [0, 1] are ordered as their bits are
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is chosen; filters apply after the temperature, in this order."""
+    """How a token is chosen. Filters apply after the temperature, in this order."""
 
-    temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # the k most likely; 0: all
-    top_p: float = 1.0  # the fewest most likely that hold this mass together
-    min_p: float = 0.0  # those at least this many times as likely as the best
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # keep the k most likely tokens; 0 keeps all
+    top_p: float = 1.0  # keep the smallest set of likely tokens with this mass
+    min_p: float = 0.0  # keep tokens at least min_p times as likely as the best one
 
     def __post_init__(self):
         check_number("generate", temperature=self.temperature)
@@ -50,9 +49,18 @@ class Sampling:
     def __call__(
         self, logits: Float[Array, "N V"], keys: Array, turns: Array
     ) -> tuple[Int[Array, "N"], Float[Array, "N"]]:
-        """(token, log-probability) a row; a row's draw depends on (key, turn) alone.
+        """Samples a token for each row.
 
-        Greedy log-probabilities are those at temperature 1, unfiltered.
+        A row's draw depends only on its key and its turn.
+
+        Args:
+          logits: [N, V] float32.
+          keys: [N] PRNG keys.
+          turns: [N] int32, folded into the keys.
+
+        Returns:
+          [N] int32 tokens, and their [N] float32 log-probabilities in nats. Greedy
+          log-probabilities are those at temperature 1 without filters.
 
         >>> logits = jnp.log(jnp.array([[0.1, 0.2, 0.3, 0.4]]))
         >>> keys, turns = jax.random.split(jax.random.key(0), 1), jnp.zeros(1, int)
@@ -67,9 +75,12 @@ class Sampling:
         return draw(logits, keys, turns, self.temperature, self.keep)
 
     def keep(self, weights: Float[Array, "N V"]) -> Float[Array, "N V"]:
-        """Weights (the best one's is 1) with those of the ruled-out tokens 0.
+        """Sets the weights of filtered-out tokens to 0.
 
-        Tokens as likely as the last one kept are kept too.
+        Tokens that tie with the last one kept are kept too.
+
+        Args:
+          weights: [N, V] float32, each token's probability over the best token's.
 
         >>> Sampling(top_p=0.7).keep(jnp.array([[0.1, 1.0, 0.5, 0.4]])).tolist()
         [[0.0, 1.0, 0.5, 0.0]]
@@ -110,10 +121,20 @@ def draw(
     temperature: Any,
     keep=lambda weights: weights,
 ) -> tuple[Int[Array, "N"], Float[Array, "N"]]:
-    """One token a row from softmax(logits / temperature), and its log-probability.
+    """Samples a token for each row from softmax(logits / temperature).
 
-    Inverse CDF with two uniform numbers a row: the first picks a block of the
-    vocabulary by its mass, the second a token inside it.
+    The inverse CDF takes two uniform numbers per row: the first picks a block of the
+    vocabulary by its mass, the second a token inside the block.
+
+    Args:
+      logits: [N, V] float32.
+      keys: [N] PRNG keys.
+      turns: [N] int32 or one integer, folded into the keys.
+      temperature: above 0.
+      keep: filter of [N, V] weights, as `Sampling.keep`.
+
+    Returns:
+      [N] int32 tokens, and their [N] float32 log-probabilities in nats.
 
     >>> logits = jnp.array([[0.0, 50.0, 0.0]])
     >>> token, logp = draw(logits, jax.random.split(jax.random.key(0), 1), 0, 1.0)
@@ -121,8 +142,8 @@ def draw(
     (1, 0.0)
     """
     z = logits / temperature
-    # The maximum, as XLA's CPU does not put it into one operation with the product
-    # that gives the logits: that one takes three times as long from 96 rows on.
+    # The maximum, written so that XLA on CPU does not fuse it with the product that
+    # gives the logits: the fused product takes three times as long from 96 rows on.
     top = -(-z).min(-1, keepdims=True)
     weights = keep(jnp.exp(z - top))
     blocks = jnp.pad(weights, ((0, 0), (0, -z.shape[1] % _BLOCK)))
@@ -140,7 +161,7 @@ def draw(
 
 
 def _invert(mass: Float[Array, "N X"], u: Float[Array, "N"]) -> Int[Array, "N"]:
-    """The first index whose cumulated mass exceeds u of the total; never one of 0."""
+    """The first index whose cumulative mass exceeds u of the total; never of mass 0."""
     cumulated = jnp.cumsum(mass, axis=-1)
     total = cumulated[:, -1]
     threshold = jnp.minimum(u * total, jnp.nextafter(total, jnp.zeros_like(total)))

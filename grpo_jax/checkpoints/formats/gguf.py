@@ -1,8 +1,7 @@
-"""A .gguf file of llama.cpp → what a Hugging Face folder holds.
+"""Converts a GGUF file of llama.cpp to the parts of a Hugging Face folder.
 
-In: GGUF of the architectures llama, qwen2 or qwen3, quantised or not, with a byte-level
-BPE vocabulary. Out: config.json's dictionary, the tensors in float32, tokenizer.json
-and its companions. Needs the package gguf.
+It reads the architectures llama, qwen2 and qwen3, quantised or not, with a byte-level
+BPE vocabulary. The weights become float32. It needs the package gguf.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from grpo_jax.checkpoints.huggingface.config import ARCHITECTURES
 from grpo_jax.checkpoints.huggingface.tensors import Stored
 from grpo_jax.errors import GrpoError, one_line
 
-# llama.cpp's names -> Hugging Face's; a layer's come after "blk.{i}."
+# llama.cpp's names -> Hugging Face's; those of a layer follow "blk.{i}."
 _TOP = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -53,7 +52,11 @@ _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # tokenizer.ggml.token_type
 
 
 def unpermute(matrix: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's order of q's and k's rows (rotary pairs side by side).
+    """Undoes llama.cpp's row order in q and k, where rotary pairs are adjacent.
+
+    Args:
+      matrix: [heads · head width, …], a weight or a bias.
+      heads: number of heads of the matrix.
 
     >>> unpermute(np.array([0, 2, 1, 3]), heads=1).tolist()
     [0, 1, 2, 3]
@@ -63,7 +66,12 @@ def unpermute(matrix: np.ndarray, heads: int) -> np.ndarray:
 
 
 class GgufModel:
-    """An open GGUF file; its methods give the parts of a Hugging Face folder."""
+    """A GGUF file, whose methods return the parts of a Hugging Face folder.
+
+    Raises:
+      GrpoError: the file cannot be read, or holds something that is not supported. All
+        methods raise it too.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -86,7 +94,7 @@ class GgufModel:
         if type(value) is not kind:
             told = f"{kind.__name__} is, not {type(value).__name__}"
             self._refuse(key, value, told)
-        # eps and theta are float32: 1e-05 and not 9.999999747378752e-06
+        # The shortest text of the float32: 1e-05 and not 9.999999747378752e-06.
         return float(str(np.float32(value))) if kind is float else value
 
     def _list(self, key: str, kind: type, *default: Any) -> list[Any]:
@@ -99,7 +107,7 @@ class GgufModel:
         return self._list("tokenizer.ggml.tokens", str)
 
     def _token_id(self, key: str, *default: Any) -> Any:
-        """An id that there is a token for."""
+        """Returns a special token's id, after checking that the token exists."""
         key = f"tokenizer.ggml.{key}_token_id"
         found, count = self._get(key, int, *default), len(self._tokens())
         if found is not None and not 0 <= found < count:
@@ -113,7 +121,7 @@ class GgufModel:
         )
 
     def config(self) -> dict[str, Any]:
-        """config.json."""
+        """Returns the dictionary of config.json."""
         names = self._gguf.tensors
         if "rope_freqs.weight" in names:
             self._refuse("rope_freqs", "…", "convert from the model's safetensors")
@@ -150,7 +158,7 @@ class GgufModel:
         }
 
     def generation_config(self) -> dict[str, Any]:
-        """generation_config.json."""
+        """Returns the dictionary of generation_config.json."""
         return {"_from_model_config": True, **self._token_ids()}
 
     def _token_ids(self) -> dict[str, Any]:
@@ -163,7 +171,7 @@ class GgufModel:
         }
 
     def tensors(self) -> Iterator[tuple[str, Stored]]:
-        """The weights, dequantised to float32 one by one as they are read."""
+        """Yields the weights under Hugging Face's names, dequantised when read."""
         heads = {"attn_q": self._get("ARCH.attention.head_count", int)}
         heads["attn_k"] = self._get(
             "ARCH.attention.head_count_kv", int, heads["attn_q"]
@@ -186,7 +194,7 @@ class GgufModel:
             yield f"{name}.{kind}", stored
 
     def tokenizer(self) -> Tokenizer:
-        """tokenizer.json: byte-level BPE after the file's pre-tokenizer."""
+        """Returns the tokenizer: the file's pre-tokenizer, then byte-level BPE."""
         pre = self._get("tokenizer.ggml.pre", str, "default")
         tokens = self._tokens()
         types = self._list("tokenizer.ggml.token_type", int, [1] * len(tokens))
@@ -229,7 +237,7 @@ class GgufModel:
         return tokenizer
 
     def _pre_tokenizer(self, name: str) -> Any:
-        """How text is cut before BPE."""
+        """Returns the pre-tokenizer of this name, which splits text before BPE."""
         words = (
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|NUMBER"
             r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -252,7 +260,7 @@ class GgufModel:
         return pre_tokenizers.Sequence(parts)
 
     def tokenizer_config(self) -> dict[str, Any]:
-        """tokenizer_config.json: the named special tokens and the chat template."""
+        """Returns tokenizer_config.json, with special tokens and the chat template."""
         tokens = self._tokens()
         ids = {
             "bos_token": self._token_id("bos", None),

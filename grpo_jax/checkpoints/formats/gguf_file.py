@@ -1,8 +1,7 @@
-"""A .gguf file: its values by key, and its tensors as they lie there.
+"""Reads a GGUF file (version 2 or 3, little-endian): its key-values and its tensors.
 
-In: GGUF version 2 or 3, little-endian. Out: {key: value} and {name: Stored}, float32.
-Numbers are unpacked by the package gguf. Its reader of headers is not used: it believes
-every count in a file, so that one damaged byte takes minutes or all memory.
+The package gguf dequantises the numbers. Its header reader is not used, because it
+trusts every count in the file: one damaged byte can cost minutes or all memory.
 """
 
 from __future__ import annotations
@@ -22,21 +21,24 @@ from grpo_jax.errors import GrpoError, one_line
 
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
-_LARGEST = 1 << 27  # bytes of a header; a vocabulary of 200,000 tokens takes 2^23
-_MOST = 1 << 22  # numbers or texts of one array
+_LARGEST = 1 << 27  # most bytes of a header; 200,000 tokens take about 2^23
+_MOST = 1 << 22  # most numbers or texts in an array
 
 
 @dataclasses.dataclass(frozen=True)
 class GgufFile:
+    """The key-values and the tensors of a GGUF file; tensors are read as float32."""
+
     values: dict[str, Any]
     tensors: dict[str, Stored]
 
 
 def read_gguf(file: Path) -> GgufFile:
-    """What the file holds; its tensors lie one behind the other, without a gap.
+    """Reads the header of a GGUF file, whose tensors must follow without a gap.
 
     Raises:
-      GrpoError: no such file, not GGUF, damaged, or the package gguf is missing.
+      GrpoError: the file is missing, damaged or not GGUF, a tensor's quantisation is
+        not supported, or the package gguf is not installed.
     """
     try:
         import gguf
@@ -55,7 +57,7 @@ def read_gguf(file: Path) -> GgufFile:
 
 
 class _Cursor:
-    """A place in a header; nothing is taken that is not there."""
+    """Reads a header from front to back; refuses to read beyond its end."""
 
     def __init__(self, data: np.ndarray) -> None:
         self.data = data
@@ -123,14 +125,14 @@ def _read(file: Path, data: np.ndarray, gguf: Any) -> GgufFile:
     start = -(-cursor.at // alignment) * alignment
     expected, tensors = 0, {}
     for name, (shape, kind, offset) in found.items():
-        numbers, size = gguf.GGML_QUANT_SIZES[kind]  # of a block
+        numbers, size = gguf.GGML_QUANT_SIZES[kind]  # numbers and bytes of a block
         rows, rest = divmod(shape[-1], numbers)
         stored = (*shape[:-1], rows * size)
         end = start + offset + math.prod(stored)
         if rest or offset != expected or end > len(data):
             raise ValueError(f"the tensor {name} does not lie where it should")
         expected = -(-(offset + math.prod(stored)) // alignment) * alignment
-        try:  # a block of zeros, to know before anything is written
+        try:  # try a block of zeros, to fail before anything is written
             gguf.dequantize(np.zeros((1, size), np.uint8), kind)
         except NotImplementedError:
             raise GrpoError(
@@ -150,7 +152,7 @@ def _unpacked(
     unpack: Callable[[np.ndarray], np.ndarray],
     index: Any,
 ) -> np.ndarray:
-    """A slice of a tensor of packed rows of bytes, which begin at `place`."""
+    """Returns a slice of a tensor whose rows of packed bytes begin at `place`."""
     if 0 in stored:
         raise GrpoError(f"{file}: a tensor without numbers is not of a model")
     packed = np.memmap(file, np.uint8, "r", place, stored)

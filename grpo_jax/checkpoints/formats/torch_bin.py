@@ -1,9 +1,9 @@
-"""pytorch_model*.bin without torch, and without running what a pickle may hold.
+"""Reads pytorch_model*.bin files without torch, and without running their pickles.
 
-In: a file written by torch.save in its zip format (torch 1.6 and later). Out: {name:
-Stored}: where each tensor lies in the file, nothing read yet. The pickle is not given
-to pickle: the few opcodes and the seven names that a state dict of floating-point
-tensors needs are followed here, and any other ends it.
+Files are in the zip format of torch.save (torch 1.6 and later). The result, {name:
+Stored}, says where each tensor is in the file; no numbers are read yet. The pickle is
+not given to pickle. This module follows only the few opcodes and the seven names that a
+state dict of floating-point tensors needs, and refuses all others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from grpo_jax.checkpoints.huggingface.tensors import (
 from grpo_jax.errors import GrpoError, one_line
 
 INDEX = "pytorch_model.bin.index.json"
-LARGEST = 1 << 22  # bytes of data.pkl, which takes some 200 a tensor
+LARGEST = 1 << 22  # most bytes of data.pkl, which takes about 200 per tensor
 _STORAGES = {
     "torch FloatStorage": "F32",
     "torch HalfStorage": "F16",
@@ -53,9 +53,9 @@ def _tensor(storage: _Storage, start: int, shape: Any, strides: Any) -> Stored:
     last = start + sum((n - 1) * stride for n, stride in pairs)
     if 0 not in shape and (last + 1) * dtype.itemsize > size:
         raise ValueError("a tensor reaches beyond its storage")
-    reach = 1  # in numbers, of the axes with smaller strides
+    reach = 1  # in numbers, over the axes with smaller strides
     for stride, n in sorted((stride, n) for n, stride in pairs if n > 1):
-        if stride < reach:  # stride 0: a view by torch's expand
+        if stride < reach:  # stride 0 is a view by torch's expand
             raise ValueError("two numbers of a tensor lie at one place")
         reach = stride * n
     place, shape, strides = start * dtype.itemsize, tuple(shape), tuple(strides)
@@ -71,7 +71,7 @@ def _read_strided(
     strides: tuple[int, ...],
     index: Any,
 ) -> np.ndarray:
-    """A slice of numbers that begin at the byte `place`; strides are in numbers."""
+    """Returns a slice of the numbers from byte `place` on; strides are in numbers."""
     if 0 in shape:
         return np.zeros(shape, dtype)[index]
     end = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
@@ -82,10 +82,10 @@ def _read_strided(
 
 
 def _unpickle(data: bytes, file: Path, storage: Callable[[Any], _Storage]) -> Any:
-    """What a pickle describes, if it takes no more than a state dict does.
+    """Returns the state dict of a pickle, and refuses any other pickle.
 
-    Not by pickle.Unpickler, which a file can make take all memory (a high memo index)
-    or overflow the stack (tuples in one another as a key). Keys are text here.
+    pickle.Unpickler is not used: a file could make it take all memory (by a high memo
+    index) or overflow the stack (by nested tuples as a key). Keys must be text here.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -175,11 +175,11 @@ def _unpickle(data: bytes, file: Path, storage: Callable[[Any], _Storage]) -> An
 
 
 def read_bin(file: Path) -> dict[str, Stored]:
-    """The tensors of one file; views and shared storages come as what they view.
+    """Returns the tensors of a file; views and shared storages are resolved.
 
     Raises:
-      GrpoError: another format, damaged (a CRC is wrong), or a pickle that holds
-        anything but tensors.
+      GrpoError: the file has another format or is damaged (a CRC is wrong), or its
+        pickle holds anything but tensors.
     """
     try:
         with open(file, "rb") as handle:
@@ -227,7 +227,7 @@ def read_bin(file: Path) -> dict[str, Stored]:
 def _open(
     archive: zipfile.ZipFile, handle: Any, file: Path
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """data.pkl, and (offset, bytes) of each storage in the file."""
+    """Returns data.pkl, and the offset and size in bytes of each storage."""
     entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise GrpoError(f"{file}: compressed by another program; not supported")
@@ -259,7 +259,13 @@ def _open(
 
 
 def read_bin_folder(folder: Path) -> dict[str, Stored]:
-    """All tensors of a folder's pytorch_model*.bin files, by index or by name."""
+    """Returns all tensors of a folder's pytorch_model*.bin files.
+
+    The files are those of the index, or all of that name if there is no index.
+
+    Raises:
+      GrpoError: there is no such file, or one is missing, damaged or not supported.
+    """
     if (folder / INDEX).exists():
         names = sorted(set(read_index(folder / INDEX).values()))
         files = [folder / name for name in names]

@@ -1,9 +1,8 @@
-"""The formats of Hugging Face folders and GGUF files: the parts behind `weights`.
+"""Hugging Face model folders.
 
-config      config.json ⇄ ModelConfig
-folders     finding a folder on disk or on the hub, making a new one
-tensors     safetensors files, by name and without loading them
-torch_bin   `.bin` files, without torch and without running what they hold
-gguf_file   a GGUF file's header, and its tensors as they lie there
-gguf_model  a GGUF file's weights, tokenizer and chat template
+weights  loads a folder into parameters and saves parameters as a folder
+config   converts config.json to ModelConfig and back
+folders  finds a folder on disk or on the hub, and makes a new one
+tensors  reads slices of safetensors files, and writes such files
+adapter  saves LoRA adapters as a PEFT folder
 """

@@ -1,7 +1,6 @@
-"""LoRA's adapters as the folder that the package peft opens.
+"""Saves LoRA adapters as a folder that the package peft opens.
 
-In: the adapters of a run's stages. Out: adapter_config.json and
-adapter_model.safetensors, under PEFT's names.
+The folder has adapter_config.json and adapter_model.safetensors, with PEFT's names.
 """
 
 from __future__ import annotations
@@ -24,14 +23,17 @@ from grpo_jax.models.lora import Lora, stack
 def save_adapter(
     lora: Lora, stages: list[Any], base: str, folder: str | os.PathLike[str]
 ) -> None:
-    """Writes what the stages added to the model that they began with.
+    """Writes the adapters of a run's stages as one adapter of their base model.
 
-    Each stage had adapters of its own on top of the merged ones before, so those of two
-    stages make one adapter of twice the rank.
+    Each stage has its own adapters on top of the merged adapters of earlier stages, so
+    two stages make one adapter of twice the rank. All processes must call this, and
+    process 0 writes.
 
     Args:
-      stages: of each one, its parameters, of which the adapters are taken.
-      base: the folder or name of that model, for adapter_config.json; "" for none.
+      lora: rank, scale and targets of a stage's adapters.
+      stages: the parameters of each stage, from which the adapters are taken.
+      base: folder or name of the base model, for adapter_config.json; "" for none.
+      folder: the folder to create.
 
     Raises:
       GrpoError: the folder exists and is not empty, or is not writable.
@@ -59,7 +61,7 @@ def save_adapter(
     }
     if jax.process_index() != 0:
         for tensor in tensors.values():
-            tensor.read()  # takes part in gathering it
+            tensor.read()  # takes part in the gather
         return
     with new_folder(folder) as temporary:
         write_json(Path(temporary) / "adapter_config.json", config)

@@ -1,8 +1,7 @@
-"""config.json of Hugging Face ⇄ ModelConfig.
+"""Converts Hugging Face's config.json to a ModelConfig and back.
 
-In: the dictionary of a config.json (Llama, DeepSeek's Llama, Mistral, Qwen2, Qwen3;
-RoPE under the old keys or the new). Out: a ModelConfig; and back, a config.json that
-transformers opens. What the decoder cannot compute is refused by key and value.
+It reads Llama (DeepSeek's included), Mistral, Qwen2 and Qwen3, with RoPE under the old
+or the new keys. Features that the decoder does not have are refused by key and value.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# Where a key is missing, the defaults of transformers for that architecture.
+# The defaults of transformers for keys that are missing, by architecture.
 _COMMON = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -59,7 +58,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": _COMMON | _QWEN,
     "qwen3": _COMMON | _QWEN | {"head_dim": 128},
 }
-# The most that is taken for a mistake in the file rather than a model.
+# Larger values are taken for a mistake in the file.
 _MOST = {
     "vocab_size": 10**8,
     "hidden_size": 10**6,
@@ -75,10 +74,15 @@ _MOST = {
 
 
 def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-    """The ModelConfig of a config.json; `where` names the file in errors.
+    """Returns the ModelConfig of a config.json.
+
+    Args:
+      config: the dictionary of the file.
+      where: the file's name, for errors.
 
     Raises:
-      GrpoError: an architecture, activation or RoPE scaling that is not supported.
+      GrpoError: an architecture, activation or RoPE scaling is not supported, or a
+        value has the wrong type or is out of range.
 
     >>> small = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
     >>> from_hf(small).head_dim
@@ -96,7 +100,7 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
         _refuse(where, "architectures", names, f"['{ARCHITECTURES[kind]}'] is")
     c = _DEFAULTS[kind] | {k: v for k, v in config.items() if v is not None}
     for key in ("sliding_window", "num_key_value_heads"):
-        c[key] = config.get(key, c[key])  # null means something: none, and all heads
+        c[key] = config.get(key, c[key])  # null is a value here: no window; all heads
     if c["hidden_act"] not in ("silu", "swish"):
         _refuse(where, "hidden_act", c["hidden_act"], "'silu' is")
     for key in ("quantization_config", "num_experts", "num_local_experts"):
@@ -125,7 +129,7 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
     if head_dim % 2:
         _refuse(where, "head_dim", head_dim, "even ones are, whose halves RoPE turns")
     theta, scaling = _rope(c, where)
-    # Mistral's and Qwen2's code has no such switch, so their files may say anything.
+    # Mistral's and Qwen2's code ignores attention_bias, whatever the file says.
     bias = c["attention_bias"] and kind in ("llama", "qwen3")
     return ModelConfig(
         vocab_size=c["vocab_size"],
@@ -171,7 +175,7 @@ def _check_number(where: str, key: str, value: Any, most: float = 1e12) -> None:
 
 
 def _rope(c: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """rope_theta and the scaling, from `rope_parameters` or from the older keys."""
+    """Returns RoPE's theta and scaling, from `rope_parameters` or the older keys."""
     group = "rope_parameters" if c.get("rope_parameters") else "rope_scaling"
     rope = c.get(group) or {}
     if not isinstance(rope, Mapping):
@@ -215,7 +219,7 @@ def _rope(c: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
 
 
 def _window(c: Mapping[str, Any], kind: str, where: str) -> int | None:
-    """The sliding window of every layer, None without one; a mixture is refused."""
+    """Returns the sliding window of all layers or None; a mixture is refused."""
     if kind == "llama":
         return None
     if kind == "mistral":
@@ -241,7 +245,7 @@ def _window(c: Mapping[str, Any], kind: str, where: str) -> int | None:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """A config.json for this model that transformers opens (4.40 and later).
+    """Returns a config.json of this model for transformers 4.40 and later.
 
     Raises:
       GrpoError: no architecture of transformers has this combination.
@@ -259,7 +263,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         kind = "llama" if config.sliding_window is None else "mistral"
     scaling = config.rope_scaling
     rope: dict[str, Any] | None = None
-    if scaling is not None:  # "type" and the key rope_scaling: for older releases
+    if scaling is not None:  # older releases read "type" and rope_scaling
         rope = dict(type=scaling.kind, rope_type=scaling.kind, factor=scaling.factor)
         if scaling.kind == "llama3":
             rope |= {

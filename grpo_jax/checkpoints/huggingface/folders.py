@@ -1,8 +1,7 @@
-"""Model folders: finding one on disk or on the hub, and making a new one.
+"""Finds model folders on disk or on the Hugging Face hub, and makes new ones.
 
-In: a path, or a hub name ("org/name") and a revision. Out: a local folder with a
-config.json, or one line that says which file is missing and how to get it; and a new
-folder that is there complete or not at all.
+Errors say which file is missing and how to get it. A new folder appears only when it is
+complete.
 """
 
 from __future__ import annotations
@@ -28,9 +27,17 @@ _WANTED = [*_READ, "LICENSE*"]
 def find_folder(
     path: str | os.PathLike[str], revision: str | None = None, *, only: str = ""
 ) -> Path:
-    """The local folder of `path`, after a download if it is a name on the hub.
+    """Returns the local folder of a model, downloading it from the hub if needed.
 
-    `only`: a single file is wanted of the hub. A local folder goes before the hub.
+    A local folder takes precedence over the hub.
+
+    Args:
+      path: a local folder or a hub name ("org/name").
+      revision: revision of the hub's repository; ignored for local folders.
+      only: download this file only; "" downloads all files that are used.
+
+    Raises:
+      GrpoError: there is no such folder, it has no config.json, or the download failed.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -71,7 +78,11 @@ def find_folder(
 
 
 def agree_on_folder(path: str | os.PathLike[str], revision: str | None = None) -> None:
-    """Refuses processes whose folder holds other files than that of process 0."""
+    """Checks that all processes have the same model files.
+
+    Raises:
+      GrpoError: a process has other files than process 0, or finds no folder.
+    """
     if processes.count() == 1:
         return
     folder = find_folder(path, revision)
@@ -81,7 +92,11 @@ def agree_on_folder(path: str | os.PathLike[str], revision: str | None = None) -
 
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder that gets the name `folder` if the block succeeds."""
+    """Yields a temporary folder, which is renamed to `folder` if the block succeeds.
+
+    Raises:
+      GrpoError: `folder` exists and is not empty, or cannot be written.
+    """
     folder = Path(os.path.abspath(folder))
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -101,4 +116,5 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_json(file: Path, value: Any) -> None:
+    """Writes a value as indented JSON in UTF-8."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,7 +1,7 @@
-"""Tensors in files: what each file holds, slices of it, and writing them back.
+"""Reads slices of tensors in safetensors files, and writes such files.
 
-In: a Hugging Face folder. Out: {name: Stored}, each readable in slices, or one line
-that says which file is broken and how. Writing streams one tensor at a time.
+Reading a folder gives {name: Stored} without loading numbers; errors say which file is
+broken and how. Writing holds one tensor at a time.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ class Stored:
     """A tensor in a file; `stored[index]` reads that slice and nothing else."""
 
     file: Path
-    dtype: np.dtype | str  # a str where no NumPy type is known for the file's code
+    dtype: np.dtype | str  # the file's code as a str, if NumPy has no such type
     shape: tuple[int, ...]
-    read: Callable[[Any], np.ndarray]  # a copy of the numbers at an index
+    read: Callable[[Any], np.ndarray]  # copies the numbers at an index
 
     def __getitem__(self, index: Any) -> np.ndarray:
+        """Returns the numbers at a NumPy index; raises GrpoError for unknown dtypes."""
         if isinstance(self.dtype, str):
             raise GrpoError(
                 f"{self.file}: numbers of type {self.dtype} are not supported; "
@@ -54,7 +55,7 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A tensor to write: its kind now, its numbers when `read` is called."""
+    """A tensor to write. Dtype and shape are known; `read` returns its numbers."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -62,12 +63,13 @@ class Source:
 
     @property
     def nbytes(self) -> int:
+        """The size of its numbers in bytes."""
         return self.dtype.itemsize * int(np.prod(self.shape))
 
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, held open no longer than one read: its pages can then go."""
+    """Opens a safetensors file for one read, so that its mapped pages can be freed."""
     try:
         with safetensors.safe_open(file, "np") as opened:
             yield opened
@@ -95,12 +97,13 @@ def _what_is_wrong(file: Path, error: Exception) -> str:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file, in the order of their numbers.
+    """Returns the tensors of a safetensors file, in the order of their data.
 
-    The package checks that they cover the file: no hole, no overlap, nothing behind.
+    The package safetensors checks that the tensors cover the file without a gap or an
+    overlap.
 
     Raises:
-      GrpoError: truncated, a git-LFS pointer, a pickle, or not safetensors at all.
+      GrpoError: the file is truncated, a git-LFS pointer, a pickle, or not safetensors.
     """
     tensors = {}
     with _opened(file) as opened:
@@ -118,7 +121,11 @@ def _read_slice(file: Path, name: str, index: Any) -> np.ndarray:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The file of each tensor, by a shard index, every file there beside it."""
+    """Returns the file name of each tensor by a shard index.
+
+    Raises:
+      GrpoError: the index is broken, a file name is not plain, or a file is missing.
+    """
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise GrpoError(f"{index}: no weight_map; download it again")
@@ -142,7 +149,15 @@ def read_index(index: Path) -> dict[str, str]:
 def merge(
     files: Iterable[Path], read: Callable[[Path], dict[str, Stored]]
 ) -> dict[str, Stored]:
-    """The tensors of several files; one that is in two of them is refused."""
+    """Returns the tensors of several files.
+
+    Args:
+      files: the files.
+      read: returns the tensors of one file.
+
+    Raises:
+      GrpoError: a tensor is in two files.
+    """
     tensors: dict[str, Stored] = {}
     for file in files:
         for name, stored in read(file).items():
@@ -156,11 +171,13 @@ def merge(
 
 
 def read_folder(folder: Path) -> dict[str, Stored]:
-    """All tensors of a Hugging Face folder: model.safetensors, or the index's shards.
+    """Returns all tensors of a Hugging Face folder.
+
+    They are in model.safetensors, in the shards of the index, or in *.safetensors.
 
     Raises:
-      GrpoError: no safetensors, a missing shard, a file name in the index that leaves
-        the folder, a tensor in two files or not where the index says.
+      GrpoError: there is no safetensors file, a shard is missing, a file name in the
+        index is not plain, or a tensor is in two files or not where the index says.
     """
     if (folder / MODEL).exists():
         return read_header(folder / MODEL)
@@ -187,7 +204,13 @@ def read_folder(folder: Path) -> dict[str, Stored]:
 def write_folder(
     folder: Path, tensors: Mapping[str, Source], max_bytes: int = 5_000_000_000
 ) -> None:
-    """model.safetensors, or several shards of at most `max_bytes` and their index."""
+    """Writes model.safetensors, or shards of at most `max_bytes` and their index.
+
+    Args:
+      folder: an existing folder.
+      tensors: the tensors by name, read one at a time.
+      max_bytes: largest size of a shard's numbers; a single larger tensor is not split.
+    """
     shards: list[list[str]] = [[]]
     filled = 0
     for name, source in tensors.items():
@@ -209,6 +232,7 @@ def write_folder(
 
 
 def write_file(file: Path, tensors: Mapping[str, Source]) -> None:
+    """Writes a safetensors file, reading one tensor at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, source in tensors.items():

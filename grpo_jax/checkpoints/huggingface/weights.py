@@ -1,9 +1,8 @@
-"""Hugging Face folders ⇄ parameters, streamed tensor by tensor into their shards.
+"""Loads Hugging Face folders into parameters, and saves parameters as such folders.
 
-In: a folder (or a hub name and revision) with config.json and *.safetensors.
-Out: a Decoder and its parameters, on the mesh if one is given; and back, a folder that
-transformers opens. Matrices keep their layout [out, in]; layers are stacked on a
-leading axis L. What is wrong with a folder is said in one line (GrpoError).
+Weights are streamed tensor by tensor, and each device reads only its own shard.
+Matrices keep their layout [out, in]; layers are stacked on a leading axis L. Errors in
+a folder raise a GrpoError of one line.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from grpo_jax.files import read_json
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder, ModelConfig, Params
 
-# Our names of a layer's weights -> theirs, after "model.layers.{i}."
+# Our names of a layer's weights -> Hugging Face's, after "model.layers.{i}."
 LAYER = {
     "input_norm": "input_layernorm.weight",
     "ffn_norm": "post_attention_layernorm.weight",
@@ -65,21 +64,25 @@ def load_pretrained(
     revision: str | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Decoder, Params]:
-    """A Hugging Face folder's model and its parameters.
+    """Loads the model of a Hugging Face folder and its parameters.
 
-    Each process and device reads only its own slices; a file's numbers are turned
-    into `dtype` on the way, and every one is checked to be finite.
+    Each process and device reads only its own slices. Numbers are converted to `dtype`
+    while they are read, and are checked to be finite.
 
     Args:
       path: a folder with config.json and *.safetensors, or a name on the hub
         ("org/name"; needs the package huggingface_hub).
-      dtype: of the parameters and of the computation, "float32" or "bfloat16".
-      revision: of the hub's repository; a local folder has none.
-      mesh: where the parameters are laid out; None: on the default device.
+      dtype: dtype of the parameters and of the computation, "float32" or "bfloat16".
+      revision: revision of the hub's repository; ignored for a local folder.
+      mesh: the mesh of the parameters; None for the default device.
+
+    Returns:
+      The decoder and its parameters.
 
     Raises:
-      GrpoError: a file or tensor is missing, broken, of another shape or unknown, the
-        weights hold NaN, the tokenizer has more tokens than the embedding has rows.
+      GrpoError: a file or tensor is missing, broken, unknown or of the wrong shape, the
+        weights hold NaN or infinity, or the tokenizer has more tokens than the
+        embedding has rows.
 
     >>> import tempfile
     >>> config = ModelConfig(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2,
@@ -128,7 +131,7 @@ def load_pretrained(
 def model_config(
     path: str | os.PathLike[str], revision: str | None = None
 ) -> ModelConfig:
-    """The ModelConfig of a folder or hub name; reads config.json and nothing else."""
+    """Returns the ModelConfig of a folder or hub name; reads only config.json."""
     file = find_folder(path, revision, only="config.json") / "config.json"
     return hf_config.from_hf(read_json(file), str(file))
 
@@ -136,7 +139,7 @@ def model_config(
 def abstract_params(
     config: ModelConfig, mesh: Mesh | None = None, dtype: str = "float32"
 ) -> Params:
-    """The parameters' shapes, dtypes and (on a mesh) shardings, without any memory.
+    """Returns the parameters' shapes, dtypes and, on a mesh, shardings.
 
     >>> config = ModelConfig(vocab_size=102400, width=4096, layers=30, heads=32,
     ...                      kv_heads=32, head_dim=128, ffn=11008)
@@ -151,7 +154,7 @@ def abstract_params(
 def missing_files(
     path: str | os.PathLike[str], revision: str | None = None
 ) -> str | None:
-    """One line saying what load_pretrained would miss and how to get it, else None.
+    """Returns a line on what load_pretrained would miss and how to get it, or None.
 
     >>> missing_files("/nowhere/model")
     '/nowhere/model: there is no such folder...'
@@ -168,7 +171,7 @@ def _path(keys: Any) -> str:
 
 
 def _hf_names(path: str, config: ModelConfig) -> list[str]:
-    """The folder's tensors that make up the leaf at `path`: one, or one a layer."""
+    """Returns the names of a leaf's tensors in the folder: one, or one per layer."""
     if path in TOP:
         return [TOP[path]]
     name = LAYER[path.removeprefix("layers/")]
@@ -176,7 +179,7 @@ def _hf_names(path: str, config: ModelConfig) -> list[str]:
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors of a folder with that model."""
+    """Returns the name and shape of each tensor in a folder of this model."""
     shapes: dict[str, tuple[int, ...]] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
         shape = leaf.shape if _path(keys) in TOP else leaf.shape[1:]
@@ -185,7 +188,16 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_names(folder: Path, config: ModelConfig, stored: dict[str, Stored]) -> None:
-    """Refuses tensors that are missing, unknown or of another shape, by name."""
+    """Checks a folder's tensors against the model.
+
+    Args:
+      folder: the folder, for errors.
+      config: the model.
+      stored: the folder's tensors by name.
+
+    Raises:
+      GrpoError: a tensor is missing, unknown or of the wrong shape.
+    """
     expected = tensor_shapes(config)
     known = {*expected, TOP["unembed"]} if config.tied else set(expected)
     missing = [name for name in expected if name not in stored]
@@ -214,7 +226,7 @@ def check_names(folder: Path, config: ModelConfig, stored: dict[str, Stored]) ->
 
 
 def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
-    """A token beyond the embedding would silently read another's row."""
+    """Refuses token ids beyond the embedding, which would silently read other rows."""
     file = folder / "tokenizer.json"
     if not file.exists():
         return
@@ -230,9 +242,9 @@ def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
 def _read(
     out: np.ndarray, name: str, stored: Stored, ends: Sequence[tuple[int, int]]
 ) -> None:
-    """The part between `ends` into `out`, some rows at a time, so that little is held.
+    """Reads the part between `ends` into `out`, a few rows at a time to save memory.
 
-    NaN and infinity are refused; they are seen in the exponent's bits.
+    NaN and infinity are refused; their exponent's bits are all set.
     """
     rows = max(1, BLOCK // max(1, out[:1].size))
     columns = [slice(*pair) for pair in ends[1:]]
@@ -258,19 +270,22 @@ def save_pretrained(
 ) -> None:
     """Writes a Hugging Face folder that transformers and load_pretrained open.
 
-    The folder appears when it is complete: it is written under a temporary name
-    beside its place. Weights keep their dtype; LoRA's adapters are merged into them.
-    With several processes all must call this, and process 0 writes.
+    The folder is written under a temporary name and appears when it is complete.
+    Weights keep their dtype, and LoRA adapters are merged into them. With several
+    processes all must call this, and process 0 writes.
 
     Args:
-      tokenizer: its files are added, by its method `save(folder)`.
-      source: the folder the model came from; its config.json's other fields,
-        generation_config.json and licence are kept.
-      max_shard_bytes: files are cut below this; a single tensor is never cut.
+      model: the decoder.
+      params: its parameters.
+      folder: the folder to create.
+      tokenizer: a tokenizer whose method `save(folder)` adds its files, or None.
+      source: the folder the model came from, or None. The other fields of its
+        config.json, its generation_config.json and its licence are kept.
+      max_shard_bytes: largest size of a file; a single larger tensor is not split.
 
     Raises:
-      GrpoError: the folder exists and is not empty, or is not writable; `source` is
-        of another model.
+      GrpoError: the folder exists and is not empty, or is not writable; or `source`
+        holds another model.
     """
     check_whole("save_pretrained", most=2**63 - 1, max_shard_bytes=max_shard_bytes)
     config = hf_config.to_hf(model.config)
@@ -280,7 +295,7 @@ def save_pretrained(
         if model_config(source) != model.config:
             raise GrpoError(f"{source}: its config.json is of another model")
         config = read_json(Path(source) / "config.json")
-        config.pop("dtype", None)  # the newer name of torch_dtype; both read the older
+        config.pop("dtype", None)  # newer name of torch_dtype, which all releases read
     elif tokenizer is not None:
         eos = list(tokenizer.eos_ids)
         config["eos_token_id"] = eos[0] if len(eos) == 1 else eos
@@ -290,7 +305,7 @@ def save_pretrained(
     tensors = dict(_sources(model, params))
     if jax.process_index() != 0:
         for tensor in tensors.values():
-            tensor.read()  # takes part in gathering it
+            tensor.read()  # takes part in the gather
         return
     with new_folder(folder) as temporary:
         for file in kept:
@@ -302,7 +317,7 @@ def save_pretrained(
 
 
 def _sources(model: Decoder, params: Params) -> Iterator[tuple[str, Source]]:
-    """The parameters as the folder's tensors, fetched and merged one by one."""
+    """Yields the folder's tensors, which are fetched and merged one by one."""
     trained, frozen = lora.split(params)
     adapters = trained["layers"] if frozen else {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(frozen or params):
@@ -318,19 +333,19 @@ def _sources(model: Decoder, params: Params) -> Iterator[tuple[str, Source]]:
 
 
 def _read_merged(adapters: lora.Lora, leaves: list[jax.Array], at: Any) -> np.ndarray:
-    """One matrix, with its A and B (if it has them) added to it."""
+    """Returns a matrix with its LoRA adapter merged into it, if it has one."""
     matrix, *pair = (leaf if at is ... else leaf[at] for leaf in leaves)
     return _whole(lora.merge_matrix(adapters, matrix, *pair) if pair else matrix)
 
 
 def _whole(matrix: jax.Array) -> np.ndarray:
-    """A matrix on the host; gathered some rows at a time where it is on several."""
+    """Returns a matrix on the host, gathered a few rows at a time over processes."""
     rows = max(1, BLOCK // max(1, matrix[:1].size))
     if matrix.is_fully_addressable or len(matrix) <= rows:
         return sharding.to_hosts(matrix)
     out = np.empty(matrix.shape, matrix.dtype)
     for start in range(0, len(matrix), rows):
-        start = min(start, len(matrix) - rows)  # one program for all parts
+        start = min(start, len(matrix) - rows)  # equal sizes need one program
         part = jax.lax.dynamic_slice_in_dim(matrix, start, rows)
         out[start : start + rows] = sharding.to_hosts(part)
     return out
