@@ -25,7 +25,7 @@ from grpo_jax.checkpoints.huggingface.tensors import Source, Stored, write_folde
 from grpo_jax.checkpoints.huggingface.weights import check_names, model_config
 from grpo_jax.errors import GrpoError
 
-KEPT = (".json", ".jinja", ".model", ".txt", ".md")  # beside the weights
+KEPT = (".json", ".jinja", ".model", ".txt", ".md")  # files copied beside the weights
 
 
 def convert_gguf(file: Path, out: Path) -> None:

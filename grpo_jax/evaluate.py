@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     except GrpoError as error:
         sys.exit(f"error: {error}")
     if stopped:
-        sys.exit(143)  # as a shell says of SIGTERM
+        sys.exit(143)  # the exit code of a process that SIGTERM ended
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -177,7 +177,7 @@ def run(flags: argparse.Namespace) -> None:
             report = run_command(flags)
             try:
                 processes.say(report)
-            except BrokenPipeError:  # `| head` has read enough; all of it is on disk
+            except BrokenPipeError:  # `| head` closed the pipe; the report is on disk
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except GrpoError as error:
         sys.exit(f"error: {error}")

@@ -54,9 +54,9 @@ class Settings:
     max_prompt_tokens: int = 2048
     max_new_tokens: int = 1024
     questions: int = 0  # of each set; 0 is all
-    samples: int = 1  # a question, at `temperature`; 0 leaves that out
+    samples: int = 1  # a question, at `temperature`; 0 measures greedy decoding only
     temperature: float = 1.0
-    batch: int = 64  # completions decoded at a time, at most
+    batch: int = 64  # the most completions decoded at a time
     seed: int = 0
     data_dir: str | None = None
     grader: str = "strict"  # strict | paper: the paper's rule beside the strict one

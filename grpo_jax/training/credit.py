@@ -41,15 +41,15 @@ class Output:
     prompt: list[int]
     tokens: list[int]  # the EOS token included
     logps: list[float]  # under the policy that sampled it
-    mask: list[int] | None = None  # 0 where a tool wrote the token; None: nowhere
-    text: str = ""  # its tokens decoded, where that was done
-    finished: bool  # with EOS, not cut off
+    mask: list[int] | None = None  # 0 if a tool wrote the token; None: all sampled
+    text: str = ""  # the decoded tokens; "" until they are decoded
+    finished: bool  # ended with EOS, not cut off
     calls: int | None = None  # programs that were run; None: a run without tools
-    failures: int = 0  # of them
+    failures: int = 0  # of these programs
 
     @property
     def sampled(self) -> list[int]:
-        """1 where the policy chose the token."""
+        """1 for tokens that the policy sampled, 0 for a tool's."""
         return [1] * len(self.tokens) if self.mask is None else self.mask
 
     @property

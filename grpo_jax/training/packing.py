@@ -31,7 +31,7 @@ class Sample:
     """One sequence for `pack`; all per-token lists are as long as `tokens`."""
 
     tokens: Sequence[int]
-    mask: Sequence[int]  # 1 where the token counts in the loss: never the prompt
+    mask: Sequence[int]  # 1 if the token counts in the loss; 0 for the prompt
     prompt: int = 0  # how many tokens are the prompt; 0: it is not shared
     advantages: Sequence[float] | float | None = None  # Â, or one for every token
     logps: Sequence[float] | None = None  # the sampler's

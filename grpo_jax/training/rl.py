@@ -85,7 +85,7 @@ def train(
     method = METHODS[config.method]
     transformation, rate = rl_optimizer(config)
     only_base = run.model.lora.rank and method.source == "policy" and not judges.needed
-    given = [] if only_base else [instruct()]  # until RL has its own
+    given = [] if only_base else [instruct()]  # kept until RL has its own parameters
     sft = frozen(run, given[0]) if given else None
 
     def start() -> Params:
@@ -286,7 +286,7 @@ def make_body(
             "samples/taught": float(len(kept)),
             "sampling/staleness": float(staleness),
             "sampling/occupancy": float(drawn.arrays["occupancy"]),
-            "time/sample": sampled - started,  # what the host waited for
+            "time/sample": sampled - started,  # how long the host waited
             "time/rewards": graded - sampled,
             "time/credit": credited_at - graded,
             "time/update": done - credited_at,
@@ -359,7 +359,7 @@ def evaluate_now(run: Run, params: Params) -> dict[str, float]:
     name = set_names(run.config)[0]
     try:
         result = run_comparison.evaluate_set(run, params, name, sampled=False)
-    except Preempted:  # the step is done: its loop saves it and stops
+    except Preempted:  # the step is complete; the loop will save it and stop
         return {}
     mode = "tool" if generations(run.config) else "cot"
     greedy = result[comparison.measure_name(mode, "greedy")]

@@ -351,7 +351,7 @@ def _mean(values: Any) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
-SHOWN = 8  # outputs of a group that are shown token by token
+SHOWN = 8  # how many outputs of a group are written token by token
 
 
 def show(run: Run, step: int, outputs, rewards: np.ndarray, samples, **logps) -> None:

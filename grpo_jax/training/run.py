@@ -103,7 +103,7 @@ class Run:
         out = sharding.shardings(jax.eval_shape(init, params), self.mesh)
         return jax.jit(init, out_shardings=out)(params)
 
-    # π_ref of iteration i, where the method iterates (section 4.1.4).
+    # The π_ref of each iteration of an iterative method (section 4.1.4).
 
     def references(self, iteration: int) -> Checkpoints:
         """Returns the checkpoint of an iteration's π_ref, as a context manager."""

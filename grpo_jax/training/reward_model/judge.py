@@ -107,7 +107,7 @@ class Judges:
         """Returns an iteration's reward model, trained on outputs of `policy`."""
         if not self.needed:
             return None
-        assert policy is not None  # rl.train keeps π_sft where a judge is needed
+        assert policy is not None  # rl.train keeps π_sft if a judge is needed
         return Judge(self.run, self._trained(iteration, policy))
 
     def _trained(self, iteration: int, policy: Params) -> Params:

@@ -71,7 +71,7 @@ class Sampler:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for at in range(0, len(order), size):
             chunk = order[at : at + size]
-            filled = chunk + chunk[-1:] * (size - len(chunk))  # one shape for all
+            filled = chunk + chunk[-1:] * (size - len(chunk))  # all calls have one shape
             rollouts = generate(
                 self.model,
                 self.params,
