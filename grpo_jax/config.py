@@ -174,7 +174,7 @@ class MeshSettings:
     tensor: int = number(1, -1, ROWS)
     # Tensor parallelism while outputs are sampled; 0 is `tensor`.
     decode_tensor: int = number(0, 0, ROWS)
-    # Outputs decoded at a time; 0 is a quarter, at least 128 a group.
+    # Outputs decoded at a time; 0 is a quarter, but at least 128 in each device group.
     slots: int = number(0, 0, ROWS)
 
 

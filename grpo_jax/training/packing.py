@@ -305,6 +305,7 @@ class _Question:
 
     @property
     def positions(self) -> int:
+        """Positions that the prompt and all its samples take in one row."""
         return self.before + sum(self.own)
 
 

@@ -71,7 +71,7 @@ class Sampler:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for at in range(0, len(order), size):
             chunk = order[at : at + size]
-            filled = chunk + chunk[-1:] * (size - len(chunk))  # all calls have one shape
+            filled = chunk + chunk[-1:] * (size - len(chunk))  # one shape for all calls
             rollouts = generate(
                 self.model,
                 self.params,
