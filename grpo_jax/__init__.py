@@ -1,13 +1,13 @@
 """grpo_jax: DeepSeekMath's post-training as pure functions on arrays.
 
-The data's way, a file each:
+The data passes through these stages:
 
-    data → prompts → rollout → rewards → credit (advantages) → packing → logprobs
-    → losses → update → checkpoint → evaluate
+    data → prompts → rollouts → rewards → credit (advantages) → packing
+    → log-probabilities → losses → update → checkpoint → evaluation
 
-`methods.py` is the paper's table; `sft.py` and `rl.py` are the loops, each told in
-numbered steps; `train.py` runs them.
-The names below load when they are asked for: the losses need jax and nothing else.
+`algorithms/methods.py` is the paper's table of methods. `training/sft.py` and
+`training/rl.py` are the loops, whose docstrings list the steps; `train.py` runs them.
+The names below are imported on first use, so that the losses need only jax.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""What public functions refuse: numbers out of range, and lists that are not token ids.
+"""Argument checks of public functions: numbers, choices and lists of token ids.
 
-In: a function's name and its arguments. Out: nothing, or one line.
+Each takes the name of the function that calls it, for the message, and raises a
+`GrpoError` of one line.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import numpy as np
 
 from grpo_jax.errors import GrpoError
 
-MOST_ROWS = 2**20  # of tokens or samples: their cache would fit no machine's memory
-MOST = 2**31 - 1  # arrays are indexed, and steps are counted, in 32 bits
+MOST_ROWS = 2**20  # tokens or samples; the cache of more would fit in no memory
+MOST = 2**31 - 1  # arrays are indexed, and steps counted, in 32 bits
 
 
 def check_whole(
     function: str, *, least: int = 1, most: int = MOST, **values: Any
 ) -> None:
-    """Refuses an argument that is no whole number from `least` to `most`.
+    """Checks that each argument in `values` is a whole number from `least` to `most`.
 
     >>> check_whole("generate", samples=0)
     Traceback (most recent call last):
@@ -39,7 +40,7 @@ def check_whole(
 def check_number(
     function: str, *, least: float = 0.0, most: float = math.inf, **values: Any
 ) -> None:
-    """Refuses an argument that is no finite number from `least` to `most`."""
+    """Checks that each argument in `values` is a finite number in [least, most]."""
     for name, value in values.items():
         try:
             good = math.isfinite(value) and least <= value <= most
@@ -55,6 +56,7 @@ def check_number(
 
 
 def check_choice(function: str, name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Checks that the argument `name` has one of the given values."""
     if value not in choices:
         known = ", ".join(map(repr, choices))
         raise GrpoError(f"{function}: {name} = {_short(value)}; use one of {known}")
@@ -63,8 +65,16 @@ def check_choice(function: str, name: str, value: Any, choices: Sequence[Any]) -
 def check_token_ids(
     function: str, lists: Sequence[Any], vocab_size: int, *, what: str = "prompt"
 ) -> None:
-    """Refuses what is no list of ids of the vocabulary: an embedding's rows are taken
-    for whatever number comes, and another one's stand for a number too large."""
+    """Checks that `lists` are lists of token ids of the vocabulary.
+
+    An embedding lookup raises no error for ids out of range; it returns other rows.
+
+    Args:
+      function: the name of the calling function.
+      lists: the lists of token ids.
+      vocab_size: the size of the vocabulary.
+      what: what a list is called in the message.
+    """
     if isinstance(lists, str | bytes):
         raise GrpoError(f"{function}: {what}s are a text; give lists of token ids")
     for i, ids in enumerate(lists):
@@ -94,7 +104,7 @@ def check_request(
     slots: Any = None,
     cache_dtype: Any = None,
 ) -> None:
-    """Refuses what no sampler can be compiled for."""
+    """Checks the arguments of a sampler; they are named as in `sampler.generate`."""
     check_whole(function, most=MOST_ROWS, samples=samples)
     check_whole(function, most=MOST_ROWS, max_new_tokens=max_new_tokens)
     if slots is not None:
@@ -102,7 +112,7 @@ def check_request(
     ids = [eos_id] if np.ndim(eos_id) == 0 else eos_id
     if not len(ids):
         raise GrpoError(f"{function}: eos_id is empty; give the id that ends a row")
-    for one in ids:  # -1, which no token is, lets rows go on to their end
+    for one in ids:  # -1 is no token, so that outputs never end early
         check_whole(function, least=-1, most=vocab_size - 1, eos_id=one)
     check_choice(function, "cache_dtype", cache_dtype, (None, "float32", "bfloat16"))
 

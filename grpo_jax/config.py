@@ -1,12 +1,12 @@
-"""What a run is told: typed fields, their defaults, and what is refused.
+"""The config of a run: typed fields with defaults and bounds.
 
-In: a small Python file in configs/ whose `get_config()` returns a `Config`, and
-`--config.name=value` on the command line. Out: a checked `Config`; the loops hand its
-values on as keyword arguments, and nothing below them knows it. A field states its own
-choices and bounds (`fields.py`); `checks.py` refuses what does not go together.
+A config is a small Python file in configs/ whose `get_config()` returns a `Config`;
+`--config.name=value` on the command line sets its fields. Each field states its choices
+and bounds (`config_fields.py`), and `training/config_checks.py` checks combinations.
+The training loops pass values on as keyword arguments; code below them takes no config.
 
-Fields that belong to some methods are None and then take the method's own default
-(`methods.py`); one that is set and that the method would ignore is refused.
+A field of certain methods is None by default and then takes the method's own default
+(`algorithms/methods.py`). Setting it for a method that does not use it is an error.
 """
 
 import dataclasses
@@ -31,26 +31,28 @@ from grpo_jax.errors import GrpoError
 
 @dataclass(slots=True, kw_only=True)
 class ModelSettings:
+    """The model: which weights, in which dtypes, with which adapters."""
+
     path: str = ""  # Hugging Face folder or hub name; "" makes a new model
     revision: str = ""  # of the hub name
-    hint: str = ""  # what to do where the folder is missing
+    hint: str = ""  # what the error says if the folder is missing
     dtype: str = one_of("float32", "bfloat16")  # of the computation
     param_dtype: str = one_of("float32", "bfloat16")  # of the weights
-    # Where π_ref and π_sft wait.
+    # Where π_ref and π_sft are kept.
     reference_memory: str = one_of("device", "host")
     # Of the sampler's keys and values; "" is dtype.
     cache_dtype: str = one_of("", "float32", "bfloat16")
     # What the backward pass recomputes of a layer, to save memory. matmuls: all but the
-    # matrix products; ffn: all but the feed-forward's two widest; offload: full, with
-    # the layer's input in host memory.
+    # matrix products; ffn: all but the feed-forward's two widest; full: the layer;
+    # offload: the layer, with its input kept in host memory.
     remat: str = one_of("none", "matmuls", "ffn", "full", "offload")
-    # r of LoRA's adapters (float32), which alone train; 0 is none.
+    # r of LoRA's adapters (float32), which are then all that trains; 0 is none.
     lora_rank: int = number(0, 0, 2**16)
-    # α: they are scaled by α/r.
+    # α: adapters are scaled by α/r.
     lora_alpha: float = number(16.0, above=0, most=COEFFICIENT)
-    lora_targets: str = "q,k,v,o,gate,up,down"  # the projections that have them
+    lora_targets: str = "q,k,v,o,gate,up,down"  # the projections with adapters
     # The sizes of a new model, or those that model.path is expected to have (0: any).
-    vocab_size: int = number(0, 0, 2**24)  # a new model has its tokenizer's
+    vocab_size: int = number(0, 0, 2**24)  # a new model takes its tokenizer's
     layers: int = number(0, 0, 2**12)
     width: int = number(0, 0, 2**18)
     heads: int = number(0, 0, 2**12)
@@ -61,11 +63,13 @@ class ModelSettings:
 
 @dataclass(slots=True, kw_only=True)
 class DataSettings:
-    dir: str = ""  # where the original files lie; "" is $GRPO_JAX_DATA
+    """The data sets, and how their questions become prompts."""
+
+    dir: str = ""  # the folder of the original files; "" is $GRPO_JAX_DATA
     train: str = "gsm8k"  # the RL questions; "a+b" joins sets
-    eval: str = "gsm8k"  # the sets of the comparison; "a+b" or "a,b" is two of them
+    eval: str = "gsm8k"  # the sets of the comparison; "a+b" or "a,b" is two sets
     sft: str = ""  # worked examples for the Instruct stage
-    in_domain: str = ""  # which of `eval` RL trained on; "" is `train`
+    in_domain: str = ""  # the sets that count as trained on; "" is `train`
     template: str = one_of("chat", "deepseekmath", "plain")
     instruction: str = one_of("cot", "tool", "none")
     # Longer questions are dropped and counted.
@@ -74,11 +78,13 @@ class DataSettings:
 
 @dataclass(slots=True, kw_only=True)
 class SftSettings:
+    """The Instruct stage (DeepSeekMath, section 3)."""
+
     learning_rate: float = number(5e-5, above=0, most=1)
     schedule: str = one_of("constant", "linear", "cosine")
     warmup_steps: int = number(0, 0, COUNT)
     batch_size: int = number(256, 1, ROWS)  # examples a step
-    # Instead: rows of examples concatenated at random (the paper).
+    # Rows a step of examples concatenated at random, as in the paper; 0: batch_size.
     batch_rows: int = number(0, 0, ROWS)
     row_length: int = number(4096, 2, TOKENS)  # tokens of a packed row
     micro_rows: int = number(1, 1, ROWS)  # rows in memory at a time
@@ -87,30 +93,36 @@ class SftSettings:
 
 @dataclass(slots=True, kw_only=True)
 class RewardSettings:
+    """The reward functions."""
+
     # rule | format | model | module:function, comma-separated; "" is the method's own
     functions: str = ""
     weights: str = ""  # one each, comma-separated; "" is 1 each
-    # Seconds a batch; what is not back counts as wrong.
+    # Seconds for a batch; what is not graded by then counts as wrong.
     timeout: float = number(60.0, above=0, most=LONGEST)
 
 
 @dataclass(slots=True, kw_only=True)
 class ToolSettings:
-    # Generations of an output, each of max_new_tokens, whose programs are run; None is
-    # the paper's 2 where data.instruction is tool, else 0: nothing is run.
+    """Tool-integrated outputs, whose programs are run."""
+
+    # Generations of an output, each of max_new_tokens, with programs run in between.
+    # None is 2 if data.instruction is tool, else 0; with 0 nothing is run.
     generations: int | None = number(None, 0, 1000)
     timeout: float = number(10.0, above=0, most=LONGEST)  # seconds of a program
-    # Outputs whose keys and values are kept at a time; 0 is all.
+    # Outputs that are generated at a time; 0 is all.
     rows: int = number(0, 0, COUNT)
 
 
 @dataclass(slots=True, kw_only=True)
 class RewardModelSettings:
-    labels: str = ""  # a JSON-lines file of labelled steps; "" makes Math-Shepherd's
+    """The reward model r_φ, its labels and its training (section 4.1)."""
+
+    labels: str = ""  # a JSON-lines file of labelled steps; "" labels by Math-Shepherd
     questions: int = number(2048, 1, COUNT)  # whose outputs are labelled
     samples: int = number(1, 1, ROWS)  # outputs of each question
     completions: int = number(8, 1, ROWS)  # K, sampled from the end of each step
-    soft: bool = False  # the share of right completions, instead of whether any is
+    soft: bool = False  # label: the share of right completions, not whether any is
     steps: int = number(500, 1, COUNT)  # updates on the labels, again in each iteration
     batch_size: int = number(64, 1, ROWS)  # labelled outputs a step
     learning_rate: float = number(2e-5, above=0, most=1)
@@ -118,7 +130,9 @@ class RewardModelSettings:
 
 @dataclass(slots=True, kw_only=True)
 class OptimizerSettings:
-    # Of the RL stage.
+    """The optimiser and the batches of the RL stage; parts are shared by all stages."""
+
+    # The schedule of the RL stage.
     schedule: str = one_of("constant", "linear", "cosine")
     warmup_steps: int = number(0, 0, COUNT)
     b1: float = number(0.9, 0, below=1)
@@ -129,48 +143,55 @@ class OptimizerSettings:
     micro_rows: int = number(1, 1, ROWS)  # packed rows in memory at a time
     # Tokens of a packed row; 0 fits the longest sample.
     row_length: int = number(0, 0, TOKENS)
-    # Lengths that may be compiled, down to half of it: less padding in small steps.
+    # How many row lengths may be compiled, down to half of row_length. Small batches
+    # then have less padding.
     row_lengths: int = number(1, 1, 256)
     # Non-finite updates in a row before the run stops.
     max_skipped: int = number(5, 1, COUNT)
-    # Nats between sampler and trainer, on average.
+    # The largest mean gap between log-probabilities of sampler and trainer, in nats.
     max_sampling_gap: float = number(0.5, above=0, most=COEFFICIENT)
 
 
 @dataclass(slots=True, kw_only=True)
 class EvalSettings:
+    """The evaluation during and after training."""
+
     questions: int = number(0, 0, COUNT)  # of each set; 0 is all
-    # Completions a question at `temperature`; 0 leaves that out.
+    # Completions a question at `temperature`; 0 measures greedy decoding only.
     samples: int = number(1, 0, ROWS)
     temperature: float = number(1.0, 0.01, 100)
-    batch: int = number(64, 1, ROWS)  # completions decoded at a time, at most
+    batch: int = number(64, 1, ROWS)  # the most completions decoded at a time
     # RL steps between evaluations of the first set; 0 is never.
     every: int = number(0, 0, COUNT)
 
 
 @dataclass(slots=True, kw_only=True)
 class MeshSettings:
+    """How devices are divided among data, FSDP and tensor parallelism."""
+
     data: int = number(1, -1, ROWS)
-    fsdp: int = number(-1, -1, ROWS)  # -1 is what the other two leave of the devices
+    fsdp: int = number(-1, -1, ROWS)  # -1: all devices that the other two leave
     tensor: int = number(1, -1, ROWS)
-    # The same while outputs are sampled; 0 is tensor.
+    # Tensor parallelism while outputs are sampled; 0 is `tensor`.
     decode_tensor: int = number(0, 0, ROWS)
-    # Outputs decoded at a time; 0 is a quarter, at least 128 a group.
+    # Outputs decoded at a time; 0 is a quarter, but at least 128 in each device group.
     slots: int = number(0, 0, ROWS)
 
 
 @dataclass(slots=True, kw_only=True)
 class Config:
+    """All settings of a run; defaults are the paper's where it states them."""
+
     name: str = "run"  # the work directory is runs/<name>
     seed: int = number(0, 0, 2**32 - 1)
-    method: str = one_of(*METHODS, default="grpo")  # a row of methods.py
-    sft_steps: int = number(0, 0, COUNT)  # the Instruct stage; 0 starts from model.path
+    method: str = one_of(*METHODS, default="grpo")  # see algorithms/methods.py
+    sft_steps: int = number(0, 0, COUNT)  # Instruct stage; 0 starts from model.path
     rl_steps: int = number(0, 0, COUNT)
     questions_per_step: int = number(16, 1, ROWS)
     group_size: int = number(64, 1, ROWS)  # G
     max_new_tokens: int = number(1024, 1, TOKENS)
     learning_rate: float = number(1e-6, above=0, most=1)  # of the RL stage
-    temperature: float = number(1.0, 0.01, 100)  # of the samples that are trained on
+    temperature: float = number(1.0, 0.01, 100)  # of the outputs that are trained on
     # Fields of some methods; None is the method's own default.
     kl_coef: float | None = number(None, 0, COEFFICIENT)  # β
     clip_low: float | None = number(None, above=0, most=1)  # ε
@@ -187,21 +208,21 @@ class Config:
     advantage_baseline: str | None = one_of(
         "mean", "leave_one_out", "batch", default=None
     )
-    # Summed first, or each normalised first.
+    # sum: rewards are summed, then normalised; each: normalised, then summed.
     reward_normalization: str | None = one_of("sum", "each", default=None)
     updates_per_rollout: int | None = number(None, 1, 1000)  # μ
-    # Updates that π_sampler may lag π_old.
+    # Updates by which the policy that samples may lag behind.
     max_staleness: int | None = one_of(0, 1, default=None)
     entropy_coef: float | None = number(None, 0, COEFFICIENT)  # of an entropy bonus
-    # C: weights min(π_old/π_sampler, C).
+    # C of the weights min(π_old/π_sampler, C); None leaves the weights out.
     importance_cap: float | None = number(None, above=0, most=COEFFICIENT)
-    mask_truncated: bool | None = None  # outputs that were cut off teach nothing
-    # Last tokens before the limit that cost reward.
+    mask_truncated: bool | None = None  # leave cut-off outputs out of the loss
+    # How many tokens before the limit reduce the reward.
     overlong_buffer: int | None = number(None, 0, COUNT)
     # Further rollouts to replace tied groups.
     dynamic_sampling: int | None = number(None, 0, 1000)
     dpo_beta: float | None = number(None, above=0, most=COEFFICIENT)
-    length_normalized: bool | None = None  # DPO's Δ of means over tokens, not of sums
+    length_normalized: bool | None = None  # DPO's Δ: means over tokens, not sums
     gae_gamma: float | None = number(None, 0, 1)
     gae_lambda: float | None = number(None, 0, 1)
     value_clip: float | None = number(None, above=0, most=COEFFICIENT)
@@ -222,17 +243,17 @@ class Config:
     mesh: MeshSettings = field(default_factory=MeshSettings)
 
     def of_method(self, name: str) -> Any:
-        """A method's own field: as set, else the method's default."""
+        """Returns the value of a method's field: as set, else the method's default."""
         value = getattr(self, name)
         return METHODS[self.method].fields[name] if value is None else value
 
     def own(self) -> dict[str, Any]:
-        """All of the method's own fields."""
+        """Returns the values of all fields that the method reads."""
         return {name: self.of_method(name) for name in METHODS[self.method].fields}
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"model.path": …}: every field by its dotted name."""
+    """Returns every field by its dotted name, such as {"model.path": …}."""
     flat: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -244,7 +265,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def generations(config: Config) -> int:
-    """How many generations an output has, with its programs run; 0: no tools.
+    """Returns how many generations an output with tools has; 0 without tools.
 
     >>> asked = DataSettings(instruction="tool")
     >>> generations(Config()), generations(Config(data=asked))
@@ -256,17 +277,23 @@ def generations(config: Config) -> int:
 
 
 def set_names(config: Config) -> list[str]:
-    """The sets of the comparison."""
+    """Returns the names of the comparison's sets."""
     names = config.data.eval.replace(",", "+").split("+")
     return [name.strip() for name in names if name.strip()]
 
 
 def reward_names(config: Config) -> list[str]:
+    """Returns the names of the reward functions, or the method's default."""
     names = config.rewards.functions or METHODS[config.method].reward
     return [n.strip() for n in names.split(",") if n.strip()]
 
 
 def reward_weights(config: Config) -> list[float]:
+    """Returns the weights of the reward functions, 1 each by default.
+
+    Raises:
+      GrpoError: a weight is not a finite number, or all of them are 0.
+    """
     if not config.rewards.weights:
         return [1.0] * len(reward_names(config))
     try:
@@ -284,7 +311,11 @@ def reward_weights(config: Config) -> list[float]:
 
 
 def lora_targets(config: Config) -> tuple[str, ...]:
-    """The matrices with adapters, as the parameters name them."""
+    """Returns the names of the matrices with LoRA adapters, as in the parameters.
+
+    Raises:
+      GrpoError: a target is unknown, or LoRA's fields are set without a rank.
+    """
     model, default = config.model, ModelSettings()
     if not model.lora_rank:
         for name in ("lora_alpha", "lora_targets"):
@@ -308,11 +339,20 @@ def lora_targets(config: Config) -> tuple[str, ...]:
 
 
 def to_json(config: Config) -> str:
+    """Returns the config as JSON text, which `from_dict` reads."""
     return json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n"
 
 
 def from_dict(values: Mapping[str, Any], kind: type = Config, where: str = "") -> Any:
-    """A Config from nested dictionaries, as config.json holds it; unknown keys refused.
+    """Returns a Config from nested dictionaries, as config.json holds it.
+
+    Args:
+      values: the fields.
+      kind: the class to make: `Config` or one of its parts.
+      where: the part's dotted prefix, for messages.
+
+    Raises:
+      GrpoError: a key is not a field.
 
     >>> from_dict({"group_sise": 8})
     Traceback (most recent call last):
@@ -333,7 +373,7 @@ def from_dict(values: Mapping[str, Any], kind: type = Config, where: str = "") -
 
 
 def unknown_field(name: str) -> str:
-    """The one line that refuses an unknown key, with the one that was probably meant.
+    """Returns the message for an unknown field, with the one that was probably meant.
 
     >>> unknown_field("num_generations")
     'config.num_generations: no such field; did you mean config.group_size?'

@@ -1,8 +1,8 @@
-"""A config's fields: the choices and bounds that each declares, and how it is refused.
+"""Fields of a config with choices and bounds, and the messages for wrong ones.
 
-In: a dataclass field made by `one_of` or `number`, and a value. Out: nothing, or one
-line that says what the field takes; for a name that is no field, the one that was
-probably meant, by what other libraries call it or by its spelling.
+`one_of` and `number` make dataclass fields, and `check_value` checks a value. For a
+name that is no field, `other_name` suggests the one that was probably meant, from the
+names in other libraries or from the spelling.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 
 from grpo_jax.errors import GrpoError
 
-TOKENS = 2**20  # of a sequence, at most: longer ones fit no machine's memory
-COUNT = 2**31 - 1  # of steps, at most: they are counted in 32 bits
-ROWS = 2**20  # of a batch
-LONGEST = 10**6  # seconds that anything is waited for: 11 days
-COEFFICIENT = 1e6  # what multiplies a loss in float32
+TOKENS = 2**20  # the most tokens of a sequence; longer ones fit in no memory
+COUNT = 2**31 - 1  # the most steps, which are counted in 32 bits
+ROWS = 2**20  # the most rows of a batch
+LONGEST = 10**6  # the longest time-out in seconds: 11 days
+COEFFICIENT = 1e6  # the largest coefficient of a loss in float32
 
 
 def one_of(*choices: str | int, default: Any = ...) -> Any:
-    """A field whose values are these; the first is its default unless one is given."""
+    """Returns a field with these choices; the first is the default if none is given."""
     default = choices[0] if default is ... else default
     return dataclasses.field(default=default, metadata={"choices": choices})
 
@@ -38,14 +38,31 @@ def number(
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A field whose values lie between bounds: `least` and `most` are values too."""
+    """Returns a field of numbers in a range.
+
+    Args:
+      default: the field's default.
+      least: the smallest value.
+      most: the largest value.
+      above: a bound that values exceed.
+      below: a bound that values stay under.
+    """
     bounds = {"least": least, "above": above, "most": most, "below": below}
     given = {name: bound for name, bound in bounds.items() if bound is not None}
     return dataclasses.field(default=default, metadata=given)
 
 
 def check_value(name: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> None:
-    """Refuses a value that is not of the field's type, choices and bounds.
+    """Checks that a value has the field's type and is within its choices and bounds.
+
+    Args:
+      name: the field's dotted name.
+      value: its value.
+      kind: its type, such as int or float | None.
+      metadata: the choices or bounds of `one_of` or `number`.
+
+    Raises:
+      GrpoError: it is not.
 
     >>> check_value("clip_low", 0.0, float, {"above": 0, "most": 1})
     Traceback (most recent call last):
@@ -125,7 +142,7 @@ def _short(value: Any) -> str:
 
 # -- names that are no fields ----------------------------------------------------------
 
-# What TRL, verl, OpenRLHF and papers call it → the field, or what is said instead.
+# Names in TRL, verl, OpenRLHF and papers → the field of this package.
 OTHER_NAMES: dict[str, str] = {
     # the loss
     "beta": "kl_coef",
@@ -251,9 +268,11 @@ _REMARKS: dict[str, str] = {
 
 
 def other_name(name: str, known: list[str]) -> str:
-    """What to say of a name that is no field: "" where nothing comes to mind.
+    """Returns a suggestion for a name that is no field; "" if there is none.
 
-    name, known: dotted, as "optimizer.lr" and "learning_rate".
+    Args:
+      name: dotted, such as "optimizer.lr".
+      known: the dotted names of all fields.
 
     >>> other_name("optimizer.lr", ["learning_rate", "optimizer.b1"])
     '; did you mean config.learning_rate?'

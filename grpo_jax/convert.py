@@ -1,10 +1,10 @@
-"""Turns weights that load_pretrained does not open into a folder that it does.
+"""Converts weights that `load_pretrained` does not open to a folder that it opens.
 
     python -m grpo_jax.convert SOURCE OUT
 
-In: a Hugging Face folder with pytorch_model*.bin files only, or a .gguf file (also
-`--package NAME`: the one that an installed Python package carries). Out: the folder
-OUT with config.json, safetensors and the tokenizer's files, complete or not there.
+SOURCE is a Hugging Face folder with pytorch_model*.bin files, or a .gguf file; with
+--package it is an installed Python package that carries a .gguf file. OUT becomes a
+folder with config.json, safetensors and the tokenizer's files, complete or not at all.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ from grpo_jax.checkpoints.huggingface.tensors import Source, Stored, write_folde
 from grpo_jax.checkpoints.huggingface.weights import check_names, model_config
 from grpo_jax.errors import GrpoError
 
-KEPT = (".json", ".jinja", ".model", ".txt", ".md")  # beside the weights
+KEPT = (".json", ".jinja", ".model", ".txt", ".md")  # files copied beside the weights
 
 
 def convert_gguf(file: Path, out: Path) -> None:
-    """Writes the Hugging Face folder `out` from a GGUF file, weights in float32."""
+    """Writes the Hugging Face folder `out` from a GGUF file, weights in float32.
+
+    Raises:
+      GrpoError: the file cannot be read, or its tensors are not those of its config.
+    """
     model = GgufModel(file)
     config = model.config()
     tensors = dict(model.tensors())
@@ -52,7 +56,11 @@ def _sources(stored: dict[str, Stored]) -> dict[str, Source]:
 def convert_bin(source: Path, out: Path) -> None:
     """Writes the Hugging Face folder `out` from one with pytorch_model*.bin files.
 
-    torch is not needed, and a pickle that asks for more than tensors is refused.
+    torch is not needed.
+
+    Raises:
+      GrpoError: the folder has safetensors already, a pickle holds more than tensors,
+        or the tensors are not those of the config.
     """
     source = find_folder(source)
     if list(source.glob("*.safetensors")):
@@ -64,7 +72,7 @@ def convert_bin(source: Path, out: Path) -> None:
         if not name.endswith("rotary_emb.inv_freq")
     }
     if config.tied:
-        stored.pop("lm_head.weight", None)  # the embedding once more
+        stored.pop("lm_head.weight", None)  # a copy of the embedding
     check_names(source, config, stored)
     with new_folder(out) as folder:
         for file in source.iterdir():
@@ -74,7 +82,11 @@ def convert_bin(source: Path, out: Path) -> None:
 
 
 def find_gguf(package: str) -> Path:
-    """The one .gguf file inside an installed Python package."""
+    """Returns the one .gguf file inside an installed Python package.
+
+    Raises:
+      GrpoError: the package is not installed, or does not have exactly one.
+    """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise GrpoError(f"package {package} is not installed; pip install it first")
@@ -85,6 +97,7 @@ def find_gguf(package: str) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs the command with `arguments`, by default those of the process."""
     parser = argparse.ArgumentParser(
         prog="python -m grpo_jax.convert",
         description="A .gguf file or a folder of pytorch_model*.bin → safetensors.",

@@ -1,14 +1,14 @@
-"""The one exception that a user is meant to read.
+"""The exception whose message is written for the user, and helpers for messages.
 
-In: what went wrong and what to do about it, in one line.
-Out: `GrpoError`; `train.py` and the module commands print it and exit with 1.
+A `GrpoError` says in one line what is wrong and what to do about it. The commands print
+it and exit with 1.
 """
 
 import errno
 
 
 class GrpoError(ValueError):
-    """A mistake in a config, a file or an input that the user can put right.
+    """A mistake in a config, a file or an input that the user can correct.
 
     >>> raise GrpoError("config.group_size: 1 is below 2; set it to 2 or more")
     Traceback (most recent call last):
@@ -18,7 +18,7 @@ class GrpoError(ValueError):
 
 
 def one_line(error: object) -> str:
-    r"""What another library says is wrong, or a name from a file, for a message.
+    r"""Returns another library's error, or a name from a file, as one printable line.
 
     >>> one_line("bad value\n  at line 3")
     'bad value at line 3'
@@ -29,9 +29,11 @@ def one_line(error: object) -> str:
 
 
 def disk_full(error: OSError, where: object) -> str:
-    """What says, in one line, that a file found no room; "" is another error.
+    """Returns one line on a full disk; "" if the error is another one.
 
-    where: for an error that names no file.
+    Args:
+      error: what was raised.
+      where: named in the line if the error names no file.
 
     >>> disk_full(OSError(errno.ENOSPC, "No space left on device"), "runs/tiny")
     'runs/tiny: No space left on device'
@@ -42,10 +44,10 @@ def disk_full(error: OSError, where: object) -> str:
 
 
 def out_of_memory(error: BaseException) -> str:
-    """What an error says of the memory that was asked for; "" if it is another error.
+    """Returns the error's line on missing memory; "" if the error is another one.
 
-    XLA's allocators have one status for it, the dispatch of its CPU programs another,
-    and NumPy raises a MemoryError.
+    XLA's allocators and its CPU runtime report it with different texts, and NumPy
+    raises a MemoryError.
 
     >>> out_of_memory(MemoryError("Unable to allocate 2 TiB for an array"))
     'Unable to allocate 2 TiB for an array'

@@ -1,13 +1,13 @@
-"""The command that evaluates: models answer sets of questions and are compared.
+"""The evaluation command: models answer sets of questions and are compared.
 
     python -m grpo_jax.evaluate --models A [B …] --sets gsm8k math cmath --out DIR
 
-In: models (work directories of train.py, Hugging Face folders or hub names, or .jsonl
-files of completions made elsewhere, see completions.py) and sets. Out: in DIR every
-completion, results.json, results.md and report.html with the comparison, paired tests
-and the published figures beneath, marked as published.
+A model is a work directory of train.py, a Hugging Face folder or hub name, or a .jsonl
+file of completions made elsewhere (`evaluation/completion_files.py`). DIR gets every
+completion, and results.json, results.md and report.html with the comparison, paired
+tests, and published figures, marked as such.
 
-The same command again goes on where it was stopped; no question is asked twice.
+The same command resumes where it was stopped; no question is asked twice.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ from grpo_jax.training.run_comparison import trained_on
 from grpo_jax.training.start_time import start_time
 from grpo_jax.training.work_directory import read_config
 
-# Flags that say which process this is, and nothing of what is measured.
+# Flags that tell the processes apart; they have no effect on the results.
 PROCESSES = ("coordinator", "num_processes", "process_id", "wait", "heartbeat")
 
 
-# Flags that are numbers: the least and the most, as the fields of a config have them.
+# The smallest and largest values of numeric flags, as of the fields of a config.
 BOUNDS: dict[str, tuple[float, float]] = {
     "questions": (0, COUNT),
     "samples": (0, ROWS),
@@ -78,6 +78,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Returns the command's flags, checked; mistakes end the program."""
     parser = argparse.ArgumentParser(
         prog="python -m grpo_jax.evaluate",
         description="Evaluates models on sets of questions and compares them. The same "
@@ -138,10 +139,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def unique(names: list[str]) -> list[str]:
+    """Returns the names without repetitions, in order."""
     return list(dict.fromkeys(names))
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs the command with `arguments`, by default those of the process."""
     flags = parse(arguments)
     address = flags.coordinator, flags.num_processes, flags.process_id
     limits = dict(wait=flags.wait, heartbeat=flags.heartbeat)
@@ -156,11 +159,14 @@ def main(arguments: list[str] | None = None) -> None:
     except GrpoError as error:
         sys.exit(f"error: {error}")
     if stopped:
-        sys.exit(143)  # as a shell says of SIGTERM
+        sys.exit(143)  # the exit code of a process that SIGTERM ended
 
 
 def run(flags: argparse.Namespace) -> None:
-    """`run_command` and its report, whose errors become one line."""
+    """Calls `run_command` and prints its report.
+
+    Errors that a user can act on end the program with one line.
+    """
     from grpo_jax.checkpoints.run_checkpoints import lock
     from grpo_jax.train import set_up_process
 
@@ -171,7 +177,7 @@ def run(flags: argparse.Namespace) -> None:
             report = run_command(flags)
             try:
                 processes.say(report)
-            except BrokenPipeError:  # `| head` has read enough; all of it is on disk
+            except BrokenPipeError:  # `| head` closed the pipe; the report is on disk
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except GrpoError as error:
         sys.exit(f"error: {error}")
@@ -184,7 +190,7 @@ def run(flags: argparse.Namespace) -> None:
         )
     except KeyboardInterrupt:
         stopped = "stopped; the same command goes on from here"
-        if processes.count() > 1:  # the others hear it
+        if processes.count() > 1:  # the exit message reaches the other processes
             sys.exit(stopped)
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
@@ -195,7 +201,7 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def smaller(flags: argparse.Namespace) -> str:
-    """What to turn down, with its value, where memory runs out."""
+    """Returns which flags to lower, with their values, when memory runs out."""
     return (
         "what was answered is kept, and belongs to these settings. Lower --batch "
         f"({flags.batch}) or --max-new-tokens ({flags.max_new_tokens}), with another "
@@ -204,15 +210,24 @@ def smaller(flags: argparse.Namespace) -> str:
 
 
 def without(flags: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Returns the flags as a dictionary, without the named ones."""
     return {name: value for name, value in vars(flags).items() if name not in names}
 
 
 def is_given(model: str) -> bool:
+    """Whether a model of --models is a file of completions."""
     return model.endswith(".jsonl")
 
 
 def run_command(flags: argparse.Namespace) -> str:
-    """Measures every model on every set; returns the report that is also written."""
+    """Measures every model on every set, and writes results and report.
+
+    Returns:
+      The Markdown of results.md.
+
+    Raises:
+      GrpoError: a model or a set cannot be used.
+    """
     out = Path(flags.out)
     results: Result = {"models": labels(flags.models), "sets": {}}
     check(flags)
@@ -251,7 +266,10 @@ def run_command(flags: argparse.Namespace) -> str:
 
 
 def labels(models: list[str]) -> list[str]:
-    """Short names of the models: the last part of a path, where that tells them apart.
+    """Returns short names of the models: the last parts of their paths, if unique.
+
+    Raises:
+      GrpoError: a model is named twice.
 
     >>> labels(["runs/a", "hub/b"]), labels(["1/a", "2/a"])
     (['a', 'b'], ['1/a', '2/a'])
@@ -264,11 +282,16 @@ def labels(models: list[str]) -> list[str]:
 
 
 def published_modes(flags: argparse.Namespace) -> list[str]:
+    """Returns the modes whose published figures belong beside the measured ones."""
     return ["few_shot"] if flags.few_shot else flags.mode
 
 
 def check(flags: argparse.Namespace) -> None:
-    """Refuses before a model is loaded what would end the evaluation hours later."""
+    """Checks all sets and models before the first one is loaded.
+
+    Raises:
+      GrpoError: one of them cannot be used, which would else show hours later.
+    """
     for name in flags.sets:
         rows = datasets.load(name, "test", data_dir=flags.data_dir, require=("answer",))
         processes.agree(f"set {name}", {"rows": rows.digest})
@@ -289,7 +312,10 @@ def check(flags: argparse.Namespace) -> None:
 
 
 def trained_sets(models: list[str]) -> list[str]:
-    """What the first work directory's RL trained on; else what the paper's did."""
+    """Returns the sets that count as in-domain.
+
+    They are those of the first work directory's RL stage, else the paper's.
+    """
     for path in models:
         if is_workdir(path):
             return trained_on(read_config(Path(path)))
@@ -297,10 +323,19 @@ def trained_sets(models: list[str]) -> list[str]:
 
 
 def is_workdir(path: str) -> bool:
+    """Whether a model of --models is the work directory of a run."""
     return (Path(path) / "checkpoints").is_dir()
 
 
 def read_given(path: str, flags: argparse.Namespace):
+    """Reads a file of completions.
+
+    Returns:
+      (set → its questions, set → its completions as of `completion_files.read`).
+
+    Raises:
+      GrpoError: the file cannot be used.
+    """
     if not Path(path).is_file():
         raise GrpoError(f"--models: {path}: no such file of completions")
     every = {
@@ -313,7 +348,7 @@ def read_given(path: str, flags: argparse.Namespace):
 def from_file(
     path: str, label: str, flags: argparse.Namespace
 ) -> Iterator[tuple[str, Measured]]:
-    """Completions made elsewhere, in the modes that were asked for."""
+    """Yields (set, its scores) of a file of completions, in the modes of the flags."""
     every, read = read_given(path, flags)
     for name, groups in read.items():
         examples = every[name][: flags.questions or None]
@@ -333,7 +368,7 @@ def from_file(
 def by_asking(
     path: str, label: str, flags: argparse.Namespace
 ) -> Iterator[tuple[str, Measured]]:
-    """A model answers every set in every mode."""
+    """Yields (set, its scores) while a model answers every set in every mode."""
     model, params, tokenizer, template, instruction = load(path)
     if not is_workdir(path):
         tokenizer.now = start_time(Path(flags.out), keep=True)
@@ -371,7 +406,12 @@ def by_asking(
 
 
 def load(path: str) -> tuple[Decoder, Params, Tokenizer, str, str]:
-    """A model with the template and the instruction that it was trained on."""
+    """Loads a model.
+
+    Returns:
+      (decoder, parameters, tokenizer, template, instruction), with the template and
+      instruction that the model was trained on.
+    """
     if is_workdir(path):
         model, params, tokenizer = load_run(path)
         asked = read_config(Path(path)).data

@@ -1,10 +1,10 @@
-"""A run's newest checkpoint as a Hugging Face folder.
+"""Writes a run's newest checkpoint as a Hugging Face folder.
 
     python -m grpo_jax.export --workdir DIR --out HF_FOLDER [--adapter]
 
-In: the work directory of a run of train.py. Out: config.json, safetensors and the
-tokenizer's files, which transformers opens; LoRA's adapters are merged. With --adapter
-these alone, in a folder that PEFT opens on the model that the run began with.
+The folder has config.json, safetensors and the tokenizer's files, which transformers
+opens; LoRA's adapters are merged. With --adapter it has the adapters only, which PEFT
+loads on top of the model that the run started from.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from grpo_jax.errors import GrpoError
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs the command with `arguments`, by default those of the process."""
     parser = argparse.ArgumentParser(
         prog="python -m grpo_jax.export",
         description="Writes a run's newest checkpoint as a Hugging Face folder.",
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write(flags: argparse.Namespace) -> None:
+    """Writes the model, or its adapters, to the folder that the flags name."""
     from grpo_jax.training import run
 
     if flags.adapter:

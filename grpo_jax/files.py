@@ -1,8 +1,7 @@
-"""Files that are whole: a reader, or the next start, never finds half of one.
+"""File helpers: atomic writes, hashes, JSON with limits, and the cache folder.
 
-In: a path and its text. Out: the file, new; or what was there before, where the disk is
-full or the process is killed. JSON that is read with a limit on its size and depth. And
-where what can be made again is kept.
+A file is written completely or not at all, even if the disk is full or the process is
+killed. JSON is read with limits on its size and depth.
 """
 
 from __future__ import annotations
@@ -16,13 +15,18 @@ from typing import Any
 from grpo_jax.errors import GrpoError, one_line
 
 LARGEST = 1 << 27  # bytes of a JSON file; the largest tokenizer.json has 2^25
-DEEPEST = 64  # lists and objects in one another; what walks them may recurse
+DEEPEST = 64  # nested lists and objects; code that walks them may recurse
 
 
 def write_whole(
     file: str | os.PathLike[str], text: str | bytes, errors: str = "strict"
 ) -> None:
-    """All of the text, in a file of its own that then takes the name.
+    """Writes a file atomically: to a temporary file, which is then renamed.
+
+    Args:
+      file: the file's path.
+      text: its content; a str is written in UTF-8.
+      errors: how characters that UTF-8 cannot encode are handled.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -35,16 +39,17 @@ def write_whole(
     whole = text.encode("utf-8", errors) if isinstance(text, str) else text
     try:
         fresh.write_bytes(whole)
-    except OSError:  # what a full disk holds of it is in the way of others
+    except OSError:  # free the space that the partial file takes on a full disk
         fresh.unlink(missing_ok=True)
         raise
     fresh.replace(file)
 
 
 def digest(file: str | os.PathLike[str], part: int = 1 << 20) -> str:
-    """SHA-256 of the content, and of large files of size, first and last `part` bytes.
+    """Returns a file's SHA-256 in hexadecimal; "" if there is no such file.
 
-    An empty text where there is no such file.
+    Of a file above 16 × `part` bytes, only its size and its first and last `part` bytes
+    are hashed.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +71,11 @@ def digest(file: str | os.PathLike[str], part: int = 1 << 20) -> str:
 
 
 def cache_folder(*parts: str) -> Path:
-    """A folder of $GRPO_JAX_CACHE (default ~/.cache/grpo_jax), made if need be."""
+    """Returns a folder in $GRPO_JAX_CACHE (default ~/.cache/grpo_jax), creating it.
+
+    Raises:
+      GrpoError: it cannot be created.
+    """
     root = os.environ.get("GRPO_JAX_CACHE") or "~/.cache/grpo_jax"
     path = Path(root, *parts).expanduser()
     try:
@@ -80,12 +89,15 @@ def cache_folder(*parts: str) -> Path:
 
 
 def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
-    """The value of a JSON text, which is nested at most `DEEPEST` deep.
+    """Returns the value of a JSON text that is nested at most `DEEPEST` deep.
 
-    unique: refuse an object with a repeated key, of which json keeps the last.
+    Args:
+      text: the JSON text.
+      unique: raise for an object with a repeated key; the json module keeps the last.
 
     Raises:
-      ValueError: not JSON (json.JSONDecodeError, with the place), or out of bounds.
+      ValueError: the text is not JSON (json.JSONDecodeError), is nested too deep, or
+        has a repeated key.
 
     >>> parse_json("[" * 100 + "]" * 100)
     Traceback (most recent call last):
@@ -120,10 +132,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_whole(file: Path) -> bytes:
-    """The bytes of a small file of a model folder.
+    """Returns the bytes of a small file of a model folder.
 
     Raises:
-      GrpoError: no such file, a git-LFS pointer, larger than `LARGEST`.
+      GrpoError: there is no such file, it is a git-LFS pointer, or it is larger than
+        `LARGEST`.
     """
     try:
         with open(file, "rb") as handle:
@@ -137,11 +150,11 @@ def read_whole(file: Path) -> bytes:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model folder.
+    """Returns the object in a JSON file of a model folder.
 
     Raises:
-      GrpoError: as `read_whole`, not a JSON object, a repeated key, a lone surrogate,
-        nested deeper than `DEEPEST`.
+      GrpoError: as `read_whole`; or it is not a JSON object, has a repeated key or a
+        lone surrogate, or is nested deeper than `DEEPEST`.
     """
     try:
         value = parse_json(read_whole(file), unique=True)
@@ -159,6 +172,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def refuse_pointer(file: Path, head: bytes) -> None:
+    """Raises a GrpoError if a file that starts with `head` is a git-LFS pointer."""
     if head.startswith(b"version https://git-lfs"):
         raise GrpoError(
             f"{file}: a git-LFS pointer, not the file itself; run `git lfs pull` in "

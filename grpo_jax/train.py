@@ -1,11 +1,11 @@
-"""The command line of a run: flags → config → the stages that it names.
+"""The training command: runs the stages that a config names.
 
-In: `--config FILE --workdir DIR --config.name=value …`. Out: a trained and evaluated
-model in the work directory. Mistakes end with one line and exit code 1.
+    python train.py --config FILE --workdir DIR --config.name=value …
 
-On several hosts the same command runs on each of them: a cluster that jax knows (TPU
-pods, SLURM, Kubernetes, Open MPI) says by itself which process is which; elsewhere
---coordinator, --num_processes and --process_id do.
+The work directory then holds a trained and evaluated model. User errors end with one
+line and exit code 1. On several hosts, run the same command on each of them. JAX finds
+the processes of TPU pods, SLURM, Kubernetes and Open MPI by itself; elsewhere, set
+--coordinator, --num_processes and --process_id.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ _HEARTBEAT = flags.DEFINE_integer(
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the command line `argv`, by default that of the process."""
     argv = sys.argv if argv is None else argv
     names = "workdir accept_changes coordinator num_processes process_id wait heartbeat"
     print_help(argv, USAGE, names.split())
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(config: Config) -> None:
-    """`train`, whose errors become one line."""
+    """Calls `train`; errors that a user can act on end the program with one line."""
     workdir = _WORKDIR.value or f"runs/{config.name}"
     try:
         train(config, folder(workdir), accept_changes=_ACCEPT.value)
@@ -82,7 +83,11 @@ def run(config: Config) -> None:
 
 
 def folder(name: str) -> Path:
-    """The work directory; a bucket, without locks and renames, cannot be one."""
+    """Returns the work directory as a path.
+
+    Raises:
+      GrpoError: it is a bucket, which has no locks and no renames.
+    """
     if "://" in name:
         raise GrpoError(
             f"--workdir: {name}: name a folder, with several hosts one of a disk that "
@@ -92,7 +97,7 @@ def folder(name: str) -> Path:
 
 
 def smaller(config: Config) -> str:
-    """What to turn down, with its value, where memory runs out."""
+    """Returns which fields to lower, with their values, when memory runs out."""
     rows = config.optimizer.micro_rows
     rollout = f"{config.questions_per_step} × {config.group_size} outputs"
     return (
@@ -104,7 +109,16 @@ def smaller(config: Config) -> str:
 
 
 def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> None:
-    """Runs the stages: SFT, RL, comparison; each resumes where it stands."""
+    """Runs the stages SFT, RL and comparison; each resumes from its checkpoint.
+
+    Args:
+      config: the checked config.
+      workdir: the work directory.
+      accept_changes: continue although the config differs from the run's earlier one.
+
+    Raises:
+      GrpoError: the config, the data or the work directory cannot be used.
+    """
     set_up_process()
     import jax
 
@@ -120,11 +134,11 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     versions = {"jax": jax.__version__, "workdir": str(workdir)}
     processes.agree("config", flatten(config) | versions)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    # Refused here, not at the first rollout, and not when SFT is done.
+    # Impossible settings fail here, not at the first rollout after the SFT stage.
     sharding.regroup(mesh, config.mesh.decode_tensor or mesh.shape["tensor"])
     there = sharding.to_devices(0.0, jax.NamedSharding(mesh, sharding.P()))
     sharding.move(there, config.model.reference_memory)
-    if config.model.path and config.model.vocab_size:  # a large model: say what it is
+    if config.model.path and config.model.vocab_size:  # print a large model's size
         processes.say(setup.describe_state(config))
     setup.agree_on_files(config)
     model, tokenizer = setup.make_model(config)

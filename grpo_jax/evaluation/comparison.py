@@ -1,10 +1,9 @@
-"""Measures models on sets of questions, for a comparison.
+"""Measures models on sets of questions, to compare them.
 
-In: models with their parameters, and the names of sets. Out: scores, and where a folder
-is given every completion in it.
+    questions → prompts → completions, kept on disk → scores → tables
 
-    questions ─ prompts ─ completions, kept on disk ─ scores ─ tables
-    data, shots  asking    completions                 scores   tables, published
+`generate_answers.py` asks the model, `completion_files.py` keeps what it answers, and
+`metrics.py` scores it.
 """
 
 from __future__ import annotations
@@ -31,13 +30,14 @@ Scores = dict[tuple[str, str], dict[str, Score]]  # (set, measure) → model →
 
 @dataclass(frozen=True)
 class Measured:
-    """One model on one set: by measure, such as greedy or tool_sampled."""
+    """The scores of one model on one set, by measure ("greedy", "tool_sampled", …)."""
 
     n: int  # questions
     by_measure: Mapping[str, Score]
 
     @property
     def result(self) -> Result:
+        """The figures as results.json holds them."""
         return {"n": self.n} | {m: s.result for m, s in self.by_measure.items()}
 
 
@@ -53,10 +53,22 @@ def measure(
     folder: Path | None = None,
     restart: bool = False,
 ) -> Measured:
-    """Greedy accuracy; with samples also accuracy, pass@k, maj@k at a temperature.
+    """Measures greedy accuracy, and accuracy, pass@k and maj@k of samples.
 
-    folder: where the completions are kept, and found again. `restart`: those that
-    were made with other settings, or weights, are replaced instead of refused.
+    Args:
+      model: the decoder.
+      params: its parameters.
+      tokenizer: the model's.
+      name: the set's name.
+      settings: how the set is asked and answered.
+      sampled: also measure `settings.samples` samples a question.
+      label: what the progress bar shows.
+      folder: where completions are kept and found again; None keeps none.
+      restart: replace completions of other settings or weights, instead of raising.
+
+    Raises:
+      GrpoError: the set cannot be read, or the folder has completions of other
+        settings or weights.
     """
     asked = generate_answers.load_prompts(tokenizer, name, settings)
     found = {}
@@ -85,6 +97,7 @@ def measure(
 
 
 def measure_name(mode: str, kind: str) -> str:
+    """Returns a measure's name: "greedy" for chain of thought, "tool_greedy", …."""
     return kind if mode == "cot" else f"{mode}_{kind}"
 
 
@@ -95,6 +108,15 @@ def grade(
     grader: str,
     temperature: float | None,
 ) -> Score:
+    """Scores a set's completions.
+
+    Args:
+      examples: the questions with their references.
+      answered: the completions of each question; None if it was too long to be asked.
+      mode: "cot", or "tool" to score printed outputs of programs too.
+      grader: "strict", or "paper" for the paper's lenient rule beside the strict one.
+      temperature: at which completions were sampled; None if it is not known.
+    """
     rules = ("strict",) if grader == "strict" else ("strict", grader)
     return metrics.score(
         examples,
@@ -106,10 +128,12 @@ def grade(
 
 
 def add(found: Scores, name: str, model: str, measured: Measured) -> None:
+    """Adds a model's scores on a set to those that were found before."""
     for key, score in measured.by_measure.items():
         found.setdefault((name, key), {})[model] = score
 
 
 def write_json(file: Path, value: Any) -> None:
+    """Writes a JSON file, if this is the first process."""
     if processes.first():
         write_whole(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,19 +1,21 @@
-"""Completions on disk: kept batch by batch while they are made, and read from others.
+"""Files of completions: written batch by batch, or made elsewhere and read.
 
-In: settings and batches of completions; or a file made elsewhere. Out: JSON lines, one
-a question, and the completions of all questions of a set.
-
-A file of completions, ours and anyone's, has one JSON object a line:
+A file has one JSON object a line:
 
     {"set": "gsm8k", "id": "gsm8k/test/7", "completions": ["… \\\\boxed{18}"]}
 
-`set`: a name as --sets has it; may be left out where there is but one. The question:
-`id` (ours: set/split/row from 0; or the set's own), `index` (row from 0) or `question`
-(its text). `completions`, a list, or `completion`; a question's further lines add
-samples. `mode`: "cot" (default) or "tool". `temperature`: 0 is greedy; left out, one
-completion is greedy and several are samples. Other fields are not looked at. Our own
-files begin with a line {"settings": …}, which is passed over, and say the question and
-its answer too; several of them may be put one after the other.
+    set           a name as in --sets; optional if there is only one set
+    id            the question: set/split/row from 0, or the set's own id
+    index         instead of id: the question's row, from 0
+    question      instead of id: the question's text
+    completions   a list of texts, or `completion` with one; further lines of a question
+                  add samples
+    mode          "cot" (default) or "tool"
+    temperature   0 is greedy; without it, one completion is greedy and several are
+                  samples
+
+Other fields are ignored. The files that `Log` writes begin with a line {"settings": …},
+which readers skip, and also hold question and answer; they may be concatenated.
 """
 
 from __future__ import annotations
@@ -36,12 +38,14 @@ KINDS = ("greedy", "sampled")
 
 
 class Completion(NamedTuple):
+    """One completion of a question."""
+
     text: str
-    cut_off: bool | None = None  # it was longer than it could be; None: not known
+    cut_off: bool | None = None  # it reached the length limit; None: not known
 
 
 class Group(NamedTuple):
-    """Completions of every question of a set, asked in one way."""
+    """Completions of every question of a set, in one mode at one temperature."""
 
     completions: list[list[Completion]]
     temperature: float | None  # None: not known
@@ -52,7 +56,7 @@ _Lines = dict[tuple[int, ...], list[list[Completion]]]
 
 
 def file_name(name: str, mode: str, kind: str) -> str:
-    """The file of a set's completions.
+    """Returns the name of the file of a set's completions.
 
     >>> file_name("data/my questions.jsonl", "cot", "greedy")
     'data_my_questions.jsonl.cot.greedy.jsonl'
@@ -63,11 +67,21 @@ def file_name(name: str, mode: str, kind: str) -> str:
 class Log:
     """One model's completions of one set, appended a batch at a time.
 
-    file: made with its folder where there is none. settings: all that the completions
-    depend on. A file that was made with others is refused, or with `restart` replaced.
-    What a kill cut off at the end of the file is dropped; `rows` is what is there.
-    Of several processes the first writes, and all read: before they ask for anything,
-    every one must see the same rows.
+    A line that a kill cut off at the end of the file is dropped. If there are several
+    processes, the first writes and all read; they must see the same rows before any
+    question is asked.
+
+    Args:
+      file: created, with its folder, if it does not exist.
+      settings: everything that the completions depend on.
+      restart: replace a file of other settings, instead of raising.
+
+    Attributes:
+      rows: the completions that the file has, by the question's place in its set.
+
+    Raises:
+      GrpoError: the file has other settings or a damaged line, or the processes do not
+        share it.
     """
 
     def __init__(self, file: Path, settings: Mapping[str, Any], *, restart: bool):
@@ -98,7 +112,7 @@ class Log:
             )
 
     def _read(self, restart: bool) -> bool:
-        """Whether the file goes on; its rows are then known."""
+        """Reads the rows; returns False if the file has to be started again."""
         whole = self.file.read_bytes()
         end = whole.rfind(b"\n") + 1
         if end < len(whole):
@@ -121,10 +135,16 @@ class Log:
         return True
 
     def append(self, found: Mapping[int, Sequence[Completion]], examples, **more):
-        """A batch, in one write that is on the disk when this returns."""
+        """Appends a batch in one write, which is on disk when this returns.
+
+        Args:
+          found: completions by the question's place in the set.
+          examples: the questions of the set.
+          **more: further fields of each line.
+        """
         lines = []
         for index, completions in found.items():
-            if index in self.rows:  # of a batch that a kill cut off
+            if index in self.rows:  # the batch was written in part before a kill
                 continue
             example = examples[index]
             row = {
@@ -147,7 +167,7 @@ class Log:
 
 
 def _own(row: Any) -> tuple[int, list[Completion]] | None:
-    """The place and the completions of a line as `Log.append` writes it."""
+    """The place and completions of a line of `Log.append`; None if it is not one."""
     match row:
         case {"index": int() as index, "completions": [*texts], "cut_off": [*cut]}:
             known = all(c is None or isinstance(c, bool) for c in cut)
@@ -160,7 +180,7 @@ def _own(row: Any) -> tuple[int, list[Completion]] | None:
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-    """As UTF-8, or all ASCII where a text holds a lone surrogate."""
+    """JSON in UTF-8, or in ASCII if a text holds a lone surrogate."""
     try:
         return json.dumps(row, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:
@@ -187,11 +207,19 @@ def _difference(before: Any, now: Mapping[str, Any]) -> str:
 def read(
     file: Path, sets: Mapping[str, Sequence[Example]], *, questions: int = 0
 ) -> dict[str, dict[Key, Group]]:
-    """set → (mode, greedy | sampled) → completions of every question, in its order.
+    """Reads a file of completions.
 
-    questions: only the first ones of each set (0: all), which must all be answered.
-    Raises GrpoError with file and line for a row that cannot be used, and with the
-    set for one that is not answered as a whole.
+    Args:
+      file: JSON lines, as described at the top of the file.
+      sets: the questions of each set, by its name.
+      questions: how many questions of each set must be answered, the first ones; 0
+        means all.
+
+    Returns:
+      set → (mode, "greedy" or "sampled") → completions of every question, in order.
+
+    Raises:
+      GrpoError: a line cannot be used, or a set is not answered completely.
     """
     places = {name: _places(examples) for name, examples in sets.items()}
     # set → (mode, temperature) → the places that a line answers → its completions
@@ -234,7 +262,7 @@ def read(
 
 
 def _share(lines: _Lines) -> Rows:
-    """Each place's completions: lines of a question that a set has twice are dealt."""
+    """Each place's completions; a set's repeated questions share lines in turn."""
     rows: Rows = {}
     for places, answers in lines.items():
         for n, index in enumerate(places):

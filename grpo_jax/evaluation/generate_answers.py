@@ -1,12 +1,10 @@
-"""A model answers a set of questions: batch by batch, kept on disk, to be continued.
+"""Generates a model's answers to a set of questions, with a file to resume from.
 
-In: a model, a set's name and `Settings`. Out: the completions of every question.
-
-A mode ("cot", chain of thought; "tool", with programs) is one function: prompts in,
-completions out. The sampler gets a queue of up to four batches at a time, the longest
-prompts first, and what it answered is written before it gets the next. Draws depend on
-the seed, the temperature and the place in that order alone, so that an evaluation which
-was stopped goes on to the completions that it would have come to.
+A mode ("cot", chain of thought; "tool", with programs) is one function from prompts to
+completions. The sampler gets up to four batches of prompts at a time, the longest
+first, and their completions are written before it gets the next. Random draws depend
+only on the seed, the temperature and the place in that order, so that an evaluation
+that was stopped resumes with the same completions.
 """
 
 from __future__ import annotations
@@ -39,8 +37,8 @@ from grpo_jax.models.decoder import Decoder, Params
 
 Answers = list[list[Completion]]  # [questions][samples]
 Mode = Callable[..., Answers]  # see `chain_of_thought`
-QUEUE = 4  # batches that the sampler gets at a time, at most
-PARTS = 4  # of a set, at least, so that progress shows and little is lost in a stop
+QUEUE = 4  # the most batches that the sampler gets at a time
+PARTS = 4  # a set has about this many, to show progress and to lose little in a stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,23 +48,23 @@ class Settings:
     template: str = "chat"
     instruction: str = "cot"
     mode: str = "cot"  # cot | tool
-    generations: int = 2  # of a completion with tools (`tools.py`)
+    generations: int = 2  # of a completion with tools (`tool_rollouts.py`)
     tool_timeout: float = 10.0  # seconds of a program
     few_shot: bool = False  # worked examples instead of template and instruction
     max_prompt_tokens: int = 2048
     max_new_tokens: int = 1024
     questions: int = 0  # of each set; 0 is all
-    samples: int = 1  # a question, at `temperature`; 0 leaves that out
+    samples: int = 1  # a question, at `temperature`; 0 measures greedy decoding only
     temperature: float = 1.0
-    batch: int = 64  # completions decoded at a time, at most
+    batch: int = 64  # the most completions decoded at a time
     seed: int = 0
     data_dir: str | None = None
-    grader: str = "strict"  # strict | paper: that rule's figures beside the strict ones
+    grader: str = "strict"  # strict | paper: the paper's rule beside the strict one
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A set's questions with their prompts; None: longer than a prompt may be."""
+    """A set's questions with their prompts; None for a prompt that is too long."""
 
     name: str
     examples: Sequence[Example]
@@ -79,7 +77,7 @@ class Asked:
         return sorted(lengths, key=lambda i: -lengths[i])
 
     def digest(self) -> str:
-        """Of all prompts: whatever changes one of them changes this."""
+        """Returns a hash of all prompts."""
         sha = hashlib.sha256()
         for ids in self.prompts:
             sha.update(np.array([-1] if ids is None else ids, "<i4").tobytes() + b"|")
@@ -87,7 +85,11 @@ class Asked:
 
 
 def load_prompts(tokenizer: Tokenizer, name: str, settings: Settings) -> Asked:
-    """A set's questions as the settings ask them."""
+    """Returns a set's questions, with prompts as the settings define them.
+
+    Raises:
+      GrpoError: the set cannot be read, or processes read different ones.
+    """
     limit, where = settings.questions or None, settings.data_dir
     rows = datasets.load(name, "test", data_dir=where, limit=limit, require=("answer",))
     examples = list(rows)
@@ -124,7 +126,23 @@ def chain_of_thought(
     slots: int = 0,
     stop: Sequence[Sequence[int]] = (),
 ) -> Answers:
-    """`samples` completions of every prompt, `slots` at a time (0: as it likes)."""
+    """Returns completions by chain of thought.
+
+    Args:
+      model: the decoder.
+      params: its parameters.
+      tokenizer: the model's.
+      prompts: token ids.
+      key: the random key of all draws.
+      samples: completions of each prompt.
+      temperature: 0 is greedy.
+      max_new_tokens: the limit of a completion.
+      slots: completions decoded at a time; 0 leaves it to the sampler.
+      stop: token sequences that end a completion.
+
+    Returns:
+      For each prompt its `samples` completions.
+    """
     out = generate(
         model,
         params,
@@ -137,7 +155,7 @@ def chain_of_thought(
         stop=stop,
         slots=slots or None,
     )
-    while not out.tokens.is_ready():  # asleep here, so that Ctrl-C is heard
+    while not out.tokens.is_ready():  # waits in Python, so that Ctrl-C works
         time.sleep(0.005)
     arrays = out.tokens, out.lengths, out.finished
     tokens, lengths, done = sharding.to_hosts(arrays)
@@ -158,8 +176,11 @@ def with_programs(
     stop: Sequence[Sequence[int]] = (),
     **options: Any,
 ) -> Answers:
-    """The same by tool-integrated reasoning, whose programs a sandbox runs; `slots`
-    completions at a time. options: as `tools.solve` has them; few-shot has no tools."""
+    """Returns completions by tool-integrated reasoning; a sandbox runs their programs.
+
+    Arguments as in `chain_of_thought`; `stop` must be empty, and `options` are those of
+    `tool_rollouts.solve`.
+    """
     assert not stop
     found = solve(model, params, tokenizer, prompts, rows=slots, **options)
     rows = []
@@ -175,7 +196,11 @@ MODES: dict[str, Mode] = {"cot": chain_of_thought, "tool": with_programs}
 
 
 def find_mode(settings: Settings) -> Mode:
-    """The settings' mode; refused where it needs a sandbox and none works here."""
+    """Returns the function of the settings' mode.
+
+    Raises:
+      GrpoError: the mode needs a sandbox, and none works here.
+    """
     mode = MODES[settings.mode]
     if settings.mode != "tool":
         return mode
@@ -199,11 +224,23 @@ def answer_all(
     file: Path | None = None,
     restart: bool = False,
 ) -> list[list[Completion] | None]:
-    """Completions of every question, None for those that are too long to be asked.
+    """Returns the completions of every question; None for one that is too long.
 
-    kind: greedy (one, at temperature 0) or sampled. file: where they are kept, and
-    what is there already is not asked again; made with other settings it is refused,
-    or with `restart` replaced.
+    Args:
+      model: the decoder.
+      params: its parameters.
+      tokenizer: the model's.
+      asked: the questions with their prompts.
+      settings: how they are answered.
+      kind: "greedy" (one completion, at temperature 0) or "sampled".
+      label: what the progress bar shows.
+      file: where completions are kept; those that it has are not generated again. None
+        keeps none.
+      restart: replace a file of other settings or weights, instead of raising.
+
+    Raises:
+      GrpoError: the file has other settings or weights, or no sandbox works here.
+      Preempted: the run was asked to stop; the completions so far are in the file.
     """
     temperature, samples = 0.0, 1
     if kind == "sampled":
@@ -218,7 +255,7 @@ def answer_all(
         header |= {"weights": fingerprint(params), "dtype": str(jnp.dtype(model.dtype))}
         log = Log(file, header, restart=restart)
     found = {} if log is None else dict(log.rows)
-    if all(i in found for i in asked.order):  # no bar: nothing is asked
+    if all(i in found for i in asked.order):  # nothing to do: show no progress bar
         return [found.get(i) for i in range(len(asked.examples))]
     key = jax.random.fold_in(jax.random.key(settings.seed), round(1000 * temperature))
     done = sum(i in found for i in asked.order)
@@ -262,7 +299,10 @@ def _cut(completion: Completion, form: few_shot_prompts.Format) -> Completion:
 
 
 def questions_at_once(questions: int, samples: int, batch: int) -> int:
-    """Of a set: a quarter, though at least a batch and at most four, in completions.
+    """Returns how many questions are asked at a time.
+
+    Their completions are a quarter of the set's, but at least one batch and at most
+    four batches.
 
     >>> [questions_at_once(n, 1, 64) for n in (10, 400, 1319, 5000)]
     [64, 100, 256, 256]
@@ -274,7 +314,7 @@ def questions_at_once(questions: int, samples: int, batch: int) -> int:
 
 
 def describe(asked: Asked, settings: Settings, kind: str, size: int) -> dict[str, Any]:
-    """All that completions depend on, beside the model's own."""
+    """Returns everything that completions depend on, except the model itself."""
     how: dict[str, Any] = {
         "set": asked.name,
         "questions": len(asked.examples),
@@ -299,7 +339,7 @@ def describe(asked: Asked, settings: Settings, kind: str, size: int) -> dict[str
 
 
 def fingerprint(params: Params) -> str:
-    """A checksum of all weights, the same however they are sharded.
+    """Returns a checksum of all weights, which does not depend on their sharding.
 
     >>> one = fingerprint({"a": jnp.ones(3), "b": jnp.zeros(2)})
     >>> one == fingerprint({"a": jnp.ones(3), "b": -jnp.zeros(2)}), len(one)
@@ -315,7 +355,7 @@ def fingerprint(params: Params) -> str:
 
 @jax.jit
 def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-    """Of each array: its bits, each mixed with its place, summed modulo 2³²."""
+    """For each array, its elements' bits mixed with their index, summed modulo 2³²."""
 
     def one(x: jax.Array) -> jax.Array:
         bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")

@@ -1,10 +1,8 @@
-"""What completions are worth: accuracy, pass@k, maj@k, and two models compared.
+"""Scores completions: accuracy, pass@k and maj@k; and compares two models.
 
-In: the examples of a set and the completions of every question. Out: `Score`, whose
-`result` is what results.json holds and whose `right` the paired tests need.
-
-Intervals are 95 %. Of one completion a question: Wilson's. Of several, and of pass@k
-and maj@k: the bootstrap's, over questions.
+All intervals are 95 %. The interval of an accuracy is Wilson's if there is one
+completion a question. With several, and for pass@k and maj@k, it is the bootstrap's
+over questions.
 """
 
 from __future__ import annotations
@@ -31,9 +29,9 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Score:
-    """One model on one set, asked in one way."""
+    """The score of one model on one set, in one mode at one temperature."""
 
-    result: Result
+    result: Result  # the figures, as results.json holds them
     right: np.ndarray  # [questions, samples], 0 or 1
 
 
@@ -45,11 +43,15 @@ def score(
     rules: Sequence[str] = ("strict",),
     programs: bool = False,
 ) -> Score:
-    """Grades every completion; None: the question was too long and counts as wrong.
+    """Grades every completion of a set.
 
-    temperature: what they were sampled at, to be told with the result. rules: strict,
-    and paper for DeepSeekMath's lenient rule beside it. programs: also
-    the accuracy of the last ```output block, as tool-integrated reasoning is reported.
+    Args:
+      examples: the questions with their references.
+      completions: those of each question; None if it was too long, which is wrong.
+      temperature: at which they were sampled; it is stored in the result.
+      rules: "strict", and "paper" for DeepSeekMath's lenient rule beside it.
+      programs: also report the accuracy of the last ```output block, as is usual for
+        tool-integrated reasoning.
 
     >>> two = [Example("1+1", "2"), Example("1+2", "3")]
     >>> found = score(two, [[Completion("It is 2.")], [Completion("It is 2.")]])
@@ -124,16 +126,24 @@ def _at_k(votes: Sequence[Sequence[int | None]], right: np.ndarray) -> Result:
     return result
 
 
-MOST_ANSWERS = 64  # different wrong ones of a question that are compared
+MOST_ANSWERS = 64  # the most different wrong answers of a question that are compared
 
 
 def votes(
     examples: Sequence[Example], given: Sequence[str | None], right: np.ndarray
 ) -> list[list[int | None]]:
-    """What each prediction votes for: equal ones, however they are written, for one.
+    """Returns the number of the answer that each prediction votes for in maj@k.
 
-    given: the predictions of all questions, side by side. right: [questions, samples];
-    the right ones vote for the reference. None: it votes for nothing.
+    Predictions that are equal, however they are written, vote for the same answer. The
+    right ones vote for the reference, number 0.
+
+    Args:
+      examples: the questions with their references.
+      given: the predictions of all questions, side by side; None casts no vote.
+      right: [questions, samples], whether the prediction is right.
+
+    Returns:
+      For each question its samples' votes; None for no vote.
 
     >>> said = ["5", "3 cm", "5", "x=3", "3", None]
     >>> votes([Example("?", "3")], said, np.array([[0, 1, 0, 1, 1, 0]]))
@@ -149,7 +159,7 @@ def votes(
             wrong = [s for s, good in zip(spelled, right[i], strict=True) if not good]
             distinct = [s for s in dict.fromkeys(wrong) if s is not None]
             answered.append((spelled, distinct))
-            # Where none is right, no vote can be.
+            # If none is right, no majority can be right either.
             compared = distinct[:MOST_ANSWERS] if right[i].any() else []
             pairs += [(i, *pair) for pair in itertools.combinations(compared, 2)]
         same = _equal([(examples[i], a, b) for i, a, b in pairs])
@@ -174,7 +184,7 @@ def _equal(asked: Sequence[tuple[Example, str, str]]) -> list[bool]:
     references, predictions = [], []
     for example, a, b in asked:
         options = len(kinds.options_of(example))
-        if kinds.is_letters(b, options):  # a letter is asked for with its options
+        if kinds.is_letters(b, options):  # the reference must be the letter
             a, b = b, a
         references.append(dataclasses.replace(example, answer=a))
         predictions.append(b)
@@ -182,7 +192,7 @@ def _equal(asked: Sequence[tuple[Example, str, str]]) -> list[bool]:
 
 
 def _spelled(prediction: str) -> str:
-    """One spelling for 1/2, 0.5 and $0.50."""
+    """A common spelling of equal numbers, such as 1/2, 0.5 and $0.50."""
     if len(prediction) > equality.MAX_CHARS:
         return prediction
     text = clean(prediction)
@@ -193,11 +203,14 @@ def _spelled(prediction: str) -> str:
 
 
 def paired(first: Score, second: Score) -> Result:
-    """Whether the second model is better than the first, on the same questions.
+    """Tests whether two models differ on the same questions.
 
-    One completion a question: the exact McNemar test. Several: a paired bootstrap of
-    the difference between the questions' mean accuracies. The interval is the
-    bootstrap's in both.
+    With one completion a question, p is the exact McNemar test's. With several, it is
+    that of a paired bootstrap over the questions' mean accuracies. The interval is the
+    bootstrap's in both cases.
+
+    Returns:
+      difference (second minus first), ci95, p, and the test's name.
     """
     a, b = first.right.mean(1), second.right.mean(1)
     low, high, p = statistics.paired_bootstrap(a, b)
@@ -209,7 +222,7 @@ def paired(first: Score, second: Score) -> Result:
 
 
 def pairs(scores: Mapping[tuple[str, str], Mapping[str, Score]]) -> list[Result]:
-    """The tests between every two models: scores[set, measure][model]."""
+    """Returns the tests between every two models of scores[set, measure][model]."""
     return [
         {"set": name, "measure": measure, "models": [a, b], **paired(x, y)}
         for (name, measure), models in scores.items()

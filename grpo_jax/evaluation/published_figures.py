@@ -1,9 +1,8 @@
-"""Figures that others have published, to stand beside measured ones.
+"""Published figures, to be shown beside measured ones and marked as published.
 
-In: the names of sets and modes. Out: Markdown tables, or values for JSON, marked as
-published; nothing here was measured by this project. From the DeepSeekMath report
-(2024), accuracy in %: zero-shot chain of thought, tool-integrated reasoning, and the
-base model's few-shot chain of thought.
+None of them was measured by this project. They are accuracies in % from the
+DeepSeekMath report (Shao et al. 2024): zero-shot chain of thought, tool-integrated
+reasoning, and the base model's few-shot chain of thought.
 """
 
 from __future__ import annotations
@@ -68,7 +67,11 @@ TITLES = {
 
 
 def figures(sets: Sequence[str], modes: Sequence[str] = ("cot",)) -> dict[str, Figures]:
-    """mode → model → set → accuracy, of the sets that have any.
+    """Returns mode → model → set → accuracy in %, for sets that have published figures.
+
+    Args:
+      sets: names of sets.
+      modes: of "cot", "tool" and "few_shot".
 
     >>> figures(["ocw", "svamp"], ["cot", "few_shot"])
     {'few_shot': {'DeepSeekMath-Base 7B': {'ocw': '15.4'}}}
@@ -86,7 +89,7 @@ def figures(sets: Sequence[str], modes: Sequence[str] = ("cot",)) -> dict[str, F
 
 
 def table(sets: Sequence[str], modes: Sequence[str] = ("cot",)) -> str:
-    """The published figures on those of `sets` that have any; "" where none has.
+    """Returns the published figures of the sets as Markdown; "" if there are none.
 
     >>> print(table(["math"], ["tool"]).splitlines()[-1])
     | DeepSeekMath-RL 7B | 58.8 |
@@ -108,6 +111,6 @@ def table(sets: Sequence[str], modes: Sequence[str] = ("cot",)) -> str:
 
 
 def for_json(sets: Sequence[str], modes: Sequence[str]) -> dict[str, Any]:
-    """What results.json says of others; {} where nothing is known."""
+    """Returns the published figures as results.json holds them; {} if none."""
     found = figures(sets, modes)
     return {"note": NOTE, "unit": "%", **found} if found else {}

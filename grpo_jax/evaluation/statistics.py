@@ -1,8 +1,7 @@
-"""Measures of an evaluation: intervals, pass@k, maj@k, and whether two models differ.
+"""Statistics of an evaluation: intervals, pass@k, maj@k, and paired tests.
 
-In: which of a question's samples are right, and what they answer. Out: numbers in
-[0, 1]. Wilson's interval and McNemar's test are scipy's; the bootstrap is ours, since
-it draws equal values together and so is some hundred times as fast.
+Wilson's interval and McNemar's test are scipy's. The bootstrap is written here, since
+drawing equal values together makes it about a hundred times as fast.
 """
 
 import collections
@@ -24,13 +23,17 @@ def wilson(accuracy: float, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-RESAMPLES = 10_000  # of a bootstrap: its bounds are then steady to a few parts in 1000
+RESAMPLES = 10_000  # draws of a bootstrap; its bounds then vary by a few parts in 1000
 
 
 def bootstrap(values: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """The means [R] of R = `RESAMPLES` draws of n of the n values, with replacement.
+    """Returns the means [R] of R = `RESAMPLES` bootstrap samples of n values.
 
-    Equal values are drawn together: their counts are multinomial.
+    Equal values are drawn together, since their counts are multinomial.
+
+    Args:
+      values: [n].
+      seed: of the draws.
 
     >>> round(float(bootstrap(np.arange(100.0)).std()), 1)  # 28.9 / 10
     2.9
@@ -41,9 +44,10 @@ def bootstrap(values: np.ndarray, *, seed: int = 0) -> np.ndarray:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a mean over questions, by percentiles.
+    """Returns the 95 % percentile bootstrap interval of a mean over questions.
 
-    Where every question has the same value 0 or 1 no draw differs: then Wilson's.
+    If every question has the same value, 0 or 1, all samples are equal; the interval is
+    then Wilson's.
 
     >>> interval(np.ones(50))[0] < 0.95, interval(np.arange(2.0).repeat(200))[1] < 0.56
     (True, True)
@@ -56,10 +60,14 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """p of the exact two-sided McNemar test: do two models get as many right?
+    """Returns p of the exact two-sided McNemar test of two models' accuracies.
 
-    Of the m questions that only one of them gets right, as many as expected of m fair
-    coins are the second's: p = min(1, 2 P[Binomial(m, 1/2) <= the smaller count]).
+    Under the null hypothesis, each of the m questions that only one model gets right is
+    equally likely to be either's: p = min(1, 2 P[Binomial(m, 1/2) <= smaller count]).
+
+    Args:
+      first: whether the first model gets each question right.
+      second: the same for the second model.
 
     >>> mcnemar([True] * 5 + [False], [False] * 6)
     0.0625
@@ -74,10 +82,14 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
 def paired_bootstrap(
     first: np.ndarray, second: np.ndarray
 ) -> tuple[float, float, float]:
-    """(low, high, p) of the mean difference second - first over the same questions.
+    """Returns (low, high, p) of the mean difference second - first.
 
-    The interval is the bootstrap's 95 %; p is twice the share of draws on the other
-    side of 0, at least 2/(R+1): no draw shows less.
+    The 95 % interval is the bootstrap's. p is twice the share of bootstrap means on the
+    other side of 0, and at least 2/(R+1), the resolution of R samples.
+
+    Args:
+      first: [questions], the first model's accuracy on each question.
+      second: [questions], the second model's, on the same questions.
 
     >>> paired_bootstrap(np.zeros(40), np.tile([0.0, 1.0], 20))[2] < 0.001
     True
@@ -90,7 +102,14 @@ def paired_bootstrap(
 
 
 def pass_at_k(correct: Sequence[int], samples: int, k: int) -> float:
-    """Mean over questions of 1 - C(n-c, k) / C(n, k): unbiased, c of n samples right.
+    """Returns pass@k, the mean over questions of 1 - C(n-c, k) / C(n, k).
+
+    This estimate from c right ones of n samples is unbiased (Chen et al. 2021).
+
+    Args:
+      correct: c of each question.
+      samples: n.
+      k: at most n.
 
     >>> pass_at_k([1, 0], samples=2, k=1), pass_at_k([1, 0], samples=2, k=2)
     (0.25, 0.5)
@@ -99,13 +118,17 @@ def pass_at_k(correct: Sequence[int], samples: int, k: int) -> float:
 
 
 def each_pass_at_k(correct: Sequence[int], samples: int, k: int) -> list[float]:
-    """pass@k of every question."""
+    """Returns pass@k of every question; arguments as in `pass_at_k`."""
     total = math.comb(samples, k)
     return [1 - math.comb(samples - int(c), k) / total for c in correct]
 
 
 def majority(predictions: Sequence[Hashable], right: Sequence[bool]) -> bool:
-    """maj@k: is the answer given most often right? The first one wins a tie.
+    """Returns whether the most frequent answer is right; the first one wins a tie.
+
+    Args:
+      predictions: the votes; None casts none.
+      right: whether each is right.
 
     >>> majority(["4", "5", "5", None], [True, False, False, False])
     False
@@ -117,7 +140,7 @@ def majority(predictions: Sequence[Hashable], right: Sequence[bool]) -> bool:
 
 
 def maj_at_k(predictions: Sequence[Hashable], right: Sequence[bool], k: int) -> float:
-    """maj@k of one question: the mean over as many separate sets of k as there are.
+    """Returns maj@k of one question, averaged over its disjoint sets of k samples.
 
     >>> maj_at_k(["4", "4", "5", "5"], [True, True, False, False], k=2)
     0.5

@@ -1,4 +1,4 @@
-"""Command lines with a config: `--config FILE --config.field=value`, and their help."""
+"""Parses command lines with a config, `--config FILE --config.field=value`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "the run's config file
 
 
 def print_help(argv: list[str], usage: str, names: Sequence[str]) -> None:
-    """Prints the usage and the named flags, and exits, where argv asks for help."""
+    """If argv asks for help, prints the usage and the named flags, and exits."""
     if not {"-h", "-help", "--help", "--helpfull"} & set(argv[1:]):
         return
     print(f"{usage}\n")
@@ -61,7 +61,7 @@ def parse_config(argv: list[str], usage: str) -> Config:
     try:
         rest = flags.FLAGS(argv)[1:]
     except flags.Error as error:
-        if "parsing config file" in str(error):  # of a TypeError or ValueError in it
+        if "parsing config file" in str(error):  # the file raised Type- or ValueError
             raise GrpoError(_in_config_file(error, file)) from None
         raise GrpoError(f"{_first_line(error)} ({usage})") from None
     except Exception as error:  # whatever the file's own code raised
@@ -80,7 +80,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _in_config_file(error: Exception, file: str) -> str:
-    """What the config file's own code raised, in one line."""
+    """Describes in one line what the config file's own code raised."""
     told = "".join(traceback.format_exception(error)).strip().splitlines()
     lines = re.findall(rf'File "{re.escape(file)}", line (\d+)', "\n".join(told))
     place = f"{file}:{lines[-1]}" if lines else file

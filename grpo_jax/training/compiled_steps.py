@@ -1,8 +1,6 @@
-"""What a step runs on the devices: its compiled programs and the batch they take.
+"""The compiled programs of an RL step, and the layout of the batch that they take.
 
-In: a config, a model, the shardings of its state, a mesh. Out: `Programs`, and
-`Layout`, which packs outputs into the one shape that a run has. `rl.py` runs them, and
-`plan` compiles them for devices that are not there.
+`rl.py` runs them; `grpo_jax.plan` compiles them for hardware that need not be there.
 
 Axes: A micro-batches, B rows, T positions.
 """
@@ -41,7 +39,7 @@ from grpo_jax.training.train_step import (
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """What a step runs on the devices, beside the sampler; all compiled."""
+    """The compiled programs of an RL step, except the sampler."""
 
     update: Any  # (state, None, batch) → (state, metrics)
     score: Any  # (parameters, batch) → log π of the targets [A, B, T]
@@ -54,6 +52,14 @@ def make_programs(
     transformation: optax.GradientTransformation,
     shardings: Any,
 ) -> Programs:
+    """Returns the programs of a run.
+
+    Args:
+      config: the run's config.
+      model: the decoder.
+      transformation: the optimiser.
+      shardings: the shardings of the training state.
+    """
     every = teaches_all(config)
     update = make_step(
         make_objective(config, model),
@@ -66,14 +72,17 @@ def make_programs(
 
 
 def teaches_all(config: Config) -> bool:
-    """Whether an output whose advantages are all 0 has a gradient too, or may have none
-    that are: a KL term in the reward differs from token to token."""
+    """Whether every output has to be trained on, even one with no advantage.
+
+    A KL term or an entropy bonus in the loss has a gradient on every output, and so
+    have PPO's and DPO's losses. A KL term in the reward changes the advantages.
+    """
     own, loss = config.own(), METHODS[config.method].loss
     return bool(own.get("kl_coef") or own.get("entropy_coef") or loss in ("ppo", "dpo"))
 
 
 def make_objective(config: Config, model: Decoder) -> Objective:
-    """The loss of the method's row, on the run's model."""
+    """Returns the objective of the config's method, on the run's model."""
     own, temperature = config.own(), config.temperature
     loss = METHODS[config.method].loss
     if loss == "sft":
@@ -99,7 +108,7 @@ def make_objective(config: Config, model: Decoder) -> Objective:
 
 
 def loss_options(config: Config) -> dict[str, Any]:
-    """What the method's row, and the config's own fields, ask of `grpo_loss`."""
+    """Returns the options of `grpo_loss` that the method and the config set."""
     own = config.own()
     names = ("clip_low", "clip_high", "aggregate", "entropy_coef", "importance_cap")
     names += ("delta", "kl_estimator", "importance", "surrogate", "kl_coef")
@@ -114,9 +123,14 @@ def loss_options(config: Config) -> dict[str, Any]:
 
 
 class Layout:
-    """Samples → one packed batch on the mesh, of the run's one shape or few shapes.
+    """Packs samples into one batch on the mesh; calling it returns that batch.
 
-    Pairs are laid out together; they then have a row of twice the length.
+    All batches of a run have one shape, or one of `optimizer.row_lengths` shapes. DPO's
+    pairs stay together in a row of twice the length.
+
+    Args:
+      config: the run's config.
+      mesh: the mesh of the run.
     """
 
     def __init__(self, config: Config, mesh: jax.sharding.Mesh):
@@ -140,7 +154,12 @@ class Layout:
     def pack(
         self, samples: Sequence[Sample], of: Sequence[Sample] | None = None
     ) -> Batch:
-        """The batch on the host."""
+        """Returns the batch on the host.
+
+        Args:
+          samples: the samples to pack.
+          of: all samples of the step, if some were left out; see `packing.pack`.
+        """
         layout: dict[str, Any] = dict(
             rows=self.rows, share_prompts=True, together=self.together
         )

@@ -1,6 +1,7 @@
-"""Whether a run can start with a config: its fields, and what does not go together.
+"""Checks that a run can start with a config.
 
-In: a `Config`. Out: the same, or one line that names the field (faults 1 to 6).
+Every field is checked for itself, and then the combinations that would fail, or be
+ignored, later. An error is one line that names the field.
 """
 
 import dataclasses
@@ -21,7 +22,10 @@ from grpo_jax.errors import GrpoError
 
 
 def validate(config: Config) -> Config:
-    """The config itself, if a run can start with it.
+    """Returns the config if a run can start with it.
+
+    Raises:
+      GrpoError: a field, which the message names, cannot be used.
 
     >>> validate(Config(group_size=1))
     Traceback (most recent call last):
@@ -74,7 +78,7 @@ def validate(config: Config) -> Config:
 
 
 def _validate_sizes(config: Config) -> None:
-    """Products of fields, and sizes that others bound."""
+    """Checks products of fields, and fields that bound each other."""
     outputs = config.questions_per_step * config.group_size
     tokens = outputs * config.max_new_tokens * max(1, generations(config))
     if tokens > COUNT:
@@ -102,7 +106,11 @@ def _validate_sizes(config: Config) -> None:
 
 
 def check_fields(config: Config) -> dict[str, Any]:
-    """Each field for itself, as `flatten` gives them; raises `GrpoError` of one."""
+    """Checks each field for itself; returns them as `flatten` does.
+
+    Raises:
+      GrpoError: a field's type or value is not allowed.
+    """
     _check_fields(config)
     return flatten(config)
 
@@ -121,7 +129,7 @@ def _check_fields(part: Any, prefix: str = "") -> None:
 
 
 def _validate_method(config: Config) -> None:
-    """What only the method's row can tell."""
+    """Checks what depends on the method."""
     method = METHODS[config.method]
     if not method.reward and config.rewards.functions:
         reason = "learns from worked examples"

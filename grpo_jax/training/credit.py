@@ -1,7 +1,7 @@
-"""Credit: what the rewards of a step teach each token of its outputs.
+"""Credit assignment: from the rewards of a step's outputs to their tokens' advantages.
 
-In: the step's outputs and their rewards. Out: samples for `packing`, with Â where the
-method's row of the table (`methods.py`) has it. One function for each kind of row:
+The result is the samples that `packing` takes. There is one function for each kind of
+gradient coefficient in `algorithms/methods.py`:
 
     indicator   I(o) of RFT and Online RFT
     outcome     Â_i of a group (section 4.1.2)
@@ -10,7 +10,7 @@ method's row of the table (`methods.py`) has it. One function for each kind of r
     returns     the same without a critic (REINFORCE++)
     pairs       o⁺ beside o⁻ (DPO)
 
-Axes: N outputs, the G of a question side by side; C the longest output's tokens.
+Axes: N outputs, the G of a question side by side; C tokens of the longest output.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class Output:
     prompt: list[int]
     tokens: list[int]  # the EOS token included
     logps: list[float]  # under the policy that sampled it
-    mask: list[int] | None = None  # 0 where a tool wrote the token; None: nowhere
-    text: str = ""  # its tokens decoded, where that was done
-    finished: bool  # with EOS, not cut off
+    mask: list[int] | None = None  # 0 if a tool wrote the token; None: all sampled
+    text: str = ""  # the decoded tokens; "" until they are decoded
+    finished: bool  # ended with EOS, not cut off
     calls: int | None = None  # programs that were run; None: a run without tools
-    failures: int = 0  # of them
+    failures: int = 0  # of these programs
 
     @property
     def sampled(self) -> list[int]:
-        """1 where the policy chose the token."""
+        """1 for tokens that the policy sampled, 0 for a tool's."""
         return [1] * len(self.tokens) if self.mask is None else self.mask
 
     @property
@@ -61,7 +61,14 @@ class Output:
 
 
 def indicator(outputs: Sequence[Output], rewards: np.ndarray) -> list[Sample]:
-    """I(o): 1 where the reward is above 0, the output then counts as right."""
+    """Returns samples whose advantage is I(o): 1 if the output is right, else 0.
+
+    An output is right if its reward is above 0.
+
+    Args:
+      outputs: N outputs.
+      rewards: [N].
+    """
     return [
         dataclasses.replace(o.sample, advantages=float(r > 0), logps=None)
         for o, r in zip(outputs, rewards, strict=True)
@@ -78,10 +85,17 @@ def outcome(
     baseline: str,
     each: bool = False,
 ) -> list[Sample]:
-    """Â_i for every token of o_i; scale and baseline as in `group_advantages`.
+    """Returns samples with Â_i at every token of o_i (section 4.1.2).
 
-    each: every reward function's values are normalised before they are summed with
-    their `weights`, and not their sum (`decoupled_advantages`).
+    Args:
+      outputs: N outputs, the G of a question side by side.
+      scores: their rewards.
+      weights: of the reward functions, in the order of `scores.by_function`.
+      group_size: G.
+      scale: as in `group_advantages`.
+      baseline: as in `group_advantages`.
+      each: normalise each reward function's values before they are summed with their
+        weights (`decoupled_advantages`), instead of normalising the sum.
     """
     options = dict(scale=scale, baseline=baseline)
     if each:
@@ -103,10 +117,15 @@ def process(
     step_rewards: Sequence[np.ndarray],
     group_size: int,
 ) -> list[Sample]:
-    """Â_it: the sum of the normalised rewards of the steps that end at t or later.
+    """Returns samples with Â_it from rewards of steps (section 4.1.3).
 
-    step_ends: of each output, the index of each step's last token; step_rewards: one
-    for each of them.
+    Â_it is the sum of the normalised rewards of o_i's steps that end at t or later.
+
+    Args:
+      outputs: N outputs, the G of a question side by side.
+      step_ends: for each output, the index of each step's last token.
+      step_rewards: for each output, the reward of each step.
+      group_size: G.
     """
     rewards, ends = padded(outputs), padded(outputs)
     for i, (where, values) in enumerate(zip(step_ends, step_rewards, strict=True)):
@@ -129,13 +148,21 @@ def critic(
     gamma: float,
     lam: float,
 ) -> list[Sample]:
-    """A_t = GAE of r_t = -β log(π_old/π_ref) + r at the last token; normalised.
+    """Returns samples with PPO's advantages and returns (section 4.1.1).
 
-    r stands at the last token that was sampled; a tool's tokens are passed over.
-    values, ref_logps: of each output, V(s_t) and log π_ref at its tokens. An output
-    without a reward (NaN) teaches nothing. log π_old is the sampler's, also where that
-    is a step older (max_staleness). Advantages are brought to mean 0 and
-    variance 1 over the batch's tokens, returns are not.
+    A_t is GAE of the token rewards r_t = -β log(π_old/π_ref), to which the output's
+    reward is added at its last sampled token. Tokens that a tool wrote are skipped.
+    Advantages are normalised to mean 0 and variance 1 over the batch's tokens; returns
+    are not. log π_old is the sampler's, even if that lags by a step (max_staleness).
+
+    Args:
+      outputs: N outputs.
+      rewards: [N]; an output with NaN is left out of the loss.
+      values: for each output, V(s_t) at its tokens.
+      ref_logps: for each output, log π_ref at its tokens; None leaves out the KL term.
+      kl_coef: β.
+      gamma: GAE's discount γ.
+      lam: GAE's λ.
     """
     r, v, mask = padded(outputs), padded(outputs), padded(outputs)
     for i, output in enumerate(outputs):
@@ -168,9 +195,10 @@ def returns(
     *,
     kl_coef: float,
 ) -> list[Sample]:
-    """A_t = r - β Σ_s≥t log(π_old/π_ref), normalised over the batch's tokens (Hu 2025).
+    """Returns samples with REINFORCE++'s advantages (Hu 2025).
 
-    Arguments as in `critic`, whose A_t this is with V = 0 and γ = λ = 1.
+    A_t = r - β Σ_{s≥t} log(π_old/π_ref), normalised over the batch's tokens. This is
+    `critic` with V = 0 and γ = λ = 1; its arguments are the same.
     """
     nothing = [np.zeros(len(o.tokens), np.float32) for o in outputs]
     samples = critic(
@@ -182,7 +210,7 @@ def returns(
 def divergence(
     outputs: Sequence[Output], ref_logps: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """log π_old(o|q) - log π_ref(o|q) of each output, over the tokens it chose: [N]."""
+    """Returns log π_old(o|q) - log π_ref(o|q) of each output's sampled tokens, [N]."""
     return np.array(
         [
             ((np.asarray(o.logps) - ref) * np.array(o.sampled)).sum()
@@ -193,8 +221,8 @@ def divergence(
 
 
 def normalized(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """x with mean 0 and variance 1 where mask is not 0, and 0 elsewhere."""
-    # float64 holds a sum of float32 numbers exactly: what is tied comes to exactly 0.
+    """Returns x with mean 0 and variance 1 where the mask is not 0, and 0 elsewhere."""
+    # float64 sums float32 numbers exactly, so that equal values become exactly 0.
     held = x[mask > 0].astype(np.float64)
     if held.size < 2:
         return np.zeros_like(x)
@@ -208,8 +236,17 @@ def pairs(
     group_size: int,
     rng: np.random.Generator,
 ) -> list[Sample]:
-    """o⁺, o⁻, o⁺, o⁻, …: within each group the right ones (reward above 0) beside as
-    many wrong ones, at random; a group of one kind has no pair."""
+    """Returns DPO's pairs as samples in the order o⁺, o⁻, o⁺, o⁻, ….
+
+    Within each group, right outputs (reward above 0) are paired with wrong ones at
+    random, until one kind is used up. A group of one kind has no pair.
+
+    Args:
+      outputs: N outputs, the G of a question side by side.
+      rewards: [N].
+      group_size: G.
+      rng: draws the pairs.
+    """
     chosen: list[Sample] = []
     for start in range(0, len(outputs), group_size):
         group = range(start, start + group_size)
@@ -221,9 +258,9 @@ def pairs(
 
 
 def overlong_punishment(lengths: Sequence[int], limit: int, buffer: int) -> np.ndarray:
-    """DAPO's soft punishment of length (Yu et al. 2025, equation 13), in tokens: [N].
+    """Returns DAPO's soft overlong punishment, [N] (Yu et al. 2025, equation 13).
 
-        0 up to limit - buffer, then falling to -1 at the limit
+    It is 0 up to limit - buffer tokens and then falls linearly to -1 at the limit.
 
     >>> overlong_punishment([5, 8, 9, 10], limit=10, buffer=4).tolist()
     [0.0, -0.5, -0.75, -1.0]
@@ -233,21 +270,21 @@ def overlong_punishment(lengths: Sequence[int], limit: int, buffer: int) -> np.n
 
 
 def masked(sample: Sample) -> Sample:
-    """The same sample, teaching nothing."""
+    """Returns the sample with none of its tokens in the loss."""
     return dataclasses.replace(sample, mask=[0] * len(sample.tokens))
 
 
 def teaches(sample: Sample) -> bool:
-    """Whether a sample's policy term has any gradient."""
+    """Whether the policy's loss has a gradient on the sample."""
     return any(sample.mask) and bool(np.any(sample.advantages))
 
 
 def padded(outputs: Sequence[Output]) -> np.ndarray:
-    """Zeros for every output's tokens, [N, C]; C of few sizes, for the compiler."""
+    """Returns zeros [N, C]; C takes few values, so that few shapes are compiled."""
     longest = max(len(o.tokens) for o in outputs)
     return np.zeros((len(outputs), bucket(longest)), np.float32)
 
 
 def behind(output: Output, values: np.ndarray) -> list[float]:
-    """An output's own values, with zeros for its prompt in front."""
+    """Returns an output's values as a list, with zeros for its prompt in front."""
     return [0.0] * len(output.prompt) + values[: len(output.tokens)].tolist()

@@ -1,12 +1,9 @@
-"""What a run tells: metrics, samples, report.html, TensorBoard, a progress bar.
+"""Writes a run's metrics, samples and report.
 
-In: the metrics of a step. Out: one JSON object a line in the work directory, with the
-metric names of algorithms people know (TRL's); the same to TensorBoard, and to Weights
-& Biases where it is installed and WANDB_PROJECT is set.
-
-A resumed run drops the lines of steps that it does again. A line that is damaged says
-nothing of its step: it is set aside in a file of its own. Of several processes the
-first alone writes.
+Metrics go to metrics.jsonl in the work directory, one JSON object a line, under TRL's
+names; to TensorBoard; and to Weights & Biases if it is installed and WANDB_PROJECT is
+set. A resumed run first drops the lines of steps that it will repeat. Damaged lines are
+moved to a file of their own. If there are several processes, only the first writes.
 """
 
 from __future__ import annotations
@@ -37,9 +34,9 @@ class Recorder:
     """Appends to the files of a work directory; use as a context manager.
 
     Args:
-      workdir: must be there. Nothing is written in it before the first line is.
-      config: a run's, for Weights & Biases.
-      claim: called once, by every process, before the first thing is written.
+      workdir: an existing folder. Nothing is written in it before the first line.
+      config: the run's config, for Weights & Biases.
+      claim: called once, by every process, before anything is written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +57,7 @@ class Recorder:
         self._claim: Callable[[], None] | None = claim
         self._board: _Board | None = None
         self._wandb: Any = None
-        self._stages: set[str] = set()  # whose steps W&B has been told of
+        self._stages: set[str] = set()  # stages whose step metric W&B knows
         self._next_report = 0.0
 
     def __enter__(self) -> Recorder:
@@ -72,18 +69,18 @@ class Recorder:
         if self._wandb is not None:
             try:
                 self._wandb.finish(exit_code=int(error[0] is not None))
-            except Exception as problem:  # which must not hide what ended the run
+            except Exception as problem:  # it must not hide what ended the run
                 what = " ".join(str(problem).split())
                 print(f"Weights & Biases: {what}", file=sys.stderr)
 
     def begin(self) -> None:
-        """The work directory becomes this run's; other files of it may be written."""
+        """Makes the work directory this run's; call it before writing other files."""
         claim, self._claim = self._claim, None
         if claim is not None:
             claim()
 
     def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line; what is not finite becomes null."""
+        """Writes a step's metrics; a number that is not finite becomes null."""
         self.begin()
         if not processes.first():
             return
@@ -101,23 +98,30 @@ class Recorder:
             self._wandb.log({f"{stage}/step": step, **numbers})
 
     def write_samples(self, stage: str, step: int, samples: Mapping[str, Any]) -> None:
-        """One question with its completions, so that a reader sees what is going on."""
+        """Writes one question with its completions, for a person to read."""
         self.begin()
         if processes.first():
             _append(self.workdir / SAMPLES, _line(stage, step, samples))
 
     def write_report(self, *, last: bool = False) -> None:
-        """report.html anew; before the last one in a fiftieth of the time at most."""
+        """Writes report.html again, or skips it to spend at most 2 % of the run on it.
+
+        Args:
+          last: write it in any case.
+        """
         begin = time.monotonic()
         if processes.first() and (last or begin >= self._next_report):
             report.try_write_report(self.workdir)
             self._next_report = begin + 50 * (time.monotonic() - begin)
 
     def forget_after(self, stage: str, step: int) -> None:
-        """Drop the lines of a stage's steps beyond `step`: they will be done again.
+        """Drops the lines of a stage's steps after `step`, which will be repeated.
 
-        A last line that a kill cut off goes too. Lines that cannot be read are moved to
-        FILE.damaged, which is said.
+        A last line that a kill cut off is dropped too. Lines that cannot be read are
+        moved to FILE.damaged, with a message.
+
+        Raises:
+          GrpoError: a file cannot be written.
         """
         for name in (METRICS, SAMPLES) if processes.first() else ():
             file = self.workdir / name
@@ -154,7 +158,7 @@ def _forget_after(file: Path, stage: str, step: int) -> None:
 
 
 def _stage_and_step(line: bytes) -> tuple[str, int] | None:
-    """Of a line of metrics or samples; None where it is not one."""
+    """The stage and step of a line of metrics or samples; None if it is not one."""
     try:
         values = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -190,10 +194,10 @@ def _plain(value: Any) -> Any:
 
 
 class _Board:
-    """TensorBoard's file, written where it is called.
+    """TensorBoard's event file, written in the caller's thread.
 
-    SummaryWriter writes in a thread behind a short queue: where that thread dies of a
-    full disk, the run would wait for ever to put another number there.
+    SummaryWriter writes in a thread behind a short queue. If a full disk ends that
+    thread, the run would wait forever to put the next number into the queue.
     """
 
     def __init__(self, folder: Path):
@@ -202,7 +206,7 @@ class _Board:
         self._put(file_version="brain.Event:2")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """All numbers of a step as one event."""
+        """Writes all numbers of a step as one event."""
         from tensorboardX.summary import scalar
 
         summary = None
@@ -234,7 +238,7 @@ def _append(file: Path, content: bytes) -> None:
 
 
 def _start_wandb(project: str, workdir: Path, config: Any) -> Any:
-    """The run's own W&B run, also where it is resumed; None without the package."""
+    """Returns the W&B run, the same one after a resume; None without the package."""
     try:
         import wandb  # pyrefly: ignore[missing-import]  # the user may have it
     except ImportError:

@@ -1,10 +1,11 @@
-"""What is optimised: a model applied to packed rows, and one of the losses.
+"""Objectives: a model applied to packed rows, followed by one of the losses.
 
-In: `apply(params, tokens, *, positions, segment_ids)`, any pure function that returns
-logits [B, T, V] or the pair (hidden [B, T, D], unembed [D, V]); the loss's options.
-Out: an `Objective`, which `update.py` compiles into a step.
+`apply(params, tokens, *, positions, segment_ids)` may be any pure function that returns
+logits [B, T, V] or the pair (hidden [B, T, D], unembed [D, V]). `train_step.py`
+compiles an `Objective` into a step.
 
-Axes: B rows, T positions of a micro-batch; S sequences that a row can hold.
+Axes: B rows, T positions of a micro-batch; S sequences that a row can hold; D width;
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,7 +31,17 @@ Objective = Callable[[Any, Any, Batch, Array, Array], tuple[Array, Metrics]]
 def batch_logprobs(
     apply: Apply, params: Any, micro: Batch, temperature: float
 ) -> tuple[Array, Array]:
-    """(log π of the targets, entropy), [B, T], at the sampling temperature."""
+    """Returns the targets' log-probabilities and the policy's entropy.
+
+    Args:
+      apply: the model (see the top of the file).
+      params: its parameters.
+      micro: a micro-batch, [B, T].
+      temperature: of sampling; logits are divided by it.
+
+    Returns:
+      (log π(target), entropy), float32 [B, T], in nats.
+    """
     out = apply(
         params,
         micro.tokens,
@@ -52,7 +63,16 @@ def grpo_objective(
     importance_cap: float | None = None,
     **options: Any,
 ) -> Objective:
-    """GRPO over packed rows; `options` are those of `losses.grpo_loss`."""
+    """Returns GRPO's objective over packed rows (section 4.1, equation 3).
+
+    Args:
+      apply: the model (see the top of the file).
+      temperature: of sampling; logits are divided by it.
+      kl_coef: β; 0 needs no π_ref.
+      entropy_coef: coefficient of an entropy bonus.
+      importance_cap: C of the weights min(π_old/π_sampler, C); None leaves them out.
+      **options: further options of `grpo_loss`.
+    """
 
     def objective(params, reference, micro, sequences, tokens):
         logps, entropy = batch_logprobs(apply, params, micro, temperature)
@@ -85,7 +105,10 @@ def grpo_objective(
 def sft_objective(
     apply: Apply, *, temperature: float = 1.0, aggregate: str = "sequence_mean"
 ) -> Objective:
-    """Supervised fine-tuning over packed rows; rejection sampling's with I(o) as Â."""
+    """Returns the objective of supervised fine-tuning over packed rows.
+
+    Rejection-sampling fine-tuning uses it too, with I(o) as the batch's advantages.
+    """
 
     def objective(params, reference, micro, sequences, tokens):
         logps, entropy = batch_logprobs(apply, params, micro, temperature)
@@ -106,9 +129,16 @@ def sft_objective(
 def dpo_objective(
     apply: Apply, *, temperature: float, beta: float, length_normalized: bool
 ) -> Objective:
-    """DPO over packed rows: segments 1 and 2, 3 and 4, … are pairs (o⁺, o⁻).
+    """Returns DPO's objective over packed rows (appendix A.1.4, equation 12).
 
-    π_ref sampled the outputs, so its log-probabilities are the sampler's.
+    Segments 1 and 2, 3 and 4, … of a row are pairs (o⁺, o⁻). π_ref sampled the outputs,
+    so the batch's sampler log-probabilities are log π_ref.
+
+    Args:
+      apply: the model (see the top of the file).
+      temperature: of sampling; logits are divided by it.
+      beta: β.
+      length_normalized: take Δ of means over tokens, as the paper does, not of sums.
     """
 
     def objective(params, reference, micro, sequences, tokens):
@@ -116,7 +146,8 @@ def dpo_objective(
 
         def per_sequence(x):  # [B, T] -> o⁺ and o⁻, [B·S/2, 1] each
             x = jnp.where(micro.mask, x, 0)
-            size = x.shape[1] + 1 + x.shape[1] % 2  # of 0, and an even number after it
+            # Segment 0 is padding; an even number of segments after it makes pairs.
+            size = x.shape[1] + 1 + x.shape[1] % 2
             add = jax.vmap(lambda v, s: jnp.zeros(size, v.dtype).at[s].add(v))
             sums = add(x, micro.segment_ids % PROMPT)[:, 1:].reshape(-1, 2)
             return sums[:, :1], sums[:, 1:]
@@ -154,10 +185,15 @@ def dpo_objective(
 def ppo_objective(
     apply: Apply, critic: Apply, *, value_clip: float | None, **options: Any
 ) -> Objective:
-    """PPO over packed rows: the clipped surrogate, and the critic's regression.
+    """Returns PPO's objective over packed rows: clipped surrogate plus value loss.
 
-    critic(params["value"], tokens, *, positions, segment_ids) → V(s_t), [B, T]. The KL
-    term is part of the reward (appendix A.1.5), so of the advantages.
+    The KL term is part of the reward (section 4.1.1), and so of the advantages.
+
+    Args:
+      apply: the model (see the top of the file).
+      critic: called as `apply` with params["value"]; returns V(s_t), [B, T].
+      value_clip: bound on the change of V in an update; None leaves it out.
+      **options: those of `grpo_objective`, without `kl_coef`.
     """
     policy = grpo_objective(apply, kl_coef=0.0, **options)
 
@@ -184,7 +220,7 @@ def ppo_objective(
 
 
 def _watch(logps: Array, entropy: Array, micro: Batch) -> Metrics:
-    """Entropy, and how far the trainer's log-probabilities are from the sampler's."""
+    """Metrics of entropy and of the gap between trainer and sampler, in nats."""
     m = micro.mask
     metrics = {"entropy": _mean(entropy, m)}
     if micro.sampler_logps is not None:

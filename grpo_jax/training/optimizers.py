@@ -25,7 +25,15 @@ def adamw(
     schedule: str = "constant",
     warmup_steps: int = 0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """A stage's optimiser and its schedule, with what all stages of a run share."""
+    """Returns a stage's optimiser and schedule.
+
+    Args:
+      settings: what all stages of a run share.
+      learning_rate: the stage's peak rate.
+      steps: updates of the stage.
+      schedule: "constant", "linear" or "cosine".
+      warmup_steps: updates until the peak rate is reached.
+    """
     return make_optimizer(
         learning_rate,
         steps=steps,
@@ -51,7 +59,10 @@ def sft_optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
 
 
 def rl_optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
-    """The policy's; PPO's critic has one of its own, with its own rate and clip."""
+    """Returns the RL stage's (optimiser, schedule of the policy).
+
+    PPO's critic has its own optimiser in it, with its own rate and its own clipping.
+    """
     o, own = config.optimizer, config.own()
     make = functools.partial(
         adamw,

@@ -1,15 +1,14 @@
-"""Sequences of different lengths → rows of one length, several to a row.
+"""Packs sequences of different lengths into rows of one length, several to a row.
 
-In: samples (a prompt's and its completion's tokens, with what belongs to each token).
-Out: a `Batch` of arrays [A, B, T]: A micro-batches of B rows of T positions.
+A `Batch` has arrays [A, B, T]: A micro-batches of B rows of T positions. Position t of
+a row holds an input token (`tokens`) and the token to be predicted from it (`targets`);
+all other arrays belong to the target. `segment_ids` tells the samples of a row apart,
+and their positions start at 0.
 
-Position t of a row holds the token that goes in (`tokens`) and the one to be predicted
-from it (`targets`); everything else in the batch is about the prediction. Several
-samples share a row: `segment_ids` tells them apart, positions start again at 0.
-
-With `share_prompts` the outputs of one question in a row have its prompt in common: the
-prompt stands once, without its last token; each output follows from that token on, and
-sees the prompt and itself (`kernels.mask.shares_prompt`).
+With `share_prompts`, outputs of one question that stand in the same row share its
+prompt. The prompt is stored once, without its last token. Each output's segment starts
+with that last token and attends to the prompt and itself
+(`models/kernels/mask.py`, `shares_prompt`).
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ from grpo_jax.models.kernels.mask import PROMPT
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One sequence: all per-token lists are as long as `tokens`."""
+    """One sequence for `pack`; all per-token lists are as long as `tokens`."""
 
     tokens: Sequence[int]
-    mask: Sequence[int]  # 1 where the token counts in the loss: never the prompt
-    prompt: int = 0  # how many tokens are the prompt; 0: not to be shared
+    mask: Sequence[int]  # 1 if the token counts in the loss; 0 for the prompt
+    prompt: int = 0  # how many tokens are the prompt; 0: it is not shared
     advantages: Sequence[float] | float | None = None  # Â, or one for every token
     logps: Sequence[float] | None = None  # the sampler's
-    labels: Sequence[float] | None = None  # what a reward model learns
-    returns: Sequence[float] | None = None  # what PPO's critic learns
-    values: Sequence[float] | None = None  # what it said before
+    labels: Sequence[float] | None = None  # targets of a reward model
+    returns: Sequence[float] | None = None  # targets of PPO's critic
+    values: Sequence[float] | None = None  # the critic's values before the update
 
     @classmethod
     def from_output(
@@ -50,7 +49,7 @@ class Sample:
         advantages: Sequence[float] | float | None = None,
         mask: Sequence[int] | None = None,
     ) -> Sample:
-        """Returns a prompt with one output, whose sampled tokens are in the loss.
+        """Returns the sample of a prompt and an output; only the output is in the loss.
 
         Args:
           prompt: token ids.
@@ -90,7 +89,7 @@ _PER_TOKEN = (
     "returns",
     "old_values",
 )
-# per-token numbers of a Batch → where a Sample has them
+# Per-token numbers of a Batch → the field of Sample that holds them.
 _FROM_SAMPLE = {
     "advantages": "advantages",
     "sampler_logps": "logps",
@@ -107,7 +106,7 @@ _FROM_SAMPLE = {
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Packed rows; [A, B, T] unless said otherwise. None: not used by the objective."""
+    """Packed rows, [A, B, T] unless said otherwise; None: the loss does not use it."""
 
     tokens: Any  # int32
     targets: Any  # int32, the token after each of `tokens`
@@ -126,7 +125,7 @@ class Batch:
     loss_tokens: Any = None  # int32 []: unmasked tokens in the whole batch
 
     def micro(self, index: Any) -> Batch:
-        """Micro-batch number `index`: [B, T]."""
+        """Returns micro-batch number `index`, whose arrays are [B, T]."""
         take = {
             name: None if value is None else value[index]
             for name in _PER_TOKEN
@@ -136,13 +135,19 @@ class Batch:
 
     @property
     def padding(self) -> Any:
-        """The share of positions in used micro-batches that is empty; 1 of none."""
+        """The share of empty positions in the used micro-batches; 1 if none is used."""
         _, rows, length = self.tokens.shape
         places = (self.used + (self.used == 0)) * rows * length
         return 1 - (self.segment_ids > 0).sum() / places
 
     def with_capacity(self, capacity: int) -> Batch:
-        """The same with A = capacity, so that every batch of a run has one shape."""
+        """Returns the batch padded to `capacity` micro-batches.
+
+        Every batch of a run then has the same shape.
+
+        Raises:
+          GrpoError: the batch has more micro-batches than `capacity`.
+        """
         missing = capacity - self.tokens.shape[0]
         if missing < 0:
             raise GrpoError(f"pack: {self.tokens.shape[0]} micro-batches > {capacity}")
@@ -167,21 +172,25 @@ def pack(
     together: int = 1,
     of: Sequence[Sample] | None = None,
 ) -> Batch:
-    """Lay samples out in micro-batches of `rows` rows of `length` positions.
+    """Packs samples into micro-batches of `rows` rows of `length` positions.
 
     Args:
+      samples: the sequences to pack.
       length: T. A sample of n tokens takes n - 1 positions.
       rows: B, rows of a micro-batch; a multiple of the mesh's data × fsdp.
-      share: False gives every sample a row of its own, for models without segments.
-      share_prompts: samples of one prompt in a row have it in common, for models that
-        know `shares_prompt`, as the project's does.
-      together: so many samples in turn (a pair: 2) share a row, side by side.
-      of: all samples of the batch, where those that teach nothing were left out; the
-        losses are divided as if they were there.
+      share: False gives every sample its own row, for models without segments.
+      share_prompts: store a prompt once for all its outputs in a row. The model must
+        support it (`shares_prompt`), as this package's decoder does.
+      together: this many consecutive samples stay side by side in a row; 2 for pairs.
+      of: all samples of the batch, if samples without a gradient were left out. Losses
+        are divided as if these were there.
+
+    Returns:
+      The batch, as NumPy arrays on the host.
 
     Raises:
-      GrpoError: a sample that does not fit a row, whose lists are not as long as its
-        tokens, or a size below 1.
+      GrpoError: a sample does not fit a row, a per-token list is not as long as the
+        sample's tokens, or a size is below 1.
 
     >>> batch = pack([Sample(tokens=[5, 6, 7], mask=[0, 1, 1]),
     ...               Sample(tokens=[8, 9], mask=[0, 1])], length=4)
@@ -211,8 +220,11 @@ def pack(
 
 
 def _check_lists(i: int, sample: Sample, first: Sample) -> None:
-    """Refuses lists of other lengths, as one of a single value would count for all, and
-    fields that only some samples have, which would be dropped or NaN."""
+    """Checks that per-token lists have one value a token, and all samples have them.
+
+    NumPy would broadcast a list of one value to all tokens. A field that only some
+    samples have would be dropped or become NaN.
+    """
     n = len(sample.tokens)
     for name in ("mask", *_FROM_SAMPLE.values()):
         values = getattr(sample, name)
@@ -226,7 +238,7 @@ def _check_lists(i: int, sample: Sample, first: Sample) -> None:
 
 
 def row_lengths(longest: int, choices: int) -> list[int]:
-    """The lengths that rows may have: from the longest down to its half.
+    """Returns the lengths that rows may have, from the longest down towards its half.
 
     >>> row_lengths(1024, 4)
     [1024, 896, 768, 640]
@@ -244,12 +256,20 @@ def fitting_length(
     together: int = 1,
     padding: float = 0.05,
 ) -> int:
-    """A row length up to `longest` that leaves little padding.
+    """Returns a row length up to `longest` that leaves little padding.
 
-    `longest` itself where that leaves less than `padding` of all positions empty, as it
-    does for many samples: a run's batches then have one shape. For few samples, whose
-    last row is what stays empty, the best of `choices` lengths down to half of it; each
-    is a shape, so a program, of its own.
+    Many samples fill rows of `longest` well enough, and all batches of a run then have
+    one shape. Few samples leave much of the last row empty; they get the best of
+    `choices` lengths, down to half of `longest`. Each length is compiled separately.
+
+    Args:
+      samples: the sequences to pack.
+      longest: the largest length of a row.
+      choices: how many lengths there are.
+      rows: as in `pack`.
+      share_prompts: as in `pack`.
+      together: as in `pack`.
+      padding: the share of empty positions up to which `longest` is taken.
 
     >>> samples = [Sample(tokens=[0] * 33, mask=[1] * 33)] * 3
     >>> fitting_length(samples, longest=64), fitting_length(samples, longest=32)
@@ -277,7 +297,7 @@ def fitting_length(
 
 @dataclasses.dataclass(frozen=True)
 class _Question:
-    """Samples with one prompt: the positions that it and each of them takes."""
+    """Samples of one prompt, with the positions that it and each of them take."""
 
     before: int  # of the shared prompt
     own: list[int]  # of each unit, the longest first
@@ -285,13 +305,14 @@ class _Question:
 
     @property
     def positions(self) -> int:
+        """Positions that the prompt and all its samples take in one row."""
         return self.before + sum(self.own)
 
 
 def _questions(
     samples: Sequence[Sample], share_prompts: bool, together: int
 ) -> list[_Question]:
-    """In the order of their longest samples."""
+    """Groups samples by prompt, in the order of their longest samples."""
     units: dict[Any, list[range]] = {}
     for start in range(0, len(samples), together):
         first = samples[start]
@@ -316,11 +337,24 @@ def place(
     share_prompts: bool = False,
     together: int = 1,
 ) -> list[Row]:
-    """Which samples stand in which row: the longest first, each where it fits first.
+    """Assigns samples to rows by first fit, the longest first.
 
-    A shared prompt goes where its other outputs are, as long as there is room. Where
-    rows are left that could be saved, the questions are taken in other orders too, as
-    many as a few milliseconds allow: small batches, where a row counts, have the most.
+    Outputs of a shared prompt go to the same row as long as there is room. If the rows
+    could be fewer, random orders of the questions are tried too, as many as a few
+    milliseconds allow. Small batches get the most tries, since a row saves more there.
+
+    Args:
+      samples: the sequences to pack.
+      length: T, positions of a row.
+      share: as in `pack`.
+      share_prompts: as in `pack`.
+      together: as in `pack`.
+
+    Returns:
+      For each row, the indices of its samples, grouped by prompt.
+
+    Raises:
+      GrpoError: a sample, or samples that stay together, do not fit a row.
     """
     for i, sample in enumerate(samples):
         if not 2 <= len(sample.tokens) <= length + 1:
@@ -338,7 +372,7 @@ def place(
     best = _first_fit(asked, length, share)
     least = -(-sum(question.positions for question in asked) // length)
     orders = min(64, 2**18 // max(len(samples), 1) ** 2)
-    order = np.random.default_rng(0)  # the same rows for the same samples
+    order = np.random.default_rng(0)  # the same samples always get the same rows
     for _ in range(1, orders if share and share_prompts else 1):
         if len(best) <= least:
             break
@@ -369,7 +403,7 @@ def _first_fit(asked: list[_Question], length: int, share: bool) -> list[Row]:
 
 
 def _prefix(sample: Sample, share_prompts: bool) -> int:
-    """Positions of a shared prompt: its last token stands with each output."""
+    """Positions of a shared prompt; its last token belongs to each output's segment."""
     return max(sample.prompt - 1, 0) if share_prompts else 0
 
 
@@ -381,10 +415,20 @@ def unpack(
     share_prompts: bool = False,
     together: int = 1,
 ) -> list[np.ndarray]:
-    """What a program made of a packed batch, [A, B, T], for each sample again.
+    """Returns each sample's part of the values [A, B, T] of a packed batch.
 
-    Of n tokens n - 1 values come back: the first stands where the first token goes in
-    and the second is predicted.
+    A sample of n tokens has n - 1 values: value t belongs to the position that takes
+    token t and predicts token t + 1.
+
+    Args:
+      values: [A, B, T], computed from the batch of `pack` with the same samples.
+      samples: the samples that were packed.
+      share: as in `pack`.
+      share_prompts: as in `pack`.
+      together: as in `pack`.
+
+    Returns:
+      An array [n - 1] for each sample.
 
     >>> samples = [Sample(tokens=[5, 6], mask=[0, 1]),
     ...            Sample(tokens=[7, 8, 9], mask=[0, 1, 1])]
@@ -408,7 +452,7 @@ class _Span:
 
     row: int
     start: int
-    of: list[int]  # the samples that have them in common
+    of: list[int]  # the samples that share them
     first: int
     stop: int
     segment: int

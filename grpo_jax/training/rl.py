@@ -1,19 +1,19 @@
-"""The RL stage: every method of the paradigm by one loop (DeepSeekMath, Algorithm 1).
+"""The RL stage: one loop for every method (DeepSeekMath, Algorithm 1 and section 5.2).
 
-Where the method iterates, for each iteration: π_ref ← π_θ, and the reward model r_φ is
-trained on. One step:
-1. the questions q of this step, by its number;
-2. their prompts as token ids;
-3. G outputs o_i of each, sampled from π_θ (which is π_old from here on) or from π_sft,
-   with tools by the loop of `tools.py`, whose programs run in between;
-4. dispatched: log π_ref, for μ > 1 log π_old, PPO's values, and with max_staleness 1
-   the next step's outputs (`pipeline.py`);
-5. meanwhile on the host: rewards r_i, by the reward functions on the outputs' texts or
-   by the reward model;
-6. credit: Â of each token, as the method's row has it;
-7. prompts and outputs packed into rows, several to a row;
-8. μ compiled updates of π_θ;
-9. metrics, and one group written down for the reader.
+An iterative method sets π_ref ← π_θ at the start of each iteration and continues to
+train the reward model r_φ. One step of the loop:
+1. Take the questions q that belong to the step's number.
+2. Take their prompts as token ids.
+3. Sample G outputs o_i of each question, from π_θ (which is π_old from here on) or from
+   π_sft. With tools, `environments/tool_rollouts.py` runs the outputs' programs.
+4. Dispatch log π_ref, log π_old where μ > 1, PPO's values, and with max_staleness 1
+   the next step's outputs (`rollout_pipeline.py`).
+5. Meanwhile, compute the rewards r_i on the host with the reward functions, or with the
+   reward model.
+6. Assign credit: Â of each token, as `algorithms/methods.py` defines it for the method.
+7. Pack prompts and outputs into rows, several to a row.
+8. Update π_θ μ times with one compiled program.
+9. Record the metrics, and one group of outputs for the reader.
 """
 
 from __future__ import annotations
@@ -48,7 +48,13 @@ from grpo_jax.training.run import Body, Run, policy, run_stage
 
 
 def prepare(run: Run) -> tuple[Experience, Judges]:
-    """Questions, rewards and labels: refused here, before any training."""
+    """Returns the run's questions and rewards, and its judges, all checked.
+
+    Call it before any training, so that bad data or settings fail at the start.
+
+    Raises:
+      GrpoError: the questions, reward functions or labels cannot be used.
+    """
     experience = Experience(run)
     return experience, Judges(run, experience.questions)
 
@@ -59,17 +65,27 @@ def train(
     experience: Experience,
     judges: Judges,
 ) -> tuple[Params, Params]:
-    """All RL steps, from wherever the work directory stands: (π_sft, π_θ).
+    """Runs the RL steps that the work directory does not have yet.
 
-    `instruct` gives π_sft up, where RL starts. What is frozen is kept in the dtype of
-    the computation (`frozen`). With LoRA `instruct` is called only where RL has no
-    checkpoint yet: π_ref is the base of the state's.
+    Args:
+      run: the run.
+      instruct: returns π_sft; the RL stage may donate its buffers. If π_ref is the
+        base of LoRA's adapters, it is called only where RL has no checkpoint yet.
+      experience: the questions and rewards of `prepare`.
+      judges: the judges of `prepare`.
+
+    Returns:
+      (π_sft, π_θ) after the last step. π_sft is in the dtype of the computation.
+
+    Raises:
+      GrpoError: the gradient or the sampling gap is out of bounds.
+      Preempted: the run was asked to stop, and its state is saved.
     """
     config, own = run.config, run.config.own()
     method = METHODS[config.method]
     transformation, rate = rl_optimizer(config)
     only_base = run.model.lora.rank and method.source == "policy" and not judges.needed
-    given = [] if only_base else [instruct()]  # until RL has its own
+    given = [] if only_base else [instruct()]  # kept until RL has its own parameters
     sft = frozen(run, given[0]) if given else None
 
     def start() -> Params:
@@ -120,17 +136,17 @@ def train(
 
 
 def frozen(run: Run, params: Params) -> Params:
-    """A copy of parameters that are only read.
+    """Returns a copy of parameters that are only read.
 
-    In the dtype of the computation, which takes them in it anyway; in host memory where
-    the config says so.
+    The copy has the dtype of the computation, which would cast it anyway. It is in
+    host memory if `model.reference_memory` says so.
     """
     kept = jax.tree.map(lambda x: jnp.array(x, run.model.dtype), params)
     return sharding.move(kept, run.config.model.reference_memory)
 
 
 def on_device(run: Run, params: Params) -> Params:
-    """The same where programs can read them."""
+    """Returns the parameters in device memory, where programs can read them."""
     if run.config.model.reference_memory == "device":
         return params
     return sharding.move(params, "device")
@@ -146,7 +162,21 @@ def make_body(
     rate: Any,
     shardings: Any,
 ) -> Body:
-    """One step of the method, compiled: (step, state) → (state, metrics)."""
+    """Returns the step of the method's loop, with its compiled programs.
+
+    Args:
+      run: the run.
+      pipeline: gives the rollouts.
+      judge: the reward model; None if the run needs none.
+      sft: π_sft, frozen; None if nothing needs it.
+      reference: π_ref, frozen; None takes the base of LoRA's adapters.
+      transformation: the optimiser.
+      rate: the learning-rate schedule, update → rate.
+      shardings: the shardings of the training state.
+
+    Returns:
+      (step, state) → (state, metrics).
+    """
     config, own, experience = run.config, run.config.own(), pipeline.experience
     method = METHODS[config.method]
     critic = method.coefficient == "critic"
@@ -171,7 +201,8 @@ def make_body(
             else None,
         )
 
-    # A batch of all outputs has the same rows whatever they will be worth.
+    # A batch of all outputs has the same rows whatever their rewards will be, so its
+    # forward passes can run while the host grades.
     early = (kl_coef or updates > 1 or critic) and every and not experience.replaces
 
     def credited(step, outputs, scores: Scores, scored: Passes) -> list[Sample]:
@@ -233,7 +264,7 @@ def make_body(
                 s if o.finished else credit.masked(s)
                 for s, o in zip(samples, outputs, strict=True)
             ]
-        # What has no gradient costs no pass; the loss is divided as if it were there.
+        # Samples without a gradient cost no pass, but count in the loss's divisor.
         kept = samples if every else [s for s in samples if credit.teaches(s)]
         batch = lay_out(kept, of=samples or [credit.masked(outputs[0].sample)])  # 7
         if not early:
@@ -246,7 +277,7 @@ def make_body(
             state, metrics = programs.update(state, None, batch)
         metrics = jax.device_get(metrics)
         done = time.perf_counter()
-        # A later policy is meant to have moved away from the sampler.
+        # After several updates, or with staleness, the policy has moved on purpose.
         if updates == 1 and not staleness:
             check_gap(metrics, config.optimizer.max_sampling_gap)
         metrics |= outcome_metrics(outputs, scores, config.group_size) | spent  # 9
@@ -255,12 +286,12 @@ def make_body(
             "samples/taught": float(len(kept)),
             "sampling/staleness": float(staleness),
             "sampling/occupancy": float(drawn.arrays["occupancy"]),
-            "time/sample": sampled - started,  # what the host waited for
+            "time/sample": sampled - started,  # how long the host waited
             "time/rewards": graded - sampled,
             "time/credit": credited_at - graded,
             "time/update": done - credited_at,
         }
-        if kl_coef and not in_loss:  # the loss has no KL term that would say it
+        if kl_coef and not in_loss:  # the loss has no KL term to report
             moved = credit.divergence(outputs, by_output(scored.ref, outputs)).sum()
             metrics["kl"] = float(moved) / max(sum(sum(o.sampled) for o in outputs), 1)
         known = {"ref_logps": scored.ref, "old_logps": scored.old} if early else {}
@@ -274,7 +305,18 @@ def make_body(
 
 
 def check_gap(metrics: dict[str, Any], limit: float) -> None:
-    """Refuse to train on log-probabilities that are not the sampler's (fault 54)."""
+    """Checks that sampler and trainer agree on the sampled tokens' log-probabilities.
+
+    Both have the same parameters here, so a large gap means that the trained policy is
+    not the one that wrote the outputs.
+
+    Args:
+      metrics: a step's metrics.
+      limit: the largest mean gap, in nats a token.
+
+    Raises:
+      GrpoError: the mean gap is above `limit`.
+    """
     gap = float(metrics.get("sampling/sampling_logp_difference/mean", 0.0))
     if gap > limit:
         raise GrpoError(
@@ -286,7 +328,7 @@ def check_gap(metrics: dict[str, Any], limit: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-    """What a step needs to know beside the rewards, [A, B, T]; maybe on its way."""
+    """Forward passes over a step's batch, [A, B, T]; they may still be running."""
 
     old: Any = None  # log π_old
     ref: Any = None  # log π_ref
@@ -294,14 +336,22 @@ class Passes:
 
 
 def by_output(values: Any, outputs: Sequence[Output]) -> list[np.ndarray]:
-    """What a pass over all outputs says of each output's own tokens."""
+    """Returns each output's part of a forward pass over all outputs.
+
+    Args:
+      values: [A, B, T] of the batch in which all `outputs` are packed.
+      outputs: the step's outputs.
+
+    Returns:
+      An array [C] for each output, C being the number of its tokens.
+    """
     samples = [o.sample for o in outputs]
     found = unpack(sharding.to_hosts(values), samples, share_prompts=True)
     return [x[-len(o.tokens) :] for o, x in zip(outputs, found, strict=True)]
 
 
 def evaluate_now(run: Run, params: Params) -> dict[str, float]:
-    """Greedy accuracy on the first set of the comparison, and what it took."""
+    """Returns greedy accuracy on the comparison's first set, and the seconds taken."""
     from grpo_jax.evaluation import comparison
     from grpo_jax.training import run_comparison
 
@@ -309,7 +359,7 @@ def evaluate_now(run: Run, params: Params) -> dict[str, float]:
     name = set_names(run.config)[0]
     try:
         result = run_comparison.evaluate_set(run, params, name, sampled=False)
-    except Preempted:  # the step is done: its loop saves it and stops
+    except Preempted:  # the step is complete; the loop will save it and stop
         return {}
     mode = "tool" if generations(run.config) else "cot"
     greedy = result[comparison.measure_name(mode, "greedy")]

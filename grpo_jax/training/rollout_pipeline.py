@@ -1,17 +1,15 @@
-"""The rollout of the next step, while this one is graded and taught.
+"""Samples the next step's rollout while the current one is graded and trained on.
 
-In: a step and the parameters it starts from. Out: the step's rollout, and its
-staleness: how many updates the policy that samples it is behind the one it teaches.
+A rollout's staleness is the number of updates by which the policy that samples it lags
+the policy that it trains. With max_staleness 1, the rollout of step k+1 is dispatched
+before update k, from the same parameters. The device samples while the host decodes,
+grades and packs the outputs of step k, and then runs update k. That update donates the
+parameters; the runtime keeps them until the sampler has read them. Truncated importance
+sampling corrects for the stale policy (`importance_cap`). The first step of a run, and
+of each iteration, is sampled afresh, since no older policy has the same π_ref.
 
-With max_staleness 1 the rollout of step k+1 is dispatched before update k, from the
-same parameters. The device samples while the host decodes, grades and packs the outputs
-of step k, and goes on to update k when it is done; the update donates those parameters,
-and the runtime keeps them until what was dispatched before has read them. What update k
-changed is corrected by truncated importance sampling. The first step of a run and of
-each iteration is sampled afresh: there is no older policy with that reference.
-
-What is under way goes into the checkpoint: a run ends with the same bits wherever, and
-however often, it is saved and resumed.
+A rollout that is under way is saved in the checkpoint, so that a run ends with the same
+bits wherever, and however often, it is saved and resumed.
 """
 
 from __future__ import annotations
@@ -32,26 +30,35 @@ from grpo_jax.training.rollouts import Drawn, Experience
 
 
 class Pipeline:
-    """The rollouts of the steps before `until`, at most `staleness` of them ahead."""
+    """The rollouts of the steps before `until`.
+
+    Args:
+      experience: samples the rollouts.
+      staleness: how many rollouts may be sampled ahead, 0 or 1.
+      until: the first step whose rollout is not sampled ahead.
+    """
 
     def __init__(self, experience: Experience, *, staleness: int, until: int):
         self.experience, self.staleness, self.until = experience, staleness, until
         self.ahead: Drawn | None = None
 
     def take(self, step: int, params: Params) -> tuple[Drawn, int]:
-        """(the step's rollout, its staleness); sampled from `params` where it is 0."""
+        """Returns (the step's rollout, its staleness).
+
+        It is sampled from `params` now, with staleness 0, unless it is under way.
+        """
         drawn, self.ahead = self.ahead, None
         if drawn is not None and drawn.step == step:
             return drawn, 1
         return self.experience.draw(step, params), 0
 
     def start(self, step: int, params: Params) -> None:
-        """Dispatches a step's rollout, if it may be ahead."""
+        """Dispatches a step's rollout, if it may be sampled ahead."""
         if self.staleness and step < self.until:
             self.ahead = self.experience.draw(step, params)
 
     def keep(self) -> dict[str, Any]:
-        """What is under way, waited for, as JSON."""
+        """Waits for the rollout that is under way and returns it as JSON values."""
         if self.ahead is None:
             return {}
         file, step = io.BytesIO(), self.ahead.step
@@ -60,7 +67,7 @@ class Pipeline:
         return {"ahead": {"step": step, "of": self._asked(step), "arrays": arrays}}
 
     def resume(self, kept: Mapping[str, Any]) -> None:
-        """Takes up what `keep` gave; not what other questions were asked for."""
+        """Restores what `keep` returned, unless the step's prompts have changed."""
         saved = kept.get("ahead")
         if not self.staleness or not saved or saved["step"] >= self.until:
             return

@@ -1,10 +1,9 @@
 """Experience: the outputs of a step and their rewards.
 
-In: the step's number, the policy that samples. Out: G outputs o_i of each question,
-with `Scores`. Algorithm 1's lines 6 to 8, and DAPO's dynamic sampling.
-
-In three parts, so that the device has work while the host decodes and grades: `draw`
-dispatches the sampler, `read` waits for the outputs, `Experience.grade` does the rest.
+Samples G outputs o_i of each question and scores them (DeepSeekMath, Algorithm 1,
+lines 6 to 8), with DAPO's dynamic sampling (Yu et al. 2025) on request. There are three
+parts, so that the device has work while the host decodes and grades: `draw` dispatches
+the sampler, `read` waits for the outputs, and `Experience.grade` does the rest.
 """
 
 from __future__ import annotations
@@ -35,12 +34,16 @@ from grpo_jax.training.run import Run
 from grpo_jax.training.run_rewards import Rewards
 
 Prompts = list[tuple[Example, list[int]]]
-# outputs → what the reward model says of each, [N]
+# outputs → the reward model's score of each, [N]
 Judge = Callable[[Sequence[Output]], np.ndarray]
 
 
 def load_questions(run: Run) -> Prompts:
-    """The RL questions with their prompts; those that are too long are counted."""
+    """Returns the RL questions with their prompts' token ids.
+
+    Questions longer than `data.max_prompt_tokens` are left out, and their number is
+    printed.
+    """
     config = run.config
     examples = datasets.load(
         config.data.train,
@@ -65,7 +68,15 @@ def load_questions(run: Run) -> Prompts:
 
 
 def check_rows(config: Config, prompt: int) -> None:
-    """Refuses rows that the longest output would not fit with what it may be told."""
+    """Checks that a packed row holds the longest prompt with the longest output.
+
+    Args:
+      config: the run's config; with tools, an output includes what programs print.
+      prompt: tokens of the longest prompt.
+
+    Raises:
+      GrpoError: `optimizer.row_length` is too small.
+    """
     row, most = config.optimizer.row_length, config.max_new_tokens
     longest = prompt + most_tokens(generations(config), most) - 1
     if row and row < longest:
@@ -80,10 +91,13 @@ def check_rows(config: Config, prompt: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """G outputs of each of a step's questions, side by side, maybe still on their way.
+    """A step's G outputs of each question, side by side; they may still be sampled.
 
-    arrays: tokens and logps [N, C], lengths and finished [N], occupancy [], as
-    `Rollouts` has them; with tools also mask [N, C], calls and failures [N].
+    Attributes:
+      step: the step's number.
+      prompts: the step's questions with their prompts.
+      arrays: tokens and logps [N, C], lengths and finished [N], occupancy [], as in
+        `Rollouts`; with tools also mask [N, C], calls and failures [N].
     """
 
     step: int
@@ -92,7 +106,18 @@ class Drawn:
 
 
 def draw(run: Run, params: Params, step: int, prompts: Prompts, key: jax.Array):
-    """The step's `Drawn` at the run's temperature: dispatched, not waited for."""
+    """Dispatches the sampler at the run's temperature, and returns without waiting.
+
+    Args:
+      run: the run.
+      params: the policy that samples.
+      step: the step's number.
+      prompts: the step's questions with their prompts.
+      key: the random key of the rollout.
+
+    Returns:
+      The step's `Drawn`.
+    """
     rollouts = generate(
         run.model,
         params,
@@ -118,7 +143,11 @@ def draw_with_tools(
     prompts: Prompts,
     key: jax.Array,
 ) -> Drawn:
-    """The same with programs: waited for, as they run between the generations."""
+    """Samples outputs with tools; returns when they are done.
+
+    It has to wait, since the outputs' programs run between the generations. Arguments
+    as in `draw`; `interpreter` runs the programs.
+    """
     found = solve(
         run.model,
         params,
@@ -141,7 +170,7 @@ def draw_with_tools(
 
 
 def read(drawn: Drawn) -> list[Output]:
-    """The outputs, waited for; not decoded yet."""
+    """Waits for the outputs and returns them, not decoded to text yet."""
     arrays = sharding.to_hosts(drawn.arrays)
     samples = len(arrays["lengths"]) // len(drawn.prompts)
     outputs = []
@@ -169,19 +198,26 @@ def _of_tools(arrays: dict[str, Any], i: int, n: int) -> dict[str, Any]:
 
 
 class Experience:
-    """A step's outputs and scores; the same for the same step, parameters and seed."""
+    """Samples and scores the outputs of a step.
+
+    The same step, parameters and seed give the same outputs.
+
+    Raises:
+      GrpoError: the questions or reward functions cannot be used, no sandbox works
+        here and the run has tools, or the longest output fits no row.
+    """
 
     def __init__(self, run: Run):
         self.run = run
         self.interpreter: Interpreter | None = None
-        if generations(run.config):  # refused here where no sandbox works
+        if generations(run.config):  # fails here if no sandbox works
             self.interpreter = Interpreter(run.config.tools.timeout)
         self.questions = load_questions(run)
         self.rewards = Rewards(run.config, [example for example, _ in self.questions])
         check_rows(run.config, max(len(ids) for _, ids in self.questions))
         size, seed = run.config.questions_per_step, run.config.seed
         own = run.config.own()
-        # DAPO: each further rollout of a step has questions of its own.
+        # DAPO's dynamic sampling: each further rollout of a step asks other questions.
         attempts = 1 + own.get("dynamic_sampling", 0)
         self.replaces = attempts > 1
         self.batches = [
@@ -190,7 +226,7 @@ class Experience:
         ]
 
     def draw(self, step: int, params: Params, round: int = 1) -> Drawn:
-        """The step's first rollout, or a further one, sampled from `params`."""
+        """Samples a step's rollout from `params`: the first, or a further one."""
         key = self.run.key("rl", step)
         key = key if round == 1 else jax.random.fold_in(key, round)
         asked = params, step, self.batches[round - 1][step], key
@@ -199,7 +235,7 @@ class Experience:
         return draw(self.run, *asked)
 
     def text(self, output: Output) -> str:
-        """What the reward functions read."""
+        """Returns an output's text, as the reward functions get it."""
         tokenizer = self.run.tokenizer
         if output.mask is None:
             return tokenizer.decode(output.tokens)
@@ -212,11 +248,21 @@ class Experience:
         params: Params,
         judge: Judge | None = None,
     ) -> tuple[list[Output], Scores, dict[str, float]]:
-        """The step's outputs as they will be taught, and what it took to get them.
+        """Scores a step's outputs; with dynamic sampling, replaces tied groups.
 
-        With dynamic sampling, groups in which all outputs are right, or none is, are
-        replaced by groups of further rollouts from `params`, as long as the method
-        allows; what then still lacks is filled with them (`Rewards.correctness`).
+        A group is tied if all its outputs are right, or none is
+        (`Rewards.correctness`). Tied groups are replaced by groups of at most
+        `dynamic_sampling` further rollouts. If these do not suffice, tied groups fill
+        the batch.
+
+        Args:
+          step: the step's number.
+          outputs: the outputs of the step's first rollout, [N].
+          params: the policy that samples further rollouts.
+          judge: the reward model's outcome score; None for a run without one.
+
+        Returns:
+          (N outputs, their scores, metrics of the dynamic sampling).
         """
         config = self.run.config
         g, wanted = config.group_size, config.questions_per_step
@@ -247,9 +293,10 @@ class Experience:
     def score(
         self, outputs: Sequence[Output], judge: Judge | None
     ) -> tuple[list[Output], Scores]:
-        """The scores of all outputs, of which each process decodes and grades its own.
+        """Returns the outputs with their texts, and the scores of all of them.
 
-        The reward model judges them before that, together: it runs on all devices.
+        Each process decodes and grades its own share, so `text` is set only there. The
+        reward model runs before that on all outputs, since it needs all devices.
         """
         outputs = list(outputs)
         mine = processes.share(len(outputs), self.run.config.group_size)
@@ -269,7 +316,7 @@ def _values(rewards: np.ndarray) -> set[float]:
 def outcome_metrics(
     outputs: Sequence[Output], scores: Scores, group_size: int
 ) -> dict[str, float]:
-    """Rewards and lengths of a step, under the names that TRL gave them."""
+    """Returns a step's metrics of rewards and lengths, under TRL's names."""
     groups = scores.rewards.reshape(-1, group_size)
     scored = ~np.isnan(groups)
     lengths = np.array([sum(o.sampled) for o in outputs])
@@ -304,17 +351,25 @@ def _mean(values: Any) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
-SHOWN = 8  # outputs of a group that are shown token by token
+SHOWN = 8  # how many outputs of a group are written token by token
 
 
 def show(run: Run, step: int, outputs, rewards: np.ndarray, samples, **logps) -> None:
-    """The first question's group into samples.jsonl, with what each output teaches.
+    """Writes the first question's group to samples.jsonl, with its advantages.
 
-    logps: of each output, what else is known of its tokens (ref_logps, old_logps); None
-    where nothing is. Only the first outputs go token by token: the file stays small.
+    Only the first `SHOWN` outputs are written token by token, to keep the file small.
+
+    Args:
+      run: the run.
+      step: the step's number.
+      outputs: the step's outputs.
+      rewards: [N].
+      samples: the outputs' samples, with their advantages.
+      **logps: further log-probabilities of each output's tokens (ref_logps, old_logps);
+        None if they are not known.
     """
     g = run.config.group_size
-    taught: list[Any] = [None] * g  # a pair is not an output's own
+    taught: list[Any] = [None] * g  # DPO's pairs have no advantage for each output
     if len(samples) == len(outputs):
         taught = [_advantage(s) for s in samples[:g]]
     completions = [
@@ -343,7 +398,7 @@ def show(run: Run, step: int, outputs, rewards: np.ndarray, samples, **logps) ->
 
 
 def _advantage(sample: Sample) -> Any:
-    """One number for the output, or one for each of its tokens; None: it is masked."""
+    """One number for the output, or one for each of its tokens; None if masked."""
     if not any(sample.mask):
         return None
     if isinstance(sample.advantages, float):

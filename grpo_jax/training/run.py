@@ -1,8 +1,8 @@
-"""A run: its work directory, its mesh, its model, and the loop that stages share.
+"""A run and the loop that its stages share.
 
-In: a checked config and a work directory. Out: everything a stage needs (`Run`); and
-`run_stage`, which resumes, steps, records, saves and stops for SFT, reward models and
-RL alike; a finished run opened again.
+`Run` holds what every stage needs: config, work directory, mesh, model, tokenizer.
+`run_stage` is the loop of SFT, reward-model and RL stages: it resumes, steps, records,
+saves and stops. `load_run` opens the model of a run that is there already.
 """
 
 from __future__ import annotations
@@ -50,14 +50,17 @@ class Run:
     claim: Claim
 
     def key(self, stage: str, step: int) -> jax.Array:
+        """Returns the random key of a stage's step; see `setup.key`."""
         return setup.key(self.config.seed, stage, step)
 
     @functools.cached_property
     def prompt_options(self) -> dict[str, str]:
+        """The template and instruction with which prompts are encoded."""
         data = self.config.data
         return {"template": data.template, "instruction": data.instruction}
 
     def checkpoints(self, stage: str, *, clean: bool = True) -> Checkpoints:
+        """Returns a stage's checkpoints, as a context manager."""
         folder = self.workdir / "checkpoints" / stage
         every, keep = self.config.checkpoint_every, self.config.checkpoints_kept
         objection = functools.partial(self.claim.objection, stage)
@@ -66,9 +69,9 @@ class Run:
         )
 
     def begin(self, stage: str, params: Params) -> Params:
-        """A stage's start: with LoRA, adapters of its own (`lora.begin`).
+        """Returns a stage's first parameters; with LoRA, they have fresh adapters.
 
-        The parameters given are used up: their buffers hold the new ones.
+        The buffers of the given parameters are donated.
         """
         if not self.model.lora.rank:
             return params
@@ -79,17 +82,19 @@ class Run:
         return jax.jit(make, out_shardings=out, donate_argnums=0)(params, key)
 
     def abstract_params(self, stage: str) -> Params:
+        """Returns a stage's parameters as shapes and dtypes."""
         return setup.abstract_params(self.config, self.model, stage)
 
     def abstract_state(
         self, stage: str, optimizer: optax.GradientTransformation
     ) -> TrainState:
+        """Returns a stage's training state as shapes, dtypes and shardings."""
         return setup.abstract_state(
             self.config, self.model, self.mesh, stage, optimizer
         )
 
     def new_reward_model(self, key: jax.Array, params: Params) -> Params:
-        """A reward model (or PPO's critic) that starts from a policy's trunk."""
+        """Returns a new reward model, or PPO's critic, with a policy's trunk."""
 
         def init(params):
             base = lora.merge_lora(self.model.lora, params)
@@ -98,9 +103,10 @@ class Run:
         out = sharding.shardings(jax.eval_shape(init, params), self.mesh)
         return jax.jit(init, out_shardings=out)(params)
 
-    # π_ref of iteration i, where the method iterates (section 4.1.4).
+    # The π_ref of each iteration of an iterative method (section 4.1.4).
 
     def references(self, iteration: int) -> Checkpoints:
+        """Returns the checkpoint of an iteration's π_ref, as a context manager."""
         folder, stage = self._reference_folder(iteration), f"reference-{iteration}"
         objection = functools.partial(self.claim.objection, stage)
         return Checkpoints(folder, every=1, objection=objection)
@@ -109,17 +115,20 @@ class Run:
         return self.workdir / "checkpoints" / f"reference-{iteration}"
 
     def has_reference(self, iteration: int) -> bool:
+        """Whether the π_ref of an iteration is saved."""
         if not self._reference_folder(iteration).is_dir():
             return False
         with self.references(iteration) as checkpoints:
             return bool(checkpoints.steps())
 
     def load_reference(self, iteration: int) -> Params:
+        """Returns the saved π_ref of an iteration."""
         like = sharding.abstract(self.abstract_params("rl"), self.mesh)
         with self.references(iteration) as checkpoints:
             return checkpoints.restore(like)[1]
 
     def save_reference(self, iteration: int, params: Params) -> Params:
+        """Saves an iteration's π_ref and returns it."""
         origin = self.claim.origin(f"reference-{iteration}")
         with self.references(iteration) as checkpoints:
             checkpoints.save(iteration, params, origin, force=True)
@@ -138,12 +147,24 @@ def run_stage(
     keep: Callable[[], Mapping[str, Any]] = dict,
     resume: Callable[[Mapping[str, Any]], None] = lambda kept: None,
 ) -> Params:
-    """All steps of a stage from wherever it stands; returns its final parameters.
+    """Runs a stage from its newest checkpoint, and returns its final parameters.
 
-    make_body(state shardings) → body(step, state) → (state, metrics). `start_params`
-    is called only where the stage has no checkpoint yet; they are donated. `until`
-    stops it before its `steps` are done, to go on later. What `keep` gives at a
-    checkpoint, as JSON, `resume` gets back from it.
+    Args:
+      run: the run.
+      stage: the name under which checkpoints and metrics are kept.
+      optimizer: the stage's optimiser.
+      start_params: returns the first parameters, whose buffers are donated. Called
+        only where the stage has no checkpoint yet.
+      make_body: takes the shardings of the state and returns the step,
+        (step, state) → (state, metrics).
+      steps: the steps of the whole stage.
+      until: stop before this step, to be called again later; None runs all steps.
+      keep: returns JSON values that are saved with a checkpoint.
+      resume: gets the values of `keep` from the checkpoint that the stage resumes at.
+
+    Raises:
+      GrpoError: the gradient was not finite `optimizer.max_skipped` times in a row.
+      Preempted: the run was asked to stop, and its state is saved.
     """
     abstract = run.abstract_state(stage, optimizer)
     shardings = sharding.shardings(abstract, run.mesh)
@@ -205,13 +226,23 @@ def _stop_if_broken(run: Run, stage: str, step: int, state: TrainState) -> None:
 
 
 def load_run(workdir: str | Path) -> tuple[Decoder, Params, Tokenizer]:
-    """The newest model of a work directory: RL's if there is one, else SFT's."""
+    """Returns a work directory's newest model: RL's if there is one, else SFT's.
+
+    Args:
+      workdir: the work directory of a run.
+
+    Returns:
+      (decoder, parameters, tokenizer), the parameters sharded over all devices.
+
+    Raises:
+      GrpoError: no work directory, or no finished checkpoint in it.
+    """
     run = open_run(Path(workdir))
     return run.model, stage_params(run, newest_stage(run)), run.tokenizer
 
 
 def open_run(workdir: Path) -> Run:
-    """A run that is there already, on all devices, to be read."""
+    """Returns the run of a work directory, for reading, on a mesh of all devices."""
     config = read_config(workdir)
     model, tokenizer = setup.make_model(config)
     tokenizer.now = start_time(workdir)
@@ -221,7 +252,14 @@ def open_run(workdir: Path) -> Run:
 
 
 def load_adapters(workdir: str | Path) -> tuple[lora.Lora, list[Params], str]:
-    """LoRA's settings, the adapters of each stage up to the newest, and model.path."""
+    """Returns a run's LoRA adapters.
+
+    Returns:
+      (LoRA's settings, the adapters of each stage up to the newest, `model.path`).
+
+    Raises:
+      GrpoError: the run has no adapters, or no finished checkpoint.
+    """
     run = open_run(Path(workdir))
     if not run.model.lora.rank:
         raise GrpoError(f"{workdir}: the run has no adapters (model.lora_rank is 0)")
@@ -232,11 +270,16 @@ def load_adapters(workdir: str | Path) -> tuple[lora.Lora, list[Params], str]:
 
 
 def policy(params: Params) -> Params:
-    """What a stage trained, without PPO's critic."""
+    """Returns the policy's part of a stage's parameters, without PPO's critic."""
     return {name: x for name, x in params.items() if name != "value"}
 
 
 def newest_stage(run: Run) -> str:
+    """Returns the last stage that has a finished checkpoint.
+
+    Raises:
+      GrpoError: no stage has one.
+    """
     for stage in reversed(STAGES):
         if (run.workdir / "checkpoints" / stage).is_dir():
             with run.checkpoints(stage, clean=False) as checkpoints:
@@ -246,7 +289,7 @@ def newest_stage(run: Run) -> str:
 
 
 def stage_params(run: Run, stage: str) -> Params:
-    """The parameters of a stage's newest checkpoint."""
+    """Returns the parameters of a stage's newest checkpoint."""
     optimizer, _ = stage_optimizer(stage, run.config)
     with run.checkpoints(stage, clean=False) as checkpoints:
         _, state, _ = checkpoints.restore(run.abstract_state(stage, optimizer))

@@ -1,4 +1,4 @@
-"""The comparison of a run's own models, during and at the end of training."""
+"""Evaluates and compares a run's own models, during training and at its end."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from grpo_jax.training.run import Run
 
 
 def settings_of(config: Config) -> Settings:
+    """Returns the evaluation settings that a run's config defines."""
     return Settings(
         template=config.data.template,
         instruction=config.data.instruction,
@@ -32,7 +33,11 @@ def settings_of(config: Config) -> Settings:
 
 
 def check_sets(run: Run) -> None:
-    """Refuses before the training what the comparison would refuse after it."""
+    """Checks before the training that the comparison after it can run.
+
+    Raises:
+      GrpoError: a set cannot be read, or its mode has no sandbox here.
+    """
     generate_answers.find_mode(settings_of(run.config))
     for name in set_names(run.config):
         generate_answers.load_prompts(run.tokenizer, name, settings_of(run.config))
@@ -41,7 +46,18 @@ def check_sets(run: Run) -> None:
 def evaluate_set(
     run: Run, params: Params, name: str, *, sampled: bool = True, label: str = ""
 ) -> Result:
-    """One set of a run's comparison, of parameters that change: nothing is kept."""
+    """Evaluates parameters on one set, without keeping the completions.
+
+    Args:
+      run: the run.
+      params: the parameters, which are still being trained.
+      name: the set's name.
+      sampled: also sample at a temperature, not only greedily.
+      label: what the progress bar shows.
+
+    Returns:
+      Measure → figures, as in results.json.
+    """
     settings = settings_of(run.config)
     measured = measure(
         run.model, params, run.tokenizer, name, settings, sampled=sampled, label=label
@@ -50,15 +66,23 @@ def evaluate_set(
 
 
 def trained_on(config: Config) -> list[str]:
+    """Returns the names of the sets that count as in-domain for a run."""
     return (config.data.in_domain or config.data.train).split("+")
 
 
 def compare(run: Run, models: Mapping[str, Params]) -> Result:
-    """The comparison of a run's models on all its sets; what is measured stays so.
+    """Compares a run's models on all its sets, and writes results.json.
 
     Completions are kept in the work directory, so that no question is asked again
-    while weights and settings stay the same. results.json is written whole after every
-    set; the sets that are still to come stand in it without figures.
+    while weights and settings stay the same. results.json is rewritten after every set;
+    sets that are still to come are in it without figures.
+
+    Args:
+      run: the run.
+      models: name ("instruct", "rl") → parameters.
+
+    Returns:
+      What results.json holds.
     """
     run.recorder.begin()
     config, settings = run.config, settings_of(run.config)

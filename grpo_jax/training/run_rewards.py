@@ -1,8 +1,4 @@
-"""The reward functions of a run: those that its config names, applied to outputs.
-
-In: a config and the questions, whose columns the functions get. Out: `Rewards`, a
-function of outputs to `Scores`.
-"""
+"""The reward functions that a run's config names, applied to outputs."""
 
 from __future__ import annotations
 
@@ -26,10 +22,18 @@ from grpo_jax.training.credit import Output, overlong_punishment
 
 
 class Rewards:
-    """The reward functions that a config names, applied to outputs."""
+    """The reward functions of a run; calling it with outputs returns their `Scores`.
+
+    Args:
+      config: the run's config.
+      questions: all questions of the run; the functions get their columns.
+
+    Raises:
+      GrpoError: a function cannot be found, or does not take the columns.
+    """
 
     def __init__(self, config: Config, questions: Sequence[Example]):
-        # A process reward model judges by step; what the rule says is then only shown.
+        # With a process reward model, the rule's rewards are only reported.
         names = reward_names(config) or ["rule"]
         self.weights = reward_weights(config) or [1.0]
         self.functions = [None if n == "model" else resolve(n) for n in names]
@@ -37,18 +41,19 @@ class Rewards:
         own = config.own()
         self.limit = config.max_new_tokens * max(1, generations(config))
         self.buffer = own.get("overlong_buffer", 0)
-        # of `Scores.by_function`: the punishment of length is one of them
+        # The weights of `Scores.by_function`, which includes the length punishment.
         self.all_weights = [*self.weights, 1.0] if self.buffer else self.weights
         self.calls = Calls()
-        # Of all questions: a function gets the same columns at every step.
+        # The columns of all questions, so that they are the same at every step.
         self.columns = sorted({name for e in questions for name in e.columns})
-        # Graders read numbers as the question's language writes them.
+        # Graders read numbers in the notation of the question's language.
         self.tells_language = any(e.language != "en" for e in questions)
         given = ["answer", *(["language"] if self.tells_language else [])]
         check_calls([f for f in self.functions if f], [*self.columns, *given])
 
     @property
     def asks_model(self) -> bool:
+        """Whether the reward model is one of the functions."""
         return None in self.functions
 
     def __call__(self, outputs: Sequence[Output], judged: np.ndarray | None) -> Scores:
@@ -84,10 +89,11 @@ class Rewards:
         )
 
     def correctness(self, scores: Scores) -> np.ndarray:
-        """What tells right outputs from wrong, [N]; without the punishment of length.
+        """Returns what dynamic sampling compares within a group, [N].
 
-        The rule's reward where it is one of the functions, else the weighted sum: a
-        group teaches where 0 < number right < G (DAPO, Yu et al. 2025, equation 11).
+        This is the rule's reward if it is one of the functions, else the weighted sum
+        without the length punishment. DAPO keeps groups in which some outputs are right
+        and some are wrong (Yu et al. 2025, equation 11).
         """
         if rule_reward.__name__ in scores.by_function:
             return scores.by_function[rule_reward.__name__]

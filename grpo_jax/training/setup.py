@@ -1,7 +1,6 @@
-"""What a config names: model, tokenizer, state as shapes, first weights.
+"""Builds what a config names: model, tokenizer, training state, first weights.
 
-In: a checked config and a mesh. Out: a `Decoder` and a `Tokenizer`; the training state
-of a stage without an array allocated; the parameters that the first stage starts from.
+The training state of a stage is built as shapes, with no array allocated.
 """
 
 from __future__ import annotations
@@ -36,13 +35,24 @@ _STREAMS = ("init", "sft", "rl", "eval", "reward", "critic")
 
 
 def key(seed: int, stage: str, step: int) -> jax.Array:
-    """The randomness of one step: of the seed, the stage and the step alone."""
+    """Returns a step's random key, which depends on seed, stage and step only.
+
+    Args:
+      seed: the run's seed.
+      stage: one of "init", "sft", "rl", "eval", "reward", "critic".
+      step: the step's number.
+    """
     stream = jax.random.fold_in(jax.random.key(seed), _STREAMS.index(stage))
     return jax.random.fold_in(stream, step)
 
 
 def make_model(config: Config) -> tuple[Decoder, Tokenizer]:
-    """The decoder and the tokenizer that a config names; no weights yet."""
+    """Returns the decoder and the tokenizer that a config names, without weights.
+
+    Raises:
+      GrpoError: no such model folder, its sizes are not the config's, or the tokenizer
+        does not fit the model.
+    """
     settings = config.model
     if settings.path:
         from grpo_jax.checkpoints.huggingface import weights
@@ -78,9 +88,12 @@ def make_model(config: Config) -> tuple[Decoder, Tokenizer]:
 
 
 def agree_on_files(config: Config) -> None:
-    """Refuses processes that read other files than process 0, of a model or rewards.
+    """Checks that all processes read the same model and reward files.
 
-    Their data sets are compared where they are read.
+    Data sets are compared where they are read.
+
+    Raises:
+      GrpoError: a process has other files than process 0.
     """
     if processes.count() == 1:
         return
@@ -97,6 +110,7 @@ def agree_on_files(config: Config) -> None:
 
 
 def make_decoder(config: Config, model_config: ModelConfig) -> Decoder:
+    """Returns the decoder of an architecture, with the config's dtype and adapters."""
     return Decoder(
         model_config,
         config.model.dtype,
@@ -107,12 +121,13 @@ def make_decoder(config: Config, model_config: ModelConfig) -> Decoder:
 
 
 def adapters_of(config: Config) -> lora.Lora:
+    """Returns the settings of LoRA's adapters; rank 0 means none."""
     m = config.model
     return lora.Lora(rank=m.lora_rank, alpha=m.lora_alpha, targets=lora_targets(config))
 
 
 def declared_config(config: Config, vocab_size: int) -> ModelConfig:
-    """The architecture that the config itself states: Llama's."""
+    """Returns the architecture that the config's own sizes define (Llama's)."""
     m = config.model
     return ModelConfig(
         vocab_size=vocab_size,
@@ -127,7 +142,7 @@ def declared_config(config: Config, vocab_size: int) -> ModelConfig:
 
 
 def describe_state(config: Config) -> str:
-    """One line on the whole training state, built from shapes alone."""
+    """Returns one line on the size of the training state, from shapes alone."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     declared = declared_config(config, config.model.vocab_size)
     decoder = Decoder(declared, lora=adapters_of(config))
@@ -150,7 +165,7 @@ def describe_state(config: Config) -> str:
 
 
 def describe_size(model: Decoder) -> str:
-    """How many parameters there are, and with LoRA how many of them are trained."""
+    """Returns how many parameters there are, and with LoRA how many are trained."""
     init = functools.partial(lora.begin, model.lora)
     key = jax.random.key(0)
     whole = jax.eval_shape(lambda key: init(model.init(key), key), key)
@@ -164,7 +179,7 @@ def describe_size(model: Decoder) -> str:
 
 
 def abstract_params(config: Config, model: Decoder, stage: str) -> Params:
-    """The parameters that a stage trains, as shapes and dtypes."""
+    """Returns a stage's parameters as shapes and dtypes."""
     dtype = config.model.param_dtype
 
     def policy(key):
@@ -189,14 +204,17 @@ def abstract_state(
     stage: str,
     optimizer: optax.GradientTransformation,
 ) -> TrainState:
-    """A stage's training state as shapes, dtypes and shardings: nothing allocated."""
+    """Returns a stage's training state as shapes, dtypes and shardings.
+
+    Nothing is allocated.
+    """
     create = functools.partial(TrainState.create, optimizer=optimizer)
     state = jax.eval_shape(create, abstract_params(config, model, stage))
     return sharding.abstract(state, mesh)
 
 
 def initial_params(config: Config, model: Decoder, mesh: Mesh) -> Params:
-    """The weights of model.path, or fresh ones of the seed, laid out on the mesh."""
+    """Returns the weights of `model.path`, or new ones from the seed, on the mesh."""
     settings = config.model
     if settings.path:
         from grpo_jax.checkpoints.huggingface import weights

@@ -1,10 +1,10 @@
 """The Instruct stage: supervised fine-tuning on worked examples (section 3).
 
-One step:
-1. the examples of this step, by its number;
-2. prompt and solution as token ids, the loss on the solution alone;
-3. packed into rows, several to a row;
-4. one compiled update.
+One step of the loop:
+1. Take the examples that belong to the step's number.
+2. Encode prompt and solution as token ids; only the solution counts in the loss.
+3. Pack them into rows, several to a row.
+4. Update the parameters with one compiled program.
 """
 
 from __future__ import annotations
@@ -31,9 +31,19 @@ from grpo_jax.training.train_step import make_step
 
 
 def train(run: Run, start_params: Callable[[], Params]) -> Params:
-    """All SFT steps, from wherever the work directory stands.
+    """Runs the SFT steps that the work directory does not have yet.
 
-    `start_params` makes the weights to start from, which are donated.
+    Args:
+      run: the run.
+      start_params: returns the weights to start from, whose buffers are donated.
+        Called only where the stage has no checkpoint yet.
+
+    Returns:
+      The parameters after the last step, π_sft.
+
+    Raises:
+      GrpoError: the data cannot be used, or the gradient was not finite too often.
+      Preempted: the run was asked to stop, and its state is saved.
     """
     config = run.config
     examples = datasets.load(
@@ -69,13 +79,13 @@ def make_update(
     transformation: optax.GradientTransformation,
     shardings: Any,
 ) -> Any:
-    """The compiled step: (state, None, batch) → (state, metrics)."""
+    """Returns the compiled step: (state, None, batch) → (state, metrics)."""
     objective = sft_objective(model, aggregate=config.sft.aggregate)
     return make_step(objective, transformation, state_shardings=shardings)
 
 
 def lay_out(config: Config, mesh: jax.sharding.Mesh, samples: list[Sample]) -> Batch:
-    """Samples as a batch of the run's one shape, on the host."""
+    """Packs samples into a batch on the host; every batch of a run has one shape."""
     settings = config.sft
     rows = settings.micro_rows * sharding.rows_multiple(mesh)
     capacity = -(-(settings.batch_rows or settings.batch_size) // rows)
@@ -84,7 +94,11 @@ def lay_out(config: Config, mesh: jax.sharding.Mesh, samples: list[Sample]) -> B
 
 
 class Samples:
-    """The samples of every step: of batch_size examples, or of batch_rows rows."""
+    """The samples of every step, indexed by the step's number.
+
+    A step has `sft.batch_size` examples, or, if `sft.batch_rows` is set, that many rows
+    of examples concatenated at random (DeepSeekMath, section 3).
+    """
 
     def __init__(self, run: Run, examples: datasets.Dataset):
         settings, seed = run.config.sft, run.config.seed
@@ -96,7 +110,7 @@ class Samples:
             self.rows = datasets.Batches(rows, settings.batch_rows, seed=seed)
         else:
             self.batches = datasets.Batches(examples, settings.batch_size, seed=seed)
-            # All that the steps will take is refused now, not when its step comes.
+            # An example that is too long is refused now, not when its step comes.
             epoch = -(-len(examples) // settings.batch_size)
             for step in range(min(run.config.sft_steps, epoch)):
                 encode(run, [e for e in self.batches[step] if may_be_long(run, e)])
@@ -109,7 +123,15 @@ class Samples:
 
 
 def concatenate(lengths: list[int], size: int, seed: int) -> list[list[int]]:
-    """Items in a random order, put one after the other until a row is full (the paper).
+    """Concatenates items in random order into rows (DeepSeekMath, section 3).
+
+    Args:
+      lengths: tokens of each item.
+      size: tokens that a row holds.
+      seed: of the random order.
+
+    Returns:
+      The indices of the items in each row.
 
     >>> rows = concatenate([3, 3, 3, 3], size=6, seed=0)
     >>> [len(row) for row in rows], sorted(i for row in rows for i in row)
@@ -127,7 +149,10 @@ def concatenate(lengths: list[int], size: int, seed: int) -> list[list[int]]:
 
 
 def may_be_long(run: Run, example: Example) -> bool:
-    """False where an example surely fits a row: a token has a byte of text, or more."""
+    """Returns False if an example surely fits a row, without encoding it.
+
+    Every token stands for at least one byte of text.
+    """
     plain = (
         run.config.data.template == "plain" and run.config.data.instruction == "none"
     )
@@ -138,7 +163,11 @@ def may_be_long(run: Run, example: Example) -> bool:
 
 
 def encode(run: Run, examples: list[Example]) -> list[Sample]:
-    """Token ids with the loss mask; an example that fits no row is refused by name."""
+    """Returns the examples' token ids with their loss masks.
+
+    Raises:
+      GrpoError: an example, which the message names, is longer than a row.
+    """
     samples = []
     for example in examples:
         tokens, mask = encode_sft(run.tokenizer, example, **run.prompt_options)

@@ -1,8 +1,7 @@
-"""When a run started: what the clock of a chat template shows, on every later day too.
+"""The time at which a run or an evaluation started, kept in its folder's started.json.
 
-In: a work directory, or the folder of an evaluation. Out: the time in its started.json.
-Some templates write the date into the prompt; a run that is resumed, or evaluated, the
-day after asks with the same prompts.
+Some chat templates write the date into the prompt. They get this time, so that a run
+that is resumed or evaluated on a later day has the same prompts.
 """
 
 from __future__ import annotations
@@ -21,10 +20,15 @@ FILE = "started.json"
 def start_time(
     folder: Path, *, keep: bool = False, again: bool = False
 ) -> datetime.datetime:
-    """The folder's start, the same for all processes; without one, now.
+    """Returns a folder's start time, the same in all processes; now if it has none.
 
-    keep: writes it where there is none. again: whatever is there is of a start that
-    came to nothing.
+    Args:
+      folder: a work directory, or the folder of an evaluation.
+      keep: write the time if the folder has none.
+      again: ignore the time that is there, as it belongs to a start that failed.
+
+    Raises:
+      GrpoError: started.json is damaged.
     """
     return datetime.datetime.fromisoformat(
         processes.from_first(lambda: _start(folder / FILE, keep, again))

@@ -1,13 +1,12 @@
-"""The compiled step: (state, frozen reference, batch) → (state, metrics).
+"""The compiled training step: (state, frozen reference, batch) → (state, metrics).
 
-In: `apply(params, tokens, *, positions, segment_ids)`, any pure function that returns
-logits [B, T, V], or the pair (hidden [B, T, D], unembed [D, V]) so that no [B, T, V]
-ever exists; an optax optimiser; the objective's options. Out: one jitted function with
-the state's buffers donated.
+`make_step` compiles any `Objective`; `make_grpo_step` builds GRPO's from any model
+`apply(params, tokens, *, positions, segment_ids)`. A model that returns the pair
+(hidden [B, T, D], unembed [D, V]) instead of logits never needs [B, T, V] in memory.
 
 Gradients of the micro-batches are summed in float32 under one normaliser, so that
-accumulation never changes the loss. A step whose gradient is not finite, or that has
-nothing to learn from, leaves parameters and optimiser state as they were.
+accumulation never changes the loss. A step whose gradient is not finite, or whose batch
+has no training signal, leaves parameters and optimiser state unchanged.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from grpo_jax.training.objectives import (
 from grpo_jax.training.packing import Batch
 
 Array = jax.Array
-# The options of `make_grpo_step`: numbers with the least that they may be, and choices.
+# The options of `make_grpo_step`: numbers with their minimum, and choices.
 _NUMBERS = {"temperature": 1e-4, "clip_low": 0, "clip_high": 0, "delta": 0}
 _NUMBERS |= {"entropy_coef": -math.inf, "importance_cap": 0, "max_length": 1}
 _CHOICES = {
@@ -48,7 +47,7 @@ _CHOICES = {
     "surrogate": SURROGATES,
 }
 _BELOW_1 = math.nextafter(1.0, 0.0)  # a decay of 1 would divide by 0
-# Metrics that are parts of a sum; the others are means over tokens, /min or /max.
+# Metrics that micro-batches add up; the others are means over tokens, /min or /max.
 _SUMS = ("loss", "policy_loss", "value_loss", "num_tokens", "rewards/")
 
 
@@ -59,7 +58,14 @@ _SUMS = ("loss", "policy_loss", "value_loss", "num_tokens", "rewards/")
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a run carries from one update to the next."""
+    """All that a run carries from one update to the next.
+
+    Attributes:
+      params: the model's parameters; with LoRA, the base and the adapters.
+      opt_state: the optimiser's state of the trained parameters.
+      step: int32 [], updates done.
+      skipped: int32 [], the last updates in a row whose gradient was not finite.
+    """
 
     params: Any
     opt_state: Any
@@ -68,6 +74,7 @@ class TrainState:
 
     @classmethod
     def create(cls, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+        """Returns the state at step 0."""
         trained, _ = lora.split(params)
         return cls(params, optimizer.init(trained), jnp.int32(0), jnp.int32(0))
 
@@ -84,9 +91,25 @@ def make_optimizer(
     max_grad_norm: float = 1.0,
     master: bool = True,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW behind a clip by global norm, and its schedule (step → learning rate).
+    """Returns AdamW with global-norm clipping, and its learning-rate schedule.
 
-    master: weights below float32 have float32 copies, as their moments are.
+    Args:
+      learning_rate: the peak rate.
+      steps: updates of the whole stage, including the warm-up.
+      schedule: "constant", "linear" or "cosine"; the latter two fall to 0.
+      warmup_steps: updates until the peak rate is reached.
+      b1: decay of the first moment, below 1.
+      b2: decay of the second moment, below 1.
+      weight_decay: AdamW's decoupled decay.
+      max_grad_norm: the bound on the gradient's norm; infinity does not clip.
+      master: keep float32 copies of weights below float32, and their moments in
+        float32. False keeps moments in the dtype of the weights.
+
+    Returns:
+      (the optimiser, the schedule: update → learning rate).
+
+    Raises:
+      GrpoError: an argument is out of range.
     """
     where = "make_optimizer"
     check_whole(where, least=0, steps=steps, warmup_steps=warmup_steps)
@@ -101,7 +124,7 @@ def make_optimizer(
         "linear": optax.linear_schedule(learning_rate, 0.0, decay),
         "cosine": optax.cosine_decay_schedule(learning_rate, decay),
     }[schedule]
-    # From 1/(w+1) of the rate, not from 0: a first rollout that moves nothing is lost.
+    # Warm-up starts at 1/(w+1) of the rate: at 0 the first rollout would be wasted.
     first = learning_rate / (warmup_steps + 1)
     warmup = optax.linear_schedule(first, learning_rate, max(warmup_steps, 1))
     rate = optax.join_schedules([warmup, after], [warmup_steps])
@@ -113,7 +136,7 @@ def make_optimizer(
 
 
 def keep_dtype(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimiser with its moments in the dtype of the weights."""
+    """Returns the optimiser with its moments in the dtype of the weights."""
 
     def update(gradients, state, params=None):
         gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, params)
@@ -123,17 +146,18 @@ def keep_dtype(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 class Master(NamedTuple):
-    """What the optimiser moves where the weights are too coarse for its steps."""
+    """Optimiser state with float32 copies of weights too coarse for the updates."""
 
     weights: Any  # float32
-    inner: Any  # the optimiser's state of them
+    inner: Any  # the optimiser's state for the copies
 
 
 def keep_master(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimiser on float32 copies of weights below float32, which follow rounded.
+    """Returns the optimiser on float32 master copies of the weights.
 
-    bfloat16 has 8 bits: a step below 2^-9 of a weight would round to nothing, and a
-    hundred of them too. Weights that are float32 already have no copies.
+    The weights are set to the rounded copies after each update. bfloat16 has 8
+    significant bits, so an update below 2^-9 of a weight would round to nothing, and so
+    would a hundred of them. If all weights are float32, there are no copies.
 
     >>> optimizer = keep_master(optax.sgd(1.0))
     >>> weight = jnp.ones(1, jnp.bfloat16)
@@ -166,7 +190,7 @@ def keep_master(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def _sum_metrics(total: Metrics, part: Metrics, share: Array) -> Metrics:
-    """Losses and counts add up, extremes are kept, token means are weighted."""
+    """Adds losses and counts, keeps extremes, weights means by their tokens."""
 
     def merge(name, a, b):
         if name.endswith("/max"):
@@ -181,9 +205,13 @@ def _sum_metrics(total: Metrics, part: Metrics, share: Array) -> Metrics:
 def accumulate(
     objective: Objective, params: Any, reference: Any, batch: Batch
 ) -> tuple[Any, Metrics]:
-    """(gradients in float32, metrics) of the whole batch, a micro-batch at a time.
+    """Returns (gradients in float32, metrics) of a batch, one micro-batch at a time.
 
-    With LoRA adapters among the parameters the gradients are those of the adapters.
+    Args:
+      objective: the loss of a micro-batch, under the whole batch's normaliser.
+      params: the parameters; with LoRA, only the adapters get gradients.
+      reference: π_ref's parameters, or None.
+      batch: [A, B, T]; only its first `used` micro-batches are computed.
     """
     tokens = batch.mask.sum() if batch.loss_tokens is None else batch.loss_tokens
     trained, frozen = lora.split(params)
@@ -212,7 +240,7 @@ def accumulate(
         jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like),
         {k: jnp.full(x.shape, nothing[k], x.dtype) for k, x in metrics.items()},
     )
-    # The bound is a value, not a shape: micro-batches that hold nothing cost nothing.
+    # The bound is a value, not a shape, so that empty micro-batches cost nothing.
     with jax.named_scope("micro_batches"):
         return jax.lax.fori_loop(0, batch.used, add, zero)
 
@@ -223,7 +251,7 @@ def has_tokens(batch: Batch) -> Array:
 
 
 def has_advantages(batch: Batch) -> Array:
-    """Whether any of them has an advantage that is not 0."""
+    """Whether any token in the loss has an advantage that is not 0."""
     return (batch.mask & (batch.advantages != 0)).any()
 
 
@@ -234,11 +262,17 @@ def make_step(
     has_signal: Callable[[Batch], Array] = has_tokens,
     state_shardings: Any = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
-    """Compile an objective into (state, reference, batch) → (state, metrics).
+    """Compiles an objective into a training step.
 
     Args:
-      has_signal: whether a batch has any gradient; where not, the state is left alone.
+      objective: the loss of a micro-batch.
+      optimizer: any optax transformation.
+      has_signal: whether a batch has a gradient; if not, the state is left unchanged.
         `has_advantages` is for losses that are proportional to the advantages.
+      state_shardings: the state's shardings on a mesh, which the step keeps.
+
+    Returns:
+      step(state, reference, batch) → (state, metrics); the state is donated.
     """
 
     def step(state: TrainState, reference: Any, batch: Batch):
@@ -280,25 +314,25 @@ def make_grpo_step(
     kl_coef: float = 0.04,
     **options: Any,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
-    """GRPO's update, for any pure `apply` (DeepSeekMath, section 4.1).
+    """Returns GRPO's compiled update for any pure `apply` (DeepSeekMath, section 4.1).
 
     Args:
       apply: apply(params, tokens [B, T], *, positions, segment_ids) → logits [B, T, V]
         or (hidden [B, T, D], unembed [D, V]).
       optimizer: any optax transformation.
-      state_shardings: the state's shardings on a mesh, kept by the step.
-      kl_coef: β; at 0 there is no reference pass. If entropy_coef is 0 as well, a batch
-        whose advantages are all 0 leaves the state alone (AdamW would move on zero
-        gradients).
-      options: temperature, and those of `grpo_loss`.
+      state_shardings: the state's shardings on a mesh, which the step keeps.
+      kl_coef: β; 0 needs no reference pass. If entropy_coef is 0 too, a batch whose
+        advantages are all 0 leaves the state unchanged, since AdamW would move the
+        weights even on zero gradients.
+      **options: temperature, and those of `grpo_loss`.
 
     Returns:
-      step(state, reference, batch) → (state, metrics); the state is donated. Of
-      parameters with LoRA adapters (`lora.begin`) only these are trained, and the
-      reference None is the base without them.
+      step(state, reference, batch) → (state, metrics); the state is donated. If the
+      parameters have LoRA adapters (`lora.begin`), only these are trained, and
+      reference None means the base without adapters.
 
     Raises:
-      GrpoError: an unknown option, or a value that it does not take.
+      GrpoError: an option is unknown or its value is not allowed.
 
     >>> def apply(params, tokens, *, positions, segment_ids):
     ...     return params[tokens]                                   # a bigram model
@@ -324,7 +358,7 @@ def make_grpo_step(
 
 
 def _check_options(apply: Any, kl_coef: Any, options: dict[str, Any]) -> None:
-    """Refuses here what would otherwise be refused, or be NaN, in the first step."""
+    """Raises here for options that would fail, or give NaN, in the first step."""
     where = "make_grpo_step"
     if not callable(apply):
         raise GrpoError(f"{where}: apply is {type(apply).__name__}, not a function")
@@ -350,7 +384,14 @@ def _check_options(apply: Any, kl_coef: Any, options: dict[str, Any]) -> None:
 def make_scorer(
     apply: Apply, *, temperature: float = 1.0
 ) -> Callable[[Any, Batch], Array]:
-    """(params, batch) → log π of the targets, [A, B, T]: π_old where μ > 1."""
+    """Returns a compiled (params, batch) → log π of the targets, [A, B, T].
+
+    It computes log π_ref, and log π_old where μ > 1.
+
+    Args:
+      apply: the model.
+      temperature: of sampling; logits are divided by it.
+    """
 
     def score(params, batch):
         def one(index, logps):

@@ -1,14 +1,12 @@
-"""Whose a work directory is: the config of its run, and where checkpoints come from.
+"""Ties a work directory and its checkpoints to the config of their run.
 
-In: a config and a work directory. Out: config.json, written when the first thing is, so
-that a start that failed before can be corrected; for a checkpoint, what is saved with
-it to tell it from another run's. Both are refused in one line where they differ.
+    config.json     the config of the run, as of its last start
+    accepted.json   what --accept_changes has changed: {"field": [earlier values]}
 
-    config.json     the config of the run as it goes on
-    accepted.json   what --accept_changes has changed: {"field": [values before]}
-
-A checkpoint has the fields themselves and not a hash of them: a refusal names what
-differs, and a field that a later version adds refuses nothing.
+config.json is written together with the run's first output, so that a config can still
+be corrected after a start that failed. Checkpoints store the config's fields rather
+than a hash: an error can name what differs, and a field that a later version adds does
+not invalidate old checkpoints.
 """
 
 from __future__ import annotations
@@ -25,7 +23,8 @@ from grpo_jax.errors import GrpoError
 from grpo_jax.files import write_whole
 from grpo_jax.training.config_checks import check_fields
 
-# What the Instruct stage depends on: runs that share it may share its checkpoint.
+# The fields that the Instruct stage depends on. Runs that agree on them may share its
+# checkpoint.
 _SFT = ("seed", "sft_steps", "sft.", "model.", "data.sft", "data.template")
 _SFT += ("data.instruction", "optimizer.b1", "optimizer.b2", "optimizer.master")
 _SFT += ("optimizer.weight_decay", "optimizer.max_grad_norm")
@@ -40,6 +39,11 @@ def is_harmless(name: str) -> bool:
 
 
 def read_config(workdir: Path) -> Config:
+    """Returns the config of a work directory.
+
+    Raises:
+      GrpoError: there is no config.json, or it is not a valid config.
+    """
     file = workdir / "config.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -50,19 +54,21 @@ def read_config(workdir: Path) -> Config:
     try:
         config = from_dict(values)
         check_fields(config)
-    except GrpoError as error:  # of a field that another version had, or had otherwise
+    except GrpoError as error:  # such as a field of another version
         raise GrpoError(f"{file}: {error}; change it there") from None
     return config
 
 
 class Claim:
-    """A run's hold on its work directory.
+    """A run's claim to its work directory.
 
-    Every process of a run makes the same calls; the first alone writes.
+    Every process of a run makes the same calls; only the first one writes.
 
     Args:
-      accept_changes: go on where config or checkpoints differ; what was accepted once
-        is written down and asked for no more.
+      config: the config of the run.
+      workdir: the work directory.
+      accept_changes: continue although config or checkpoints differ. Accepted changes
+        are written down, so that later starts need no flag.
     """
 
     def __init__(self, config: Config, workdir: Path, *, accept_changes: bool = False):
@@ -72,9 +78,12 @@ class Claim:
         self._written = self._orphaned = False
 
     def check(self) -> None:
-        """Refuses a directory with another config, or that not all processes see.
+        """Checks that the directory has the same config, and that all processes see it.
 
-        Call it where the directory is locked.
+        The directory must be locked by the caller.
+
+        Raises:
+          GrpoError: one of the two does not hold.
         """
         self._accepted, self._orphaned = processes.from_first(self._read)
         if not (self.workdir / ".lock").exists():
@@ -84,7 +93,7 @@ class Claim:
             )
 
     def write(self) -> None:
-        """Makes the directory this run's, once: before the first thing is written."""
+        """Makes the directory this run's; call it before anything else is written."""
         if not self._written:
             self._written = True
             if processes.first():
@@ -92,14 +101,17 @@ class Claim:
             self._write_accepted()
 
     def origin(self, stage: str) -> dict[str, Any]:
-        """What is saved with a checkpoint of the stage, as JSON."""
+        """Returns the JSON values that are saved with a checkpoint of a stage."""
         fields = {n: v for n, v in flatten(self.config).items() if _matters(stage, n)}
         return {"stage": stage, "seed": self.config.seed, "config": fields}
 
     def objection(self, stage: str, saved: Mapping[str, Any]) -> str:
-        """Why a checkpoint is not one of this run's stage; "" where it is.
+        """Returns why a checkpoint does not belong to this run's stage; "" if it does.
 
-        saved: its metadata. Those of older versions say less: what is there counts.
+        Args:
+          stage: the stage that would resume from it.
+          saved: the checkpoint's metadata. Older versions saved fewer fields; only
+            those that are there are compared.
         """
         if saved.get("stage", stage) != stage:
             return (
@@ -128,7 +140,7 @@ class Claim:
         return ""
 
     def _read(self) -> tuple[dict[str, list[Any]], bool]:
-        """(what is accepted, whether config.json is missing), once all is right."""
+        """Returns (accepted changes, whether config.json is missing), or raises."""
         file = self.workdir / "accepted.json"
         with contextlib.suppress(FileNotFoundError):
             try:
@@ -167,7 +179,7 @@ class Claim:
 def _changes(
     before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """(field, (before, now)) of what both have and may not change."""
+    """Yields (field, (before, now)) for each changed field that must not change."""
     for name, value in now.items():
         if name in before and before[name] != value and not is_harmless(name):
             yield name, (before[name], value)

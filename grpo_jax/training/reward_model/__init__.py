@@ -1,10 +1,9 @@
-"""The reward model r_φ: what it is, what it learns from, and what it says.
+"""The reward model r_φ: its labels, its training and its scores.
 
-scoring    a decoder's trunk with one number at every token
-losses     cross-entropy with the labels
-labelled   sequences with a label a step, kept as JSON lines
+labelled   sequences with a label for each step, kept as JSON lines
 steps      where the steps of an output end
-shepherd   labels without human hands (Math-Shepherd)
+shepherd   step labels from sampled completions (Math-Shepherd)
+scoring    scores of packed sequences, and the training objective
 training   the stage that trains it
-judge      its use in a run, also as PPO's critic
+judge      its use in an RL run
 """

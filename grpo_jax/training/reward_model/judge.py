@@ -1,12 +1,9 @@
-"""Judges: the reward model of a run, and the critic of PPO, put to use.
+"""The reward model in an RL run: trained for each iteration, it scores the outputs.
 
-In: a run whose method or rewards need a reward model; the policy at the start of each
-iteration. Out: what the model says of outputs, as a whole or step by step.
-
-For an iteration: Math-Shepherd labels for outputs of the policy as it stands, or the
-labels of a file; from the second on 10 % of the labels before (`replay`); then the
-reward model trained on (Algorithm 1 of section 4.1.4). Labels and checkpoints stay in
-the work directory, so that a resumed run makes nothing twice.
+Each iteration labels outputs of the current policy by Math-Shepherd (the first one may
+read a file of labels instead), adds a share of the earlier labels (`replay`, 10 % in
+the paper), and continues to train the reward model (section 4.1.4, Algorithm 1). Labels
+and checkpoints are kept in the work directory, so that a resumed run repeats nothing.
 """
 
 from __future__ import annotations
@@ -37,19 +34,24 @@ from grpo_jax.training.run import Run
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """A trained reward model; what it says is a probability of being right."""
+    """A trained reward model; its scores are probabilities of being right."""
 
     run: Run
     params: Params
 
     def outcome(self, outputs: Sequence[Output]) -> np.ndarray:
-        """Of each output as a whole, read at its last token: [N]."""
+        """Returns each output's score, read at its last token, [N]."""
         return np.array([scores[-1] for scores in self._scores(outputs)], np.float32)
 
     def steps(
         self, outputs: Sequence[Output]
     ) -> tuple[list[list[int]], list[np.ndarray]]:
-        """Where each output's steps end, and what each is worth."""
+        """Returns each output's step ends and step scores.
+
+        Returns:
+          For each output the indices of its steps' last tokens, and for each output the
+          scores [number of steps].
+        """
         ends = [step_ends(self.run.tokenizer, o.tokens) for o in outputs]
         scores = self._scores(outputs)
         return ends, [s[where] for s, where in zip(scores, ends, strict=True)]
@@ -70,7 +72,15 @@ class Judge:
 
 
 class Judges:
-    """iteration → its judge; None where the run needs none."""
+    """Trains and returns the judge of each iteration; None if the run needs none.
+
+    Args:
+      run: the run.
+      questions: the RL questions with their prompts.
+
+    Raises:
+      GrpoError: there are too few labels for a batch, or a sequence fits no row.
+    """
 
     def __init__(self, run: Run, questions: Sequence[tuple[Example, list[int]]]):
         config = run.config
@@ -90,14 +100,14 @@ class Judges:
             micro_rows=o.micro_rows,
             shared=o,
         )
-        if self.needed:  # refused here, before any training
+        if self.needed:  # fails here, before any training
             self._check(own.get("iterations", 1))
 
     def __call__(self, iteration: int, policy: Params | None) -> Judge | None:
-        """The reward model of an iteration, trained on outputs of that policy."""
+        """Returns an iteration's reward model, trained on outputs of `policy`."""
         if not self.needed:
             return None
-        assert policy is not None  # rl.train keeps π_sft where a judge is needed
+        assert policy is not None  # rl.train keeps π_sft if a judge is needed
         return Judge(self.run, self._trained(iteration, policy))
 
     def _trained(self, iteration: int, policy: Params) -> Params:
@@ -116,7 +126,7 @@ class Judges:
         )
 
     def _check(self, iterations: int) -> None:
-        """Refuses what is known to be too few labels, or too long for a row."""
+        """Checks that there are enough labels and that they fit a row."""
         config, r = self.run.config, self.run.config.reward_model
         row = self.settings.row_length
         if not r.labels or iterations > 1:
@@ -153,7 +163,7 @@ class Judges:
             )
 
     def _labels(self, iteration: int, policy: Params) -> list[Labelled]:
-        """The iteration's own, and a share of those before it."""
+        """The labels of the iteration, and a share of the earlier ones."""
         files = [
             self.run.workdir / f"labels-{i + 1}.jsonl" for i in range(iteration + 1)
         ]
@@ -190,7 +200,7 @@ class Judges:
         size = min(r.questions, len(self.questions))
         asked = Batches(self.questions, size, seed=config.seed)[iteration]
         items: list[Labelled] = []
-        chunk = 1024  # labelled at a time: progress, and prefixes sorted by length
+        chunk = 1024  # labelled at a time, to show progress and to stop in between
         with progress(f"labels {iteration + 1}", 0, size, unit="question") as bar:
             for at in range(0, size, chunk):
                 items += label_questions(

@@ -1,8 +1,8 @@
-"""Step-labelled sequences, what a reward model learns from: kept, shared, replayed.
+"""Step-labelled sequences, the training data of a reward model.
 
-In: sequences of tokens with a label in [0, 1] at each step's last token, made by
-`shepherd.py` or read from others' files of worked solutions. Out: `Labelled`; JSON
-lines of them; the mix of new and old ones for iterative GRPO (section 4.1.4).
+A sequence has a label in [0, 1] at each step's last token. `shepherd.py` makes them, or
+`read_math_shepherd` reads published ones. They are kept as JSON lines; `replay` mixes
+new and old ones for iterative GRPO (section 4.1.4).
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ from grpo_jax.files import write_whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Labelled:
-    """A question's prompt and one output, with what its steps are worth."""
+    """A question's prompt and one output, with a label for each step.
+
+    Raises:
+      GrpoError: step ends do not rise within the output, or a label is not in [0, 1].
+    """
 
     tokens: tuple[int, ...]  # prompt and output
     prompt: int  # how many of them are the prompt
@@ -46,12 +50,12 @@ class Labelled:
             raise GrpoError(f"labels {list(self.labels)} are not all in [0, 1]")
 
     def outcome(self) -> Labelled:
-        """The same with the last label alone, for an outcome reward model."""
+        """Returns the sequence with its last label only, for outcome reward models."""
         return dataclasses.replace(self, ends=self.ends[-1:], labels=self.labels[-1:])
 
 
 def write(path: str | os.PathLike[str], items: Sequence[Labelled]) -> None:
-    """JSON lines, one a sequence; the file appears whole or not at all."""
+    """Writes one JSON line for each sequence; the file appears whole or not at all."""
     lines = (json.dumps(dataclasses.asdict(i), ensure_ascii=False) for i in items)
     write_whole(path, "".join(line + "\n" for line in lines))
 
@@ -59,9 +63,14 @@ def write(path: str | os.PathLike[str], items: Sequence[Labelled]) -> None:
 def read(
     path: str | os.PathLike[str], *, vocab_size: int | None = None
 ) -> list[Labelled]:
-    """What `write` wrote; a damaged line is refused with its number.
+    """Reads a file of `write`.
 
-    vocab_size: refuse tokens of another tokenizer, as far as their numbers tell.
+    Args:
+      path: the file.
+      vocab_size: raise for token ids that this vocabulary does not have.
+
+    Raises:
+      GrpoError: a line, whose number the message has, is damaged; or there is none.
     """
     items = []
     for number, row in read_rows(path):
@@ -91,7 +100,7 @@ def read(
 
 
 def _list(row: dict, key: str, *kinds: type) -> tuple[Any, ...]:
-    """A field that is a list of such values; a bool is no number."""
+    """Returns a field that must be a list of such values; a bool is no number."""
     values = row[key]
     if not isinstance(values, list) or any(type(v) not in kinds for v in values):
         names = " or ".join(kind.__name__ for kind in kinds)
@@ -107,10 +116,16 @@ def replay(
     iteration: int,
     share: float = 0.1,
 ) -> list[Labelled]:
-    """The new ones and a share of the historical ones (section 4.1.4, Algorithm 1).
+    """Returns the new sequences and a share of the history (section 4.1.4).
 
-    The paper's "10 % of historical data" is read as a tenth of the history; which, is
-    drawn without replacement from (seed, iteration).
+    The paper's "10 % of historical data" is read as a tenth of the history.
+
+    Args:
+      new: sequences of this iteration.
+      history: sequences of all earlier iterations.
+      seed: together with `iteration`, of the draw without replacement.
+      iteration: the iteration's number.
+      share: of the history that is drawn.
 
     >>> old = [Labelled(tokens=(i,), prompt=0, ends=(0,), labels=(1.0,))
     ...        for i in range(20)]
@@ -128,7 +143,7 @@ def replay(
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """A question with labelled steps, as others publish them."""
+    """A question with labelled steps as text."""
 
     question: str
     steps: tuple[str, ...]
@@ -137,9 +152,13 @@ class Solution:
 
 
 def encode(tokens_of: Callable[[str], list[int]], solution: Solution) -> Labelled:
-    r"""Question and steps, each on a line (or more) of its own, as tokens.
+    r"""Returns a solution as tokens, with question and steps on lines of their own.
 
-    Each is encoded by itself, so that a step's last token is its line break's.
+    Each is encoded separately, so that a step's last token holds its line break.
+
+    Args:
+      tokens_of: encodes a text.
+      solution: the question and its labelled steps.
 
     >>> solution = Solution("1+1?", ("1+1=2", "2"), (1.0, 1.0))
     >>> item = encode(lambda text: list(text.encode()), solution)
@@ -160,13 +179,17 @@ def encode(tokens_of: Callable[[str], list[int]], solution: Solution) -> Labelle
     )
 
 
-_MARK = "ки"  # ends a step in Math-Shepherd's `input`; + or - stand there in `label`
+_MARK = "ки"  # ends a step in Math-Shepherd's `input`; `label` has + or - instead
 
 
 def read_math_shepherd(path: str | os.PathLike[str]) -> list[Solution]:
-    """The published Math-Shepherd format (Wang et al. 2023): `input` and `label`.
+    """Reads the published Math-Shepherd format (Wang et al. 2023), JSON lines.
 
-    Raises GrpoError where the two texts differ in more than the marks.
+    A row has `input`, whose steps end with "ки", and `label`, the same text with + or -
+    in its place.
+
+    Raises:
+      GrpoError: a row's two texts differ in more than these marks.
     """
     solutions = []
     for number, row in read_rows(path):
@@ -202,7 +225,11 @@ def _marked(text: str, label: str) -> tuple[str, tuple[str, ...], tuple[float, .
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict]]:
-    """The objects of a JSON-lines file with their line numbers."""
+    """Yields the objects of a JSON-lines file as (line number, object).
+
+    Raises:
+      GrpoError: the file cannot be read, or a line is not an object of valid text.
+    """
     try:
         for number, row in json_lines(Path(path)):
             if not isinstance(row, dict):

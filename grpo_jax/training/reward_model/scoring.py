@@ -1,8 +1,8 @@
-"""Packed scoring and training of a reward model: its samples, objective and scorer.
+"""Scores packed sequences with a reward model, and defines its training objective.
 
-In a packed batch position t holds token t as input, so that marks and labels stand
-where their token goes in. Each sequence ends with one further token, which is there
-only to make the last real one an input.
+A reward model is read at its input tokens, so masks and labels belong to position t's
+input. `pack` drops a sequence's last token as input; each sequence therefore ends with
+one more token, which makes the last real one an input.
 
 Axes: A micro-batches, B rows, T positions.
 """
@@ -32,15 +32,15 @@ Scorer = Callable[[Params, Batch], Array]
 def reward_sample(
     tokens: Sequence[int], ends: Sequence[int] = (), labels: Sequence[float] = ()
 ) -> Sample:
-    """A sequence for `pack`, with the labels at the tokens whose indices are `ends`.
+    """Returns a sequence for `pack`, with labels at the tokens with indices `ends`.
 
     >>> sample = reward_sample([5, 6, 7], [1, 2], [1.0, 0.0])
     >>> batch = pack([sample], length=3)
     >>> batch.tokens.tolist(), batch.mask.astype(int).tolist(), batch.labels.tolist()
     ([[[5, 6, 7]]], [[[0, 1, 1]]], [[[0.0, 1.0, 0.0]]])
     """
-    # One further on than the token: `pack` puts mask and labels beside the token
-    # before, from which a policy would predict it.
+    # Shifted by one: `pack` moves mask and labels to the position before, from which a
+    # policy would predict the token.
     mask, marked = [0] * (len(tokens) + 1), [0.0] * (len(tokens) + 1)
     for end, label in zip(ends, labels, strict=True):
         mask[end + 1], marked[end + 1] = 1, float(label)
@@ -48,7 +48,7 @@ def reward_sample(
 
 
 def reward_objective(model: Callable[..., Array]) -> Objective:
-    """Cross-entropy with the labels of packed rows, for `update.make_step`."""
+    """Returns the cross-entropy with the labels of packed rows, for `make_step`."""
 
     def objective(params, reference, micro, sequences, tokens) -> tuple[Array, Metrics]:
         scores = _score(model, params, micro)
@@ -65,7 +65,7 @@ def _score(model: Callable[..., Array], params: Params, micro: Batch) -> Array:
 
 @functools.cache
 def make_reward_scorer(model: Callable[..., Array]) -> Scorer:
-    """(params, batch) → the score at each position's input token, [A, B, T]."""
+    """Returns a compiled (params, batch) → score of each input token, [A, B, T]."""
 
     def score(params, batch):
         def one(index, scores):
@@ -88,18 +88,23 @@ def score_samples(
     capacity: int | None = None,
     place: Callable[[Batch], Any] = lambda batch: batch,
 ) -> list[np.ndarray]:
-    """The score at every token of every sequence, packed: [n] each, on the host.
+    """Returns a reward model's score at every token of every sequence.
 
     Args:
+      model: the reward model.
+      params: its parameters.
       sequences: token ids, none empty.
-      length: T of a row, at least the longest sequence.
-      rows: B of a micro-batch, what is in memory at a time.
-      capacity: micro-batches of the one shape that is compiled; by default enough for
-        any `len(sequences)` sequences, so that calls with as many share a program.
+      length: T of a row, at least the length of the longest sequence.
+      rows: B, the rows of a micro-batch, which are in memory at a time.
+      capacity: A, the number of micro-batches that is compiled. The default is enough
+        for any `len(sequences)` sequences, so that calls with as many share a program.
       place: puts a batch on the mesh (`sharding.batch_placer`).
 
+    Returns:
+      For each sequence of n tokens its scores before the sigmoid, [n], on the host.
+
     Raises:
-      GrpoError: an empty sequence, one that is longer than a row, too many.
+      GrpoError: a sequence is empty or longer than a row, or there are too many.
 
     >>> from grpo_jax.models.decoder import Decoder, ModelConfig
     >>> config = ModelConfig(vocab_size=11, width=16, layers=1, heads=2, kv_heads=2,

@@ -1,17 +1,15 @@
-"""Step labels without human hands: Math-Shepherd (Wang et al. 2023).
+"""Automatic step labels by sampled completions: Math-Shepherd (Wang et al. 2023).
 
-In: a policy, questions with their answers, a grader. Out: `Labelled` outputs, in these
-steps:
+1. Sample outputs of each question from the policy, and grade them.
+2. Find where the steps of each output end.
+3. Sample K completions from the end of each step but the last.
+4. Label each step: 1 if any of its completions is right (hard label), or the share that
+   is right (soft label). The last step's label is whether the output itself is right.
 
-1. outputs of each question, sampled from the policy, and whether they are right;
-2. where the steps of each output end;
-3. K completions sampled from the end of each step but the last;
-4. a step is worth whether any of its completions is right (hard label), or the share
-   of them that is (soft label); the last step, whether the output itself is.
-
-A prefix is a prompt of the very token ids that the policy wrote. Soft labels also say
-how hard a question is for the policy: on chain sums a model of hard ones tells wrong
-steps better (AUC 0.860 against 0.800; 4,096 questions, K 4).
+Prefixes keep the token ids that the policy sampled; they are not encoded again. Soft
+labels also depend on how hard the question is for the policy: on chain sums, a model
+trained on hard labels finds wrong steps better (AUC 0.860 against 0.800; 4,096
+questions, K = 4).
 """
 
 from __future__ import annotations
@@ -32,14 +30,17 @@ from grpo_jax.training.reward_model.labelled import Labelled
 from grpo_jax.training.reward_model.steps import step_ends
 
 Tokens = list[int]
-# (examples, texts of their outputs) → a reward each; above ½ is right
+# (examples, texts of their outputs) → one reward each; above ½ counts as right
 Grade = Callable[[Sequence[Example], Sequence[str]], Sequence[float]]
 # (prompts, samples of each, key) → continuations of each prompt
 Sample = Callable[[Sequence[Tokens], int, jax.Array], list[list[Tokens]]]
 
 
 def grade_by_rule(examples: Sequence[Example], texts: Sequence[str]) -> list[float]:
-    """1 where the final answer is the reference's; equal pairs are graded once."""
+    """Returns 1 for each output whose final answer equals the reference, else 0.
+
+    Equal pairs of reference and text are graded once.
+    """
     pairs = [(e.answer, text) for e, text in zip(examples, texts, strict=True)]
     unique = list(dict.fromkeys(pairs))
     found = rule_reward(
@@ -51,26 +52,26 @@ def grade_by_rule(examples: Sequence[Example], texts: Sequence[str]) -> list[flo
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """The policy, and how it is sampled: as in training."""
+    """The policy with its sampling settings."""
 
     model: Decoder
     params: Params
     tokenizer: Tokenizer
-    max_new_tokens: int  # of a whole output: its prefix counts
+    max_new_tokens: int  # of a whole output; `label_outputs` cuts completions there
     temperature: float = 1.0
     batch: int = 512  # outputs decoded at a time
 
     def __call__(
         self, prompts: Sequence[Tokens], samples: int, key: jax.Array
     ) -> list[list[Tokens]]:
-        """`samples` continuations of each prompt, EOS included."""
+        """Returns `samples` continuations of each prompt, with their EOS tokens."""
         found: list[list[Tokens]] = [[] for _ in prompts]
         size = max(1, self.batch // samples)
-        # By length, so that each call pads its prompts to one of few widths.
+        # Sorted by length, so that prompts of a call need little padding.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for at in range(0, len(order), size):
             chunk = order[at : at + size]
-            filled = chunk + chunk[-1:] * (size - len(chunk))  # one shape for all
+            filled = chunk + chunk[-1:] * (size - len(chunk))  # one shape for all calls
             rollouts = generate(
                 self.model,
                 self.params,
@@ -98,16 +99,19 @@ def label_questions(
     soft: bool = False,
     grade: Grade = grade_by_rule,
 ) -> list[Labelled]:
-    """Outputs of each question with a label a step: questions × outputs sequences.
+    """Samples outputs of each question and labels their steps.
 
     Args:
       sample: the policy.
       prompts: the questions with their prompts' tokens (`prompts.encode_prompts`).
-      key: all draws come from it.
-      outputs: of each question.
-      completions: K, sampled from each prefix.
-      soft: the share of right completions, instead of whether any is.
-      grade: what tells right from wrong, on the texts of whole outputs.
+      key: the random key of all draws.
+      outputs: how many are sampled of each question.
+      completions: K, how many are sampled from each prefix.
+      soft: label a step with the share of right completions, instead of whether any is.
+      grade: grades the texts of whole outputs.
+
+    Returns:
+      questions × outputs labelled sequences.
     """
     asked = [prompt for _, prompt in prompts]
     sampled = sample(asked, outputs, jax.random.fold_in(key, 0))
@@ -138,11 +142,21 @@ def label_outputs(
     soft: bool = False,
     grade: Grade = grade_by_rule,
 ) -> list[Labelled]:
-    """Labels for outputs that are there already: (example, prompt, output) each.
+    """Labels the steps of given outputs.
 
-    `sample` may be any sampler of the policy; what it writes beyond `max_new_tokens`
-    of a whole output is cut off, as the policy's own outputs are. Other arguments as
-    in `label_questions`.
+    Args:
+      sample: any sampler of the policy.
+      tokenizer: of the policy.
+      outputs: (example, prompt tokens, output tokens) each.
+      max_new_tokens: the limit of a whole output. Prefix and completion together are
+        cut off there, as the policy's own outputs are.
+      key: the random key of all draws.
+      completions: K, how many are sampled from each prefix.
+      soft: label a step with the share of right completions, instead of whether any is.
+      grade: grades the texts of whole outputs.
+
+    Returns:
+      One labelled sequence for each output.
     """
     ends = [step_ends(tokenizer, output) for _, _, output in outputs]
     places = [(i, end) for i, steps in enumerate(ends) for end in steps[:-1]]

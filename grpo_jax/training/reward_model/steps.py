@@ -1,12 +1,9 @@
-r"""Where the steps of an output end, as token indices.
+r"""Finds the last token of each step of an output.
 
-In: a tokenizer and an output's tokens. Out: the index of each step's last token, which
-is where a process reward model is read (section 4.1.3).
-
-A step is a line with visible text. It ends at the token whose text holds the line
-break ("\n", "\n\n", ".\n": whatever the tokenizer merged it with); empty lines are no
-steps of their own; the last token, EOS or wherever the output was cut off, ends the
-last step.
+A process reward model is read at these tokens (section 4.1.3). A step is a line with
+visible text; empty lines are not steps. A step ends at the token whose text contains
+the line break, which the tokenizer may have merged with other text ("\n\n", ".\n"). The
+output's last token, EOS or not, ends the last step.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from grpo_jax.data.tokenizer import Tokenizer
 
 
 def step_ends(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
-    r"""The index of the last token of each step, in order; [] for no tokens.
+    r"""Returns the index of each step's last token, in order; [] for no tokens.
 
     >>> tokenizer = Tokenizer.from_alphabet("ab\n")
     >>> tokens = [*tokenizer.encode("a\n\nab\n"), tokenizer.eos_id]
@@ -36,7 +33,7 @@ def step_ends(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
             ends.append(i)
         visible = bool(after.strip())
     if len(tokens):
-        # EOS or white space alone is still the step before.
+        # EOS or white space alone still belongs to the step before.
         if ends and (not visible or ends[-1] == len(tokens) - 1):
             ends.pop()
         ends.append(len(tokens) - 1)

@@ -1,13 +1,10 @@
-"""The reward stage: a reward model r_φ learns from step labels (section 4.1).
+"""The reward stage: trains a reward model r_φ on step labels (section 4.1).
 
-In: `Labelled` sequences, and parameters to start from. Out: parameters, after steps
-that are checkpointed, resumed and written down as any stage's are.
-
-One step:
-1. the sequences of this step, by its number;
-2. their labels at the last token (outcome) or at each step's last token (process);
-3. packed into rows, several to a row;
-4. one compiled update on the cross-entropy.
+One step of the loop:
+1. Take the labelled sequences that belong to the step's number.
+2. Put their labels at the last token (outcome) or at each step's last token (process).
+3. Pack them into rows, several to a row.
+4. Update the parameters with one compiled program, on the cross-entropy.
 """
 
 from __future__ import annotations
@@ -41,7 +38,7 @@ KINDS = ("process", "outcome")
 class Settings:
     """How a reward model is trained."""
 
-    kind: str = "process"  # process: a label a step; outcome: the last one alone
+    kind: str = "process"  # process: one label a step; outcome: the last one only
     steps: int = 500
     batch_size: int = 64  # sequences a step
     learning_rate: float = 2e-5  # the paper's
@@ -52,6 +49,7 @@ class Settings:
     shared: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
 
     def optimizer(self) -> tuple[optax.GradientTransformation, Any]:
+        """Returns (optimiser, learning-rate schedule)."""
         return adamw(
             self.shared,
             self.learning_rate,
@@ -70,17 +68,24 @@ def train(
     *,
     seed: int | None = None,
 ) -> Params:
-    """All steps of a reward stage, from wherever the work directory stands.
+    """Runs the steps of a reward stage that the work directory does not have yet.
 
     Args:
+      run: the run.
       stage: the name of its checkpoints and metrics, one for each time that a reward
         model is trained ("reward", "reward-2", …).
-      start: makes the parameters to start from, which are donated: `RewardModel.init`'s
-        or those of the iteration before.
+      start: returns the parameters to start from, whose buffers are donated: those of
+        `RewardModel.init`, or of the iteration before.
+      labelled: the training data.
+      settings: how the model is trained.
       seed: of the batches' order; the run's by default.
 
+    Returns:
+      The reward model's parameters after the last step.
+
     Raises:
-      GrpoError: fewer sequences than one batch; one that is longer than a row.
+      GrpoError: there are fewer sequences than a batch, or one is longer than a row.
+      Preempted: the run was asked to stop, and its state is saved.
     """
     model = RewardModel(run.model)
     samples = [sample_of(item, settings.kind) for item in labelled]
@@ -115,7 +120,12 @@ def train(
 
 
 def sample_of(item: Labelled, kind: str) -> Sample:
-    """A labelled sequence as `pack` takes it."""
+    """Returns a labelled sequence as a sample for `pack`.
+
+    Args:
+      item: the sequence.
+      kind: "process" for all its labels, "outcome" for the last one only.
+    """
     if kind not in KINDS:
         raise GrpoError(f"reward model: kind {kind!r} is not one of {', '.join(KINDS)}")
     item = item if kind == "process" else item.outcome()
@@ -125,7 +135,14 @@ def sample_of(item: Labelled, kind: str) -> Sample:
 def load_reward_model(
     workdir: str | Path, stage: str = "reward"
 ) -> tuple[RewardModel, Params, Tokenizer]:
-    """The newest reward model of a work directory.
+    """Returns the newest reward model of a work directory.
+
+    Args:
+      workdir: the work directory.
+      stage: the reward stage, such as "reward-2".
+
+    Returns:
+      (reward model, parameters, tokenizer).
 
     Raises:
       GrpoError: no work directory, or no finished checkpoint of that stage in it.
@@ -134,7 +151,7 @@ def load_reward_model(
     folder = run.workdir / "checkpoints" / stage
     if not folder.is_dir():
         raise GrpoError(f"{folder}: no such folder; train a reward model there first")
-    optimizer, _ = Settings().optimizer()  # its state has the same shape whatever it is
+    optimizer, _ = Settings().optimizer()  # all settings give a state of this shape
     with run.checkpoints(stage, clean=False) as checkpoints:
         if not checkpoints.steps():
             raise GrpoError(f"{folder}: no finished checkpoint in it")
