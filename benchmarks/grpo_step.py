@@ -191,12 +191,11 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> Generator[dict]:
         digits = [sum(x.isdigit() for x in t) / max(len(t), 1) for t in texts]
         advantages = np.asarray(group_advantages(jnp.array(digits), flags.group))
         samples = [
-            Sample(
-                tokens=[*asked[i // flags.group], *t],
-                mask=[0] * len(asked[i // flags.group]) + [1] * len(t),
-                prompt=len(asked[i // flags.group]),
+            Sample.from_output(
+                asked[i // flags.group],
+                t,
                 advantages=float(advantages[i]),
-                logps=[0.0] * len(asked[i // flags.group]) + out.logps[i].tolist(),
+                logps=out.logps[i, : len(t)].tolist(),
             )
             for i, t in enumerate(tokens)
         ]

@@ -148,10 +148,10 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
         f"{jax.default_backend()} device(s){several}, written to {workdir}"
     )
     with lock(workdir), jax.set_mesh(mesh):
-        claim = Claim(config, workdir, accept_changes=accept_changes)
+        again = not (workdir / "config.json").exists()  # what is there came to nothing
+        tokenizer.now = start_time(workdir, again=again)
+        claim = Claim(config, workdir, tokenizer.now, accept_changes=accept_changes)
         claim.check()
-        again = not (workdir / "config.json").exists()
-        tokenizer.now = start_time(workdir, keep=True, again=again)
         recorder = Recorder(workdir, config, claim.write)
         here = run.Run(config, workdir, mesh, model, tokenizer, recorder, claim)
         run_comparison.check_sets(here)

@@ -45,7 +45,13 @@ def _start(file: Path, keep: bool, again: bool) -> str:
                 f'{file}: expected {{"started": "2026-01-31T12:00:00"}}, the day that '
                 "chat templates show; write it again"
             ) from None
-    now = datetime.datetime.now().isoformat(timespec="seconds")
+    now = datetime.datetime.now().replace(microsecond=0)
     if keep:
-        write_whole(file, json.dumps({"started": now}) + "\n")
-    return now
+        write_start_time(file.parent, now)
+    return now.isoformat()
+
+
+def write_start_time(folder: Path, started: datetime.datetime) -> None:
+    """Writes a folder's start time."""
+    text = json.dumps({"started": started.isoformat()})
+    write_whole(folder / FILE, text + "\n")

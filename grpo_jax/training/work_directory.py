@@ -12,6 +12,7 @@ not invalidate old checkpoints.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
 from grpo_jax.files import write_whole
 from grpo_jax.training.config_checks import check_fields
+from grpo_jax.training.start_time import write_start_time
 
 # The fields that the Instruct stage depends on. Runs that agree on them may share its
 # checkpoint.
@@ -67,12 +69,20 @@ class Claim:
     Args:
       config: the config of the run.
       workdir: the work directory.
+      started: when the run started, which is written with the config.
       accept_changes: continue although config or checkpoints differ. Accepted changes
         are written down, so that later starts need no flag.
     """
 
-    def __init__(self, config: Config, workdir: Path, *, accept_changes: bool = False):
-        self.config, self.workdir = config, workdir
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        started: datetime.datetime | None = None,
+        *,
+        accept_changes: bool = False,
+    ):
+        self.config, self.workdir, self.started = config, workdir, started
         self.accept_changes = accept_changes
         self._accepted: dict[str, list[Any]] = {}
         self._written = self._orphaned = False
@@ -97,6 +107,8 @@ class Claim:
         if not self._written:
             self._written = True
             if processes.first():
+                if self.started is not None:
+                    write_start_time(self.workdir, self.started)
                 write_whole(self.workdir / "config.json", to_json(self.config))
             self._write_accepted()
 

@@ -34,7 +34,7 @@ model, tokenizer = setup.make_model(small_config(same))
 
 def run(**other):
     config = small_config(same | {{k.replace("__", "."): v for k, v in other.items()}})
-    return Run(config, Path("w"), None, model, tokenizer, None)
+    return Run(config, Path("w"), None, model, tokenizer, None, None)
 
 for name in ("same", "middle", "column"):
     refused(rollouts.load_questions, run(data__train=f"{{name}}.jsonl"))

@@ -435,8 +435,8 @@ def test_a_model_that_is_not_there_is_refused_before_another_is_asked(
     names = ["--models", str(model), str(out / "old")]
     said = refusal([*command, *names, "--out", str(out)], capsys)
     assert said == (
-        f"error: {out}/old/config.json: config.model.remat: True is not one of none, "
-        "matmuls, ffn, full, offload; change it there"
+        f"error: {out}/old/config.json: config.model.remat: True is bool; text is "
+        "needed; change it there"
     )
     assert not list(out.rglob("*.jsonl"))
 

@@ -363,7 +363,7 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, row, message):
 def test_the_sets_that_a_file_has_are_named_on_one_line(tmp_path):
     file = tmp_path / "completions.jsonl"
     file.write_text(json.dumps({"set": "a\n\ud800", "index": 0, "completion": "0"}))
-    with pytest.raises(GrpoError, match=r"it has 'a\\n\\ud800'$") as error:
+    with pytest.raises(GrpoError, match="it has a \ufffd$") as error:
         completion_files.read(file, {"own": SET})
     str(error.value).encode()
 
