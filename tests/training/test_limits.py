@@ -35,15 +35,18 @@ def train(workdir: Path, *settings: str) -> str:
     "setting, asked",
     [
         # more than any machine can address: the device's allocator, and NumPy's
-        ("model.ffn=262144", "Out of memory allocating"),
-        ("sft.micro_rows=1048576", "Unable to allocate"),
+        ("model.width=262144", "Out of memory allocating"),
+        (
+            "sft.row_length=1048576 sft.micro_rows=1048576",
+            "Unable to allocate 4.00 TiB",
+        ),
     ],
 )
 def test_out_of_memory_is_one_line_with_the_size(setting, asked, tmp_path):
-    line = train(tmp_path / "run", setting)
+    line = train(tmp_path / "run", *setting.split())
     assert f"error: out of memory ({asked}" in line.replace("INTERNAL: ", "").replace(
         "Error dispatching computation: ", ""
-    )
+    ).replace("RESOURCE_EXHAUSTED: ", "")
     assert "Lower optimizer.micro_rows (2)" in line
 
 
