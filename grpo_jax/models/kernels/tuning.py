@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grpo_jax.distributed.sharding import platform
+from grpo_jax.distributed import sharding
 
 # Logits that a device holds at a time. Each chunk reads and writes the gradient of the
 # whole output matrix, so accelerators take large chunks: 256 MiB of float32.
@@ -14,12 +14,12 @@ _TILE = {"cpu": 1024}
 
 def logits_at_once() -> int:
     """Returns how many float32 logits a device should hold at a time."""
-    return _LOGITS[platform()]
+    return _LOGITS[sharding.platform()]
 
 
 def vocabulary_tile(vocabulary: int) -> int:
     """Returns how many tokens of a vocabulary make one tile of logits."""
-    return min(vocabulary, _TILE.get(platform(), vocabulary))
+    return min(vocabulary, _TILE.get(sharding.platform(), vocabulary))
 
 
 def unrolls_layers(layers: int) -> bool:
@@ -28,7 +28,7 @@ def unrolls_layers(layers: int) -> bool:
     A scan compiles faster. A few layers run faster unrolled on a CPU, because XLA's
     backward pass of a scan copies the stacked arrays there.
     """
-    return layers <= 4 and platform() == "cpu"
+    return layers <= 4 and sharding.platform() == "cpu"
 
 
 def loop_widths(slots: int, on: str | None = None) -> tuple[int, ...]:
@@ -45,6 +45,6 @@ def loop_widths(slots: int, on: str | None = None) -> tuple[int, ...]:
     >>> loop_widths(32, "tpu"), loop_widths(12, "tpu"), loop_widths(64, "cpu")
     ((32, 16, 8), (12,), (64, 56, 48, 32, 16))
     """
-    many = slots >= 64 and (on or platform()) == "cpu"
+    many = slots >= 64 and (on or sharding.platform()) == "cpu"
     eighths = (8, 7, 6, 4, 2) if many else (8, 4, 2)
     return tuple(slots * n // 8 for n in eighths if n == 8 or slots * n // 8 >= 8)
