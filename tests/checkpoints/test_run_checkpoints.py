@@ -466,10 +466,12 @@ def launch(code, devices=1):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": xla_flags(devices),  # as in conftest: to the same bits
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(ROOT / "tests/helpers"), str(Path(__file__).parent)]
+        ),
     }
     return subprocess.Popen(
-        [sys.executable, "-c", f"from test_checkpoint import *\n{code}"],
+        [sys.executable, "-c", f"from test_run_checkpoints import *\n{code}"],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -40,20 +40,20 @@ asked = []
 def work(items):
     asked.extend(items)
     return [i * i for i in items]
-print(hosts.exchange({"n": number, "x": float("nan") if number else 0.1}))
-print(hosts.divide(work, list(range(7))), asked)
-print(hosts.from_first(lambda: ["of", number]))
+print(processes.exchange({"n": number, "x": float("nan") if number else 0.1}))
+print(processes.divide(work, list(range(7))), asked)
+print(processes.from_first(lambda: ["of", number]))
 for i in range(50):
-    assert hosts.exchange(i * number) == [i * k for k in range(count)]
-hosts.agree("data", {"rows": [1, 2], "name": "a"})
-hosts.say("once")
-hosts.agree("data", {"rows": [1, 2 + (number == 2)], "name": "a"})
+    assert processes.exchange(i * number) == [i * k for k in range(count)]
+processes.agree("data", {"rows": [1, 2], "name": "a"})
+processes.say("once")
+processes.agree("data", {"rows": [1, 2 + (number == 2)], "name": "a"})
 """
 AWAY = """
-hosts.exchange("here")
+processes.exchange("here")
 if number == 1:
     os.kill(os.getpid(), 9)
-hosts.exchange("and now")
+processes.exchange("and now")
 """
 
 
@@ -77,7 +77,7 @@ def test_processes_exchange_divide_and_agree():
 def test_the_end_of_one_is_the_end_of_all():
     """A process that raises, one that is killed, one that never comes: all at once."""
     began = time.monotonic()
-    raises = talk("hosts.exchange(1)\n1 / (1 - number)\nhosts.exchange(2)", 2)
+    raises = talk("processes.exchange(1)\n1 / (1 - number)\nhosts.exchange(2)", 2)
     killed, alone = talk(AWAY, 2), talk("print('started')", 2, numbers=[1])
     waits, divides = finish(raises)
     for process in (waits, divides):
@@ -96,7 +96,7 @@ def test_the_end_of_one_is_the_end_of_all():
 
 def test_a_cluster_says_which_process_is_which():
     """SLURM's own variables, no flags; without them a process is alone."""
-    command = ["-c", TALK, "", "0", "0", "print(hosts.exchange(hosts.index()))"]
+    command = ["-c", TALK, "", "0", "0", "print(processes.exchange(processes.index()))"]
     two = [launch(command, 1, ROOT, **one) for one in slurm_of(2)]
     (alone,) = finish([launch(command, devices=1)])
     assert (alone.code, alone.out) == (0, "[0]\n"), alone.err
@@ -106,7 +106,7 @@ def test_a_cluster_says_which_process_is_which():
 
 def test_wrong_counts_and_numbers_end_in_one_line():
     """Two counts, one number twice, two processes 0: none hangs, none ends in C++."""
-    what = "print(hosts.exchange(hosts.index()))"
+    what = "print(processes.exchange(processes.index()))"
     counts = start_as(what, [(2, 0), (3, 1)])
     twice = start_as(what, [(3, 0), (3, 1), (3, 1)])
     firsts = start_as(what, [(2, 0), (2, 0)])

@@ -104,12 +104,12 @@ def test_every_row_is_its_script_token_by_token(solved):
 # As one of two processes: what it solved, and which programs it ran itself.
 SHARED = """
 import json, pickle, sys
-sys.path.insert(0, "tests/helpers")
+sys.path[:0] = ["tests/helpers", "tests/environments"]
 import jax
 from grpo_jax.distributed import processes, sharding
 from grpo_jax.environments.interpreter import Interpreter
 from grpo_jax.sandbox import shared_sandbox
-from test_tools import row_of, run
+from test_tool_rollouts import row_of, run
 class Watched:
     ran = []
     def run_programs(self, programs, **limits):

@@ -33,7 +33,7 @@ from grpo_jax.training.work_directory import Claim
 
 STEPS, CAP = 6, 2.0
 SIZES = SMALL | {
-    "rewards.functions": "test_pipeline:digits",
+    "rewards.functions": "test_rollout_pipeline:digits",
     "rl_steps": STEPS,
     "learning_rate": 1e-2,
     "max_new_tokens": 8,

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Int
 
 PROMPT = 1 << 16  # the segment of a shared prompt is a multiple of this
 
