@@ -86,7 +86,8 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import jax
 
-    from grpo_jax.models.decoder import Decoder, ModelConfig
+    from grpo_jax.models.config import ModelConfig
+    from grpo_jax.models.decoder import Decoder
     from grpo_jax.models.kernels.products import product
 
     config = ModelConfig(**SMOLLM2)

@@ -65,7 +65,8 @@ def main() -> None:
     import optax
 
     from grpo_jax import TrainState, load_pretrained, make_grpo_step
-    from grpo_jax.models.decoder import Decoder, ModelConfig
+    from grpo_jax.models.config import ModelConfig
+    from grpo_jax.models.decoder import Decoder
 
     remat = "ffn" if flags.remat else "none"
     if flags.model:

@@ -84,7 +84,7 @@ def make_folder(folder: Path, gigabytes: float) -> None:
     from grpo_jax.checkpoints.huggingface.folders import write_json
     from grpo_jax.checkpoints.huggingface.tensors import Source, write_folder
     from grpo_jax.checkpoints.huggingface.weights import tensor_shapes
-    from grpo_jax.models.decoder import ModelConfig
+    from grpo_jax.models.config import ModelConfig
 
     width = 2048 if gigabytes >= 1 else 256
     config = ModelConfig(

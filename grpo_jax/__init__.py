@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from grpo_jax.generation.sampler import Rollouts as Rollouts
     from grpo_jax.generation.sampler import generate as generate
     from grpo_jax.generation.sampler import generate_tokens as generate_tokens
+    from grpo_jax.models.config import ModelConfig as ModelConfig
     from grpo_jax.models.decoder import Decoder as Decoder
-    from grpo_jax.models.decoder import ModelConfig as ModelConfig
     from grpo_jax.models.logprobs import token_logprobs as token_logprobs
     from grpo_jax.models.value_head import RewardModel as RewardModel
     from grpo_jax.rewards import answers as answers
@@ -71,7 +71,7 @@ _HOMES = {
     "process_advantages": "algorithms.advantages",
     "token_logprobs": "models.logprobs",
     "Decoder": "models.decoder",
-    "ModelConfig": "models.decoder",
+    "ModelConfig": "models.config",
     "load_pretrained": "checkpoints.huggingface.weights",
     "save_pretrained": "checkpoints.huggingface.weights",
     "Tokenizer": "data.tokenizer",

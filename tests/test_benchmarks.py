@@ -11,7 +11,8 @@ import pytest
 
 from grpo_jax.checkpoints.huggingface.weights import save_pretrained
 from grpo_jax.data.tokenizer import Tokenizer
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"

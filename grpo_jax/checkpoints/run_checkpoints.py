@@ -63,8 +63,8 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         handle = open(workdir / ".lock", "ab+", buffering=0)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass  # an old lock may be there while the folder takes no new file
+        # An old lock may be there while the folder takes no new file.
+        tempfile.TemporaryFile(dir=workdir).close()
     except OSError as error:
         raise closed(error) from None
     with handle:

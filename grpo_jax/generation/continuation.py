@@ -142,7 +142,7 @@ def continue_rollouts(
       GrpoError: the rollouts have no cache, `appended` has not N entries, or an option
         or a token id is out of range.
 
-    >>> from grpo_jax.models.decoder import ModelConfig
+    >>> from grpo_jax.models.config import ModelConfig
     >>> config = ModelConfig(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2,
     ...                      head_dim=4, ffn=32)
     >>> model = Decoder(config)

@@ -26,7 +26,7 @@ class RewardModel:
 
     It is hashable, so it can be a static argument of `jax.jit`.
 
-    >>> from grpo_jax.models.decoder import ModelConfig
+    >>> from grpo_jax.models.config import ModelConfig
     >>> config = ModelConfig(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2,
     ...                      head_dim=4, ffn=32)
     >>> model = RewardModel(Decoder(config))

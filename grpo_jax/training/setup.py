@@ -26,7 +26,8 @@ from grpo_jax.distributed import processes, sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.files import digest
 from grpo_jax.models import lora
-from grpo_jax.models.decoder import Decoder, ModelConfig, Params
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.optimizers import stage_optimizer
 from grpo_jax.training.train_step import TrainState

@@ -31,7 +31,8 @@ from grpo_jax.checkpoints.huggingface.weights import (
 )
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.models.decoder import Decoder, ModelConfig, Params, RopeScaling
+from grpo_jax.models.config import ModelConfig, RopeScaling
+from grpo_jax.models.decoder import Decoder, Params
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "families"
 FAMILIES = sorted(folder.name for folder in GOLDEN.iterdir())

@@ -18,7 +18,8 @@ from grpo_jax.checkpoints.huggingface.weights import save_pretrained
 from grpo_jax.data import chain_sums
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.train import train
 
 SHARDS = 3

@@ -27,7 +27,8 @@ from grpo_jax.evaluation import (
 )
 from grpo_jax.evaluation.completion_files import Completion
 from grpo_jax.evaluation.statistics import majority, mcnemar, pass_at_k, wilson
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.report.comparison import (
     accuracy_table,
     comparison_remarks,

@@ -15,7 +15,8 @@ from grpo_jax.generation import continuation, kv_cache, sampler
 from grpo_jax.generation.continuation import continue_rollouts, continue_tokens
 from grpo_jax.generation.sampler import bucket, generate, generate_tokens
 from grpo_jax.generation.token_sampling import Sampling, draw
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.kernels import cpu
 from grpo_jax.models.logprobs import token_logprobs
 

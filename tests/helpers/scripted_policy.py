@@ -14,7 +14,8 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from grpo_jax.data.tokenizer import EOS, PAD, Tokenizer
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.training.objectives import sft_objective
 from grpo_jax.training.packing import Sample, pack
 from grpo_jax.training.train_step import TrainState, make_step

@@ -21,7 +21,8 @@ from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.generation.sampler import generate
 from grpo_jax.models import lora
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.lora import Lora
 from grpo_jax.train import train
 from grpo_jax.training.config_checks import validate

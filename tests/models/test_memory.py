@@ -12,7 +12,8 @@ import pytest
 
 from grpo_jax.distributed import sharding
 from grpo_jax.generation import kv_cache, sampler
-from grpo_jax.models.decoder import REMAT, Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import REMAT, Decoder
 from grpo_jax.plan import hlo_text
 from grpo_jax.plan.compiled_programs import bytes_per_device
 from grpo_jax.training.packing import Sample, pack

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from grpo_jax.generation.sampler import program, ragged, shape_of
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.training.packing import Sample, pack
 from grpo_jax.training.train_step import (
     TrainState,

@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.generation.sampler import shape_of
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.logprobs import token_logprobs
 from grpo_jax.plan import chips, hlo_text
 from grpo_jax.plan.compiled_programs import CompiledProgram

@@ -10,7 +10,8 @@ from abstract_meshes import mesh_of
 from small_runs import small_config
 
 from grpo_jax.generation.sampler import generate_tokens, spread_tokens
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.plan import chips
 from grpo_jax.plan.compiled_programs import compile_programs
 from grpo_jax.plan.loop_trip_counts import MeanLengths

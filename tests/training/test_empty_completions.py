@@ -11,7 +11,8 @@ from small_runs import ROOT, small_config, write_questions
 
 from grpo_jax.checkpoints.huggingface.weights import save_pretrained
 from grpo_jax.data.tokenizer import Tokenizer
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.train import train
 from grpo_jax.training.packing import Sample, pack
 from grpo_jax.training.run import load_run

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from grpo_jax.algorithms.policy_losses import dpo_loss, value_loss
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.credit import teaches
 from grpo_jax.training.objectives import (

@@ -18,7 +18,8 @@ from grpo_jax.algorithms.reward_model_losses import reward_loss
 from grpo_jax.config import Config, ModelSettings, to_json
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.metrics_writer import Recorder
 from grpo_jax.training.packing import pack

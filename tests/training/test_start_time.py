@@ -13,7 +13,8 @@ from grpo_jax.data.prompts import encode_sft
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
 from grpo_jax.evaluation import generate_answers
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.train import train
 from grpo_jax.training import run_comparison
 from grpo_jax.training.run import open_run

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from grpo_jax.errors import GrpoError, one_line
-from grpo_jax.models.decoder import ModelConfig, RopeScaling
+from grpo_jax.models.config import ModelConfig, RopeScaling
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

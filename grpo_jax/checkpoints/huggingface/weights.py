@@ -32,7 +32,8 @@ from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError, one_line
 from grpo_jax.files import read_json
 from grpo_jax.models import lora
-from grpo_jax.models.decoder import Decoder, ModelConfig, Params
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, Params
 
 # Our names of a layer's weights -> Hugging Face's, after "model.layers.{i}."
 LAYER = {

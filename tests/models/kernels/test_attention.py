@@ -11,7 +11,8 @@ from abstract_meshes import mesh_of
 from jax.sharding import AbstractMesh
 
 from grpo_jax.distributed import sharding
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.kernels import attention as attention_module
 from grpo_jax.models.kernels import cpu, tpu
 from grpo_jax.models.kernels.attention import attend, on_each_device

@@ -14,7 +14,8 @@ import pytest
 from grpo_jax.generation.continuation import continue_rollouts
 from grpo_jax.generation.sampler import generate
 from grpo_jax.models import lora
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.kernels.products import einsum
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.packing import Sample, pack, unpack

@@ -15,7 +15,8 @@ import pytest
 from grpo_jax.distributed import sharding
 from grpo_jax.generation import kv_cache as of_cache
 from grpo_jax.generation.sampler import generate, spread_tokens
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.kernels import cpu
 from grpo_jax.models.kernels.mask import AttentionMask
 from grpo_jax.models.kernels.xla import block_attention
@@ -240,7 +241,8 @@ def test_it_is_for_one_cpu_and_float32():
 
 SAMPLE = """
 import jax
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.config import ModelConfig
 from grpo_jax.generation.sampler import generate
 model = Decoder(ModelConfig(vocab_size=60, width=32, layers=2, heads=4, kv_heads=2,
                             head_dim=8, ffn=64))

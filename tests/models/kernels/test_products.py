@@ -18,7 +18,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from grpo_jax.distributed import sharding
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.kernels import cpu, products
 from grpo_jax.models.logprobs import token_logprobs
 from grpo_jax.plan.flops import count_flops
