@@ -20,15 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from grpo_jax.distributed import sharding
-from grpo_jax.generation.kv_cache import (
-    TOGETHER,
-    Cache,
-    joined,
-    next_column,
-    of_slots,
-    parted,
-    seeing,
-)
+from grpo_jax.generation.cache_attention import TOGETHER, seeing
+from grpo_jax.generation.kv_cache import Cache, joined, next_column, of_slots, parted
 from grpo_jax.generation.token_sampling import Sampling
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.models.kernels.decode import decode_kernels

@@ -21,7 +21,8 @@ from grpo_jax.algorithms.methods import METHODS
 from grpo_jax.config import Config
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.generation import kv_cache, reshard, sampler
+from grpo_jax.generation import reshard, sampler
+from grpo_jax.generation.cache_attention import TOGETHER
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.plan import hlo_text, loop_trip_counts
@@ -273,7 +274,7 @@ def plan_rollout(
         config.max_new_tokens, queue=slots < outputs
     )
     # A prompt is read once for several of its rows.
-    cached = slots * (columns + shape.width / kv_cache.TOGETHER)
+    cached = slots * (columns + shape.width / TOGETHER)
     planned = []
     if layout and not reshard.is_laid_out(model, params, layout):
         relay = reshard.relay(model, params, layout)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.distributed import sharding
+from grpo_jax.generation import cache_attention
 from grpo_jax.generation import kv_cache as of_cache
 from grpo_jax.generation.sampler import generate, spread_tokens
 from grpo_jax.models.config import ModelConfig
@@ -123,8 +124,8 @@ def test_attention_is_numpys_and_xlas(shape, window, groups):
         assert jnp.array_equal(x[~live], was[~live])
     for x, y in zip(jax.tree.leaves(given), kept, strict=True):
         assert np.array_equal(x, y)  # what was given is not written into
-    plan = of_cache.plan_of(cache, live, 4)
-    parts = of_cache.of_prefix(
+    plan = cache_attention.plan_of(cache, live, 4)
+    parts = cache_attention.of_prefix(
         q.reshape(slots, heads, groups, width),
         prefix,
         cache.prefixes.lengths,
@@ -132,8 +133,8 @@ def test_attention_is_numpys_and_xlas(shape, window, groups):
         plan,
         window,
     )
-    reads = of_cache.reads_of(cache, live)
-    other = of_cache.attend(q, parts, blocks, cache, window, reads)
+    reads = cache_attention.reads_of(cache, live)
+    other = cache_attention.attend(q, parts, blocks, cache, window, reads)
     np.testing.assert_allclose(found[live], other[live], atol=2e-5)
 
     for slot in np.flatnonzero(live):
