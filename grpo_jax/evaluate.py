@@ -167,13 +167,13 @@ def run(flags: argparse.Namespace) -> None:
 
     Errors that a user can act on end the program with one line.
     """
-    from grpo_jax.checkpoints.run_checkpoints import lock
+    from grpo_jax.distributed.folder_lock import lock_folder
     from grpo_jax.train import set_up_process
 
     set_up_process()
     try:
         processes.agree("flags", without(flags, PROCESSES))
-        with lock(flags.out):
+        with lock_folder(flags.out):
             report = run_command(flags)
             try:
                 processes.say(report)

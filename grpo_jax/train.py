@@ -122,8 +122,8 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     set_up_process()
     import jax
 
-    from grpo_jax.checkpoints.run_checkpoints import lock
     from grpo_jax.distributed import processes, sharding
+    from grpo_jax.distributed.folder_lock import lock_folder
     from grpo_jax.report.comparison import accuracy_table
     from grpo_jax.report.tables import to_markdown
     from grpo_jax.training import rl, run, run_comparison, setup, sft
@@ -147,7 +147,7 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
         f"{config.name}: {setup.describe_size(model)} on {mesh.size} "
         f"{jax.default_backend()} device(s){several}, written to {workdir}"
     )
-    with lock(workdir), jax.set_mesh(mesh):
+    with lock_folder(workdir), jax.set_mesh(mesh):
         again = not (workdir / "config.json").exists()  # what is there came to nothing
         tokenizer.now = start_time(workdir, again=again)
         claim = Claim(config, workdir, tokenizer.now, accept_changes=accept_changes)

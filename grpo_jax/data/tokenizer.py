@@ -21,8 +21,15 @@ from typing import Any
 import tokenizers
 
 from grpo_jax.data.special_tokens import flag_special, pattern, turn_end
+from grpo_jax.data.tokenizer_files import (
+    open_tokenizer,
+    read_chat_template,
+    read_optional_json,
+    read_token_ids,
+    special_token_texts,
+)
 from grpo_jax.errors import GrpoError, one_line
-from grpo_jax.files import read_json, read_whole
+from grpo_jax.files import read_whole
 
 FILES = (  # the tokenizer's files in a Hugging Face folder
     "tokenizer.json",
@@ -152,8 +159,10 @@ class Tokenizer:
                 f"{file}: no such file; get it from the model's page, or make it with "
                 "transformers: AutoTokenizer.from_pretrained(…).save_pretrained(…)"
             )
-        config = _read(folder / "tokenizer_config.json")
-        special = _special(_read(folder / "special_tokens_map.json") | config)
+        config = read_optional_json(folder / "tokenizer_config.json")
+        special = special_token_texts(
+            read_optional_json(folder / "special_tokens_map.json") | config
+        )
         tokenizer = open_tokenizer(file)
         eos_ids: list[int] = []
         if name := special.get("eos_token"):
@@ -162,10 +171,12 @@ class Tokenizer:
                 raise GrpoError(f"{folder}: its eos_token {told} is not in {file}")
             eos_ids.append(eos_id)
         sources = [folder / n for n in ("generation_config.json", "config.json")]
-        for source, values in [(source, _read(source)) for source in sources]:
+        for source, values in [
+            (source, read_optional_json(source)) for source in sources
+        ]:
             found = values.get("eos_token_id")
             if found is not None:
-                eos_ids += _token_ids(source, "eos_token_id", found, tokenizer)
+                eos_ids += read_token_ids(source, "eos_token_id", found, tokenizer)
                 break
         if not eos_ids:
             raise GrpoError(
@@ -179,7 +190,7 @@ class Tokenizer:
                 f"{one_line(repr(adds_bos))} is not true or false"
             )
         pad = special.get("pad_token")
-        template = _template(folder, config)
+        template = read_chat_template(folder, config)
         return cls(
             tokenizer,
             special=special,
@@ -379,76 +390,3 @@ class Tokenizer:
         known = self._tokenizer.get_vocab(with_added_tokens=True)
         unknown = next((c for c in text if c not in known), "")
         return f"cannot encode {text[:40]!r}: character {unknown!r} is not in it"
-
-
-def open_tokenizer(file: Path) -> tokenizers.Tokenizer:
-    """Returns the tokenizer of a tokenizer.json file.
-
-    Raises:
-      GrpoError: the file cannot be read, is a git-LFS pointer, or is no tokenizer file.
-    """
-    raw = read_whole(file)
-    try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(raw)
-        tokenizer.no_truncation()  # some files set it, and it loses text silently
-        tokenizer.no_padding()
-        tokenizer.encode("")  # fails if the post-processor is damaged
-        return tokenizer
-    except Exception as error:  # the package raises nothing narrower
-        reason = one_line(error)
-    except BaseException as error:  # pyo3's PanicException: a panic in Rust
-        if type(error).__name__ != "PanicException":
-            raise
-        reason = one_line(error)
-    raise GrpoError(f"{file}: not a tokenizer file ({reason}); download it again")
-
-
-def _token_ids(
-    file: Path, key: str, value: Any, tokenizer: tokenizers.Tokenizer
-) -> list[int]:
-    """Returns an id or a list of ids as a list, after checking that they exist."""
-    found = value if isinstance(value, list) else [value]
-    for item in found:
-        whole = type(item) is int and 0 <= item < 2**32
-        if not whole or tokenizer.id_to_token(item) is None:
-            raise GrpoError(
-                f"{file}: {key}={one_line(repr(item))} is not the id of a token; put "
-                "those there that end an answer"
-            )
-    return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Returns the JSON object of a file, or {} if there is no such file."""
-    return read_json(path) if path.is_file() else {}
-
-
-def _special(config: dict[str, Any]) -> dict[str, str]:
-    """Returns eos_token, bos_token … as text; some files write them as objects."""
-    special = {}
-    for key, value in config.items():
-        if key.endswith("_token") and isinstance(value, dict):
-            value = value.get("content")
-        if key.endswith("_token") and isinstance(value, str):
-            special[key] = value
-    return special
-
-
-def _template(folder: Path, config: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return read_whole(file).decode("utf-8").replace("\r\n", "\n")
-        except UnicodeDecodeError as error:
-            raise GrpoError(f"{file}: not UTF-8 ({error.reason})") from None
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = [entry for entry in template if isinstance(entry, dict)]
-        default = [e.get("template") for e in named if e.get("name") == "default"]
-        template = default[-1] if default else None
-    if template is not None and not isinstance(template, str):
-        raise GrpoError(
-            f"{folder / 'tokenizer_config.json'}: chat_template is "
-            f"{type(template).__name__}; expected text, or a list of name and template"
-        )
-    return template

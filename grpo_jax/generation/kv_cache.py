@@ -1,8 +1,8 @@
 """The KV cache of the decode loop.
 
 The keys and values of a prompt are stored once, in `Prefixes`, and all rows that
-continue the prompt read them there. The keys and values of sampled tokens are stored per
-slot, in blocks of B columns. At each turn all slots write the same column of the last
+continue the prompt read them there. Those of sampled tokens are stored per slot, in
+blocks of B columns. At each turn all slots write the same column of the last
 block. When that block is full, it moves into a ring buffer of X other blocks. `places`
 gives each column's position in the slot's current row. Each block is an array of its
 own, so that it is read without a copy. `cache_attention.py` attends to the cache.

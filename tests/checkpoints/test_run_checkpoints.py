@@ -23,8 +23,9 @@ from xla_flags import xla_flags
 
 from grpo_jax.checkpoints import run_checkpoints
 from grpo_jax.checkpoints.checksums import checksum, describe
-from grpo_jax.checkpoints.run_checkpoints import Checkpoints, lock
+from grpo_jax.checkpoints.run_checkpoints import Checkpoints
 from grpo_jax.distributed import processes
+from grpo_jax.distributed.folder_lock import lock_folder
 from grpo_jax.errors import GrpoError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -448,7 +449,10 @@ def train(workdir, out=print):
         return {"params": params, "opt": opt, "step": state["step"] + 1}
 
     advance = jax.jit(advance, donate_argnums=0)
-    with lock(workdir), Checkpoints(Path(workdir, "ck"), every=EVERY) as checkpoints:
+    with (
+        lock_folder(workdir),
+        Checkpoints(Path(workdir, "ck"), every=EVERY) as checkpoints,
+    ):
         state, start = jax.jit(init)(), 0
         if checkpoints.steps():
             start, state, metadata = checkpoints.restore(state)
@@ -517,7 +521,7 @@ def test_a_run_killed_at_random_ends_with_the_same_bits(tmp_path):
         starts.append(int(next_line(process).split()[1]))
         if run == 0:
             with pytest.raises(GrpoError, match=f"in use by process {process.pid} "):
-                with lock(broken):
+                with lock_folder(broken):
                     pass
         if run == 0:
             kill_during_a_save(process, broken / "ck")
@@ -547,18 +551,18 @@ def test_a_run_killed_at_random_ends_with_the_same_bits(tmp_path):
 
 def test_one_run_at_a_time_and_only_where_it_can_write(tmp_path):
     """Faults 35 and 36."""
-    with lock(tmp_path / "a" / "b") as workdir:
+    with lock_folder(tmp_path / "a" / "b") as workdir:
         assert workdir == tmp_path / "a" / "b"
         with pytest.raises(GrpoError, match=f"in use by process {os.getpid()} "):
-            with lock(workdir):
+            with lock_folder(workdir):
                 pass
-        with lock(tmp_path / "c"):
+        with lock_folder(tmp_path / "c"):
             pass
-    with lock(tmp_path / "a" / "b"):
+    with lock_folder(tmp_path / "a" / "b"):
         pass
     (tmp_path / "file").write_text("")
     with pytest.raises(GrpoError, match=r"cannot be written \(Not a directory\)"):
-        with lock(tmp_path / "file" / "run"):
+        with lock_folder(tmp_path / "file" / "run"):
             pass
     with pytest.raises(GrpoError, match="file"):
         with Checkpoints(tmp_path / "file" / "ck", every=1):
@@ -580,7 +584,7 @@ def test_a_folder_that_takes_no_file_is_refused(locked_before):
         os.seteuid(user or 65534)  # root may write everywhere
         try:
             with pytest.raises(GrpoError, match=r"cannot be written \(Permission den"):
-                with lock(closed):
+                with lock_folder(closed):
                     pass
         finally:
             os.seteuid(user)
@@ -663,7 +667,7 @@ def as_one_of_two(folder, rank, port):
     )
     advance = jax.jit(lambda s: {"w": s["w"] * 1.5, "step": s["step"] + 1})
     state = init()
-    with lock(folder), Checkpoints(Path(folder, "ck"), every=2) as checkpoints:
+    with lock_folder(folder), Checkpoints(Path(folder, "ck"), every=2) as checkpoints:
         for step in range(1, 100):
             state = advance(state)
             processes.stopping(), processes.stopping()

@@ -29,7 +29,7 @@ from tensorboardX.proto import event_pb2
 from xla_flags import xla_flags
 
 from grpo_jax import evaluate, export
-from grpo_jax.checkpoints.run_checkpoints import lock
+from grpo_jax.distributed.folder_lock import lock_folder
 from grpo_jax.errors import GrpoError
 from grpo_jax.train import train
 from grpo_jax.training.run import load_run
@@ -374,7 +374,7 @@ def test_another_config_is_refused_unless_it_is_accepted(straight, here, tmp_pat
 
 def test_a_work_directory_is_for_one_run_that_can_write(straight, here, tmp_path):
     workdir = copy(straight, tmp_path / "run")
-    with lock(workdir), pytest.raises(GrpoError) as error:
+    with lock_folder(workdir), pytest.raises(GrpoError) as error:
         train_here(here, workdir)
     assert f"in use by process {os.getpid()}" in one_line(error)
     (tmp_path / "file").write_text("")

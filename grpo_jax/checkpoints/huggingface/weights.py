@@ -27,7 +27,7 @@ from grpo_jax.checkpoints.huggingface.tensors import (
     read_folder,
     write_folder,
 )
-from grpo_jax.data.tokenizer import open_tokenizer
+from grpo_jax.data.tokenizer_files import open_tokenizer
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError, one_line
 from grpo_jax.files import read_json
