@@ -148,7 +148,7 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> Generator[dict]:
     from grpo_jax.data.example import Example
     from grpo_jax.data.prompts import encode_prompt
     from grpo_jax.data.tokenizer import Tokenizer
-    from grpo_jax.generation.sampler import bucket
+    from grpo_jax.generation.rollout_shapes import bucket
     from grpo_jax.training.packing import fitting_length
 
     model, params = load_pretrained(flags.model, dtype=flags.dtype)

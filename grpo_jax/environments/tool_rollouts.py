@@ -41,7 +41,8 @@ from grpo_jax.environments.interpreter import (
 from grpo_jax.generation.continuation import continue_rollouts
 from grpo_jax.generation.kv_cache import of_slots
 from grpo_jax.generation.reshard import laid_out
-from grpo_jax.generation.sampler import Rollouts, bucket, generate
+from grpo_jax.generation.rollout_shapes import bucket
+from grpo_jax.generation.sampler import Rollouts, generate
 from grpo_jax.generation.stop_strings import stop_table
 from grpo_jax.models.decoder import Decoder, Params
 

@@ -19,13 +19,8 @@ from grpo_jax.arguments import check_request, check_token_ids
 from grpo_jax.errors import GrpoError
 from grpo_jax.generation.decode_loop import Ends, Rollouts, append, decode, start
 from grpo_jax.generation.kv_cache import Cache, grow
-from grpo_jax.generation.sampler import (
-    as_ids,
-    as_stops,
-    bucket,
-    first_rows,
-    ragged,
-)
+from grpo_jax.generation.rollout_shapes import as_ids, as_stops, bucket, ragged
+from grpo_jax.generation.sampler import first_rows
 from grpo_jax.generation.token_sampling import Sampling
 from grpo_jax.models.decoder import Decoder, Params
 

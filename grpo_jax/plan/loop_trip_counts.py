@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from grpo_jax.config import Config
 from grpo_jax.distributed import sharding
 from grpo_jax.generation.kv_cache import block_size, others_for
-from grpo_jax.generation.sampler import Shape
+from grpo_jax.generation.rollout_shapes import Shape
 from grpo_jax.models.kernels.tuning import loop_widths
 from grpo_jax.models.kernels.xla import BLOCK
 from grpo_jax.training.compiled_steps import Layout

@@ -8,13 +8,9 @@ from grpo_jax.config import Config
 from grpo_jax.errors import GrpoError
 from grpo_jax.plan import chips
 from grpo_jax.plan.chips import Topology
-from grpo_jax.plan.compiled_programs import (
-    CompiledProgram,
-    bytes_per_device,
-    compile_program,
-    plan_programs,
-)
+from grpo_jax.plan.compiled_programs import CompiledProgram, compile_program
 from grpo_jax.plan.loop_trip_counts import MeanLengths
+from grpo_jax.plan.planned_programs import bytes_per_device, plan_programs
 
 
 def find_smallest_slice(

@@ -28,7 +28,7 @@ from grpo_jax.algorithms.advantages import (
     process_advantages,
 )
 from grpo_jax.data.example import Example
-from grpo_jax.generation.sampler import bucket
+from grpo_jax.generation.rollout_shapes import bucket
 from grpo_jax.rewards.reward_functions import Scores
 from grpo_jax.training.packing import Sample
 

@@ -19,6 +19,7 @@ from pathlib import Path
 os.chdir(f"{folder}/{{number}}")
 from small_runs import small_config
 from grpo_jax import evaluate
+from grpo_jax.evaluation.flags import parse_flags
 from grpo_jax.training import rollouts, run_comparison, setup, sft
 from grpo_jax.training.run import Run
 
@@ -48,7 +49,7 @@ for settings in (
 ):
     refused(setup.agree_on_files, run(**settings).config)
 words = ["--models", "given.jsonl", "--sets", "same.jsonl", "--out", "out"]
-refused(evaluate.check, evaluate.parse(words))
+refused(evaluate.check, parse_flags(words))
 """
 SAID = [
     ("fine", ""),  # data.train, the same in both

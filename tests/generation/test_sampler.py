@@ -13,7 +13,8 @@ from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.generation import continuation, kv_cache, sampler
 from grpo_jax.generation.continuation import continue_rollouts, continue_tokens
-from grpo_jax.generation.sampler import bucket, generate, generate_tokens
+from grpo_jax.generation.rollout_shapes import bucket
+from grpo_jax.generation.sampler import generate, generate_tokens
 from grpo_jax.generation.token_sampling import Sampling, draw
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder

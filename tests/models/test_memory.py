@@ -11,11 +11,11 @@ import optax
 import pytest
 
 from grpo_jax.distributed import sharding
-from grpo_jax.generation import kv_cache, sampler
+from grpo_jax.generation import kv_cache, rollout_shapes, sampler
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import REMAT, Decoder
 from grpo_jax.plan import hlo_text
-from grpo_jax.plan.compiled_programs import bytes_per_device
+from grpo_jax.plan.planned_programs import bytes_per_device
 from grpo_jax.training.packing import Sample, pack
 from grpo_jax.training.train_step import (
     TrainState,
@@ -187,7 +187,7 @@ def compiled_sampler(mesh, tensor: int) -> Any:
     """The compiled rollout of 16 prompts on the mesh, and its shapes."""
     layout = sharding.regroup(mesh, tensor)
     groups = sharding.rows_multiple(layout)
-    shape = sampler.shape_of(16, 64, 2, groups=groups)
+    shape = rollout_shapes.shape_of(16, 64, 2, groups=groups)
     program = sampler.program(
         shape,
         spread=mesh.size > 1,
@@ -227,7 +227,7 @@ def test_caches_are_split_and_a_turn_sends_neither_weights_nor_caches():
 
 def test_a_cache_is_held_once():
     """A full block is put away in place, and blocks are read where they stand."""
-    shape = sampler.shape_of(16, 16, 8, slots=64)
+    shape = rollout_shapes.shape_of(16, 16, 8, slots=64)
     program = sampler.program(shape, spread=False, max_new_tokens=512, eos_id=(0,))
     tokens, mask = (
         jax.ShapeDtypeStruct((shape.prompts, shape.width), kind)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.generation.sampler import program, ragged, shape_of
+from grpo_jax.generation.rollout_shapes import ragged, shape_of
+from grpo_jax.generation.sampler import program
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.training.packing import Sample, pack

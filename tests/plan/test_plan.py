@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.generation.sampler import shape_of
+from grpo_jax.generation.rollout_shapes import shape_of
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.logprobs import token_logprobs
@@ -379,7 +379,7 @@ def test_the_seven_billion_parameters_by_hand():
     """83 GB of float32 weights and moments; 7b.py spreads them evenly over 64 chips."""
     import runpy
 
-    from grpo_jax.plan.compiled_programs import bytes_per_device, plan_programs
+    from grpo_jax.plan.planned_programs import bytes_per_device, plan_programs
 
     config = runpy.run_path(str(ROOT / "configs/7b.py"))["get_config"]()
     devices = jax.devices() * 8  # shapes alone: each may stand for eight

@@ -1,0 +1,310 @@
+"""The programs of a step, as shapes and shardings: what `compiled_programs` compiles.
+
+They are the functions that the loops of `training/` run, traced for devices that need
+not be there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.algorithms.methods import METHODS
+from grpo_jax.config import Config
+from grpo_jax.distributed import sharding
+from grpo_jax.generation import reshard, rollout_shapes, sampler
+from grpo_jax.generation.cache_attention import TOGETHER
+from grpo_jax.models import lora
+from grpo_jax.models.decoder import Decoder
+from grpo_jax.plan import loop_trip_counts
+from grpo_jax.plan.chips import Topology
+from grpo_jax.plan.loop_trip_counts import MeanLengths
+from grpo_jax.training import setup, sft
+from grpo_jax.training.compiled_steps import Layout, make_programs
+from grpo_jax.training.optimizers import stage_optimizer
+from grpo_jax.training.packing import Batch, Sample
+from grpo_jax.training.run import policy
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedProgram:
+    """A program that is not compiled yet."""
+
+    name: str
+    trace: Callable[[], Any]
+    mesh: jax.sharding.Mesh  # in use while it runs
+    arguments: Any  # its parameters or state
+    trips: dict[str, float] = dataclasses.field(default_factory=dict)
+    memory_traffic_bytes: float = (
+        0.0  # bytes of memory that it reads and writes, at least
+    )
+    runs: int = 1
+    owns_arguments: bool = (
+        False  # the arguments are not among the arrays that the run keeps
+    )
+
+
+def plan_programs(
+    config: Config, topology: Topology, lengths: MeanLengths
+) -> tuple[list[PlannedProgram], Any]:
+    """The programs of a step, and the shapes of all arrays that the step keeps."""
+    mesh = sharding.make_mesh(
+        config.mesh.data,
+        config.mesh.fsdp,
+        config.mesh.tensor,
+        devices=topology.devices,
+    )
+    stage = "sft" if config.method == "sft" else "rl"
+    model = make_config_decoder(config)
+    optimizer, _ = stage_optimizer(stage, config)
+    state = setup.abstract_state(config, model, mesh, stage, optimizer)
+    plan = plan_sft if stage == "sft" else plan_rl
+    return plan(config, model, mesh, state, optimizer, lengths)
+
+
+def make_config_decoder(config: Config) -> Decoder:
+    """The decoder of the sizes in the config, or else of the model that it names."""
+    if not config.model.path or not config.model.vocab_size:
+        return setup.make_model(config)[0]
+    declared = setup.declared_config(config, config.model.vocab_size)
+    return setup.make_decoder(config, declared)
+
+
+def plan_rl(
+    config: Config,
+    model: Decoder,
+    mesh: jax.sharding.Mesh,
+    state: Any,
+    optimizer: Any,
+    lengths: MeanLengths,
+) -> tuple[list[PlannedProgram], Any]:
+    """The programs of an RL step, and the arrays that the step keeps."""
+    own, method = config.own(), METHODS[config.method]
+    critic = method.coefficient == "critic"
+    shardings = sharding.shardings(state, mesh)
+    programs = make_programs(config, model, optimizer, shardings)
+    layout = Layout(config, mesh)
+    passes = loop_trip_counts.pass_trip_counts(layout, config, lengths)
+    weights = bytes_per_device(_compute_shapes(model, state.params, mesh))
+    gathered_bytes = (
+        weights * mesh.shape["fsdp"]
+    )  # a pass reads them gathered over fsdp
+    batches = passes["micro_batches"]
+    reference = _reference_shapes(config, model, state, mesh)
+    scored_batch = _packed_shapes(
+        layout, Sample(tokens=[0, 0], mask=[0, 1], logps=[0.0] * 2)
+    )
+    update_batch = _packed_shapes(layout, _shortest_sample(config))
+    per_token = jax.ShapeDtypeStruct(
+        update_batch.tokens.shape, jnp.float32, sharding=update_batch.tokens.sharding
+    )
+    in_loss = own.get("kl_coef") if method.kl == "loss" else 0.0
+    updates = own.get("updates_per_rollout", 1)
+    update_batch = dataclasses.replace(
+        update_batch,
+        ref_logps=per_token if in_loss else None,
+        old_logps=per_token if updates > 1 else None,
+    )
+    sampler = reference if method.source == "instruct" else state.params
+    planned = plan_rollout(config, model, mesh, policy(sampler), lengths)
+
+    def plan_pass(name, program, params, fetched=False):
+        trace = functools.partial(program.trace, params, scored_batch)
+        traffic_bytes = 2 * batches * gathered_bytes
+        planned.append(
+            PlannedProgram(
+                name,
+                trace,
+                mesh,
+                params,
+                passes,
+                memory_traffic_bytes=traffic_bytes,
+                owns_arguments=fetched,
+            )
+        )
+
+    on_host = config.model.reference_memory == "host"
+    if own.get("kl_coef"):
+        reference_params = lora.base(state.params) if reference is None else reference
+        plan_pass("reference", programs.score, reference_params, fetched=on_host)
+    if updates > 1:
+        plan_pass("old policy", programs.score, state.params)
+    if critic:
+        plan_pass("values", programs.value, state.params["value"])
+    planned.append(
+        PlannedProgram(
+            "update",
+            lambda: programs.update.trace(state, None, update_batch),
+            mesh,
+            state,
+            passes,
+            memory_traffic_bytes=6 * batches * gathered_bytes
+            + 2 * bytes_per_device(state),
+            runs=updates,
+        )
+    )
+    return planned, (state, None if on_host else reference)
+
+
+def plan_rollout(
+    config: Config,
+    model: Decoder,
+    mesh: jax.sharding.Mesh,
+    params: Any,
+    lengths: MeanLengths,
+) -> list[PlannedProgram]:
+    """The rollout of an RL step, and the transfer of the weights to its layout."""
+    tensor = model.decode_tensor or mesh.shape["tensor"]
+    layout = sharding.regroup(mesh, tensor) if mesh.size > 1 else None
+    groups = sharding.rows_multiple(layout) if layout else 1
+    shape = rollout_shapes.shape_of(
+        config.questions_per_step,
+        config.data.max_prompt_tokens,
+        config.group_size,
+        groups=groups,
+        slots=config.mesh.slots or None,
+    )
+    rollout = sampler.program(
+        shape,
+        spread=layout is not None,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        eos_id=(0,),
+        stop=(),
+        cache_dtype=config.model.cache_dtype or None,
+        keep=False,
+    )
+    rows = sharding.batch_sharding(layout or mesh)
+    tokens, mask = (
+        jax.ShapeDtypeStruct((shape.prompts, shape.width), kind, sharding=rows)
+        for kind in (jnp.int32, jnp.bool)
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    trips = loop_trip_counts.sampler_trip_counts(config, shape, groups, lengths)
+    c = model.config
+    position_bytes = 2 * c.layers * c.kv_heads * c.head_dim / tensor  # keys and values
+    position_bytes *= np.dtype(config.model.cache_dtype or model.dtype).itemsize
+    outputs = shape.prompts // groups * shape.samples
+    slots = min(shape.slots, outputs)
+    columns = loop_trip_counts.columns_per_turn(
+        config.max_new_tokens, queue=slots < outputs
+    )
+    # A prompt is read once for several of its rows.
+    cached = slots * (columns + shape.width / TOGETHER)
+    planned = []
+    if layout and not reshard.is_laid_out(model, params, layout):
+        relay = reshard.relay(model, params, layout)
+        trace = functools.partial(relay.trace, params)
+        planned.append(PlannedProgram("weights to sample", trace, mesh, params))
+        params = _compute_shapes(model, params, layout)
+    jitted: Any = rollout.func
+    turns = trips["turns"] + trips["last_turns"]
+    planned.append(
+        PlannedProgram(
+            "rollout",
+            functools.partial(
+                jitted.trace, model, params, tokens, mask, key=key, **rollout.keywords
+            ),
+            layout or mesh,
+            params,
+            trips,
+            memory_traffic_bytes=turns
+            * (bytes_per_device(params) + cached * position_bytes),
+            owns_arguments=bool(planned),
+        )
+    )
+    return planned
+
+
+def plan_sft(
+    config: Config,
+    model: Decoder,
+    mesh: jax.sharding.Mesh,
+    state: Any,
+    optimizer: Any,
+    lengths: MeanLengths,
+) -> tuple[list[PlannedProgram], Any]:
+    """The update of an SFT step, and the state that the step keeps."""
+    update = sft.make_update(config, model, optimizer, sharding.shardings(state, mesh))
+    sample = Sample(tokens=[0, 0], mask=[0, 1])
+    batch = _batch_shapes(sft.lay_out(config, mesh, [sample]), mesh)
+    capacity = batch.tokens.shape[0]
+    gathered_bytes = (
+        bytes_per_device(_compute_shapes(model, state.params, mesh))
+        * mesh.shape["fsdp"]
+    )
+    planned = PlannedProgram(
+        "update",
+        lambda: update.trace(state, None, batch),
+        mesh,
+        state,
+        {
+            "micro_batches": capacity,
+            "pairs": loop_trip_counts.block_pairs(
+                config.sft.micro_rows, config.sft.row_length
+            ),
+        },
+        memory_traffic_bytes=6 * capacity * gathered_bytes
+        + 2 * bytes_per_device(state),
+    )
+    return [planned], state
+
+
+def _shortest_sample(config: Config) -> Sample:
+    """A sample of two tokens, with the fields that the method's credit fills in."""
+    two = [0.0, 0.0]
+    fields: Mapping[str, Any] = {
+        "indicator": {"advantages": 0.0},
+        "pairs": {"logps": two},
+        "critic": {"logps": two, "advantages": two, "returns": two, "values": two},
+    }.get(METHODS[config.method].coefficient, {"logps": two, "advantages": 0.0})
+    return Sample(tokens=[0, 0], mask=[0, 1], prompt=1, **fields)
+
+
+def _packed_shapes(layout: Layout, sample: Sample) -> Batch:
+    samples = [sample] * layout.together
+    return _batch_shapes(layout.pack(samples), layout.mesh)
+
+
+def _batch_shapes(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+    rows = sharding.batch_sharding(mesh, leading=1)
+    whole = jax.sharding.NamedSharding(mesh, sharding.P())
+
+    def abstract_array(x):
+        place = rows if np.ndim(x) == 3 else whole
+        return jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=place)
+
+    return jax.tree.map(abstract_array, batch)
+
+
+def _reference_shapes(config: Config, model: Decoder, state: Any, mesh) -> Any:
+    """Shapes of π_ref as the run holds it; None if it is the base of a LoRA policy."""
+    if model.lora.rank and METHODS[config.method].source == "policy":
+        return None
+    return _compute_shapes(model, policy(state.params), mesh)
+
+
+def _compute_shapes(model: Decoder, params: Any, mesh) -> Any:
+    """The shapes of the parameters in the dtype of the computation."""
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), params)
+    return sharding.abstract(like, mesh)
+
+
+def bytes_per_device(tree: Any) -> float:
+    """Bytes of a tree of shapes, with shardings, that one device holds."""
+
+    def local_bytes(x) -> float:
+        shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+        return math.prod(shape) * np.dtype(x.dtype).itemsize
+
+    return float(sum(map(local_bytes, jax.tree.leaves(tree))))
