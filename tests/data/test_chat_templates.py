@@ -18,12 +18,8 @@ from hypothesis import strategies as st
 
 from grpo_jax.data import chat_templates
 from grpo_jax.data.example import Example
-from grpo_jax.data.prompts import (
-    encode_prompt,
-    encode_prompts,
-    encode_sft,
-    render_chat,
-)
+from grpo_jax.data.prompt_parts import render_chat
+from grpo_jax.data.prompts import encode_prompt, encode_prompts, encode_sft
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
 

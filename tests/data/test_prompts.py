@@ -16,13 +16,8 @@ from test_tokenizer import (  # pyrefly: ignore[missing-import]
 )
 
 from grpo_jax.data.example import Example
-from grpo_jax.data.prompts import (
-    content,
-    encode_prompt,
-    encode_prompts,
-    encode_sft,
-    render_chat,
-)
+from grpo_jax.data.prompt_parts import prompt_content, render_chat
+from grpo_jax.data.prompts import encode_prompt, encode_prompts, encode_sft
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
 
@@ -80,9 +75,9 @@ def test_deepseekmath_prompt_is_the_published_text(instruction, language, line):
 
 
 def test_instruction_none_leaves_the_question_alone():
-    assert content(EXAMPLE, "none") == "What is 1+1?"
+    assert prompt_content(EXAMPLE, "none") == "What is 1+1?"
     with pytest.raises(GrpoError, match="'few-shot': use cot, tool or none"):
-        content(EXAMPLE, "few-shot")
+        prompt_content(EXAMPLE, "few-shot")
 
 
 def test_bos_comes_from_the_tokenizer_or_from_the_chat_template():
