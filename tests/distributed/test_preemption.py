@@ -50,7 +50,7 @@ train.main()
 STOPS = [  # the process and its signal, the stage that stops and from which step on
     (0, "training.sft lay_out 2 SIGTERM", "sft", 2),
     (1, "training.rollouts draw 1 SIGTERM", "rl", 1),  # in the rollout
-    (0, "training.rl check_gap 1 SIGTERM", "rl", 2),  # in the update
+    (0, "training.rl_step check_gap 1 SIGTERM", "rl", 2),  # in the update
     (
         1,
         "checkpoints.run_checkpoints describe 3 SIGTERM",

@@ -19,7 +19,7 @@ from grpo_jax.training import credit, rollouts
 from grpo_jax.training.compiled_steps import Layout, make_objective
 from grpo_jax.training.metrics_writer import Recorder
 from grpo_jax.training.reward_model import labelled
-from grpo_jax.training.rl import by_output
+from grpo_jax.training.rl_step import by_output
 from grpo_jax.training.run import load_run, open_run
 from grpo_jax.training.run_rewards import Rewards
 from grpo_jax.training.train_step import accumulate, make_scorer

@@ -21,7 +21,14 @@ from grpo_jax.errors import GrpoError, Preempted
 from grpo_jax.report.comparison import accuracy_table
 from grpo_jax.report.tables import to_markdown
 from grpo_jax.rewards.reward_functions import Scores
-from grpo_jax.training import compiled_steps, credit, packing, rl, run_comparison
+from grpo_jax.training import (
+    compiled_steps,
+    credit,
+    packing,
+    rl,
+    rl_step,
+    run_comparison,
+)
 from grpo_jax.training.metrics_writer import Recorder
 from grpo_jax.training.optimizers import rl_optimizer
 from grpo_jax.training.rollouts import Experience, read
@@ -123,10 +130,10 @@ def test_only_sampled_tokens_are_taught_and_counted(folder, recital):
             outputs, scores, [1.0], group, scale="group", baseline="mean"
         )
         other = jax.tree.map(lambda x: 0.97 * x, params)
-        lay_out, score = rl.Layout(run.config, run.mesh), make_scorer(model)
+        lay_out, score = compiled_steps.Layout(run.config, run.mesh), make_scorer(model)
         batch = lay_out(samples)
-        logps = rl.by_output(score(params, batch), outputs)
-        ref = rl.by_output(score(other, batch), outputs)
+        logps = rl_step.by_output(score(params, batch), outputs)
+        ref = rl_step.by_output(score(other, batch), outputs)
         terms: list[list[float]] = [[], []]
         for o, s, new, old in zip(outputs, samples, logps, ref, strict=True):
             at = np.flatnonzero(o.sampled)
@@ -208,7 +215,7 @@ def test_the_comparison_of_a_run_runs_programs_too(folder, recital):
     for batch in (4, 2):
         with opened(folder, recital, f"by-{batch}", eval__batch=batch) as run:
             found.append(run_comparison.compare(run, {"rl": params}))
-            now = rl.evaluate_now(run, params)
+            now = rl_step.evaluate_now(run, params)
             name = f"eval/{run.config.data.eval}"
             assert now[f"{name}/greedy_accuracy"] == 0.75
             assert now[f"{name}/program_accuracy"] == 0.5

@@ -110,7 +110,9 @@ def one_after_the_other(run: Run, *, lag: int, cap: float | None):
         samples = credit.outcome(
             outputs, scores, [1.0], config.group_size, scale="group", baseline="mean"
         )
-        state, _ = update(state, reference, rl.Layout(run.config, run.mesh)(samples))
+        state, _ = update(
+            state, reference, compiled_steps.Layout(run.config, run.mesh)(samples)
+        )
     return state.params
 
 

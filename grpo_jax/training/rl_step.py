@@ -1,0 +1,371 @@
+"""One step of the RL stage, for every method (DeepSeekMath, Algorithm 1).
+
+1. Take the questions q that belong to the step's number.
+2. Take their prompts as token ids.
+3. Sample G outputs o_i of each question, from π_θ (which is π_old from here on) or from
+   π_sft. With tools, `environments/tool_rollouts.py` runs the outputs' programs.
+4. Dispatch log π_ref, log π_old where μ > 1, PPO's values, and with max_staleness 1
+   the next step's outputs (`rollout_pipeline.py`).
+5. Meanwhile, compute the rewards r_i on the host with the reward functions, or with the
+   reward model.
+6. Assign credit: Â of each token, as `algorithms/methods.py` defines it for the method.
+7. Pack prompts and outputs into rows, several to a row.
+8. Update π_θ μ times with one compiled program.
+9. Record the metrics, and one group of outputs for the reader.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpo_jax.algorithms.methods import METHODS, Method
+from grpo_jax.config import generations, set_names
+from grpo_jax.distributed import sharding
+from grpo_jax.errors import GrpoError, Preempted
+from grpo_jax.evaluation.comparison import measure_name
+from grpo_jax.models import lora
+from grpo_jax.models.decoder import Params
+from grpo_jax.rewards.reward_functions import Scores
+from grpo_jax.training import credit, run_comparison
+from grpo_jax.training.compiled_steps import Layout, Programs, teaches_all
+from grpo_jax.training.credit import Output
+from grpo_jax.training.packing import Batch, Sample, unpack
+from grpo_jax.training.reward_model.judge import Judge
+from grpo_jax.training.rollout_pipeline import Pipeline
+from grpo_jax.training.rollouts import Drawn, outcome_metrics, read, show
+from grpo_jax.training.run import Run
+from grpo_jax.training.train_step import TrainState
+
+Metrics = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardPasses:
+    """Forward passes over a step's batch, [A, B, T]; they may still be running."""
+
+    old_logps: Any = None  # log π_old
+    ref_logps: Any = None  # log π_ref
+    values: Any = None  # V(s_t)
+
+
+@dataclasses.dataclass(frozen=True)
+class RlStep:
+    """The step as a function: (step number, state) → (state, metrics).
+
+    Args:
+      run: the run.
+      pipeline: gives the rollouts.
+      judge: the reward model; None if the run needs none.
+      sft: π_sft, frozen; None if nothing needs it.
+      reference: π_ref, frozen; None takes the base of LoRA's adapters.
+      programs: the compiled update and forward passes.
+      learning_rate: the schedule, update → rate.
+    """
+
+    run: Run
+    pipeline: Pipeline
+    judge: Judge | None
+    sft: Params | None
+    reference: Params | None
+    programs: Programs
+    learning_rate: Any
+
+    def __call__(self, step: int, state: TrainState) -> tuple[TrainState, Metrics]:
+        """Takes step number `step`; the state's buffers are donated."""
+        clock, experience = _Clock(), self.pipeline.experience
+        sampler = self.sampling_params(state)
+        drawn, staleness = self.pipeline.take(step, sampler)  # 1, 2, 3
+        outputs = read(drawn)
+        clock.stop("time/sample")  # how long the host waited
+        passes = ForwardPasses()
+        if self.passes_come_first:  # 4
+            passes = self.run_passes(state, self.layout([o.sample for o in outputs]))
+        self.pipeline.start(step + 1, sampler)
+        judged = self.judge.outcome if self.judge else None
+        outputs, scores, spent = experience.grade(step, outputs, sampler, judged)  # 5
+        clock.stop("time/rewards")
+        samples = self.assign_credit(step, outputs, scores, passes)  # 6
+        batch, taught = self.pack(samples, outputs)  # 7
+        if not self.passes_come_first:
+            passes = self.run_passes(state, batch)
+        clock.stop("time/credit")
+        state, metrics = self.update(state, batch, passes)  # 8
+        clock.stop("time/update")
+        # After several updates, or with staleness, the policy has moved on purpose.
+        if self.updates == 1 and not staleness:
+            check_gap(metrics, self.run.config.optimizer.max_sampling_gap)
+        metrics |= outcome_metrics(outputs, scores, self.run.config.group_size)  # 9
+        metrics |= spent | self.step_metrics(step, drawn, staleness, taught, clock)
+        known = {}
+        if self.passes_come_first:  # then they are of all outputs
+            known = self.logps_by_output(outputs, passes)
+        if self.kl_in_reward:  # the loss has no KL term to report
+            ref = known.get("ref_logps") or by_output(passes.ref_logps, outputs)
+            metrics["kl"] = mean_divergence(outputs, ref)
+        show(self.run, step, outputs, scores.rewards, samples, **known)
+        every = self.run.config.eval.every
+        if every and (step + 1) % every == 0:
+            metrics |= evaluate_now(self.run, state.params)
+        return state, metrics
+
+    # -- what the method and the config say ------------------------------------------
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.run.config.method]
+
+    @functools.cached_property
+    def options(self) -> dict[str, Any]:
+        """The method's own fields."""
+        return self.run.config.own()
+
+    @property
+    def updates(self) -> int:
+        """μ, the updates of one rollout."""
+        return self.options.get("updates_per_rollout", 1)
+
+    @property
+    def kl_coef(self) -> float:
+        """β."""
+        return self.options.get("kl_coef", 0.0)
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return bool(self.kl_coef) and self.method.kl == "reward"
+
+    @property
+    def has_critic(self) -> bool:
+        return self.method.coefficient == "critic"
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        return Layout(self.run.config, self.run.mesh)
+
+    @functools.cached_property
+    def teaches_all(self) -> bool:
+        return teaches_all(self.run.config)
+
+    @functools.cached_property
+    def passes_come_first(self) -> bool:
+        """Whether the forward passes run while the host grades.
+
+        A batch of all outputs has the same rows whatever their rewards will be.
+        """
+        needed = self.kl_coef or self.updates > 1 or self.has_critic
+        replaces = self.pipeline.experience.replaces
+        return bool(needed) and self.teaches_all and not replaces
+
+    # -- the parts of a step ---------------------------------------------------------
+
+    def sampling_params(self, state: TrainState) -> Params:
+        """Returns the policy that samples: π_θ, or π_sft on the device."""
+        if self.method.source != "instruct":
+            return state.params
+        assert self.sft is not None
+        return on_device(self.run, self.sft)
+
+    def run_passes(self, state: TrainState, batch: Batch) -> ForwardPasses:
+        """Dispatches the forward passes that the method needs."""
+        programs = self.programs
+
+        def dispatch(values: Any) -> Any:
+            return sharding.one_at_a_time(self.run.mesh, values)
+
+        old = ref = values = None
+        if self.updates > 1:
+            old = dispatch(programs.score(state.params, batch))
+        if self.kl_coef:
+            ref = dispatch(programs.score(self.reference_params(state), batch))
+        if self.has_critic:
+            values = dispatch(programs.value(state.params["value"], batch))
+        return ForwardPasses(old, ref, values)
+
+    def reference_params(self, state: TrainState) -> Params:
+        """Returns π_ref on the device."""
+        if self.reference is None:
+            return lora.base(state.params)
+        return on_device(self.run, self.reference)
+
+    def assign_credit(
+        self,
+        step: int,
+        outputs: Sequence[Output],
+        scores: Scores,
+        passes: ForwardPasses,
+    ) -> list[Sample]:
+        """Returns the samples of a step, with Â as the method's row says it."""
+        samples = self._assign_credit(step, outputs, scores, passes)
+        if not self.options.get("mask_truncated"):
+            return samples
+        return [
+            sample if output.finished else credit.masked(sample)
+            for sample, output in zip(samples, outputs, strict=True)
+        ]
+
+    def _assign_credit(self, step, outputs, scores, passes) -> list[Sample]:
+        kind, options = self.method.coefficient, self.options
+        rewards, group_size = scores.rewards, self.run.config.group_size
+        if kind == "indicator":
+            return credit.indicator(outputs, rewards)
+        if kind == "pairs":
+            rng = np.random.default_rng([self.run.config.seed, step])
+            return credit.pairs(outputs, rewards, group_size, rng)
+        if kind == "process":
+            assert self.judge is not None
+            ends, worth = self.judge.steps(outputs)
+            return credit.process(outputs, ends, worth, group_size)
+        ref = by_output(passes.ref_logps, outputs) if self.kl_in_reward else None
+        if kind == "critic":
+            return credit.critic(
+                outputs,
+                rewards,
+                by_output(passes.values, outputs),
+                ref,
+                kl_coef=self.kl_coef,
+                gamma=options["gae_gamma"],
+                lam=options["gae_lambda"],
+            )
+        if kind == "returns":
+            return credit.returns(outputs, rewards, ref, kl_coef=self.kl_coef)
+        if ref is not None:
+            penalty = self.kl_coef * credit.divergence(outputs, ref)
+            scores = dataclasses.replace(scores, rewards=rewards - penalty)
+        return credit.outcome(
+            outputs,
+            scores,
+            self.pipeline.experience.rewards.all_weights,
+            group_size,
+            scale=options["advantage_scale"],
+            baseline=options["advantage_baseline"],
+            each=options.get("reward_normalization") == "each",
+        )
+
+    def pack(
+        self, samples: Sequence[Sample], outputs: Sequence[Output]
+    ) -> tuple[Batch, int]:
+        """Returns the packed batch on the mesh, and how many samples are in it.
+
+        Samples without a gradient cost no pass, but count in the loss's divisor.
+        """
+        kept = samples
+        if not self.teaches_all:
+            kept = [sample for sample in samples if credit.teaches(sample)]
+        of = samples or [credit.masked(outputs[0].sample)]
+        return self.layout(kept, of=of), len(kept)
+
+    def update(
+        self, state: TrainState, batch: Batch, passes: ForwardPasses
+    ) -> tuple[TrainState, Metrics]:
+        """Returns the state after μ updates, and the last one's metrics."""
+        ref = None if self.kl_in_reward or not self.kl_coef else passes.ref_logps
+        batch = dataclasses.replace(batch, old_logps=passes.old_logps, ref_logps=ref)
+        metrics: Metrics = {}
+        for _ in range(self.updates):
+            state, metrics = self.programs.update(state, None, batch)
+        return state, jax.device_get(metrics)
+
+    def step_metrics(
+        self, step: int, drawn: Drawn, staleness: int, taught: int, clock: _Clock
+    ) -> Metrics:
+        return {
+            "learning_rate": float(self.learning_rate(step * self.updates)),
+            "samples/taught": float(taught),
+            "sampling/staleness": float(staleness),
+            "sampling/occupancy": float(drawn.arrays["occupancy"]),
+            **clock.seconds,
+        }
+
+    def logps_by_output(
+        self, outputs: Sequence[Output], passes: ForwardPasses
+    ) -> dict[str, Any]:
+        """Returns each output's log π_ref and log π_old, None where there is none."""
+        known = {"ref_logps": passes.ref_logps, "old_logps": passes.old_logps}
+        return {
+            name: values if values is None else by_output(values, outputs)
+            for name, values in known.items()
+        }
+
+
+class _Clock:
+    """The seconds of each part of a step, one after the other."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def stop(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now
+
+
+def on_device(run: Run, params: Params) -> Params:
+    """Returns frozen parameters in device memory, where programs can read them."""
+    if run.config.model.reference_memory == "device":
+        return params
+    return sharding.move(params, "device")
+
+
+def mean_divergence(outputs: Sequence[Output], ref: Sequence[np.ndarray]) -> float:
+    """Returns Σ log(π_θ/π_ref) over the sampled tokens, per token, in nats."""
+    tokens = sum(sum(output.sampled) for output in outputs)
+    return float(credit.divergence(outputs, ref).sum()) / max(tokens, 1)
+
+
+def check_gap(metrics: dict[str, Any], limit: float) -> None:
+    """Checks that sampler and trainer agree on the sampled tokens' log-probabilities.
+
+    Both have the same parameters here, so a large gap means that the trained policy is
+    not the one that wrote the outputs.
+
+    Args:
+      metrics: a step's metrics.
+      limit: the largest mean gap, in nats a token.
+
+    Raises:
+      GrpoError: the mean gap is above `limit`.
+    """
+    gap = float(metrics.get("sampling/sampling_logp_difference/mean", 0.0))
+    if gap > limit:
+        raise GrpoError(
+            f"rl: sampler and trainer differ by {gap:.3f} nats a token on average, "
+            f"over optimizer.max_sampling_gap {limit:g}; the last checkpoint stands. "
+            "Compute in float32, or raise the limit"
+        )
+
+
+def by_output(values: Any, outputs: Sequence[Output]) -> list[np.ndarray]:
+    """Returns each output's part of a forward pass over all outputs.
+
+    Args:
+      values: [A, B, T] of the batch in which all `outputs` are packed.
+      outputs: the step's outputs.
+
+    Returns:
+      An array [C] for each output, C being the number of its tokens.
+    """
+    samples = [o.sample for o in outputs]
+    found = unpack(sharding.to_hosts(values), samples, share_prompts=True)
+    return [x[-len(o.tokens) :] for o, x in zip(outputs, found, strict=True)]
+
+
+def evaluate_now(run: Run, params: Params) -> dict[str, float]:
+    """Returns greedy accuracy on the comparison's first set, and the seconds taken."""
+    started = time.perf_counter()
+    name = set_names(run.config)[0]
+    try:
+        result = run_comparison.evaluate_set(run, params, name, sampled=False)
+    except Preempted:  # the step is complete; the loop will save it and stop
+        return {}
+    mode = "tool" if generations(run.config) else "cot"
+    greedy = result[measure_name(mode, "greedy")]
+    found = {f"eval/{name}/greedy_accuracy": greedy["accuracy"]}
+    if mode == "tool":
+        found[f"eval/{name}/program_accuracy"] = greedy["program"]["accuracy"]
+    return found | {"time/eval": time.perf_counter() - started}
