@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from grpo_jax.models.value_head import RewardModel as RewardModel
     from grpo_jax.rewards import answers as answers
     from grpo_jax.rewards.reward_functions import rule_reward as rule_reward
-    from grpo_jax.training.packing import Batch as Batch
-    from grpo_jax.training.packing import Sample as Sample
+    from grpo_jax.training.batch import Batch as Batch
+    from grpo_jax.training.batch import Sample as Sample
     from grpo_jax.training.packing import pack as pack
     from grpo_jax.training.reward_model.scoring import score_samples as score_samples
     from grpo_jax.training.train_step import TrainState as TrainState
@@ -84,8 +84,8 @@ _HOMES = {
     "generate_tokens": "generation.sampler",
     "Rollouts": "generation.sampler",
     "continue_rollouts": "generation.continuation",
-    "Sample": "training.packing",
-    "Batch": "training.packing",
+    "Sample": "training.batch",
+    "Batch": "training.batch",
     "pack": "training.packing",
     "TrainState": "training.train_step",
     "make_grpo_step": "training.train_step",

@@ -27,9 +27,9 @@ from grpo_jax.plan import loop_trip_counts
 from grpo_jax.plan.chips import Topology
 from grpo_jax.plan.loop_trip_counts import MeanLengths
 from grpo_jax.training import setup, sft
+from grpo_jax.training.batch import Batch, Sample
 from grpo_jax.training.compiled_steps import Layout, make_programs
 from grpo_jax.training.optimizers import stage_optimizer
-from grpo_jax.training.packing import Batch, Sample
 from grpo_jax.training.run import policy
 
 

@@ -20,6 +20,7 @@ from grpo_jax.distributed import sharding
 from grpo_jax.environments.tool_rollouts import most_tokens
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.value_head import RewardModel
+from grpo_jax.training.batch import Batch, Sample
 from grpo_jax.training.objectives import (
     Objective,
     dpo_objective,
@@ -27,7 +28,7 @@ from grpo_jax.training.objectives import (
     ppo_objective,
     sft_objective,
 )
-from grpo_jax.training.packing import Batch, Sample, fitting_length, pack
+from grpo_jax.training.packing import fitting_length, pack
 from grpo_jax.training.reward_model.scoring import make_reward_scorer
 from grpo_jax.training.train_step import (
     has_advantages,

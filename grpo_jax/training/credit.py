@@ -30,7 +30,7 @@ from grpo_jax.algorithms.advantages import (
 from grpo_jax.data.example import Example
 from grpo_jax.generation.rollout_shapes import bucket
 from grpo_jax.rewards.reward_functions import Scores
-from grpo_jax.training.packing import Sample
+from grpo_jax.training.batch import Sample
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from grpo_jax.algorithms.policy_losses import dpo_loss, grpo_loss, sft_loss, value_loss
 from grpo_jax.models import lora
 from grpo_jax.models.logprobs import logprobs_from_logits, token_logprobs
-from grpo_jax.training.packing import PROMPT, Batch
+from grpo_jax.training.batch import Batch
+from grpo_jax.training.packing import PROMPT
 
 Array = jax.Array
 Apply = Callable[..., Any]

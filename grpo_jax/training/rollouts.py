@@ -28,8 +28,8 @@ from grpo_jax.models.decoder import Params
 from grpo_jax.rewards.reward_functions import (
     Scores,
 )
+from grpo_jax.training.batch import Sample
 from grpo_jax.training.credit import Output
-from grpo_jax.training.packing import Sample
 from grpo_jax.training.run import Run
 from grpo_jax.training.run_rewards import Rewards
 

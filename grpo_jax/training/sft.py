@@ -23,9 +23,10 @@ from grpo_jax.data.prompts import encode_sft
 from grpo_jax.distributed import processes, sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.models.decoder import Decoder, Params
+from grpo_jax.training.batch import Batch, Sample
 from grpo_jax.training.objectives import sft_objective
 from grpo_jax.training.optimizers import sft_optimizer
-from grpo_jax.training.packing import Batch, Sample, pack
+from grpo_jax.training.packing import pack
 from grpo_jax.training.run import Body, Run, run_stage
 from grpo_jax.training.train_step import make_step
 

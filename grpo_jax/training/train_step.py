@@ -27,6 +27,7 @@ from grpo_jax.algorithms.reductions import AGGREGATES
 from grpo_jax.arguments import check_choice, check_number, check_whole
 from grpo_jax.errors import GrpoError
 from grpo_jax.models import lora
+from grpo_jax.training.batch import Batch
 from grpo_jax.training.objectives import (
     Apply,
     Metrics,
@@ -34,7 +35,6 @@ from grpo_jax.training.objectives import (
     batch_logprobs,
     grpo_objective,
 )
-from grpo_jax.training.packing import Batch
 
 Array = jax.Array
 # The options of `make_grpo_step`: numbers with their minimum, and choices.
@@ -336,7 +336,8 @@ def make_grpo_step(
 
     >>> def apply(params, tokens, *, positions, segment_ids):
     ...     return params[tokens]                                   # a bigram model
-    >>> from grpo_jax.training.packing import Sample, pack
+    >>> from grpo_jax.training.packing import pack
+    >>> from grpo_jax.training.batch import Sample
     >>> batch = pack([Sample(tokens=[0, 1], mask=[0, 1], advantages=1.0),
     ...               Sample(tokens=[0, 2], mask=[0, 1], advantages=-1.0)], length=4)
     >>> optimizer = optax.sgd(1.0)

@@ -14,7 +14,8 @@ from grpo_jax.generation import reshard
 from grpo_jax.generation.sampler import generate
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
-from grpo_jax.training.packing import Sample, pack
+from grpo_jax.training.batch import Sample
+from grpo_jax.training.packing import pack
 from grpo_jax.training.train_step import accumulate, grpo_objective, make_scorer
 
 CONFIG = ModelConfig(

@@ -16,8 +16,9 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from grpo_jax.data.tokenizer import EOS, PAD, Tokenizer
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
+from grpo_jax.training.batch import Sample
 from grpo_jax.training.objectives import sft_objective
-from grpo_jax.training.packing import Sample, pack
+from grpo_jax.training.packing import pack
 from grpo_jax.training.train_step import TrainState, make_step
 
 # Characters, and tokens that a text is never encoded to: only a model writes them.

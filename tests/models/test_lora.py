@@ -25,8 +25,9 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.lora import Lora
 from grpo_jax.train import train
+from grpo_jax.training.batch import Sample
 from grpo_jax.training.config_checks import validate
-from grpo_jax.training.packing import Sample, pack
+from grpo_jax.training.packing import pack
 from grpo_jax.training.run import load_run, open_run, stage_params
 from grpo_jax.training.setup import initial_params
 from grpo_jax.training.train_step import (

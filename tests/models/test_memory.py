@@ -16,7 +16,8 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import REMAT, Decoder
 from grpo_jax.plan import hlo_text
 from grpo_jax.plan.planned_programs import bytes_per_device
-from grpo_jax.training.packing import Sample, pack
+from grpo_jax.training.batch import Sample
+from grpo_jax.training.packing import pack
 from grpo_jax.training.train_step import (
     TrainState,
     make_grpo_step,

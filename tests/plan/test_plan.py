@@ -30,7 +30,8 @@ from grpo_jax.plan.loop_trip_counts import (
     sampler_trip_counts,
 )
 from grpo_jax.plan.plan_table import format_plan, summarize_plan
-from grpo_jax.training.packing import Sample, pack
+from grpo_jax.training.batch import Sample
+from grpo_jax.training.packing import pack
 from grpo_jax.training.train_step import TrainState, make_grpo_step
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,8 @@ from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.train import train
-from grpo_jax.training.packing import Sample, pack
+from grpo_jax.training.batch import Sample
+from grpo_jax.training.packing import pack
 from grpo_jax.training.run import load_run
 from grpo_jax.training.train_step import TrainState, make_grpo_step
 

@@ -11,6 +11,7 @@ from grpo_jax.algorithms.policy_losses import dpo_loss, value_loss
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.value_head import RewardModel
+from grpo_jax.training.batch import Sample
 from grpo_jax.training.credit import teaches
 from grpo_jax.training.objectives import (
     dpo_objective,
@@ -18,7 +19,7 @@ from grpo_jax.training.objectives import (
     ppo_objective,
     sft_objective,
 )
-from grpo_jax.training.packing import Sample, pack, unpack
+from grpo_jax.training.packing import pack, unpack
 from grpo_jax.training.train_step import TrainState, accumulate, make_scorer, make_step
 
 CONFIG = ModelConfig(

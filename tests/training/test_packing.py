@@ -9,14 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.errors import GrpoError
-from grpo_jax.training.packing import (
-    PROMPT,
-    Sample,
-    fitting_length,
-    pack,
-    place,
-    unpack,
-)
+from grpo_jax.training.batch import Sample
+from grpo_jax.training.packing import PROMPT, fitting_length, pack, unpack
+from grpo_jax.training.row_placement import place
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(40, 100))

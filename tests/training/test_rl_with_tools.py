@@ -24,11 +24,11 @@ from grpo_jax.rewards.reward_functions import Scores
 from grpo_jax.training import (
     compiled_steps,
     credit,
-    packing,
     rl,
     rl_step,
     run_comparison,
 )
+from grpo_jax.training.batch import Sample
 from grpo_jax.training.metrics_writer import Recorder
 from grpo_jax.training.optimizers import rl_optimizer
 from grpo_jax.training.rollouts import Experience, read
@@ -153,7 +153,7 @@ def test_only_sampled_tokens_are_taught_and_counted(folder, recital):
                 given = np.full(len(s.tokens), taught(s)) + noise * hidden
                 old = np.array(s.logps) + noise * hidden
                 noisy.append(
-                    packing.Sample(
+                    Sample(
                         tokens=s.tokens,
                         mask=s.mask,
                         prompt=s.prompt,

@@ -11,8 +11,9 @@ from flax import nnx
 
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
+from grpo_jax.training.batch import Sample
 from grpo_jax.training.objectives import grpo_objective, sft_objective
-from grpo_jax.training.packing import Sample, pack
+from grpo_jax.training.packing import pack
 from grpo_jax.training.train_step import (
     TrainState,
     accumulate,

@@ -23,7 +23,8 @@ from grpo_jax.arguments import check_token_ids, check_whole
 from grpo_jax.distributed import sharding
 from grpo_jax.models.decoder import Params
 from grpo_jax.models.value_head import RewardModel
-from grpo_jax.training.packing import Batch, Sample, pack, unpack
+from grpo_jax.training.batch import Batch, Sample
+from grpo_jax.training.packing import pack, unpack
 from grpo_jax.training.train_step import Metrics, Objective
 
 Scorer = Callable[[Params, Batch], Array]

@@ -24,8 +24,9 @@ from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.models.decoder import Params
 from grpo_jax.models.value_head import RewardModel
+from grpo_jax.training.batch import Sample
 from grpo_jax.training.optimizers import adamw
-from grpo_jax.training.packing import Sample, pack
+from grpo_jax.training.packing import pack
 from grpo_jax.training.reward_model.labelled import Labelled
 from grpo_jax.training.reward_model.scoring import reward_objective, reward_sample
 from grpo_jax.training.run import Body, Run, open_run, run_stage

@@ -20,7 +20,8 @@ from grpo_jax.models.kernels.gpu import cudnn
 from grpo_jax.models.kernels.mask import AttentionMask
 from grpo_jax.models.kernels.tpu import splash
 from grpo_jax.models.kernels.xla import BLOCK, dense_attention, in_blocks
-from grpo_jax.training.packing import PROMPT, Sample, pack, unpack
+from grpo_jax.training.batch import Sample
+from grpo_jax.training.packing import PROMPT, pack, unpack
 
 T = 50  # no multiple of a block
 WAYS = {

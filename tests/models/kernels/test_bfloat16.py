@@ -18,7 +18,8 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.kernels.products import einsum
 from grpo_jax.models.value_head import RewardModel
-from grpo_jax.training.packing import Sample, pack, unpack
+from grpo_jax.training.batch import Sample
+from grpo_jax.training.packing import pack, unpack
 from grpo_jax.training.train_step import TrainState, make_grpo_step, make_scorer
 
 PROMPTS = [[1, 2, 3], list(range(4, 54)), [7, 8]]
