@@ -1,21 +1,88 @@
-"""Argument checks of public functions: numbers, choices and lists of token ids.
+"""Checks of values: the fields of a config, and the arguments of public functions.
 
-Each takes the name of the function that calls it, for the message, and raises a
-`GrpoError` of one line.
+A value that cannot be used raises a `GrpoError` of one line that names it.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
+import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, one_line
 
 MOST_ROWS = 2**20  # tokens or samples; the cache of more would fit in no memory
 MOST = 2**31 - 1  # arrays are indexed, and steps counted, in 32 bits
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    numbers.Integral: "a whole number",
+    float: "a number",
+    SupportsFloat: "a number",
+    str: "text",
+    bool: "True or False",
+    type(None): "None",
+}
+# How the message says a bound, and what a value must not be.
+_BOUNDS = {
+    "least": ("{} or more", lambda value, bound: value >= bound),
+    "above": ("above {}", lambda value, bound: value > bound),
+    "most": ("at most {}", lambda value, bound: value <= bound),
+    "below": ("below {}", lambda value, bound: value < bound),
+}
+
+
+def check_value(
+    name: str, value: Any, kinds: Sequence[Any], choices: Any = (), **bounds: float
+) -> None:
+    """Checks that a value has one of the types, and is a choice or within its bounds.
+
+    Args:
+      name: what it is called in the message.
+      value: the value.
+      kinds: types, such as int or NoneType; whole numbers are numbers too.
+      choices: all values that are allowed; () for no such list.
+      **bounds: `least` and `most` are allowed values; `above` and `below` are not.
+
+    Raises:
+      GrpoError: it is not.
+
+    >>> check_value("config.clip_low", 0.0, [float], above=0, most=1)
+    Traceback (most recent call last):
+    ...
+    grpo_jax.errors.GrpoError: config.clip_low: 0.0 is out of range; above 0 and at ...
+    """
+    if value is None and type(None) in kinds:
+        return
+    accepted = tuple(kinds) + (int,) * (float in kinds)
+    if not (bool in kinds if isinstance(value, bool) else isinstance(value, accepted)):
+        wanted = " or ".join(_KINDS[kind] for kind in kinds)
+        raise GrpoError(
+            f"{name}: {_short(value)} is {type(value).__name__}; {wanted} is needed"
+        )
+    if choices:
+        check_choice(name, value, choices)
+    elif value != value or value in (math.inf, -math.inf):
+        said = "NaN" if value != value else "infinity"
+        raise GrpoError(f"{name}: {said} is not a value; give a finite number")
+    elif not all(_BOUNDS[kind][1](value, bound) for kind, bound in bounds.items()):
+        needed = " and ".join(
+            _BOUNDS[kind][0].format(f"{bound:,}" if bound >= 1e4 else bound)
+            for kind, bound in bounds.items()
+        )
+        raise GrpoError(f"{name}: {_short(value)} is out of range; {needed} is needed")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Checks that a value, which the message calls `name`, is one of the choices."""
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), map(str, choices), 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        listed = ", ".join(map(repr, choices))
+        raise GrpoError(f"{name}: {_short(value)} is not one of {listed}{hint}")
 
 
 def check_whole(
@@ -26,15 +93,11 @@ def check_whole(
     >>> check_whole("generate", samples=0)
     Traceback (most recent call last):
     ...
-    grpo_jax.errors.GrpoError: generate: samples = 0; a whole number from 1 to 2,147,...
+    grpo_jax.errors.GrpoError: generate: samples: 0 is out of range; 1 or more and at...
     """
     for name, value in values.items():
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not whole or not least <= value <= most:
-            raise GrpoError(
-                f"{function}: {name} = {_short(value)}; a whole number from {least} to "
-                f"{most:,} is needed"
-            )
+        kinds = [numbers.Integral]
+        check_value(f"{function}: {name}", value, kinds, least=least, most=most)
 
 
 def check_number(
@@ -42,24 +105,8 @@ def check_number(
 ) -> None:
     """Checks that each argument in `values` is a finite number in [least, most]."""
     for name, value in values.items():
-        try:
-            good = math.isfinite(value) and least <= value <= most
-        except (TypeError, ValueError, OverflowError):
-            good = False
-        if not good:
-            bounds = f" from {least:g}" if math.isfinite(least) else ""
-            bounds += f" to {most:g}" if math.isfinite(most) else ""
-            raise GrpoError(
-                f"{function}: {name} = {_short(value)}; a finite number{bounds} is "
-                "needed"
-            )
-
-
-def check_choice(function: str, name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Checks that the argument `name` has one of the given values."""
-    if value not in choices:
-        known = ", ".join(map(repr, choices))
-        raise GrpoError(f"{function}: {name} = {_short(value)}; use one of {known}")
+        kinds = [SupportsFloat]
+        check_value(f"{function}: {name}", value, kinds, least=least, most=most)
 
 
 def check_token_ids(
@@ -78,16 +125,15 @@ def check_token_ids(
     if isinstance(lists, str | bytes):
         raise GrpoError(f"{function}: {what}s are a text; give lists of token ids")
     for i, ids in enumerate(lists):
-        if isinstance(ids, str | bytes) or np.ndim(ids) != 1:
+        found = np.asarray(ids)
+        whole = np.issubdtype(found.dtype, np.integer) or not found.size
+        if found.ndim != 1 or not whole:
             kind = type(ids).__name__
             raise GrpoError(
                 f"{function}: {what} {i} is {kind}; give a list of token ids, as the "
                 "tokenizer's encode does"
             )
-        numbers = np.asarray(ids)
-        if numbers.size and not np.issubdtype(numbers.dtype, np.integer):
-            raise GrpoError(f"{function}: {what} {i} holds {numbers.dtype}; give ids")
-        wrong = numbers[(numbers < 0) | (numbers >= vocab_size)]
+        wrong = found[(found < 0) | (found >= vocab_size)]
         if wrong.size:
             raise GrpoError(
                 f"{function}: {what} {i} has the token {wrong[0]}; the model has 0 to "
@@ -105,8 +151,8 @@ def check_request(
     cache_dtype: Any = None,
 ) -> None:
     """Checks the arguments of a sampler; they are named as in `sampler.generate`."""
-    check_whole(function, most=MOST_ROWS, samples=samples)
-    check_whole(function, most=MOST_ROWS, max_new_tokens=max_new_tokens)
+    sizes = {"samples": samples, "max_new_tokens": max_new_tokens}
+    check_whole(function, most=MOST_ROWS, **sizes)
     if slots is not None:
         check_whole(function, slots=slots)
     ids = [eos_id] if np.ndim(eos_id) == 0 else eos_id
@@ -114,9 +160,9 @@ def check_request(
         raise GrpoError(f"{function}: eos_id is empty; give the id that ends a row")
     for one in ids:  # -1 is no token, so that outputs never end early
         check_whole(function, least=-1, most=vocab_size - 1, eos_id=one)
-    check_choice(function, "cache_dtype", cache_dtype, (None, "float32", "bfloat16"))
+    dtypes = (None, "float32", "bfloat16")
+    check_choice(f"{function}: cache_dtype", cache_dtype, dtypes)
 
 
 def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    return one_line(repr(value))[:80]

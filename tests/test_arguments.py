@@ -163,11 +163,11 @@ def test_log_probabilities_have_a_temperature(temperature):
     [
         (dict(kv_heads=3), "kv_heads = 3 does not divide"),
         (dict(head_dim=7), "head_dim = 7 is odd"),
-        (dict(heads=0), "heads = 0"),
-        (dict(layers=-1), "layers = -1"),
-        (dict(vocab_size=0), "vocab_size = 0"),
-        (dict(width=1.5), "width = 1.5"),
-        (dict(ffn=2**40), "ffn = "),
+        (dict(heads=0), "heads: 0 is out"),
+        (dict(layers=-1), "layers: -1 is out"),
+        (dict(vocab_size=0), "vocab_size: 0 is out"),
+        (dict(width=1.5), "width: 1.5 is float"),
+        (dict(ffn=2**40), "ffn: 1099511627776 is out"),
     ],
 )
 def test_a_model_has_sizes_that_fit(changes, message):
@@ -179,7 +179,7 @@ def test_a_model_has_sizes_that_fit(changes, message):
     "changes", [dict(dtype="float16"), dict(remat="all"), dict(decode_tensor=-1)]
 )
 def test_a_decoder_has_a_dtype_and_a_remat(changes):
-    with pytest.raises(GrpoError, match=f"Decoder: {next(iter(changes))} = "):
+    with pytest.raises(GrpoError, match=f"Decoder: {next(iter(changes))}: "):
         api.Decoder(MODEL.config, **changes)
 
 

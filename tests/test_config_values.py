@@ -17,8 +17,9 @@ from test_config import GOOD, ROOT, changed
 
 from grpo_jax.algorithms.methods import METHODS
 from grpo_jax.algorithms.policy_losses import grpo_loss
+from grpo_jax.arguments import check_value
 from grpo_jax.config import Config, flatten, from_dict, unknown_field
-from grpo_jax.config_fields import OTHER_NAMES, check_value
+from grpo_jax.config_fields import OTHER_NAMES
 from grpo_jax.errors import GrpoError
 from grpo_jax.models.logprobs import token_logprobs
 from grpo_jax.train import USAGE
@@ -103,7 +104,7 @@ def test_every_number_is_refused_or_means_something():
 def test_every_choice_is_one_of_those_listed():
     for name, (_, metadata) in FIELDS.items():
         for choice in metadata.get("choices", ()):
-            check_value(name, choice, type(choice), metadata)
+            check_value(name, choice, [type(choice)], **metadata)
         if metadata.get("choices"):
             wrong = 7 if isinstance(metadata["choices"][0], int) else "somethink"
             with pytest.raises(GrpoError, match=f"config.{name}: .* is not one of"):
@@ -288,6 +289,7 @@ TINY = f"--config={ROOT / 'configs/tiny.py'}"
         ("rl_steps\n=3", "no such field; did you mean config.rl_steps"),
         ("rl_steps=", "config.rl_steps=: invalid literal"),
         ("rl_steps=1e3", "invalid literal"),
+        ("mesh.fdsp=4", "did you mean config.mesh.fsdp"),
         ("kl_coef=abc", "could not convert"),
         ("own=3", "no such field"),
         ("beta=3", "did you mean config.kl_coef"),
@@ -302,6 +304,13 @@ def test_a_command_line_is_refused_in_one_line(argument, message):
     with pytest.raises(GrpoError, match=re.escape(message)) as caught:
         parsed(TINY, f"--config.{argument}")
     assert "\n" not in str(caught.value)
+
+
+def test_other_flags_are_refused_in_one_line():
+    with pytest.raises(GrpoError, match="Unknown command line flag 'workdri'"):
+        parsed(TINY, "--workdri=x")
+    with pytest.raises(GrpoError, match="configs/nothing.py: no such file"):
+        parsed("--config=configs/nothing.py")
 
 
 NAMES = st.sampled_from(sorted(flatten(Config())) + ["model", "mesh.", ".", "x", ""])

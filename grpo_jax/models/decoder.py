@@ -183,8 +183,8 @@ class Decoder:
     decode_tensor: int = 0  # devices that share a matrix in decoding; 0: as in training
 
     def __post_init__(self):
-        check_choice("Decoder", "dtype", self.dtype, ("float32", "bfloat16"))
-        check_choice("Decoder", "remat", self.remat, tuple(REMAT))
+        check_choice("Decoder: dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("Decoder: remat", self.remat, tuple(REMAT))
         check_whole("Decoder", least=0, decode_tensor=self.decode_tensor)
 
     def init(self, key: Array, dtype: str = "float32") -> Params:

@@ -5,19 +5,19 @@ ignored, later. An error is one line that names the field.
 """
 
 import dataclasses
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from grpo_jax.algorithms.methods import METHODS, OWN_FIELDS
+from grpo_jax.arguments import check_value
 from grpo_jax.config import (
     Config,
-    flatten,
     generations,
     lora_targets,
     reward_names,
     reward_weights,
     set_names,
 )
-from grpo_jax.config_fields import COUNT, check_value
+from grpo_jax.config_fields import COUNT
 from grpo_jax.errors import GrpoError
 
 
@@ -105,27 +105,25 @@ def _validate_sizes(config: Config) -> None:
         )
 
 
-def check_fields(config: Config) -> dict[str, Any]:
-    """Checks each field for itself; returns them as `flatten` does.
+def check_fields(part: Any, prefix: str = "") -> dict[str, Any]:
+    """Checks each field of a config for itself; returns them as `flatten` does.
 
     Raises:
       GrpoError: a field's type or value is not allowed.
     """
-    _check_fields(config)
-    return flatten(config)
-
-
-def _check_fields(part: Any, prefix: str = "") -> None:
-    hints = get_type_hints(type(part))
+    hints, flat = get_type_hints(type(part)), {}
     for field in dataclasses.fields(part):
         name, value = prefix + field.name, getattr(part, field.name)
-        if not dataclasses.is_dataclass(hints[field.name]):
-            check_value(name, value, hints[field.name], field.metadata)
-        elif isinstance(value, hints[field.name]):
-            _check_fields(value, f"{name}.")
+        kind = hints[field.name]
+        if not dataclasses.is_dataclass(kind):
+            kinds = get_args(kind) or (kind,)
+            check_value(f"config.{name}", value, kinds, **field.metadata)
+            flat[name] = value
+        elif isinstance(value, kind):
+            flat |= check_fields(value, f"{name}.")
         else:
-            wanted = hints[field.name].__name__
-            raise GrpoError(f"config.{name}: {value!r} is not a {wanted}")
+            raise GrpoError(f"config.{name}: {value!r} is not a {kind.__name__}")
+    return flat
 
 
 def _validate_method(config: Config) -> None:

@@ -115,7 +115,7 @@ def make_optimizer(
     check_whole(where, least=0, steps=steps, warmup_steps=warmup_steps)
     check_number(where, learning_rate=learning_rate, weight_decay=weight_decay)
     check_number(where, most=_BELOW_1, b1=b1, b2=b2)
-    check_choice(where, "schedule", schedule, ("constant", "linear", "cosine"))
+    check_choice(f"{where}: schedule", schedule, ("constant", "linear", "cosine"))
     if not max_grad_norm > 0:  # infinity clips nothing
         raise GrpoError(f"{where}: max_grad_norm = {max_grad_norm} is not above 0")
     decay = max(steps - warmup_steps, 1)
@@ -371,7 +371,7 @@ def _check_options(apply: Any, kl_coef: Any, options: dict[str, Any]) -> None:
             raise GrpoError(f"{where}: {name} is no option of grpo_loss{hint}")
     for name, choices in _CHOICES.items():
         if name in options:
-            check_choice(where, name, options[name], choices)
+            check_choice(f"{where}: {name}", options[name], choices)
     for name, least in _NUMBERS.items():
         if options.get(name) is not None:
             check_number(where, least=least, **{name: options[name]})
