@@ -81,9 +81,9 @@ def main() -> None:
 def make_folder(folder: Path, gigabytes: float) -> None:
     """Random weights, written tensor by tensor; layers until it is large enough."""
     from grpo_jax.checkpoints.huggingface import config as hf_config
-    from grpo_jax.checkpoints.huggingface.folders import write_json
     from grpo_jax.checkpoints.huggingface.tensors import Source, write_folder
     from grpo_jax.checkpoints.huggingface.weights import tensor_shapes
+    from grpo_jax.files import write_json
     from grpo_jax.models.config import ModelConfig
 
     width = 2048 if gigabytes >= 1 else 256

@@ -10,7 +10,6 @@ A field of certain methods is None by default and then takes the method's own de
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -336,11 +335,6 @@ def lora_targets(config: Config) -> tuple[str, ...]:
             "config.model.lora_targets: empty; name one projection at least"
         )
     return tuple(dict.fromkeys(f"{name.removesuffix('_proj')}_proj" for name in names))
-
-
-def to_json(config: Config) -> str:
-    """Returns the config as JSON text, which `from_dict` reads."""
-    return json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n"
 
 
 def from_dict(values: Mapping[str, Any], kind: type = Config, where: str = "") -> Any:

@@ -42,11 +42,10 @@ from grpo_jax.evaluation.comparison import (
     grade,
     measure,
     measure_name,
-    write_json,
 )
 from grpo_jax.evaluation.flags import PROCESSES, parse_flags, unique
 from grpo_jax.evaluation.generate_answers import Settings
-from grpo_jax.files import digest, write_whole
+from grpo_jax.files import digest, write_json, write_whole
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.report import try_write_report
 from grpo_jax.report.comparison import comparison_remarks, comparison_tables
@@ -163,7 +162,8 @@ def run_command(flags: argparse.Namespace) -> str:
             row[label] = row.get(label, {}) | one.result
             add(found, name, label, one)
             results["paired"] = metrics.pairs(found)
-            write_json(out / "results.json", results)
+            if processes.first():
+                write_json(out / "results.json", results)
     report = "\n\n".join(
         part
         for part in (

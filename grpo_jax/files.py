@@ -45,6 +45,25 @@ def write_whole(
     fresh.replace(file)
 
 
+def to_json(value: Any, indent: int | None = None) -> bytes:
+    """Returns a value as JSON in UTF-8 with a line's end.
+
+    A text with a lone surrogate, which UTF-8 cannot encode, makes all of it ASCII.
+
+    >>> to_json({"name": "x"}), to_json(chr(0xD800))
+    (b'{"name": "x"}\\n', b'"\\\\ud800"\\n')
+    """
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent).encode() + b"\n"
+
+
+def write_json(file: str | os.PathLike[str], value: Any) -> None:
+    """Writes a value as indented JSON, as `write_whole` writes."""
+    write_whole(file, to_json(value, indent=2))
+
+
 def digest(file: str | os.PathLike[str], part: int = 1 << 20) -> str:
     """Returns a file's SHA-256 in hexadecimal; "" if there is no such file.
 
@@ -149,8 +168,12 @@ def read_whole(file: Path) -> bytes:
     return raw
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file of a model folder.
+def read_json(file: Path, remedy: str = "download it again") -> dict[str, Any]:
+    """Returns the object in a JSON file of a model folder or a work directory.
+
+    Args:
+      file: the file.
+      remedy: what the message says to do if the file is damaged.
 
     Raises:
       GrpoError: as `read_whole`; or it is not a JSON object, has a repeated key or a
@@ -165,9 +188,9 @@ def read_json(file: Path) -> dict[str, Any]:
         raise GrpoError(f"{file}: holds a lone surrogate (\\ud8…); remove it") from None
     except ValueError as error:
         told = one_line(error)
-        raise GrpoError(f"{file}: not valid JSON ({told}); download it again") from None
+        raise GrpoError(f"{file}: not valid JSON ({told}); {remedy}") from None
     if not isinstance(value, dict):
-        raise GrpoError(f"{file}: not a JSON object; download it again")
+        raise GrpoError(f"{file}: not a JSON object; {remedy}")
     return value
 
 

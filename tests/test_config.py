@@ -16,9 +16,9 @@ from grpo_jax.config import (
     ModelSettings,
     flatten,
     from_dict,
-    to_json,
 )
 from grpo_jax.errors import GrpoError
+from grpo_jax.files import to_json
 from grpo_jax.training.config_checks import validate
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +86,7 @@ def test_config_json_reads_back_as_it_was():
     import json
 
     config = changed("eval.questions", 7)
-    assert from_dict(json.loads(to_json(config))) == config
+    assert from_dict(json.loads(to_json(dataclasses.asdict(config)))) == config
     assert flatten(config)["eval.questions"] == 7
 
 

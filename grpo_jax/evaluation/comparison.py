@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,10 @@ from typing import Any
 
 from grpo_jax.data.example import Example
 from grpo_jax.data.tokenizer import Tokenizer
-from grpo_jax.distributed import processes
 from grpo_jax.evaluation import completion_files, generate_answers, metrics
 from grpo_jax.evaluation.completion_files import KINDS, Completion
 from grpo_jax.evaluation.generate_answers import Settings
 from grpo_jax.evaluation.metrics import Score
-from grpo_jax.files import write_whole
 from grpo_jax.models.decoder import Decoder, Params
 
 Result = dict[str, Any]
@@ -131,9 +128,3 @@ def add(found: Scores, name: str, model: str, measured: Measured) -> None:
     """Adds a model's scores on a set to those that were found before."""
     for key, score in measured.by_measure.items():
         found.setdefault((name, key), {})[model] = score
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Writes a JSON file, if this is the first process."""
-    if processes.first():
-        write_whole(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -31,7 +31,7 @@ from grpo_jax.data.example import Example
 from grpo_jax.data.parsers import json_lines
 from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError, one_line
-from grpo_jax.files import write_whole
+from grpo_jax.files import to_json, write_whole
 
 Key = tuple[str, str]  # mode, and greedy or sampled
 KINDS = ("greedy", "sampled")
@@ -98,8 +98,7 @@ class Log:
         if file.exists() and self._read(restart):
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"settings": self.settings}, ensure_ascii=False)
-        write_whole(file, line + "\n")
+        write_whole(file, to_json({"settings": self.settings}))
 
     def _share(self) -> None:
         there = processes.from_first(lambda: sorted(self.rows))
@@ -156,7 +155,7 @@ class Log:
                 "completions": [c.text for c in completions],
                 "cut_off": [c.cut_off for c in completions],
             }
-            lines.append(_line(row))
+            lines.append(to_json(row))
             self.rows[index] = list(completions)
         if not processes.first():
             return
@@ -177,14 +176,6 @@ def _own(row: Any) -> tuple[int, list[Completion]] | None:
                 pairs = zip(texts, cut, strict=True)
                 return index, [Completion(text, c) for text, c in pairs]
     return None
-
-
-def _line(row: Mapping[str, Any]) -> bytes:
-    """JSON in UTF-8, or in ASCII if a text holds a lone surrogate."""
-    try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:
-        return json.dumps(row).encode() + b"\n"
 
 
 def _difference(before: Any, now: Mapping[str, Any]) -> str:

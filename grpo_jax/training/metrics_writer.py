@@ -9,7 +9,6 @@ moved to a file of their own. If there are several processes, only the first wri
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -25,7 +24,7 @@ from typing import Any
 from grpo_jax import report
 from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
-from grpo_jax.files import write_whole
+from grpo_jax.files import parse_json, to_json, write_whole
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
@@ -85,7 +84,8 @@ class Recorder:
         if not processes.first():
             return
         values = {k: _plain(v) for k, v in metrics.items()}
-        _append(self.workdir / METRICS, _line(stage, step, values))
+        row = {"step": step, "stage": stage, **values}
+        _append(self.workdir / METRICS, to_json(row))
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
         numbers = {f"{stage}/{name}": value for name, value in numbers.items()}
         if self._board is None:
@@ -101,7 +101,8 @@ class Recorder:
         """Writes one question with its completions, for a person to read."""
         self.begin()
         if processes.first():
-            _append(self.workdir / SAMPLES, _line(stage, step, samples))
+            row = {"step": step, "stage": stage, **samples}
+            _append(self.workdir / SAMPLES, to_json(row))
 
     def write_report(self, *, last: bool = False) -> None:
         """Writes report.html again, or skips it to spend at most 2 % of the run on it.
@@ -160,15 +161,13 @@ def _forget_after(file: Path, stage: str, step: int) -> None:
 def _stage_and_step(line: bytes) -> tuple[str, int] | None:
     """The stage and step of a line of metrics or samples; None if it is not one."""
     try:
-        values = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
+        values = parse_json(line.decode("utf-8"))
+    except ValueError:
         return None
-    if not isinstance(values, dict):
-        return None
-    stage, step = values.get("stage"), values.get("step")
-    if not isinstance(stage, str) or type(step) is not int:
-        return None
-    return stage, step
+    match values:
+        case {"stage": str() as stage, "step": int() as step} if type(step) is int:
+            return stage, step
+    return None
 
 
 def _not_written(file: Path, error: OSError) -> GrpoError:
@@ -176,14 +175,6 @@ def _not_written(file: Path, error: OSError) -> GrpoError:
         f"{file}: cannot be written ({error.strerror}); the last checkpoint stands. "
         "Make room there; the same command goes on from it"
     )
-
-
-def _line(stage: str, step: int, values: Mapping[str, Any]) -> bytes:
-    whole = {"step": step, "stage": stage, **values}
-    try:
-        return json.dumps(whole, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # a lone surrogate
-        return json.dumps(whole).encode() + b"\n"
 
 
 def _plain(value: Any) -> Any:

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 from grpo_jax.config import Config, generations, set_names
 from grpo_jax.data import registry
+from grpo_jax.distributed import processes
 from grpo_jax.evaluation import generate_answers, metrics
-from grpo_jax.evaluation.comparison import Result, Scores, add, measure, write_json
+from grpo_jax.evaluation.comparison import Result, Scores, add, measure
 from grpo_jax.evaluation.generate_answers import Settings
+from grpo_jax.files import write_json
 from grpo_jax.models.decoder import Params
 from grpo_jax.training.run import Run
 
@@ -115,5 +117,6 @@ def compare(run: Run, models: Mapping[str, Params]) -> Result:
             row[model] = measured.result
             add(found, name, model, measured)
         results["paired"] = metrics.pairs(found)
-        write_json(run.workdir / "results.json", results)
+        if processes.first():
+            write_json(run.workdir / "results.json", results)
     return results

@@ -7,12 +7,11 @@ that is resumed or evaluated on a later day has the same prompts.
 from __future__ import annotations
 
 import datetime
-import json
 from pathlib import Path
 
 from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
-from grpo_jax.files import write_whole
+from grpo_jax.files import read_json, write_json
 
 FILE = "started.json"
 
@@ -38,9 +37,9 @@ def start_time(
 def _start(file: Path, keep: bool, again: bool) -> str:
     if file.exists() and not again:
         try:
-            started = json.loads(file.read_bytes())["started"]
+            started = read_json(file)["started"]
             return datetime.datetime.fromisoformat(started).isoformat()
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError):
             raise GrpoError(
                 f'{file}: expected {{"started": "2026-01-31T12:00:00"}}, the day that '
                 "chat templates show; write it again"
@@ -53,5 +52,4 @@ def _start(file: Path, keep: bool, again: bool) -> str:
 
 def write_start_time(folder: Path, started: datetime.datetime) -> None:
     """Writes a folder's start time."""
-    text = json.dumps({"started": started.isoformat()})
-    write_whole(folder / FILE, text + "\n")
+    write_json(folder / FILE, {"started": started.isoformat()})

@@ -11,17 +11,16 @@ not invalidate old checkpoints.
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import datetime
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.config import Config, flatten, from_dict, to_json
+from grpo_jax.config import Config, flatten, from_dict
 from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
-from grpo_jax.files import write_whole
+from grpo_jax.files import read_json, write_json
 from grpo_jax.training.config_checks import check_fields
 from grpo_jax.training.start_time import write_start_time
 
@@ -47,12 +46,9 @@ def read_config(workdir: Path) -> Config:
       GrpoError: there is no config.json, or it is not a valid config.
     """
     file = workdir / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise GrpoError(f"{file}: no such file; is this a work directory?") from None
-    except json.JSONDecodeError as error:
-        raise GrpoError(f"{file}: not valid JSON ({error})") from None
+    if not file.exists():
+        raise GrpoError(f"{file}: no such file; is this a work directory?")
+    values = read_json(file, "put back what the run wrote there")
     try:
         config = from_dict(values)
         check_fields(config)
@@ -109,7 +105,8 @@ class Claim:
             if processes.first():
                 if self.started is not None:
                     write_start_time(self.workdir, self.started)
-                write_whole(self.workdir / "config.json", to_json(self.config))
+                values = dataclasses.asdict(self.config)
+                write_json(self.workdir / "config.json", values)
             self._write_accepted()
 
     def origin(self, stage: str) -> dict[str, Any]:
@@ -154,13 +151,9 @@ class Claim:
     def _read(self) -> tuple[dict[str, list[Any]], bool]:
         """Returns (accepted changes, whether config.json is missing), or raises."""
         file = self.workdir / "accepted.json"
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                self._accepted = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise GrpoError(f"{file}: not valid JSON ({error})") from None
-            lists = isinstance(self._accepted, dict) and self._accepted.values()
-            if lists is False or not all(isinstance(v, list) for v in lists):
+        if file.exists():
+            self._accepted = read_json(file, "delete it")
+            if not all(isinstance(v, list) for v in self._accepted.values()):
                 raise GrpoError(f"{file}: not lists of values by field; delete it")
         file = self.workdir / "config.json"
         if not file.exists():
@@ -184,8 +177,7 @@ class Claim:
 
     def _write_accepted(self) -> None:
         if self._accepted and processes.first():
-            text = json.dumps(self._accepted, indent=2, ensure_ascii=False)
-            write_whole(self.workdir / "accepted.json", text + "\n")
+            write_json(self.workdir / "accepted.json", self._accepted)
 
 
 def _changes(

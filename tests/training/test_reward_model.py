@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.algorithms.reward_model_losses import reward_loss
-from grpo_jax.config import Config, ModelSettings, to_json
+from grpo_jax.config import Config, ModelSettings
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
+from grpo_jax.files import write_json
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.value_head import RewardModel
@@ -235,7 +236,7 @@ def test_micro_batches_sum_to_one_batch():
 def start_run(workdir, recorder):
     model = ModelSettings(layers=1, width=32, heads=2, ffn=64)
     config = Config(name="test", checkpoint_every=20, model=model)
-    (workdir / "config.json").write_text(to_json(config))
+    write_json(workdir / "config.json", dataclasses.asdict(config))
     decoder, tokenizer = make_model(config)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     claim = Claim(config, workdir)

@@ -132,6 +132,15 @@ def test_a_process_on_another_disk_is_refused_before_it_trains(here, tmp_path):
         Claim(config_of(here), tmp_path).check()
 
 
+@pytest.mark.parametrize("text", [b"{", b'{"name": "\xff"}', b"[" * 10**5, b"[1]"])
+@pytest.mark.parametrize("file", ["config.json", "accepted.json"])
+def test_a_damaged_file_of_the_directory_is_one_line(file, text, here, tmp_path):
+    (tmp_path / file).write_bytes(text)
+    with pytest.raises(GrpoError, match=f"{tmp_path / file}: not ") as error:
+        Claim(config_of(here), tmp_path).check()
+    assert "\n" not in str(error.value)
+
+
 # -- where a checkpoint comes from -----------------------------------------------------
 
 

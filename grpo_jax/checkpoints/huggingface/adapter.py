@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import functools
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from grpo_jax.checkpoints.huggingface.folders import new_folder, write_json
+from grpo_jax.checkpoints.huggingface.folders import new_folder
 from grpo_jax.checkpoints.huggingface.tensors import Source, write_file
 from grpo_jax.checkpoints.huggingface.weights import LAYER
 from grpo_jax.distributed.sharding import to_hosts
+from grpo_jax.files import write_json
 from grpo_jax.models.lora import Lora, stack
 
 
@@ -64,5 +64,5 @@ def save_adapter(
             tensor.read()  # takes part in the gather
         return
     with new_folder(folder) as temporary:
-        write_json(Path(temporary) / "adapter_config.json", config)
-        write_file(Path(temporary) / "adapter_model.safetensors", tensors)
+        write_json(temporary / "adapter_config.json", config)
+        write_file(temporary / "adapter_model.safetensors", tensors)

@@ -7,14 +7,12 @@ complete.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
@@ -113,8 +111,3 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         raise GrpoError(f"{folder}: cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Writes a value as indented JSON in UTF-8."""
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from grpo_jax.arguments import check_whole
 from grpo_jax.checkpoints.huggingface import config as hf_config
-from grpo_jax.checkpoints.huggingface.folders import find_folder, new_folder, write_json
+from grpo_jax.checkpoints.huggingface.folders import find_folder, new_folder
 from grpo_jax.checkpoints.huggingface.tensors import (
     Source,
     Stored,
@@ -30,7 +30,7 @@ from grpo_jax.checkpoints.huggingface.tensors import (
 from grpo_jax.data.tokenizer_files import open_tokenizer
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError, one_line
-from grpo_jax.files import read_json
+from grpo_jax.files import read_json, write_json
 from grpo_jax.models import lora
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, Params
