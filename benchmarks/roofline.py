@@ -73,12 +73,12 @@ def a_turn(layers, embedding, x):
 
     few_rows = cpu.few_rows if cpu.ready() else few_rows_product
     for w in layers:
-        aside = few_rows(w["k_proj"], x) + few_rows(w["v_proj"], x)
-        x = few_rows(w["o_proj"], few_rows(w["q_proj"], x))
+        aside = few_rows(x, w["k_proj"]) + few_rows(x, w["v_proj"])
+        x = few_rows(few_rows(x, w["q_proj"]), w["o_proj"])
         x = x + aside.mean(1, keepdims=True)
-        h = few_rows(w["gate_proj"], x) * few_rows(w["up_proj"], x)
-        x = few_rows(w["down_proj"], h)
-    return few_rows(embedding, x)
+        h = few_rows(x, w["gate_proj"]) * few_rows(x, w["up_proj"])
+        x = few_rows(h, w["down_proj"])
+    return few_rows(x, embedding)
 
 
 def main() -> None:

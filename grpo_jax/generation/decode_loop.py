@@ -25,23 +25,10 @@ from grpo_jax.generation.kv_cache import Cache, joined, next_column, of_slots, p
 from grpo_jax.generation.token_sampling import Sampling
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.models.kernels.decode import decode_kernels
-from grpo_jax.models.kernels.products import widened
 from grpo_jax.models.kernels.xla import dense_attention, marked
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "tokens",
-        "logps",
-        "mask",
-        "lengths",
-        "finished",
-        "occupancy",
-        "cache",
-    ],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
     """N completions, grouped by prompt. Positions after a row's end hold 0."""
@@ -55,20 +42,7 @@ class Rollouts:
     cache: Any = None  # `Cache`, if it was kept
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "offered",
-        "used",
-        "queue",
-        "row",
-        "recent",
-        "matched",
-        "cache",
-        "out",
-    ],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
     """State of the decode loop."""
@@ -157,7 +131,9 @@ def decode(
     layers, window = _layers(model, params), model.config.sliding_window
     none, prefixes = state.out.tokens.shape[0], state.cache.prefixes
     together = max(1, min(TOGETHER, none // len(prefixes.lengths)))
-    kernels = decode_kernels(model.dtype, prefixes.layers, state.cache.layers)
+    product, attention = decode_kernels(
+        model.dtype, prefixes.layers, state.cache.layers
+    )
 
     # A table to look up: XLA would compute the angles again in each layer and head.
     longest = prefixes.layers[0][1].shape[2] + state.cache.columns
@@ -168,11 +144,10 @@ def decode(
             state = refill(state)
         live = state.row < none
         cache = next_column(state.cache, live)
-        if kernels.attention is None:
+        if attention is None:
             see = seeing(cache, live, together, window)
         else:
-            given = dict(cache=cache, live=live, window=window)
-            see = functools.partial(kernels.attention, **given)
+            see = functools.partial(attention, cache=cache, live=live, window=window)
         x, new = model.embed(params, cache.token[:, None]), []
         rotation = jax.tree.map(lambda x: x[0, cache.position, None], rotations)
         tables = zip(layers, cache.layers, prefixes.layers, strict=True)
@@ -181,11 +156,10 @@ def decode(
             def look(q, k, v, blocks=blocks, prefix=prefix):
                 return see(q, *marked(k, v), prefix, blocks)
 
-            x, blocks = model.block(layer, x, rotation, look, kernels.product)
+            x, blocks = model.block(layer, x, rotation, look, product)
             new.append(blocks)
         hidden = model.finish(params, x)[:, 0]
-        factors = widened(model.unembed(params).T, hidden)
-        logits = kernels.product(*factors, preferred_element_type=jnp.float32)
+        logits = product(hidden, model.unembed(params).T)
         # With a matrix split by vocabulary, each device computes some logits of every
         # row, but the draw needs all logits of some rows. With both layouts named, XLA
         # moves the logits and not the matrix.

@@ -14,7 +14,6 @@ heads, H head width.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,9 +26,7 @@ from grpo_jax.distributed import sharding
 Pair = tuple[Array, Array]  # keys and values
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["lengths", "layers"], meta_fields=[]
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefixes:
     """Keys and values of the prompts without their last token.
@@ -41,20 +38,7 @@ class Prefixes:
     layers: tuple[Pair, ...]  # per layer [P, K, H, S] and [P, K, S, H]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "turn",
-        "token",
-        "position",
-        "began",
-        "prompt",
-        "places",
-        "layers",
-        "prefixes",
-    ],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """Keys and values of each slot's row, except of its last token.

@@ -55,7 +55,7 @@ REMAT = {
 Rotation = tuple[Array, Array]  # cosines and sines, [B, T, 1, H/2]
 # (q, k, v) -> the attention output and the layer's cache
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-Product = Callable[[Array, Array], Array]  # weight [F, D], x [B, D] -> [B, F]
+Product = Callable[[Array, Array], Array]  # (x [M, D], weight [F, D]) -> [M, F]
 
 
 def rotate(x: Float[Array, "B T N H"], rotation: Rotation) -> Array:
@@ -81,7 +81,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     lora: Lora = Lora()
-    product: Product | None = None  # for x of one position; None: `linear`
+    product: Product = linear
 
     def weight(self, name: str, *shape: int) -> Array:
         """Declares a parameter; `Decoder.init` sets the values of all parameters."""
@@ -100,13 +100,10 @@ class Block(nn.Module):
           [B, T, out] in the dtype of x.
         """
         weight = self.weight(name, out, x.shape[-1]).astype(x.dtype)
-        if self.product is not None:
-            y = self.product(weight, x[:, 0])[:, None]
-        else:
-            # With two position axes, XLA's CPU backward pass transposes operands that
-            # it has not computed yet, one element at a time. One axis avoids that.
-            flat = x.reshape(-1, x.shape[-1])
-            y = linear(flat, weight).reshape(*x.shape[:-1], out)
+        # With two position axes, XLA's CPU backward pass transposes operands that it
+        # has not computed yet, one element at a time. One axis avoids that.
+        y = self.product(x.reshape(-1, x.shape[-1]), weight).astype(x.dtype)
+        y = y.reshape(*x.shape[:-1], out)
         a = self.get_variable("params", name + A)  # None: no adapter, or merged
         if a is not None:
             y += self.lora.delta(x, a, self.get_variable("params", name + B))
@@ -250,7 +247,7 @@ class Decoder:
         x: Float[Array, "B T D"],
         rotation: Rotation,
         attend: Attend,
-        product: Product | None = None,
+        product: Product = linear,
     ) -> tuple[Array, Any]:
         """Applies one layer.
 
@@ -259,8 +256,7 @@ class Decoder:
           x: the layer's input.
           rotation: from `rotation`.
           attend: maps (q, k, v) to the attention output and the layer's cache.
-          product: multiplies a weight by x of one position a row, when decoding; None:
-            the ordinary product.
+          product: returns x weightᵀ; a decode step has its own (`decode_kernels`).
 
         Returns:
           The layer's output, [B, T, D], and the cache that `attend` returns.
@@ -328,19 +324,10 @@ class Decoder:
         return self.hidden(params, tokens, **kwargs), self.unembed(params)
 
     def logits(
-        self,
-        params: Params,
-        tokens: Int[Array, "B T"],
-        *,
-        mask: Array | None = None,
-        positions: Array | None = None,
-        segment_ids: Array | None = None,
+        self, params: Params, tokens: Int[Array, "B T"], **kwargs
     ) -> Float[Array, "B T V"]:
         """Returns next-token logits in float32; arguments are as in `hidden`."""
-        hidden = self.hidden(
-            params, tokens, mask=mask, positions=positions, segment_ids=segment_ids
-        )
-        return self.project(params, hidden)
+        return self.project(params, self.hidden(params, tokens, **kwargs))
 
     def project(self, params: Params, hidden: Array) -> Float[Array, "... V"]:
         """Returns float32 logits [..., V] of hidden states [..., D]."""

@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.errors import GrpoError
-from grpo_jax.models.kernels.products import widened
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -150,8 +149,8 @@ def merge_matrix(
     lora: Lora, w: Float[Array, "*L F D"], a: Float[Array, "*L R D"], b: Array
 ) -> Float[Array, "*L F D"]:
     """Returns W + α/r · B A in the dtype of W, for one layer or for stacked layers."""
-    a, b = widened(a, b)
-    product = jnp.matmul(b, a, precision="highest", preferred_element_type=jnp.float32)
+    a, b = (x.astype(jnp.float32) for x in (a, b))
+    product = jnp.matmul(b, a, precision="highest")
     return (w.astype(jnp.float32) + lora.scale(a) * product).astype(w.dtype)
 
 

@@ -54,18 +54,10 @@ class RewardModel:
         return jax.tree.map(jnp.copy, trunk) | new
 
     def __call__(
-        self,
-        params: Params,
-        tokens: Int[Array, "B T"],
-        *,
-        positions: Array | None = None,
-        segment_ids: Array | None = None,
-        mask: Array | None = None,
+        self, params: Params, tokens: Int[Array, "B T"], **kwargs
     ) -> Float[Array, "B T"]:
         """Returns the score of every token; arguments are as in `Decoder.hidden`."""
-        hidden = self.decoder.hidden(
-            params, tokens, mask=mask, positions=positions, segment_ids=segment_ids
-        )
+        hidden = self.decoder.hidden(params, tokens, **kwargs)
         head = params["head"].astype(hidden.dtype)
         scores = einsum("BTD,D->BT", hidden, head)
         return scores + params["head_bias"].astype(jnp.float32).reshape(1, 1)

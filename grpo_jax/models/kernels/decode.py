@@ -8,46 +8,39 @@ Axes: B rows, D and F width.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float
 
 from grpo_jax.models.kernels import cpu
+from grpo_jax.models.kernels.products import einsum
 
 
-@dataclasses.dataclass(frozen=True)
-class DecodeKernels:
-    """The functions that a decode step calls.
-
-    product: (weight [F, D], x [B, D]) → x weightᵀ [B, F].
-    attention: writes the step's keys and values and attends to the cache, as
-      `cpu.attend` does; None: there is no kernel for it.
-    """
-
-    product: Callable[..., Array]
-    attention: Callable[..., Any] | None
-
-
-def decode_kernels(dtype: str, *caches: Any) -> DecodeKernels:
-    """Returns the kernels for a decode step.
+def decode_kernels(
+    dtype: str, *caches: Any
+) -> tuple[Callable[[Array, Array], Array], Callable[..., Any] | None]:
+    """Returns the functions that a decode step calls, (product, attention).
 
     Args:
       dtype: of the computation, "float32" or "bfloat16".
       caches: the cached keys and values, in any tree.
+
+    Returns:
+      The product is `few_rows_product` or its kernel. The attention writes the step's
+      keys and values and attends to the cache, as `cpu.attend` does; None if there is
+      no kernel for it.
     """
     if dtype == "float32" and cpu.fit(*caches):
-        return DecodeKernels(cpu.few_rows, cpu.attend)
-    return DecodeKernels(few_rows_product, None)
+        return cpu.few_rows, cpu.attend
+    return few_rows_product, None
 
 
 def few_rows_product(
-    weight: Float[Array, "F D"], x: Float[Array, "B D"], **options: Any
+    x: Float[Array, "B D"], weight: Float[Array, "F D"]
 ) -> Float[Array, "B F"]:
-    """Returns x weightᵀ, with the weight as the first factor.
+    """Returns x weightᵀ in float32, multiplied with the weight as the first factor.
 
     CPUs repack the second factor. With few rows, it is a fifth faster if that is x.
     """
-    return jax.lax.dot_general(weight, x, (((1,), (1,)), ((), ())), **options).T
+    return einsum("FD,BD->FB", weight, x).T

@@ -10,7 +10,6 @@ and of keys.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,11 +21,7 @@ if TYPE_CHECKING:
 PROMPT = 1 << 16  # the segment of a shared prompt is a multiple of this
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["real", "segments", "positions"],
-    meta_fields=["window"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
     """Packed-row metadata that defines the attention mask.
@@ -41,7 +36,8 @@ class AttentionMask:
     # int32 [B, T], numbered as `training.packing` does; None: one segment a row
     segments: Array | None
     positions: Array  # int32 [B, T]
-    window: int | None = None  # a query's and a key's positions differ by less
+    # a query's and a key's positions differ by less
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def allowed(
         self,
@@ -110,11 +106,7 @@ def pad_positions(tree: Any, missing: int) -> Any:
     )
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["queries", "keys", "row", "count"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pairs:
     """The pairs (block of queries, block of keys) in which a token may attend.

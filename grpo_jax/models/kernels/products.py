@@ -65,22 +65,17 @@ def product(
 def einsum(axes: str, a: Array, b: Array) -> Array:
     """Returns `jnp.einsum(axes, a, b)` with float32 sums and a float32 result.
 
+    XLA's CPU code supports bfloat16 products with a float32 result only for some
+    layouts of the factors, and it chooses the layouts itself. On a CPU the factors are
+    therefore widened first. Products of two bfloat16 numbers are exact in float32, so
+    only the order of the sums changes.
+
     >>> einsum("D,D->", jnp.full(3, 256, jnp.bfloat16), jnp.ones(3, jnp.bfloat16))
     Array(768., dtype=float32)
     """
-    return jnp.einsum(axes, *widened(a, b), preferred_element_type=jnp.float32)
-
-
-def widened(*factors: Array) -> tuple[Array, ...]:
-    """Returns the factors as float32 on a CPU, and unchanged elsewhere.
-
-    XLA's CPU code supports bfloat16 products with a float32 result only for some
-    layouts of the factors, and it chooses the layouts itself. Products of two bfloat16
-    numbers are exact in float32, so widening changes only the order of the sums.
-    """
-    if sharding.platform() != "cpu":
-        return factors
-    return tuple(x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in factors)
+    if sharding.platform() == "cpu":
+        a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (a, b))
+    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
 
 
 def _by_tiles(a: Array, b: Array, *sizes: int) -> bool:

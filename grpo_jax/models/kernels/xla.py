@@ -58,9 +58,9 @@ def block_attention(
 def marked(k: Array, v: Array) -> tuple[Array, Array]:
     """Returns keys and values in which NaN cannot pass the mask.
 
-        A weight of 0 times NaN is NaN, so a masked value could still spoil the output.
-    Where a value is not finite, it becomes 0 and its key NaN. The
-    mask replaces NaN scores, so only queries that may attend to the key get NaN.
+    A weight of 0 times NaN is NaN, so a masked value could still spoil the output.
+    Where a value is not finite, it becomes 0 and its key NaN. The mask replaces NaN
+    scores, so only queries that may attend to the key get NaN.
 
     Args:
       k, v: keys and values, [..., H].
@@ -197,22 +197,17 @@ def dense_attention(
       allowed: True where a query may attend to a key.
     """
     q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-    bad_q, bad_k = (
-        ~jnp.isfinite(q).all(-1),
-        ~(jnp.isfinite(k) & jnp.isfinite(v)).all(-1),
-    )
-    bad = jnp.moveaxis(bad_q, 1, -1)[..., None]  # [B, K, G, T, 1]
-    bad = bad | bad_k.swapaxes(1, 2)[:, :, None, None]
-    k, v = (jnp.where(bad_k[..., None], 0, x) for x in (k, v))
-    scores = einsum("BTKGH,BSKH->BKGTS", jnp.where(bad_q[..., None], 0, q), k)
-    scores = jnp.where(bad, jnp.nan, scores / math.sqrt(q.shape[-1]))
-    allowed = allowed[:, None, None]
-    weights = jax.nn.softmax(jnp.where(allowed, scores, -1e30), axis=-1)
-    weights = jnp.where(allowed, weights, 0).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
-    out = out.reshape(*out.shape[:2], -1, out.shape[-1])
-    lost = jnp.isnan(out).any((2, 3), keepdims=True)  # NaN outputs pass no gradient
-    return jnp.where(lost, jax.lax.stop_gradient(out), out)
+    # Computed with 0 in place of what is not finite. The queries that it reaches get
+    # NaN at the end, and pass no gradient.
+    lost = ~jnp.isfinite(q).all((2, 3, 4), keepdims=True)
+    bad = ~(jnp.isfinite(k) & jnp.isfinite(v)).all((2, 3), keepdims=True)
+    lost |= (allowed & bad[:, None, :, 0, 0]).any(-1)[..., None, None, None]
+    q, k, v = map(_clean, (q, k, v))
+    scores = einsum("BTKGH,BSKH->BKGTS", q, k) / math.sqrt(q.shape[-1])
+    scores = jnp.where(allowed[:, None, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.where(lost, jnp.nan, jnp.einsum("BKGTS,BSKH->BTKGH", weights, v))
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])
 
 
 def in_blocks(

@@ -36,7 +36,7 @@ def test_products_are_numpys(rows, out, width):
     rng = np.random.default_rng(rows * out)
     weight = rng.normal(size=(out, width)).astype(np.float32)
     x = rng.normal(size=(rows, width)).astype(np.float32)
-    found = jax.jit(cpu.few_rows)(weight, x)
+    found = jax.jit(cpu.few_rows)(x, weight)
     np.testing.assert_allclose(
         found, x.astype(np.float64) @ weight.T.astype(np.float64), atol=2e-7 * width
     )
@@ -292,7 +292,7 @@ def test_what_was_compiled_is_used_again(tmp_path):
 
 def test_the_plan_counts_what_they_multiply():
     """AttentionMask are filled up to 16; attention as if every column were seen."""
-    products = jax.make_jaxpr(cpu.few_rows)(jnp.ones((12, 8)), jnp.ones((5, 8)))
+    products = jax.make_jaxpr(cpu.few_rows)(jnp.ones((5, 8)), jnp.ones((12, 8)))
     assert count_flops(products) == 2 * 12 * 8 * 16
     shape: Any = dict(slots=2, prompts=1, size=8, block=32, others=1, heads=1, width=8)
     cache = a_cache(np.random.default_rng(0), **shape)

@@ -84,7 +84,7 @@ def product(
 
 
 def few_rows(
-    weight: Float[Array, "F D"], x: Float[Array, "B D"], **_
+    x: Float[Array, "B D"], weight: Float[Array, "F D"]
 ) -> Float[Array, "B F"]:
     """Returns x weightᵀ, for few rows of x."""
     rows = len(x)
