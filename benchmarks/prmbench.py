@@ -36,7 +36,7 @@ from grpo_jax.errors import GrpoError, Preempted
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.metrics_writer import Recorder
-from grpo_jax.training.reward_model.labelled import Solution, encode, read_rows
+from grpo_jax.training.reward_model.labels import Solution, encode, read_rows
 from grpo_jax.training.reward_model.scoring import score_samples
 from grpo_jax.training.reward_model.training import Settings, load_reward_model, train
 from grpo_jax.training.run import Run

@@ -81,7 +81,7 @@ def main() -> None:
 def make_folder(folder: Path, gigabytes: float) -> None:
     """Random weights, written tensor by tensor; layers until it is large enough."""
     from grpo_jax.checkpoints.huggingface import config as hf_config
-    from grpo_jax.checkpoints.huggingface.tensors import Source, write_folder
+    from grpo_jax.checkpoints.huggingface.safetensors_files import Source, write_folder
     from grpo_jax.checkpoints.huggingface.weights import tensor_shapes
     from grpo_jax.files import write_json
     from grpo_jax.models.config import ModelConfig
@@ -116,7 +116,7 @@ def make_folder(folder: Path, gigabytes: float) -> None:
 
 def digests(folder: Path) -> dict[str, str]:
     """A hash of each tensor."""
-    from grpo_jax.checkpoints.huggingface.tensors import read_folder
+    from grpo_jax.checkpoints.huggingface.safetensors_files import read_folder
 
     stored = read_folder(folder)
     return {n: hashlib.sha256(t[...].tobytes()).hexdigest() for n, t in stored.items()}
@@ -129,7 +129,7 @@ def measure(flags: argparse.Namespace) -> None:
     with processes.together(flags.coordinator, flags.processes, flags.number):
         import jax
 
-        from grpo_jax.checkpoints.huggingface.tensors import read_folder
+        from grpo_jax.checkpoints.huggingface.safetensors_files import read_folder
         from grpo_jax.checkpoints.huggingface.weights import (
             load_pretrained,
             save_pretrained,

@@ -21,7 +21,11 @@ from grpo_jax.checkpoints.formats.gguf import GgufModel
 from grpo_jax.checkpoints.formats.torch_bin import INDEX, read_bin_folder
 from grpo_jax.checkpoints.huggingface.config import from_hf
 from grpo_jax.checkpoints.huggingface.folders import find_folder, new_folder
-from grpo_jax.checkpoints.huggingface.tensors import Source, Stored, write_folder
+from grpo_jax.checkpoints.huggingface.safetensors_files import (
+    Source,
+    Stored,
+    write_folder,
+)
 from grpo_jax.checkpoints.huggingface.weights import check_names, model_config
 from grpo_jax.errors import GrpoError
 from grpo_jax.files import write_json

@@ -42,7 +42,7 @@ def write(flags: argparse.Namespace) -> None:
     from grpo_jax.training import run
 
     if flags.adapter:
-        from grpo_jax.checkpoints.huggingface.adapter import save_adapter
+        from grpo_jax.checkpoints.huggingface.peft_adapter import save_adapter
 
         save_adapter(*run.load_adapters(flags.workdir), flags.out)
     else:

@@ -37,7 +37,7 @@ WITHIN = 3600.0  # seconds until a run reaches what it is to be killed in
 # train.py, which says in a pipe of its own what it is about to do.
 TELLING = """
 import os
-from grpo_jax.training import compiled_steps, rollout_pipeline, run_comparison, sft
+from grpo_jax.training import rl_programs, rollout_pipeline, run_comparison, sft
 from grpo_jax.checkpoints.run_checkpoints import Checkpoints
 from grpo_jax.training.rollouts import Experience
 from grpo_jax.train import main
@@ -55,7 +55,7 @@ tell(Checkpoints, "save", "save",
      lambda self, step, *_, force=False: force or step % self._every == 0)
 tell(rollout_pipeline.Pipeline, "take", "rollout")
 tell(Experience, "grade", "reward")
-tell(compiled_steps.Layout, "__call__", "update")
+tell(rl_programs.Layout, "__call__", "update")
 tell(run_comparison, "measure", "evaluation")
 main()
 """

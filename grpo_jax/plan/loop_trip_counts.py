@@ -20,7 +20,7 @@ from grpo_jax.generation.kv_cache import block_size, others_for
 from grpo_jax.generation.rollout_shapes import Shape
 from grpo_jax.models.kernels.tuning import loop_widths
 from grpo_jax.models.kernels.xla import BLOCK
-from grpo_jax.training.compiled_steps import Layout
+from grpo_jax.training.rl_programs import Layout
 
 
 @dataclasses.dataclass(frozen=True)

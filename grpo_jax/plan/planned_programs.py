@@ -28,8 +28,8 @@ from grpo_jax.plan.chips import Topology
 from grpo_jax.plan.loop_trip_counts import MeanLengths
 from grpo_jax.training import setup, sft
 from grpo_jax.training.batch import Batch, Sample
-from grpo_jax.training.compiled_steps import Layout, make_programs
 from grpo_jax.training.optimizers import stage_optimizer
+from grpo_jax.training.rl_programs import Layout, make_programs
 from grpo_jax.training.run import policy
 
 

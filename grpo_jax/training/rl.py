@@ -15,9 +15,9 @@ from grpo_jax.algorithms.methods import METHODS
 from grpo_jax.distributed import sharding
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Params
-from grpo_jax.training.compiled_steps import make_programs
 from grpo_jax.training.optimizers import rl_optimizer
-from grpo_jax.training.reward_model.judge import Judges
+from grpo_jax.training.reward_model.iterations import Judges
+from grpo_jax.training.rl_programs import make_programs
 from grpo_jax.training.rl_step import RlStep, on_device
 from grpo_jax.training.rollout_pipeline import Pipeline
 from grpo_jax.training.rollouts import Experience

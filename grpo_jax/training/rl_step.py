@@ -35,10 +35,10 @@ from grpo_jax.models.decoder import Params
 from grpo_jax.rewards.reward_functions import Scores
 from grpo_jax.training import credit, run_comparison
 from grpo_jax.training.batch import Batch, Sample
-from grpo_jax.training.compiled_steps import Layout, Programs, teaches_all
 from grpo_jax.training.credit import Output
 from grpo_jax.training.packing import unpack
-from grpo_jax.training.reward_model.judge import Judge
+from grpo_jax.training.reward_model.iterations import Judge
+from grpo_jax.training.rl_programs import Layout, Programs, teaches_all
 from grpo_jax.training.rollout_pipeline import Pipeline
 from grpo_jax.training.rollouts import Drawn, outcome_metrics, read, show
 from grpo_jax.training.run import Run

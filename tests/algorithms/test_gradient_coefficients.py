@@ -17,7 +17,7 @@ import pytest
 import grpo_jax
 from grpo_jax.algorithms.methods import METHODS
 from grpo_jax.config import Config
-from grpo_jax.training.compiled_steps import loss_options
+from grpo_jax.training.rl_programs import loss_options
 
 # NumPy arrays go in, which jax takes and its type `Array` does not name.
 api: Any = grpo_jax

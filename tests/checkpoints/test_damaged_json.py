@@ -21,7 +21,7 @@ from grpo_jax.data.example import Example
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
 from grpo_jax.evaluation import completion_files
-from grpo_jax.training.reward_model import labelled
+from grpo_jax.training.reward_model import labels
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHARD = GOLDEN / "families" / "deepseek" / "model-00001-of-00003.safetensors"
@@ -264,7 +264,7 @@ def test_deep_rows_are_refused_with_file_and_line(deep, tmp_path):
     file = tmp_path / "deep.jsonl"
     good = b'{"question": "1+1?", "answer": "2"}\n'
     file.write_bytes(good + b'{"question": "1", "answer": "2", "x": %s}\n' % deep)
-    readers = [lambda: datasets.load(str(file)), lambda: list(labelled.read_rows(file))]
+    readers = [lambda: datasets.load(str(file)), lambda: list(labels.read_rows(file))]
     for read in readers:
         with pytest.raises(GrpoError, match="deep.jsonl:2: not (readable|valid)"):
             read()
@@ -289,8 +289,8 @@ MARKED = {"input": "q Step 1: a ки Step 2: b ки", "label": "q Step 1: a + St
 @pytest.mark.parametrize(
     "read, row",
     [
-        (lambda file: labelled.read(file, vocab_size=9), LABELLED),
-        (labelled.read_math_shepherd, MARKED),
+        (lambda file: labels.read(file, vocab_size=9), LABELLED),
+        (labels.read_math_shepherd, MARKED),
         (prmbench.read, BENCH),
     ],
     ids=["labelled", "marked", "bench"],
@@ -315,7 +315,7 @@ def test_a_negative_token_is_refused(tmp_path):
     file = tmp_path / "labels.jsonl"
     file.write_text(json.dumps(LABELLED | {"tokens": [1, -2, 3]}) + "\n")
     with pytest.raises(GrpoError, match="labels.jsonl:1: token -2 is not one"):
-        labelled.read(file, vocab_size=9)
+        labels.read(file, vocab_size=9)
 
 
 ANSWERED = {

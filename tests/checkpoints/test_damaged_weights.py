@@ -25,7 +25,7 @@ from weight_files import TYPES, WORDS, rebuilt, write_gguf
 
 from grpo_jax.checkpoints.formats.gguf_file import read_gguf
 from grpo_jax.checkpoints.formats.torch_bin import read_bin
-from grpo_jax.checkpoints.huggingface.tensors import (
+from grpo_jax.checkpoints.huggingface.safetensors_files import (
     DTYPES,
     Source,
     read_header,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.checkpoints.formats.torch_bin import read_bin
-from grpo_jax.checkpoints.huggingface.tensors import Stored
+from grpo_jax.checkpoints.huggingface.safetensors_files import Stored
 
 WORDS = ["a", "b", "1", "2", "Ġ", "Ċ", "ab", "Ġab", "12", "<|im_start|>", "<|im_end|>"]
 WORDS += ["ba"]  # that no merge makes

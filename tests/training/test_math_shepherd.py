@@ -14,7 +14,7 @@ from grpo_jax.errors import GrpoError
 from grpo_jax.generation.sampler import generate
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
-from grpo_jax.training.reward_model.labelled import (
+from grpo_jax.training.reward_model.labels import (
     Labelled,
     encode,
     read,
@@ -22,7 +22,7 @@ from grpo_jax.training.reward_model.labelled import (
     replay,
     write,
 )
-from grpo_jax.training.reward_model.shepherd import (
+from grpo_jax.training.reward_model.math_shepherd import (
     Sampler,
     grade_by_rule,
     label_outputs,

@@ -16,9 +16,9 @@ from grpo_jax.config import Config, RewardSettings
 from grpo_jax.rewards.reward_functions import Scores
 from grpo_jax.train import train
 from grpo_jax.training import credit, rollouts
-from grpo_jax.training.compiled_steps import Layout, make_objective
 from grpo_jax.training.metrics_writer import Recorder
-from grpo_jax.training.reward_model import labelled
+from grpo_jax.training.reward_model import labels
+from grpo_jax.training.rl_programs import Layout, make_objective
 from grpo_jax.training.rl_step import by_output
 from grpo_jax.training.run import load_run, open_run
 from grpo_jax.training.run_rewards import Rewards
@@ -98,7 +98,7 @@ def test_the_reference_follows_the_policy_where_the_method_iterates(instruct):
     assert min(kl[1], kl[3], kl[5]) > 1e-5
     # and the reward model was trained on: new labels, more steps, other weights
     assert [row["step"] for row in metrics(workdir, "reward-2")] == [1, 2, 3, 4]
-    first, second = (labelled.read(workdir / f"labels-{i}.jsonl") for i in (1, 2))
+    first, second = (labels.read(workdir / f"labels-{i}.jsonl") for i in (1, 2))
     assert len(first) == len(second) == 16 and first != second
 
 

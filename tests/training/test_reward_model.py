@@ -24,7 +24,7 @@ from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.metrics_writer import Recorder
 from grpo_jax.training.packing import pack
-from grpo_jax.training.reward_model.labelled import Labelled
+from grpo_jax.training.reward_model.labels import Labelled
 from grpo_jax.training.reward_model.scoring import (
     make_reward_scorer,
     reward_objective,

@@ -22,9 +22,9 @@ from grpo_jax.report.comparison import accuracy_table
 from grpo_jax.report.tables import to_markdown
 from grpo_jax.rewards.reward_functions import Scores
 from grpo_jax.training import (
-    compiled_steps,
     credit,
     rl,
+    rl_programs,
     rl_step,
     run_comparison,
 )
@@ -130,7 +130,7 @@ def test_only_sampled_tokens_are_taught_and_counted(folder, recital):
             outputs, scores, [1.0], group, scale="group", baseline="mean"
         )
         other = jax.tree.map(lambda x: 0.97 * x, params)
-        lay_out, score = compiled_steps.Layout(run.config, run.mesh), make_scorer(model)
+        lay_out, score = rl_programs.Layout(run.config, run.mesh), make_scorer(model)
         batch = lay_out(samples)
         logps = rl_step.by_output(score(params, batch), outputs)
         ref = rl_step.by_output(score(other, batch), outputs)
@@ -144,7 +144,7 @@ def test_only_sampled_tokens_are_taught_and_counted(folder, recital):
         told = [len(o.tokens) - sum(o.sampled) for o in outputs]
         assert max(told) > 10 and min(told) == 0
         optimizer, _ = rl_optimizer(run.config)
-        step = make_step(compiled_steps.make_objective(run.config, model), optimizer)
+        step = make_step(rl_programs.make_objective(run.config, model), optimizer)
         metrics = []
         for noise in (0.0, 5.0):
             noisy = []

@@ -21,7 +21,7 @@ from small_runs import SMALL, dotted, small_config, write_questions
 
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import Preempted
-from grpo_jax.training import compiled_steps, credit, rl, setup
+from grpo_jax.training import credit, rl, rl_programs, setup
 from grpo_jax.training.metrics_writer import Recorder
 from grpo_jax.training.objectives import grpo_objective
 from grpo_jax.training.optimizers import rl_optimizer
@@ -111,7 +111,7 @@ def one_after_the_other(run: Run, *, lag: int, cap: float | None):
             outputs, scores, [1.0], config.group_size, scale="group", baseline="mean"
         )
         state, _ = update(
-            state, reference, compiled_steps.Layout(run.config, run.mesh)(samples)
+            state, reference, rl_programs.Layout(run.config, run.mesh)(samples)
         )
     return state.params
 
@@ -194,7 +194,7 @@ def test_the_next_rollout_is_sampled_while_a_step_is_graded(folder, monkeypatch)
 def test_passes_without_rewards_run_while_a_step_is_graded(
     method, maker, changes, each, folder, monkeypatch
 ):
-    make, passes, done = getattr(compiled_steps, maker), [], []
+    make, passes, done = getattr(rl_programs, maker), [], []
 
     def watched(*arguments, **options):
         score = make(*arguments, **options)
@@ -205,7 +205,7 @@ def test_passes_without_rewards_run_while_a_step_is_graded(
 
         return scored
 
-    monkeypatch.setattr(compiled_steps, maker, watched)
+    monkeypatch.setattr(rl_programs, maker, watched)
     meanwhile.append(lambda call: done.append((len(passes), wait(passes[-1]))))
     name = f"{method}-{maker}-{each}"
     learn(folder, name, method=method, rl_steps=2, **changes)

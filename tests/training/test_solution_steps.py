@@ -7,7 +7,7 @@ import tokenizers
 
 from grpo_jax.data import chain_sums
 from grpo_jax.data.tokenizer import Tokenizer
-from grpo_jax.training.reward_model.steps import step_ends
+from grpo_jax.training.reward_model.solution_steps import step_ends
 
 CHARACTERS = Tokenizer.from_alphabet(chain_sums.ALPHABET)
 SMOLLM2 = pathlib.Path(__file__).parents[2] / "models/smollm2-135m-instruct"

@@ -14,8 +14,8 @@ from small_runs import ROOT, small_config, write_questions
 from grpo_jax.errors import GrpoError
 from grpo_jax.train import train
 from grpo_jax.training import rl_step, setup
-from grpo_jax.training.reward_model import labelled
-from grpo_jax.training.reward_model.labelled import Labelled
+from grpo_jax.training.reward_model import labels
+from grpo_jax.training.reward_model.labels import Labelled
 
 FIRST_WITHOUT = 1  # a seed whose first SFT batch does not have the last row
 NUMBERS = itertools.count()
@@ -97,11 +97,11 @@ def test_labels_that_are_too_few_or_too_long(here):
     # a row that holds the policy's longest sample, but not the reward model's
     refused(here, "row_length: 16; .* take 17", **process, optimizer__row_length=16)
     item = Labelled(tokens=(3, 4, 5), prompt=1, ends=(2,), labels=(1.0,))
-    labelled.write(here / "labels.jsonl", [item] * 63)
+    labels.write(here / "labels.jsonl", [item] * 63)
     own = process | {"reward_model__labels": str(here / "labels.jsonl")}
     refused(here, "has 63 sequences; lower it", **own)
     long = Labelled(tokens=(3,) * 41, prompt=1, ends=(2,), labels=(1.0,))
-    labelled.write(here / "labels.jsonl", [item] * 63 + [long])
+    labels.write(here / "labels.jsonl", [item] * 63 + [long])
     refused(here, "of 41 tokens fits no row of 40", **own, optimizer__row_length=40)
 
 

@@ -26,7 +26,7 @@ from tokenizers import (
 
 from grpo_jax.checkpoints.formats.gguf_file import read_gguf
 from grpo_jax.checkpoints.huggingface.config import ARCHITECTURES
-from grpo_jax.checkpoints.huggingface.tensors import Stored
+from grpo_jax.checkpoints.huggingface.safetensors_files import Stored
 from grpo_jax.errors import GrpoError, one_line
 
 # llama.cpp's names -> Hugging Face's; those of a layer follow "blk.{i}."

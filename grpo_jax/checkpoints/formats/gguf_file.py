@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.checkpoints.huggingface.tensors import Stored
+from grpo_jax.checkpoints.huggingface.safetensors_files import Stored
 from grpo_jax.errors import GrpoError, one_line
 
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))

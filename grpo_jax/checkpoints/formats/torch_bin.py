@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.checkpoints.huggingface.tensors import (
+from grpo_jax.checkpoints.huggingface.safetensors_files import (
     DTYPES,
     Stored,
     merge,

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from grpo_jax.arguments import check_whole
 from grpo_jax.checkpoints.huggingface import config as hf_config
 from grpo_jax.checkpoints.huggingface.folders import find_folder, new_folder
-from grpo_jax.checkpoints.huggingface.tensors import (
+from grpo_jax.checkpoints.huggingface.safetensors_files import (
     Source,
     Stored,
     read_folder,

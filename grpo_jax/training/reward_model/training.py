@@ -27,7 +27,7 @@ from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.batch import Sample
 from grpo_jax.training.optimizers import adamw
 from grpo_jax.training.packing import pack
-from grpo_jax.training.reward_model.labelled import Labelled
+from grpo_jax.training.reward_model.labels import Labelled
 from grpo_jax.training.reward_model.scoring import reward_objective, reward_sample
 from grpo_jax.training.run import Body, Run, open_run, run_stage
 from grpo_jax.training.train_step import make_step

@@ -23,11 +23,11 @@ from grpo_jax.errors import GrpoError, Preempted
 from grpo_jax.models.decoder import Params
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.credit import Output
-from grpo_jax.training.reward_model import labelled
-from grpo_jax.training.reward_model.labelled import Labelled
+from grpo_jax.training.reward_model import labels
+from grpo_jax.training.reward_model.labels import Labelled
+from grpo_jax.training.reward_model.math_shepherd import Sampler, label_questions
 from grpo_jax.training.reward_model.scoring import score_samples
-from grpo_jax.training.reward_model.shepherd import Sampler, label_questions
-from grpo_jax.training.reward_model.steps import step_ends
+from grpo_jax.training.reward_model.solution_steps import step_ends
 from grpo_jax.training.reward_model.training import Settings, train
 from grpo_jax.training.run import Run
 
@@ -169,15 +169,15 @@ class Judges:
         ]
         size = self.run.tokenizer.vocab_size
         if processes.from_first(files[-1].exists):
-            new = labelled.read(files[-1], vocab_size=size)
+            new = labels.read(files[-1], vocab_size=size)
         else:
             new = self._new(iteration, policy)
             self.run.recorder.begin()
             if processes.first():
-                labelled.write(files[-1], new)
-        before = [labelled.read(f, vocab_size=size) for f in files[:-1]]
+                labels.write(files[-1], new)
+        before = [labels.read(f, vocab_size=size) for f in files[:-1]]
         history = [item for items in before for item in items]
-        return labelled.replay(
+        return labels.replay(
             new,
             history,
             seed=self.run.config.seed,
@@ -218,4 +218,4 @@ class Judges:
 
     def _of_file(self) -> list[Labelled]:
         file = self.run.config.reward_model.labels
-        return labelled.read(file, vocab_size=self.run.tokenizer.vocab_size)
+        return labels.read(file, vocab_size=self.run.tokenizer.vocab_size)

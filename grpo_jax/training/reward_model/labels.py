@@ -1,8 +1,8 @@
 """Step-labelled sequences, the training data of a reward model.
 
-A sequence has a label in [0, 1] at each step's last token. `shepherd.py` makes them, or
-`read_math_shepherd` reads published ones. They are kept as JSON lines; `replay` mixes
-new and old ones for iterative GRPO (section 4.1.4).
+A sequence has a label in [0, 1] at each step's last token. `math_shepherd.py` makes
+them, or `read_math_shepherd` reads published ones. They are kept as JSON lines;
+`replay` mixes new and old ones for iterative GRPO (section 4.1.4).
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ from grpo_jax.distributed import processes, sharding
 from grpo_jax.generation.sampler import generate
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.rewards.reward_functions import rule_reward
-from grpo_jax.training.reward_model.labelled import Labelled
-from grpo_jax.training.reward_model.steps import step_ends
+from grpo_jax.training.reward_model.labels import Labelled
+from grpo_jax.training.reward_model.solution_steps import step_ends
 
 Tokens = list[int]
 # (examples, texts of their outputs) → one reward each; above ½ counts as right

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from grpo_jax.checkpoints.huggingface.folders import new_folder
-from grpo_jax.checkpoints.huggingface.tensors import Source, write_file
+from grpo_jax.checkpoints.huggingface.safetensors_files import Source, write_file
 from grpo_jax.checkpoints.huggingface.weights import LAYER
 from grpo_jax.distributed.sharding import to_hosts
 from grpo_jax.files import write_json
