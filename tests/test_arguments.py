@@ -13,7 +13,7 @@ import grpo_jax
 from grpo_jax.environments.tool_rollouts import solve
 from grpo_jax.errors import GrpoError
 from grpo_jax.generation.token_sampling import Sampling
-from grpo_jax.training.train_step import make_optimizer
+from grpo_jax.training.optimizers import make_optimizer
 
 # Odd values go in, which the types forbid.
 api: Any = grpo_jax

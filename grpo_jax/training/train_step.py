@@ -16,7 +16,7 @@ import difflib
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ import optax
 
 from grpo_jax.algorithms.policy_losses import IMPORTANCE, KL_ESTIMATORS, SURROGATES
 from grpo_jax.algorithms.reductions import AGGREGATES
-from grpo_jax.arguments import check_choice, check_number, check_whole
+from grpo_jax.arguments import check_choice, check_number
 from grpo_jax.errors import GrpoError
 from grpo_jax.models import lora
 from grpo_jax.training.batch import Batch
@@ -46,7 +46,6 @@ _CHOICES = {
     "importance": IMPORTANCE,
     "surrogate": SURROGATES,
 }
-_BELOW_1 = math.nextafter(1.0, 0.0)  # a decay of 1 would divide by 0
 # Metrics that micro-batches add up; the others are means over tokens, /min or /max.
 _SUMS = ("loss", "policy_loss", "value_loss", "num_tokens", "rewards/")
 
@@ -77,116 +76,6 @@ class TrainState:
         """Returns the state at step 0."""
         trained, _ = lora.split(params)
         return cls(params, optimizer.init(trained), jnp.int32(0), jnp.int32(0))
-
-
-def make_optimizer(
-    learning_rate: float,
-    *,
-    steps: int,
-    schedule: str = "constant",
-    warmup_steps: int = 0,
-    b1: float = 0.9,
-    b2: float = 0.95,
-    weight_decay: float = 0.0,
-    max_grad_norm: float = 1.0,
-    master: bool = True,
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Returns AdamW with global-norm clipping, and its learning-rate schedule.
-
-    Args:
-      learning_rate: the peak rate.
-      steps: updates of the whole stage, including the warm-up.
-      schedule: "constant", "linear" or "cosine"; the latter two fall to 0.
-      warmup_steps: updates until the peak rate is reached.
-      b1: decay of the first moment, below 1.
-      b2: decay of the second moment, below 1.
-      weight_decay: AdamW's decoupled decay.
-      max_grad_norm: the bound on the gradient's norm; infinity does not clip.
-      master: keep float32 copies of weights below float32, and their moments in
-        float32. False keeps moments in the dtype of the weights.
-
-    Returns:
-      (the optimiser, the schedule: update → learning rate).
-
-    Raises:
-      GrpoError: an argument is out of range.
-    """
-    where = "make_optimizer"
-    check_whole(where, least=0, steps=steps, warmup_steps=warmup_steps)
-    check_number(where, learning_rate=learning_rate, weight_decay=weight_decay)
-    check_number(where, most=_BELOW_1, b1=b1, b2=b2)
-    check_choice(f"{where}: schedule", schedule, ("constant", "linear", "cosine"))
-    if not max_grad_norm > 0:  # infinity clips nothing
-        raise GrpoError(f"{where}: max_grad_norm = {max_grad_norm} is not above 0")
-    decay = max(steps - warmup_steps, 1)
-    after = {
-        "constant": optax.constant_schedule(learning_rate),
-        "linear": optax.linear_schedule(learning_rate, 0.0, decay),
-        "cosine": optax.cosine_decay_schedule(learning_rate, decay),
-    }[schedule]
-    # Warm-up starts at 1/(w+1) of the rate: at 0 the first rollout would be wasted.
-    first = learning_rate / (warmup_steps + 1)
-    warmup = optax.linear_schedule(first, learning_rate, max(warmup_steps, 1))
-    rate = optax.join_schedules([warmup, after], [warmup_steps])
-    adamw = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
-    if not master:
-        adamw = keep_dtype(adamw)
-    chain = optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
-    return (keep_master(chain) if master else chain), rate
-
-
-def keep_dtype(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns the optimiser with its moments in the dtype of the weights."""
-
-    def update(gradients, state, params=None):
-        gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, params)
-        return inner.update(gradients, state, params)
-
-    return optax.GradientTransformation(inner.init, update)  # type: ignore[bad-argument-type]
-
-
-class Master(NamedTuple):
-    """Optimiser state with float32 copies of weights too coarse for the updates."""
-
-    weights: Any  # float32
-    inner: Any  # the optimiser's state for the copies
-
-
-def keep_master(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns the optimiser on float32 master copies of the weights.
-
-    The weights are set to the rounded copies after each update. bfloat16 has 8
-    significant bits, so an update below 2^-9 of a weight would round to nothing, and so
-    would a hundred of them. If all weights are float32, there are no copies.
-
-    >>> optimizer = keep_master(optax.sgd(1.0))
-    >>> weight = jnp.ones(1, jnp.bfloat16)
-    >>> state = optimizer.init(weight)
-    >>> for _ in range(8):
-    ...     move, state = optimizer.update(jnp.array([-0.001]), state, weight)
-    ...     weight = optax.apply_updates(weight, move)
-    >>> weight.tolist(), (jnp.ones(1, jnp.bfloat16) + jnp.bfloat16(0.001)).tolist()
-    ([1.0078125], [1.0])
-    """
-
-    def widen(tree):
-        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-    def init(params):
-        if all(x.dtype == jnp.float32 for x in jax.tree.leaves(params)):
-            return inner.init(params)
-        weights = widen(params)
-        return Master(weights, inner.init(weights))
-
-    def update(gradients, state, params=None):
-        if not isinstance(state, Master):
-            return inner.update(gradients, state, params)
-        moves, after = inner.update(gradients, state.inner, state.weights)
-        weights = optax.apply_updates(state.weights, moves)
-        moves = jax.tree.map(jnp.subtract, weights, widen(params))
-        return moves, Master(weights, after)
-
-    return optax.GradientTransformation(init, update)  # type: ignore[bad-argument-type]
 
 
 def _sum_metrics(total: Metrics, part: Metrics, share: Array) -> Metrics:

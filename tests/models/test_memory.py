@@ -17,11 +17,11 @@ from grpo_jax.models.decoder import REMAT, Decoder
 from grpo_jax.plan import hlo_text
 from grpo_jax.plan.planned_programs import bytes_per_device
 from grpo_jax.training.batch import Sample
+from grpo_jax.training.optimizers import make_optimizer
 from grpo_jax.training.packing import pack
 from grpo_jax.training.train_step import (
     TrainState,
     make_grpo_step,
-    make_optimizer,
     make_scorer,
 )
 

@@ -16,11 +16,11 @@ from grpo_jax.generation.sampler import program
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.training.batch import Sample
+from grpo_jax.training.optimizers import make_optimizer
 from grpo_jax.training.packing import pack
 from grpo_jax.training.train_step import (
     TrainState,
     make_grpo_step,
-    make_optimizer,
     make_scorer,
 )
 

@@ -13,12 +13,12 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.training.batch import Sample
 from grpo_jax.training.objectives import grpo_objective, sft_objective
+from grpo_jax.training.optimizers import make_optimizer
 from grpo_jax.training.packing import pack
 from grpo_jax.training.train_step import (
     TrainState,
     accumulate,
     make_grpo_step,
-    make_optimizer,
     make_scorer,
     make_step,
 )
