@@ -229,6 +229,10 @@ class Config:
     iterations: int | None = number(None, 1, 1000)  # of iterative GRPO
     # Share of old labels in the reward model's next data.
     replay: float | None = number(None, 0, 1)
+    # Before RL, sample outputs of the questions, and train on those that teach.
+    census: bool = False
+    census_questions: int = number(1024, 0, COUNT)  # of each set; 0 is all
+    census_samples: int = number(8, 2, ROWS)  # outputs of each question
     checkpoint_every: int = number(50, 1, COUNT)
     checkpoints_kept: int = number(2, 1, COUNT)
     model: ModelSettings = field(default_factory=ModelSettings)

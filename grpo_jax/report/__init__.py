@@ -30,6 +30,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         config=run_files.read_json_object(folder / "config.json"),
         results=run_files.read_json_object(folder / "results.json"),
         stages=run_files.read_metric_curves(folder / "metrics.jsonl"),
+        findings=run_files.read_findings(folder / "metrics.jsonl"),
         groups=prepare_sample_groups(groups),
     )
     file = folder / "report.html"

@@ -55,6 +55,7 @@ def render_page(
     results: Mapping[str, Any],
     stages: Mapping[str, Mapping[str, Curve]],
     groups: Sequence[Mapping[str, Any]],
+    findings: Sequence[str] = (),
 ) -> str:
     """The whole page as HTML.
 
@@ -64,6 +65,7 @@ def render_page(
       results: the content of results.json, or {}.
       stages: stage → metric → curve (`run_files.read_metric_curves`).
       groups: sampled groups (`sample_groups.prepare_sample_groups`).
+      findings: lines on what is wrong with the run (`run_files.read_findings`).
     """
     here = Path(__file__).parent
     style = (here / "report.css").read_text(encoding="utf-8")
@@ -75,6 +77,7 @@ def render_page(
     )
     body = [
         _header(name, config, results, stages),
+        *([_section("Diagnosis", _list(findings))] if findings else []),
         _section("Comparison", _comparison(results) or _quiet("No comparison yet.")),
     ]
     if config or stages or groups or not results:  # else an evaluation, not a run
@@ -122,6 +125,11 @@ def _section(title: str, content: str) -> str:
 
 def _quiet(text: str) -> str:
     return f'<p class="quiet">{text}</p>'
+
+
+def _list(lines: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape_html(line, 2000)}</li>" for line in lines)
+    return f"<ul>{items}</ul>"
 
 
 def _details(title: str, table: Table) -> str:

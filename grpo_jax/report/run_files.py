@@ -51,6 +51,16 @@ def read_metric_curves(file: Path) -> dict[str, dict[str, Curve]]:
     return stages
 
 
+def read_findings(file: Path) -> list[str]:
+    """The findings of metrics.jsonl (`training/diagnosis.py`), with stage and step."""
+    rows = [_parse_object(line) for line in _lines(file)]
+    return [
+        f"{row.get('stage')} step {row.get('step')}: {row['diagnosis']}"
+        for row in rows
+        if isinstance(row.get("diagnosis"), str)
+    ]
+
+
 def _lines(file: Path) -> Iterator[bytes]:
     try:
         with open(file, "rb") as lines:

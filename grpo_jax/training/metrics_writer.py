@@ -78,12 +78,20 @@ class Recorder:
         if claim is not None:
             claim()
 
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        """Returns the metrics of a stage that are written, on process 0."""
+        file = self.workdir / METRICS
+        if not processes.first() or not file.exists():
+            return []
+        found = (parse_json(line) for line in file.read_text("utf-8").splitlines())
+        return [row for row in found if row["stage"] == stage]
+
     def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes a step's metrics; a number that is not finite becomes null."""
         self.begin()
         if not processes.first():
             return
-        values = {k: _plain(v) for k, v in metrics.items()}
+        values = plain_values(metrics)
         row = {"step": step, "stage": stage, **values}
         _append(self.workdir / METRICS, to_json(row))
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
@@ -168,6 +176,11 @@ def _stage_and_step(line: bytes) -> tuple[str, int] | None:
         case {"stage": str() as stage, "step": int() as step} if type(step) is int:
             return stage, step
     return None
+
+
+def plain_values(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns metrics as JSON holds them; a number that is not finite becomes None."""
+    return {name: _plain(value) for name, value in metrics.items()}
 
 
 def _not_written(file: Path, error: OSError) -> GrpoError:

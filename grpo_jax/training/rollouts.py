@@ -9,6 +9,7 @@ the sampler, `read` waits for the outputs, and `Experience.grade` does the rest.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from grpo_jax.environments.tool_rollouts import most_tokens, solve, text_of
 from grpo_jax.errors import GrpoError
 from grpo_jax.generation.sampler import generate
 from grpo_jax.models.decoder import Params
+from grpo_jax.rewards import answers
 from grpo_jax.rewards.reward_functions import (
     Scores,
 )
@@ -329,6 +331,7 @@ def outcome_metrics(
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(np.mean([not o.finished for o in outputs])),
+        "completions/no_answer": _share_without_answer(outputs),
         "rewards/timeouts": float(scores.timeouts),
     }
     calls = [o.calls for o in outputs if o.calls is not None]
@@ -343,6 +346,17 @@ def outcome_metrics(
         )
         metrics[f"rewards/{name}/failures"] = float(scores.failures[name])
     return metrics
+
+
+def _share_without_answer(outputs: Sequence[Output]) -> float:
+    """The share of outputs with digits in which the rule finds no answer.
+
+    Only the first 64 texts that this process has decoded are read.
+    """
+    texts = [(o.text, o.example.language) for o in outputs if o.text][:64]
+    written = [pair for pair in texts if re.search(r"\d", pair[0])]
+    found = [answers.extract(*pair) for pair in written]
+    return found.count(None) / max(len(texts), 1)
 
 
 def _mean(values: Any) -> float:

@@ -27,7 +27,8 @@ from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training import setup
-from grpo_jax.training.metrics_writer import Recorder
+from grpo_jax.training.diagnosis import Diagnosis, find_small_rate
+from grpo_jax.training.metrics_writer import Recorder, plain_values
 from grpo_jax.training.optimizers import stage_optimizer
 from grpo_jax.training.start_time import start_time
 from grpo_jax.training.train_step import TrainState
@@ -182,6 +183,10 @@ def run_stage(
         run.recorder.forget_after(stage, done)
         if done >= end:
             return state.params
+        watch = Diagnosis(run.config, stage)
+        for row in run.recorder.rows(stage):
+            watch(row)
+        finding = "" if done else find_small_rate(run.config, stage, state)
         body = make_body(shardings)
         with progress(stage, done, steps) as bar:
             for step in range(done, end):
@@ -189,7 +194,12 @@ def run_stage(
                 state, metrics = body(step, state)
                 seconds = time.perf_counter() - begin
                 _stop_if_broken(run, stage, step, state)
-                run.recorder.write(stage, step + 1, {**metrics, "step_time": seconds})
+                row = plain_values({**metrics, "step_time": seconds})
+                finding = "; ".join(filter(None, [finding, watch(row)]))
+                if finding:
+                    processes.say(f"\n{stage} step {step + 1}: {finding}")
+                    row["diagnosis"], finding = finding, ""
+                run.recorder.write(stage, step + 1, row)
                 bar.set_postfix_str(_headline(metrics), refresh=False)
                 bar.update()
                 stop = checkpoints.preempted()

@@ -1,0 +1,177 @@
+"""The census of a run's questions, before RL starts from π_sft.
+
+`run_census` samples outputs of the questions of `data.train`, and writes to the folder
+`census` of the work directory: the completions, from which a stopped census goes on;
+census.json with the figures; and teaching.jsonl with the questions that were sometimes
+right, a file that `data.train` takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.config import Config, generations
+from grpo_jax.data import datasets
+from grpo_jax.data.example import Example
+from grpo_jax.data.prompts import encode_prompts
+from grpo_jax.distributed import processes
+from grpo_jax.errors import GrpoError
+from grpo_jax.evaluation.census import give_advice, summarize, take_census
+from grpo_jax.evaluation.generate_answers import Asked, answer_all
+from grpo_jax.files import to_json, write_json, write_whole
+from grpo_jax.models.decoder import Params
+from grpo_jax.report.tables import Column, Table, to_markdown
+from grpo_jax.training.run import Run
+from grpo_jax.training.run_comparison import settings_of
+
+FOLDER, TEACHING = "census", "teaching.jsonl"
+
+
+def census_sets(run: Run) -> dict[str, Asked]:
+    """Returns the questions of each set of `data.train` that a census asks.
+
+    They are `census_questions` of each set, drawn with the run's seed.
+
+    Raises:
+      GrpoError: a set cannot be read, or all its questions are too long.
+    """
+    config, found = run.config, {}
+    names = [config.data.train]
+    if not Path(names[0]).is_file():
+        names = [name.strip() for name in config.data.train.split("+")]
+    for name in names:
+        rows = datasets.load(
+            name, "train", data_dir=config.data.dir or None, require=("answer",)
+        )
+        rng = np.random.default_rng([config.seed, len(rows)])
+        order = rng.permutation(len(rows))[: config.census_questions or None]
+        examples = [rows[int(i)] for i in sorted(order)]
+        kept, _ = encode_prompts(
+            run.tokenizer,
+            examples,
+            limit=config.data.max_prompt_tokens,
+            **run.prompt_options,
+        )
+        if not kept:
+            raise GrpoError(
+                f"data {name!r}: all questions are longer than data.max_prompt_tokens "
+                f"{config.data.max_prompt_tokens}; raise it"
+            )
+        asked = Asked(name, [e for e, _ in kept], [ids for _, ids in kept])
+        processes.agree(f"census of {name}", {"prompts": asked.digest()})
+        found[name] = asked
+    return found
+
+
+def run_census(run: Run, params: Params, folder: Path) -> list[Example]:
+    """Takes the census, writes its files, and prints its table.
+
+    Args:
+      run: the run.
+      params: the model that RL starts from.
+      folder: where the files are written.
+
+    Returns:
+      The questions that were right in some outputs and wrong in others.
+
+    Raises:
+      GrpoError: a set cannot be used, or the run has tools.
+      Preempted: it was asked to stop; the same command goes on from there.
+    """
+    config = run.config
+    check_census(config)
+    settings = dataclasses.replace(
+        settings_of(config),
+        samples=config.census_samples,
+        temperature=config.temperature,
+    )
+    figures: dict[str, Any] = {}
+    teaching: list[Example] = []
+    for name, asked in census_sets(run).items():
+        found = answer_all(
+            run.model,
+            params,
+            run.tokenizer,
+            asked,
+            settings,
+            kind="sampled",
+            label=f"census of {name}",
+            file=folder / f"{Path(name).stem}.completions.jsonl",
+            restart=True,
+        )
+        rows = [row for row in found if row is not None]
+        prompts = [ids for ids in asked.prompts if ids is not None]
+        counts = take_census(run.tokenizer, asked.examples, prompts, rows)
+        figures[name] = summarize(counts, config.group_size)
+        teaching += [asked.examples[i] for i in np.flatnonzero(counts.teaches).tolist()]
+    advice = give_advice(figures, config.max_new_tokens)
+    if processes.first():
+        about = {"samples": config.census_samples, "group_size": config.group_size}
+        write_json(folder / "census.json", about | {"sets": figures, "advice": advice})
+        lines = [to_json(_row(example)) for example in teaching]
+        write_whole(folder / TEACHING, b"".join(lines))
+        print(to_markdown(census_table(figures)))
+        for line in advice:
+            print(f"- {line}")
+        asked_count = sum(rows[0]["questions"] for rows in figures.values())
+        print(
+            f"- {len(teaching)} of {asked_count} questions teach; they are in "
+            f"{folder / TEACHING}, which data.train takes"
+        )
+    return teaching
+
+
+def check_census(config: Config) -> None:
+    """Checks that a census of the config's questions is possible.
+
+    Raises:
+      GrpoError: the run has tools.
+    """
+    if generations(config):
+        raise GrpoError("census: outputs with tools are not supported; set it to false")
+
+
+def census_table(figures: dict[str, list[dict[str, Any]]]) -> Table:
+    """Returns a row for each set, and for each class of prompt length in it."""
+    names = (
+        *("set", "prompt tokens", "questions", "never right", "sometimes", "always"),
+        *("groups that teach", "cut off", "answer found", "tokens (9 in 10)"),
+    )
+    rows = []
+    for name, (all_of_it, *classes) in figures.items():
+        for row in (all_of_it, *classes):
+            low, high = row["prompt_tokens"]
+            parts = "never", "sometimes", "always", "teaches", "cut_off", "answered"
+            rows.append(
+                [
+                    name if row is all_of_it else "",
+                    f"{low}–{high}",
+                    str(row["questions"]),
+                    *(f"{100 * row[part]:.1f} %" for part in parts),
+                    f"{row['tokens']:.0f} ({row['tokens_90']:.0f})",
+                ]
+            )
+    return Table([Column(name) for name in names], rows)
+
+
+def _row(example: Example) -> dict[str, Any]:
+    """A question as a line of a JSON-lines file that `data.train` takes."""
+    values = {f.name: getattr(example, f.name) for f in dataclasses.fields(example)}
+    columns = dict(values.pop("columns"))
+    if "messages" in columns:  # the turns before the question
+        turn = {"role": "user", "content": values.pop("question")}
+        columns["messages"] = [*columns["messages"], turn]
+    return {name: x for name, x in values.items() if x} | columns
+
+
+def read_teaching(run: Run, folder: Path) -> Sequence[Example] | None:
+    """Returns the questions of a finished census; None if there is none."""
+    there = processes.from_first(lambda: (folder / "census.json").exists())
+    if not there:
+        return None
+    return list(datasets.load(str(folder / TEACHING), "train", require=("answer",)))
