@@ -129,6 +129,8 @@ def all_right(h: History) -> str:
 
 
 def constant_reward(h: History) -> str:
+    if any(h.last("rewards/timeouts")):
+        return ""  # failing_reward
     for name in _reward_functions(h):
         key = f"rewards/{name}"
         if name == "rule_reward" and h.mean(f"{key}/mean") in (0, 1):
@@ -210,11 +212,11 @@ def kl_runs_away(h: History) -> str:
 
 
 def ratios_clipped(h: History) -> str:
-    if not h.always("clip_ratio/region_mean", lambda x: x > 0.5):
+    if not h.always("clip_ratio/region_mean", lambda x: x > 0.25):
         return ""
     return (
-        f"{h.mean('clip_ratio/region_mean'):.0%} of the tokens' ratios are clipped, so "
-        "most of the gradient is lost: the policy moves too far in one rollout. Lower "
+        f"{h.mean('clip_ratio/region_mean'):.0%} of the tokens' ratios are clipped and "
+        "give no gradient: the policy moves too far in one rollout. Lower "
         f"learning_rate ({h.config.learning_rate:g}) or updates_per_rollout"
     )
 
@@ -236,18 +238,20 @@ def entropy_collapsed(h: History) -> str:
 
 
 def lengths_explode(h: History) -> str:
-    start, reward = h.first("completions/mean_length"), h.first("reward")
-    if start is None or reward is None or not h.last("reward"):
+    start, right = h.first("completions/mean_length"), "rewards/rule_reward/mean"
+    if start is None:
         return ""
     long = max(3 * start, h.config.max_new_tokens / 2)
     if not h.always("completions/mean_length", lambda x: x > long):
         return ""
-    if h.mean("reward") > reward:
+    before = h.first(right)
+    if before is not None and h.mean(right) > before:
         return ""
+    gain = "" if before is None else ", and not more of them are right"
     return (
-        f"outputs have {h.mean('completions/mean_length'):.0f} tokens, {start:.0f} at "
-        f"first, and the reward is not higher ({h.mean('reward'):.3g}; {reward:.3g} at "
-        "first). Set aggregate to token_mean, set overlong_buffer, or raise kl_coef"
+        f"outputs have {h.mean('completions/mean_length'):.0f} tokens, and had "
+        f"{start:.0f} at first{gain}. Set aggregate to token_mean, set "
+        "overlong_buffer, or raise kl_coef; see that no reward pays for length"
     )
 
 

@@ -331,7 +331,7 @@ def outcome_metrics(
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(np.mean([not o.finished for o in outputs])),
-        "completions/no_answer": _share_without_answer(outputs),
+        "completions/no_answer": share_without_answer(outputs),
         "rewards/timeouts": float(scores.timeouts),
     }
     calls = [o.calls for o in outputs if o.calls is not None]
@@ -348,7 +348,7 @@ def outcome_metrics(
     return metrics
 
 
-def _share_without_answer(outputs: Sequence[Output]) -> float:
+def share_without_answer(outputs: Sequence[Output]) -> float:
     """The share of outputs with digits in which the rule finds no answer.
 
     Only the first 64 texts that this process has decoded are read.
