@@ -262,26 +262,18 @@ class Tokenizer:
 
     # -- text to ids and back ------------------------------------------------------
 
-    def encode(
-        self, text: str, *, add_bos: bool = False, parse_special: bool = False
-    ) -> list[int]:
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Returns the ids of a text.
 
         Args:
           text: the text.
-          add_bos: put the BOS first, if there is one.
           parse_special: parse special tokens in the text, as in a template's text.
             Otherwise they are ordinary characters.
 
         Raises:
           GrpoError: the text cannot be encoded.
         """
-        ids = self.encode_parts([(text, parse_special)])[0]
-        return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the ids of each text; special tokens are not parsed."""
-        return [self.encode(text) for text in texts]
+        return self.encode_parts([(text, parse_special)])[0]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Returns the text of token ids.

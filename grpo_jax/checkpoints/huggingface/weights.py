@@ -151,21 +151,6 @@ def abstract_params(
     return shapes if mesh is None else sharding.abstract(shapes, mesh)
 
 
-def missing_files(
-    path: str | os.PathLike[str], revision: str | None = None
-) -> str | None:
-    """Returns a line on what load_pretrained would miss and how to get it, or None.
-
-    >>> missing_files("/nowhere/model")
-    '/nowhere/model: there is no such folder...'
-    """
-    try:
-        read_folder(find_folder(path, revision))
-    except GrpoError as error:
-        return str(error)
-    return None
-
-
 def _path(keys: Any) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
