@@ -449,7 +449,6 @@ def address(monkeypatch, url: str, content: bytes):
     entry = registry.Source(
         "gsm8k-test",
         "gsm8k/test.jsonl",
-        registry.SOURCES["gsm8k", "test"].read,
         registry.SOURCES["gsm8k", "test"].convert,
         url,
         hashlib.sha256(content).hexdigest(),
