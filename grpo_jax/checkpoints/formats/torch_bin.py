@@ -265,11 +265,9 @@ def read_bin_folder(folder: Path) -> dict[str, Stored]:
     Raises:
       GrpoError: there is no such file, or one is missing, damaged or not supported.
     """
-    if (folder / INDEX).exists():
-        names = sorted(set(read_index(folder / INDEX).values()))
-        files = [folder / name for name in names]
-    else:
-        files = sorted(folder.glob("pytorch_model*.bin"))
+    index, pattern = folder / INDEX, "pytorch_model*.bin"
+    names = set(read_index(index).values()) if index.exists() else set()
+    files = sorted(folder / name for name in names) or sorted(folder.glob(pattern))
     if not files:
         raise GrpoError(f"{folder}: no pytorch_model*.bin; is it the right folder?")
     return merge(files, read_bin)

@@ -173,18 +173,16 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     """
     if (folder / MODEL).exists():
         return read_header(folder / MODEL)
-    if (folder / INDEX).exists():
-        where = read_index(folder / INDEX)
-        files = [folder / file for file in sorted(set(where.values()))]
-    else:
-        where, files = {}, sorted(folder.glob("*.safetensors"))
-        if not files and sorted(folder.glob("*.bin")):
-            raise GrpoError(
-                f"{folder}: only .bin weights, which are pickles; run python -m "
-                f"grpo_jax.convert {folder} OUT and load OUT"
-            )
-        if not files:
-            raise GrpoError(f"{folder}: {MODEL} is missing; download it again")
+    where = read_index(folder / INDEX) if (folder / INDEX).exists() else {}
+    files = sorted({folder / file for file in where.values()})
+    files = files or sorted(folder.glob("*.safetensors"))
+    if not files and any(folder.glob("*.bin")):
+        raise GrpoError(
+            f"{folder}: only .bin weights, which are pickles; run python -m "
+            f"grpo_jax.convert {folder} OUT and load OUT"
+        )
+    if not files:
+        raise GrpoError(f"{folder}: {MODEL} is missing; download it again")
     tensors = merge(files, read_header)
     for name, file in where.items():
         if name not in tensors or tensors[name].file.name != file:
