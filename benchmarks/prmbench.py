@@ -238,7 +238,7 @@ def learn_tokenizer(texts, vocab_size: int) -> Tokenizer:
     )
     learned.train_from_iterator(texts, trainer)
     special = {"pad_token": PAD, "eos_token": EOS}
-    return Tokenizer(learned, special=special, eos_ids=[1], pad_id=0)
+    return Tokenizer(learned, special=special, eos_ids=[1])
 
 
 def report(result: dict[str, Any]) -> str:

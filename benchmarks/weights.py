@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lines import show
@@ -81,7 +82,7 @@ def main() -> None:
 def make_folder(folder: Path, gigabytes: float) -> None:
     """Random weights, written tensor by tensor; layers until it is large enough."""
     from grpo_jax.checkpoints.huggingface import config as hf_config
-    from grpo_jax.checkpoints.huggingface.safetensors_files import Source, write_folder
+    from grpo_jax.checkpoints.huggingface.safetensors_files import Stored, write_folder
     from grpo_jax.checkpoints.huggingface.weights import tensor_shapes
     from grpo_jax.files import write_json
     from grpo_jax.models.config import ModelConfig
@@ -102,11 +103,11 @@ def make_folder(folder: Path, gigabytes: float) -> None:
         shapes = tensor_shapes(config)
     noise = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
 
-    def read(number: int, shape: tuple[int, ...]) -> np.ndarray:
-        return np.resize(np.roll(noise, number), shape)
+    def read(number: int, shape: tuple[int, ...], index: Any) -> np.ndarray:
+        return np.resize(np.roll(noise, number), shape)[index]
 
     tensors = {
-        name: Source(np.dtype(np.float32), shape, functools.partial(read, i, shape))
+        name: Stored(Path(), noise.dtype, shape, functools.partial(read, i, shape))
         for i, (name, shape) in enumerate(shapes.items())
     }
     folder.mkdir()

@@ -15,17 +15,11 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from grpo_jax.checkpoints.formats.gguf import GgufModel
 from grpo_jax.checkpoints.formats.torch_bin import INDEX, read_bin_folder
 from grpo_jax.checkpoints.huggingface.config import from_hf
 from grpo_jax.checkpoints.huggingface.folders import find_folder, new_folder
-from grpo_jax.checkpoints.huggingface.safetensors_files import (
-    Source,
-    Stored,
-    write_folder,
-)
+from grpo_jax.checkpoints.huggingface.safetensors_files import write_folder
 from grpo_jax.checkpoints.huggingface.weights import check_names, model_config
 from grpo_jax.errors import GrpoError
 from grpo_jax.files import write_json
@@ -48,14 +42,7 @@ def convert_gguf(file: Path, out: Path) -> None:
         write_json(folder / "generation_config.json", model.generation_config())
         write_json(folder / "tokenizer_config.json", model.tokenizer_config())
         model.tokenizer().save(str(folder / "tokenizer.json"))
-        write_folder(folder, _sources(tensors))
-
-
-def _sources(stored: dict[str, Stored]) -> dict[str, Source]:
-    return {
-        name: Source(np.dtype(t.dtype), t.shape, lambda t=t: t[...])
-        for name, t in stored.items()
-    }
+        write_folder(folder, tensors)
 
 
 def convert_bin(source: Path, out: Path) -> None:
@@ -83,7 +70,7 @@ def convert_bin(source: Path, out: Path) -> None:
         for file in source.iterdir():
             if file.suffix in KEPT and file.name != INDEX or "LICENSE" in file.name:
                 shutil.copyfile(file, folder / file.name)
-        write_folder(folder, _sources(stored))
+        write_folder(folder, stored)
 
 
 def find_gguf(package: str) -> Path:

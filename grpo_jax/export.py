@@ -29,25 +29,19 @@ def main(arguments: list[str] | None = None) -> None:
         "--adapter", action="store_true", help="write LoRA's adapters alone, for PEFT"
     )
     flags = parser.parse_args(arguments)
+    from grpo_jax.checkpoints.huggingface.peft_adapter import save_adapter
+    from grpo_jax.training import run
+
     with processes.together():
         try:
-            write(flags)
+            if flags.adapter:
+                save_adapter(*run.load_adapters(flags.workdir), flags.out)
+            else:
+                model, params, tokenizer = run.load_run(flags.workdir)
+                save_pretrained(model, params, flags.out, tokenizer=tokenizer)
         except GrpoError as error:
             sys.exit(f"error: {error}")
         processes.say(f"{flags.out}: written from {flags.workdir}")
-
-
-def write(flags: argparse.Namespace) -> None:
-    """Writes the model, or its adapters, to the folder that the flags name."""
-    from grpo_jax.training import run
-
-    if flags.adapter:
-        from grpo_jax.checkpoints.huggingface.peft_adapter import save_adapter
-
-        save_adapter(*run.load_adapters(flags.workdir), flags.out)
-    else:
-        model, params, tokenizer = run.load_run(flags.workdir)
-        save_pretrained(model, params, flags.out, tokenizer=tokenizer)
 
 
 if __name__ == "__main__":

@@ -123,22 +123,24 @@ def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
     ...
     ValueError: lists and objects are nested more than 64 deep
     """
-    too_deep = f"lists and objects are nested more than {DEEPEST} deep"
     try:
         value = json.loads(text, object_pairs_hook=_unique if unique else None)
+        _check_depth(value, DEEPEST)
     except RecursionError:
-        raise ValueError(too_deep) from None
-    level = [value]
-    for _ in range(DEEPEST + 1):
-        level = [
-            item
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for item in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
-            return value
-    raise ValueError(too_deep)
+        told = f"lists and objects are nested more than {DEEPEST} deep"
+        raise ValueError(told) from None
+    return value
+
+
+def _check_depth(value: Any, left: int) -> None:
+    """Raises RecursionError if lists and objects are nested more than `left` deep."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        if not left:
+            raise RecursionError
+        for item in value:
+            _check_depth(item, left - 1)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -17,15 +17,6 @@ import jax.numpy as jnp
 from grpo_jax.errors import GrpoError
 
 
-def checksum(x: jax.Array) -> jax.Array:
-    """Returns Σ_i h(bits of element i, i) as a uint32 scalar, for any sharding of `x`.
-
-    >>> int(checksum(jnp.array([1.0, 2.0]))) != int(checksum(jnp.array([2.0, 1.0])))
-    True
-    """
-    return _examine(x)[0]
-
-
 @jax.jit
 def _examine(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the uint32 checksum of `x` and whether all its numbers are finite."""

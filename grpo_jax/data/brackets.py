@@ -45,8 +45,6 @@ def split(text: str, separators: str | re.Pattern[str]) -> list[str]:
     ['1', ' (2, 3)', ' \\{4, 5\\}']
     """
     if isinstance(separators, str):
-        if separators not in text:
-            return [text]
         separators = re.compile(re.escape(separators))
     parts, start = [], 0
     for found in outside(text, separators):
@@ -55,16 +53,8 @@ def split(text: str, separators: str | re.Pattern[str]) -> list[str]:
     return [*parts, text[start:]]
 
 
-def closes(text: str, opening: str = "", closing: str = "") -> bool:
-    """Returns whether the partner of the first bracket is the last character.
-
-    Args:
-      text: the text.
-      opening: if given, the text must start with it and end with `closing`.
-      closing: see `opening`.
-    """
-    if opening and not (text.startswith(opening) and text.endswith(closing)):
-        return False
+def closes(text: str) -> bool:
+    """Returns whether the partner of the first bracket is the last character."""
     return next((end == len(text) for _, end, n in brackets(text) if n == 0), False)
 
 

@@ -68,7 +68,7 @@ class _Sums:
         name = f"{self.variant}/{self.split}/{index}"
         terms = _draw(random.Random(name), LENGTHS[self.variant], self.split == "test")
         return Example(
-            question=_WORDINGS[self.variant](terms),
+            question=_word(terms, self.variant),
             answer=str(sum(terms)),
             solution=self.solve(terms),
             language="zh" if self.variant == "zh" else "en",
@@ -127,18 +127,12 @@ def _sum(terms: Terms) -> str:
     return f"{terms[0]}" + "".join(f"{t:+d}" for t in terms[1:])
 
 
-def _chain(terms: Terms) -> str:
+def _word(terms: Terms, variant: str) -> str:
+    """Returns the question of a problem in the words of a variant."""
+    if variant == "words":
+        steps = [f"{'add' if t > 0 else 'take away'} {abs(t)}" for t in terms[1:]]
+        return f"Start with {terms[0]}, {', '.join(steps)}."
+    if variant == "zh":
+        steps = [f"{'加' if t > 0 else '减'}{abs(t)}" for t in terms[1:]]
+        return f"从{terms[0]}开始{''.join(steps)}等于几?"
     return f"{_sum(terms)}=?"
-
-
-def _words(terms: Terms) -> str:
-    steps = [f"{'add' if t > 0 else 'take away'} {abs(t)}" for t in terms[1:]]
-    return f"Start with {terms[0]}, " + ", ".join(steps) + "."
-
-
-def _zh(terms: Terms) -> str:
-    steps = "".join(f"{'加' if t > 0 else '减'}{abs(t)}" for t in terms[1:])
-    return f"从{terms[0]}开始{steps}等于几?"
-
-
-_WORDINGS = {"chain": _chain, "long": _chain, "words": _words, "zh": _zh}

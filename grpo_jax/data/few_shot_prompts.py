@@ -17,6 +17,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from grpo_jax.data import datasets
 from grpo_jax.data.example import Example
@@ -142,7 +143,7 @@ def stop_ids(tokenizer: Tokenizer, form: Format) -> list[list[int]]:
 
 
 @functools.cache
-def written_examples() -> dict[str, list[dict[str, str]]]:
+def written_examples() -> dict[str, list[dict[str, Any]]]:
     """Returns the worked examples of few_shot_examples.json, by `Format.source`."""
     file = Path(__file__).with_name("few_shot_examples.json")
     return json.loads(file.read_text(encoding="utf-8"))
@@ -150,25 +151,18 @@ def written_examples() -> dict[str, list[dict[str, str]]]:
 
 @functools.lru_cache(32)
 def _shots(form: Format, data_dir: str | None) -> Sequence[Shot]:
+    """Returns a set's worked examples; those of a training file are drawn."""
     written = written_examples().get(form.source)
-    if written is None:
-        return _draw(form, data_dir)
+    if written is not None:
+        between, examples = " ", [Example(**shot) for shot in written]
+    else:
+        between, needed = "\n", ("solution",)
+        train = datasets.load(form.source, data_dir=data_dir, require=needed)
+        order = random.Random(SEED).sample(range(len(train)), 50 * form.shots)
+        drawn = (train[index] for index in order)
+        short = (e for e in drawn if len(e.solution) <= LONGEST)
+        examples = [e for e in short if "[asy]" not in e.question]
     return [
-        (shot["question"], f"{shot['solution']} {form.ends.format(shot['answer'])}")
-        for shot in written[: form.shots]
+        (e.question, f"{e.solution}{between}{form.ends.format(e.answer)}")
+        for e in examples[: form.shots]
     ]
-
-
-def _draw(form: Format, data_dir: str | None) -> Sequence[Shot]:
-    """Draws worked examples from a set's training file with a fixed seed."""
-    train = datasets.load(
-        form.source, "train", data_dir=data_dir, require=("solution",)
-    )
-    order = random.Random(SEED).sample(range(len(train)), 50 * form.shots)
-    shots = []
-    for index in order:
-        example = train[index]
-        if len(example.solution) <= LONGEST and "[asy]" not in example.question:
-            ends = form.ends.format(example.answer)
-            shots.append((example.question, f"{example.solution}\n{ends}"))
-    return shots[: form.shots]

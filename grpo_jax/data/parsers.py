@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,17 @@ LONGEST = 1 << 26  # bytes per line; a longer line is refused before it fills me
 # -- the rows of each file ---------------------------------------------------------
 
 
-def _decode(path: Path, number: int, line: bytes) -> str:
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise GrpoError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
-
-
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), 1):
             if len(line) > LONGEST:
                 raise GrpoError(f"{path}:{number}: longer than {LONGEST} bytes")
-            if line.strip():
-                yield number, _decode(path, number, line).rstrip("\r\n")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                told = error.reason
+                raise GrpoError(f"{path}:{number}: not UTF-8 ({told})") from None
+            yield number, text.rstrip("\r\n")
 
 
 def _parse(path: Path, number: int, text: str) -> Any:
@@ -60,16 +57,13 @@ def _parse(path: Path, number: int, text: str) -> Any:
 def json_lines(path: Path) -> Iterator[tuple[int, Row]]:
     """Yields (line number, JSON value) for each line that is not blank."""
     for number, line in _lines(path):
-        yield number, _parse(path, number, line)
+        if line.strip():
+            yield number, _parse(path, number, line)
 
 
 def json_list(path: Path) -> Iterator[tuple[int, Row]]:
     """Yields (1, item) for each item of a file that holds one JSON list."""
-    text = "\n".join(
-        _decode(path, number, line)
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1)
-    )
-    rows = _parse(path, 1, text)
+    rows = _parse(path, 1, "\n".join(line for _, line in _lines(path)))
     if not isinstance(rows, list):
         raise GrpoError(f"{path}:1: expected a JSON list, found {kind(rows)}")
     return ((1, row) for row in rows)  # json does not report a row's line
@@ -79,12 +73,23 @@ def tsv(path: Path) -> Iterator[tuple[int, Row]]:
     """Yields (line number, {question, answer}) for each line with two columns."""
     for number, line in _lines(path):
         columns = line.split("\t")
+        if not line.strip():
+            continue
         if len(columns) != 2:
             raise GrpoError(
                 f"{path}:{number}: {len(columns)} columns; expected question, tab, "
                 "answer"
             )
         yield number, {"question": columns[0], "answer": columns[1]}
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yields (line number, row) for each row of a .jsonl, .json or .tsv file.
+
+    Raises:
+      GrpoError: a line is not readable; the message names the file and the line.
+    """
+    return {".json": json_list, ".tsv": tsv}.get(path.suffix, json_lines)(path)
 
 
 # -- from a row to an example ------------------------------------------------------
@@ -169,25 +174,25 @@ def mgsm(language: str) -> Callable[[Row], Example]:
 
 def svamp(row: Row) -> Example:
     """Converts a row of SVAMP, whose text is split into a body and a question."""
-    body = _text(row, "Body")
-    question = f"{body.rstrip('.')}. {_text(row, 'Question')}"
+    question = f"{_text(row, 'Body').rstrip('.')}. {_text(row, 'Question')}"
     columns = {"type": row["Type"], "equation": row["Equation"]}
-    answer = _text(row, "Answer")
-    return Example(question, answer, columns=columns | rounded(answer))
+    return _computed(question, _text(row, "Answer"), columns)
 
 
 def mawps(row: Row) -> Example:
     """Converts a row of MAWPS."""
     columns = _rest(row, "input", "target")
-    answer = _text(row, "target")
-    return Example(_text(row, "input"), answer, columns=columns | rounded(answer))
+    return _computed(_text(row, "input"), _text(row, "target"), columns)
 
 
 def gsm_hard(row: Row) -> Example:
     """Converts a row of GSM-Hard, whose answer a program computed."""
-    answer = _text(row, "target")
-    columns = {"program": row["code"]} | rounded(answer)
-    return Example(_text(row, "input"), answer, columns=columns)
+    columns = {"program": row["code"]}
+    return _computed(_text(row, "input"), _text(row, "target"), columns)
+
+
+def _computed(question: str, answer: str, columns: dict[str, Any]) -> Example:
+    return Example(question, answer, columns=columns | rounded(answer))
 
 
 def rounded(answer: str) -> dict[str, Any]:
@@ -217,50 +222,53 @@ def ocw(row: Row) -> Example:
     return Example(_text(row, "problem"), answer, solution, id=name, columns=columns)
 
 
-def _choice(question: str, options: list[str], ask: str, between: str) -> str:
-    """Returns a question with its lettered options, as the papers write it."""
-    lettered = [f"({label}) {o}" for label, o in zip("ABCDEFGH", options, strict=False)]
-    return f"{question}\n{ask}\n{between.join(lettered)}"
-
-
 CHOOSE = "What of the following is the right choice? Explain your answer."
 CHOOSE_ZH = "从以下选项中选择："
+
+
+def _choice(
+    question: str,
+    options: list[str],
+    label: Any,
+    columns: Mapping[str, Any],
+    *,
+    ask: str = CHOOSE,
+    between: str = " ",
+    **fields: str,
+) -> Example:
+    """Returns a question with its lettered options, as the papers write it."""
+    lettered = [f"({x}) {o}" for x, o in zip("ABCDEFGH", options, strict=False)]
+    question = f"{question}\n{ask}\n{between.join(lettered)}"
+    columns = {"options": options, **columns}
+    return Example(question, _label(label, options), columns=columns, **fields)
 
 
 def mmlu(row: Row) -> Example:
     """Converts a multiple-choice row of MMLU-STEM."""
     options = [str(option).strip() for option in row["options"]]
-    question = _choice(_text(row, "question"), options, CHOOSE, ", ")
-    columns = {"options": options, "subject": row["topic"]}
-    name = f"mmlu_stem/{_text(row, 'id')}"
-    return Example(question, _label(row["answer"], options), id=name, columns=columns)
+    columns, name = {"subject": row["topic"]}, f"mmlu_stem/{_text(row, 'id')}"
+    text = _text(row, "question")
+    return _choice(text, options, row["answer"], columns, between=", ", id=name)
 
 
 def sat(row: Row) -> Example:
     """Converts a row of SAT, whose options are one text: "A) … B) …" or "A. … B. …"."""
-    text, options, at = _text(row, "options"), [], 0
-    starts = []
-    for label in "ABCD":
-        found = re.compile(rf"(?:^|\s){label}[).]\s").search(text, at)
-        if not found:
+    parts = [_text(row, "options")]
+    for count, label in enumerate("ABCD", 2):
+        parts[-1:] = re.split(rf"(?:^|\s){label}[).]\s", parts[-1], maxsplit=1)
+        if len(parts) < count:
             raise ValueError(f"field 'options' has no option {label}")
-        starts.append(found.span())
-        at = found.end()
-    ends = [start for start, _ in starts[1:]] + [len(text)]
-    options = [text[a:b].strip() for (_, a), b in zip(starts, ends, strict=True)]
-    question = _choice(_text(row, "question"), options, CHOOSE, " ")
-    name, answer = f"sat/{_text(row, 'id')}", _label(row["Answer"], options)
-    return Example(question, answer, id=name, columns={"options": options})
+    options = [part.strip() for part in parts[1:]]
+    name = f"sat/{_text(row, 'id')}"
+    return _choice(_text(row, "question"), options, row["Answer"], {}, id=name)
 
 
 def gaokao_mathqa(row: Row) -> Example:
     """Converts a multiple-choice row of AGIEval's Gaokao-MathQA."""
     options = [re.sub(r"^\([A-H]\)", "", option).strip() for option in row["options"]]
     text = _text(row, "question").rstrip("\\").rstrip()
-    question = _choice(text, options, CHOOSE_ZH, " ")
-    columns = {"options": options, "source": row["other"]["source"]}
-    answer = _label(row["label"], options)
-    return Example(question, answer, language="zh", columns=columns)
+    columns = {"source": row["other"]["source"]}
+    return _choice(text, options, row["label"], columns, ask=CHOOSE_ZH, language="zh")
 
 
 def _label(label: Any, options: list[str]) -> str:
@@ -281,8 +289,8 @@ def gaokao_mathcloze(row: Row) -> Example:
     return Example(question, "; ".join(answers), language="zh", columns=columns)
 
 
-def _chat(messages: Any) -> dict[str, Any]:
-    """Splits a chat into its system prompt, earlier turns, last question and answer."""
+def _chat(messages: Any) -> tuple[str, str, dict[str, Any]]:
+    """Returns a chat's last question, its answer, and columns for what is before."""
     shape = (
         "expected [system,] user[, assistant, user, …][, assistant], each with role "
         "and content"
@@ -295,17 +303,16 @@ def _chat(messages: Any) -> dict[str, Any]:
             raise ValueError(f"field 'messages': {shape}")
         turns.append({"role": message["role"], "content": _text(message, "content")})
     roles = [turn["role"] for turn in turns]
-    system = roles[:1] == ["system"]
-    expected = ("user", "assistant")
-    said = turns[system:]
-    if not said or any(t["role"] != expected[i % 2] for i, t in enumerate(said)):
+    columns: dict[str, Any] = {}
+    if roles[:1] == ["system"]:
+        columns["system"] = turns.pop(0)["content"]
+    expected = ["user", "assistant"] * len(turns)
+    if not turns or [turn["role"] for turn in turns] != expected[: len(turns)]:
         told = one_line(repr(roles))
         raise ValueError(f"field 'messages' has the roles {told}; {shape}")
-    fields: dict[str, Any] = {"system": turns[0]["content"]} if system else {}
-    if len(said) % 2 == 0:
-        fields["solution"] = said.pop()["content"]
-    fields["question"] = said.pop()["content"]
-    return fields | ({"before": said} if said else {})
+    solution = turns.pop()["content"] if len(turns) % 2 == 0 else ""
+    question = turns.pop()["content"]
+    return question, solution, columns | ({"messages": turns} if turns else {})
 
 
 def local_row(row: Row) -> Example:
@@ -313,30 +320,22 @@ def local_row(row: Row) -> Example:
 
     Only the documented field names are read; other fields become columns.
     """
-    used = ("messages", "question", "answer", "solution", "language", "id")
-    columns = _rest(row, *used)
-    fields: dict[str, Any] = {"question": "", "solution": ""}
+    texts = ("question", "answer", "solution", "language", "id")
+    fields = {key: _text(row, key) for key in texts if key in row}
+    columns = _rest(row, "messages", *texts)
     if columns.get("system") is not None:
         columns["system"] = _text(row, "system")
     if "messages" in row:
         if "question" in row:
             raise ValueError("has both 'question' and 'messages'; keep one")
-        fields |= _chat(row["messages"])
-        if "system" in fields:
-            columns["system"] = fields["system"]
-        if "before" in fields:
-            columns["messages"] = fields["before"]
+        question, solution, before = _chat(row["messages"])
+        fields = {"question": question, "solution": solution} | fields
+        columns |= before
     else:
         fields["question"] = _text(row, "question")
-    if "solution" in row:
-        fields["solution"] = _text(row, "solution")
-    answer = _text(row, "answer") if "answer" in row else ""
-    if not answer and not fields["solution"]:
+    if not fields.get("answer") and not fields.get("solution"):
         raise ValueError("has neither an 'answer' nor a 'solution'")
-    language = _text(row, "language") if "language" in row else "en"
-    name = _text(row, "id") if "id" in row else ""
-    question, solution = fields["question"], fields["solution"]
-    return Example(question, answer, solution, language, name, columns)
+    return Example(**fields, columns=columns)
 
 
 _BAD_TEXT = re.compile("[\x00\ud800-\udfff]")  # JSON can hold them as \\u escapes
@@ -344,17 +343,10 @@ _BAD_TEXT = re.compile("[\x00\ud800-\udfff]")  # JSON can hold them as \\u escap
 
 def check_text(value: Any) -> None:
     """Raises ValueError for NUL and lone surrogates, which no tokenizer accepts."""
-    if isinstance(value, str):
-        if found := _BAD_TEXT.search(value):
-            raise ValueError(
-                "holds a NUL character"
-                if found[0] == "\0"
-                else "holds a lone surrogate, which is not valid Unicode"
-            )
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            check_text(key)
-            check_text(item)
-    elif isinstance(value, list):
-        for item in value:
-            check_text(item)
+    if isinstance(value, str) and (found := _BAD_TEXT.search(value)):
+        lone = "lone surrogate, which is not valid Unicode"
+        raise ValueError(f"holds a {'NUL character' if found[0] == chr(0) else lone}")
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    for item in value if isinstance(value, list) else ():
+        check_text(item)

@@ -8,7 +8,6 @@ prepared again. TensorFlow is not needed.
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import itertools
 import json
@@ -16,24 +15,21 @@ import os
 import shutil
 import tempfile
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
+import tqdm
 
 from grpo_jax.data.example import Example
 from grpo_jax.data.registry import GITHUB, Source, examples, find, is_file, local
 from grpo_jax.errors import GrpoError
-from grpo_jax.files import cache_folder
+from grpo_jax.files import cache_folder, digest
 
 VERSION = "1.1.0"  # of the prepared rows; raise it when parsers.py changes them
+NAME, SPLIT = "questions", "rows"  # of the TFDS dataset
 FIELDS = ("question", "answer", "solution", "language", "id", "columns")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(source: Source, data_dir: str) -> Path:
@@ -55,7 +51,7 @@ def _download(source: Source, data_dir: str) -> Path:
         with os.fdopen(handle, "wb") as file:
             with urllib.request.urlopen(url, timeout=30) as response:
                 shutil.copyfileobj(response, file)
-        found = _sha256(Path(part))
+        found = digest(part, 1 << 60)
         if found != source.sha256:
             raise OSError(f"its SHA-256 is {found}, expected {source.sha256}")
         os.replace(part, path)
@@ -77,78 +73,52 @@ def _find(source: Source, data_dir: str | None) -> Path:
     return _download(source, data_dir)
 
 
-class _Info(tfds.core.DatasetInfo):
-    def initialize_from_bucket(self) -> None:
-        """Does nothing. TFDS would query a server and leave an empty folder."""
+def _prepare(source: Source, path: Path) -> Path:
+    """Returns the folder of prepared records. Two processes may do this at once."""
+    folder = cache_folder("tfds")
+    done = folder / f"{source.slug}-{digest(path, 1 << 60)[:16]}-{VERSION}"
+    if done.exists():
+        return done
+    with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as part:
+        rows = Path(part, "rows")
+        _write_records(source, path, rows / NAME / VERSION)
+        try:
+            rows.rename(done)
+        except OSError:
+            if not done.exists():  # else the other process was faster
+                raise
+    return done
 
 
-class Questions(tfds.core.GeneratorBasedBuilder):
-    """Builds a TFDS dataset from one source file, in the order of the file."""
-
-    VERSION = tfds.core.Version(VERSION)
-
-    def __init__(self, *, rows: Iterator[Example] | None = None, **kwargs: Any):
-        self._rows = rows  # optional, as TFDS requires of every argument
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return _Info(
-            builder=self,
-            features=tfds.features.FeaturesDict(
-                {name: tfds.features.Text() for name in FIELDS}
-            ),
-            disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(),
-        )
-
-    def _split_generators(self, dl_manager):
-        return {"rows": self._generate_examples()}
-
-    def _generate_examples(self):
-        first_empty: dict[str, int] = {}  # first row without answer or solution
-        for index, example in enumerate(self._rows or ()):
+def _write_records(source: Source, path: Path, folder: Path) -> None:
+    """Writes a file's examples as a TFDS dataset, in the order of the file."""
+    first_empty = tfds.core.MetadataDict()  # first row without answer or solution
+    texts = {name: tfds.features.Text() for name in FIELDS}
+    version = tfds.core.Version(VERSION)
+    info = tfds.core.DatasetInfo(
+        builder=tfds.core.DatasetIdentity(NAME, version, str(folder), __name__),
+        features=tfds.features.FeaturesDict(texts),
+        disable_shuffling=True,
+        metadata=first_empty,
+    )
+    folder.mkdir(parents=True)
+    writer = tfds.core.SequentialWriter(info, 1 << 20, file_format="array_record")
+    writer.initialize_splits([SPLIT])
+    small = path.stat().st_size < 50e6  # quick, so no progress bar
+    rows = enumerate(tqdm.tqdm(examples(source, path), unit="row", disable=small))
+    while chunk := list(itertools.islice(rows, 1000)):
+        written = []
+        for index, example in chunk:
             row = {name: getattr(example, name) for name in FIELDS}
             for name in ("answer", "solution"):
                 if not row[name]:
                     first_empty.setdefault(name, index)
             row["columns"] = json.dumps(row["columns"], ensure_ascii=False)
-            yield index, row
-        self.info.metadata.update(first_empty)
-
-    def _log_download_bytes(self):
-        """Does nothing. TFDS would print the path of a temporary folder."""
-
-    def _log_download_done(self):
-        """Does nothing, like `_log_download_bytes`."""
-
-
-def _prepare(source: Source, path: Path) -> Path:
-    """Returns the folder of prepared records. Two processes may do this at once."""
-    folder = cache_folder("tfds")
-    done = folder / f"{source.slug}-{_sha256(path)[:16]}-{VERSION}"
-    if done.exists():
-        return done
-    rows = examples(source, path)
-    first = next(rows, None)
-    if first is None:
+            written.append(row)
+        writer.add_examples({SPLIT: written})
+    writer.close_all()
+    if not info.splits.total_num_examples:
         raise GrpoError(f"{path}: the file has no rows")
-    with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as part:
-        if (
-            path.stat().st_size < 50e6
-        ):  # a small file is quick, so hide the progress bar
-            tfds.disable_progress_bar()
-        builder = Questions(
-            rows=itertools.chain([first], rows),
-            data_dir=os.path.join(part, "rows"),
-            file_format="array_record",
-        )
-        builder.download_and_prepare()
-        try:
-            os.rename(os.path.join(part, "rows"), done)
-        except OSError:
-            if not done.exists():  # else the other process was faster
-                raise
-    return done
 
 
 class Prepared:
@@ -162,9 +132,9 @@ class Prepared:
     def __init__(self, name: str, folder: Path):
         self.name = name
         self.digest = folder.name  # the SHA-256 of its source
-        builder: Any = tfds.builder_from_directory(folder / "questions" / VERSION)
+        builder: Any = tfds.builder_from_directory(folder / NAME / VERSION)
         self.first_empty = dict(builder.info.metadata or {})
-        self._records = builder.as_data_source("rows")
+        self._records = builder.as_data_source(SPLIT)
 
     def __len__(self) -> int:
         return len(self._records)

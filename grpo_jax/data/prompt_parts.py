@@ -128,30 +128,22 @@ def split_parts(
     return [*parts, (rendered.text[start:end], True)]
 
 
-def render_chat(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool = True,
-) -> str:
-    """Returns the text of a chat in the model's template, as transformers renders it.
-
-    Args:
-      tokenizer: the tokenizer, which holds the template.
-      messages: dicts with `role` and `content`.
-      add_generation_prompt: end the text where the assistant's answer starts.
-
-    Raises:
-      GrpoError: there is no chat template, or it fails.
-    """
-    return render_chats(tokenizer, [(messages, add_generation_prompt)])[0].text
-
-
 def render_chats(
     tokenizer: Tokenizer,
     chats: Sequence[tuple[Sequence[Message], bool]],
     row: str = "",
 ) -> list[Rendered]:
+    """Returns chats in the model's template, as transformers renders them.
+
+    Args:
+      tokenizer: the tokenizer, which holds the template.
+      chats: pairs of messages (dicts with `role` and `content`) and whether the text
+        ends where the assistant's answer starts.
+      row: the id of the example, for errors.
+
+    Raises:
+      GrpoError: there is no chat template, or it fails.
+    """
     if tokenizer.chat_template is None:
         raise GrpoError(
             "tokenizer: it has no chat template; use the template deepseekmath or plain"

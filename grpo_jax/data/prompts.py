@@ -182,9 +182,3 @@ def encode_prompts(
             f"{limit} tokens (the longest has {longest}); raise the limit"
         )
     return kept, dropped
-
-
-# -- templates ---------------------------------------------------------------------
-
-
-# -- the answer --------------------------------------------------------------------

@@ -24,7 +24,6 @@ class Source:
 
     slug: str
     file: str  # path relative to the data directory
-    read: Callable[[Path], Iterator[tuple[int, Row]]]
     convert: Callable[[Row], Example]
     url: str = ""  # "": no public download
     sha256: str = ""
@@ -37,85 +36,74 @@ _MGSM = "google-research/url-nlp/452a21ad3dae5668c06ceeac21ff073e1e40f9be/mgsm"
 _SVAMP = "arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53"
 _AGIEVAL = "ruixiangcui/AGIEval/5c77d073fda993f1652eaae3cf5d04cc5fd21d40/data/v1"
 _HARNESS = "ZubinGou/math-evaluation-harness/db77bc6bb2a17c90ed2d63e88ebd8c40a82858c5"
-# (set, split): file, reader, converter, path on GitHub, SHA-256. MATH has no path:
+# (set, split): file, converter, path on GitHub, SHA-256. MATH has no path:
 # its owner's takedown notice removed it from the Hugging Face hub.
 _TABLE: dict[tuple[str, str], tuple] = {
     ("gsm8k", "train"): (
         "gsm8k/train.jsonl",
-        parsers.json_lines,
         parsers.gsm8k,
         f"{_GSM8K}/grade_school_math/data/train.jsonl",
         "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
     ),
     ("gsm8k", "test"): (
         "gsm8k/test.jsonl",
-        parsers.json_lines,
         parsers.gsm8k,
         f"{_GSM8K}/grade_school_math/data/test.jsonl",
         "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
     ),
-    ("math", "train"): ("math/train.jsonl", parsers.json_lines, parsers.math_),
-    ("math", "test"): ("math/test.jsonl", parsers.json_lines, parsers.math_),
-    ("math500", "test"): ("math/math500.jsonl", parsers.json_lines, parsers.math_),
+    ("math", "train"): ("math/train.jsonl", parsers.math_),
+    ("math", "test"): ("math/test.jsonl", parsers.math_),
+    ("math500", "test"): ("math/math500.jsonl", parsers.math_),
     ("cmath", "test"): (
         "cmath/test.jsonl",
-        parsers.json_lines,
         parsers.cmath,
         f"{_DEEPSEEK}/evaluation/datasets/cmath/test.jsonl",
         "cabe17c127c3227912b3384f4755e180f3aa0d9e5865677e7e5e223439bf15eb",
     ),
     ("svamp", "test"): (
         "svamp/SVAMP.json",
-        parsers.json_list,
         parsers.svamp,
         f"{_SVAMP}/SVAMP.json",
         "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e",
     ),
     ("mawps", "test"): (
         "mawps/test.jsonl",
-        parsers.json_lines,
         parsers.mawps,
         f"{_HARNESS}/data/mawps/test.jsonl",
         "00ffe31161be8623a3d36741830edbba87a3aee0109f693810fe40b9d5d91b8b",
     ),
     ("gsm_hard", "test"): (
         "gsm_hard/test.jsonl",
-        parsers.json_lines,
         parsers.gsm_hard,
         f"{_HARNESS}/data/gsm_hard/test.jsonl",
         "45db606263a4902580aba3974e8b7fb3f66012877889209af206b1c1b2f208f5",
     ),
     ("gaokao_mathcloze", "test"): (
         "agieval/gaokao-mathcloze.jsonl",
-        parsers.json_lines,
         parsers.gaokao_mathcloze,
         f"{_AGIEVAL}/gaokao-mathcloze.jsonl",
         "088675c147794970a3ed25c7147a3bbc59715d6813837d5f483f46dcb1b5008d",
     ),
     ("gaokao_mathqa", "test"): (
         "agieval/gaokao-mathqa.jsonl",
-        parsers.json_lines,
         parsers.gaokao_mathqa,
         f"{_AGIEVAL}/gaokao-mathqa.jsonl",
         "d246f12752d121289ef55cbf1bcf954243cefb65d110f71d09358e24065c808f",
     ),
     ("ocw", "test"): (
         "deepseekmath/ocw.jsonl",
-        parsers.json_lines,
         parsers.ocw,
         f"{_DEEPSEEK}/evaluation/datasets/ocw/test.jsonl",
         "095ba49696fcd401474a5014e2fae5e6b0b8ec1939d8dded0343fcbdb0bf1a9b",
     ),
     ("sat", "test"): (
         "deepseekmath/sat.jsonl",
-        parsers.json_lines,
         parsers.sat,
         f"{_DEEPSEEK}/evaluation/datasets/sat/test.jsonl",
         "96720a1dc496ea72f80db55250290cf9c48e95b657ac2183b7deb1dc4627351f",
     ),
     ("mmlu_stem", "test"): (
         "deepseekmath/mmlu_stem.jsonl",
-        parsers.json_lines,
         parsers.mmlu,
         f"{_DEEPSEEK}/evaluation/datasets/mmlu_stem/test.jsonl",
         "1c918d1df6de635a0202c989705c34f19b0c4ad858cbdb27135cdfc7fd44f14a",
@@ -132,7 +120,6 @@ for _language, _sha256 in {
     _file = f"mgsm_{_language}.tsv"
     _TABLE[f"mgsm_{_language}", "test"] = (
         f"mgsm/{_file}",
-        parsers.tsv,
         parsers.mgsm(_language),
         f"{_MGSM}/{_file}",
         _sha256,
@@ -163,7 +150,7 @@ def is_file(name: str) -> bool:
 
 def local(name: str) -> Source:
     """Returns the source for a user's own JSON-lines file."""
-    return Source("jsonl", name, parsers.json_lines, parsers.local_row)
+    return Source("jsonl", name, parsers.local_row)
 
 
 def find(name: str, split: str) -> Source:
@@ -194,7 +181,7 @@ def examples(source: Source, path: Path) -> Iterator[Example]:
     Raises:
       GrpoError: a row is invalid; the message names the file, line and row.
     """
-    for index, (number, row) in enumerate(source.read(path)):
+    for index, (number, row) in enumerate(parsers.read_rows(path)):
         where = f"{path}:{number}: row {index}"
         try:
             if not isinstance(row, dict):

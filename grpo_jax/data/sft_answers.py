@@ -60,19 +60,11 @@ def split_answer(
     target = unmarked(target)
     messages = chat_messages(tokenizer, example, instruction)
     said = chat_message(tokenizer, "assistant", target)
-    ends_before_spaces = [([*messages, ended(said, before_spaces=True)], False)]
-    if target == target.rstrip():
-        ends_before_spaces = []  # no trailing white space: both ends are the same
-    opened, whole, *marked = render_chats(
-        tokenizer,
-        [
-            (messages, True),
-            ([*messages, said], False),
-            ([*messages, ended(said)], False),
-            *ends_before_spaces,
-        ],
-        row=example.id,
-    )
+    turns = [said, ended(said)]
+    if target != target.rstrip():  # a template may trim an answer
+        turns.append(ended(said, before_spaces=True))
+    chats = [(messages, True), *(([*messages, turn], False) for turn in turns)]
+    opened, whole, *marked = render_chats(tokenizer, chats, row=example.id)
     start = len(opened.text)
     prompt = split_parts(tokenizer, opened, 0, start)
     known = [m for m in marked if m.ends]

@@ -73,7 +73,6 @@ class Tokenizer:
         *,
         special: dict[str, str],
         eos_ids: Sequence[int],
-        pad_id: int | None = None,
         adds_bos: bool | None = None,
         chat_template: str | None = None,
         files: dict[str, bytes] | None = None,
@@ -84,7 +83,6 @@ class Tokenizer:
           tokenizer: the tokenizer; its special tokens are flagged in place.
           special: eos_token, bos_token … as text.
           eos_ids: the ids that end a completion, the EOS of training first.
-          pad_id: the padding id; by default the EOS.
           adds_bos: whether a text starts with the BOS; by default as `tokenizer` does.
           chat_template: the jinja2 source.
           files: the original files by name, which `save` writes.
@@ -102,6 +100,7 @@ class Tokenizer:
         ends = [*eos_ids, *turn_end(tokenizer, chat_template, special, self.now)]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
         self.bos_id: int | None = self.token_id(special.get("bos_token"))
+        pad_id = self.token_id(special.get("pad_token"))
         self.pad_id: int = self.eos_id if pad_id is None else pad_id
         self.special_pattern = pattern(tokenizer)
         first = tokenizer.encode("").ids[:1]  # the special tokens that the file adds
@@ -137,7 +136,6 @@ class Tokenizer:
             tokenizer,
             special={"pad_token": PAD, "bos_token": BOS, "eos_token": EOS},
             eos_ids=[vocabulary[EOS]],
-            pad_id=vocabulary[PAD],
             chat_template=chat_template,
         )
 
@@ -170,11 +168,8 @@ class Tokenizer:
                 told = one_line(repr(name))
                 raise GrpoError(f"{folder}: its eos_token {told} is not in {file}")
             eos_ids.append(eos_id)
-        sources = [folder / n for n in ("generation_config.json", "config.json")]
-        for source, values in [
-            (source, read_optional_json(source)) for source in sources
-        ]:
-            found = values.get("eos_token_id")
+        for source in (folder / "generation_config.json", folder / "config.json"):
+            found = read_optional_json(source).get("eos_token_id")
             if found is not None:
                 eos_ids += read_token_ids(source, "eos_token_id", found, tokenizer)
                 break
@@ -189,20 +184,14 @@ class Tokenizer:
                 f"{folder / 'tokenizer_config.json'}: add_bos_token="
                 f"{one_line(repr(adds_bos))} is not true or false"
             )
-        pad = special.get("pad_token")
-        template = read_chat_template(folder, config)
+        present = [name for name in FILES if (folder / name).is_file()]
         return cls(
             tokenizer,
             special=special,
             eos_ids=eos_ids,
-            pad_id=None if pad is None else tokenizer.token_to_id(pad),
             adds_bos=adds_bos,
-            chat_template=template,
-            files={
-                name: read_whole(folder / name)
-                for name in FILES
-                if (folder / name).is_file()
-            },
+            chat_template=read_chat_template(folder, config),
+            files={name: read_whole(folder / name) for name in present},
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -262,26 +251,18 @@ class Tokenizer:
 
     # -- text to ids and back ------------------------------------------------------
 
-    def encode(
-        self, text: str, *, add_bos: bool = False, parse_special: bool = False
-    ) -> list[int]:
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Returns the ids of a text.
 
         Args:
           text: the text.
-          add_bos: put the BOS first, if there is one.
           parse_special: parse special tokens in the text, as in a template's text.
             Otherwise they are ordinary characters.
 
         Raises:
           GrpoError: the text cannot be encoded.
         """
-        ids = self.encode_parts([(text, parse_special)])[0]
-        return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the ids of each text; special tokens are not parsed."""
-        return [self.encode(text) for text in texts]
+        return self.encode_parts([(text, parse_special)])[0]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Returns the text of token ids.
@@ -383,10 +364,10 @@ class Tokenizer:
         try:
             encoding = tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:
-            raise GrpoError(f"tokenizer: {self._refusal(text)} ({error})") from None
+            known = self._tokenizer.get_vocab(with_added_tokens=True)
+            unknown = next((c for c in text if c not in known), "")
+            raise GrpoError(
+                f"tokenizer: cannot encode {text[:40]!r}: character {unknown!r} is not "
+                f"in it ({error})"
+            ) from None
         return encoding.ids, encoding.offsets
-
-    def _refusal(self, text: str) -> str:
-        known = self._tokenizer.get_vocab(with_added_tokens=True)
-        unknown = next((c for c in text if c not in known), "")
-        return f"cannot encode {text[:40]!r}: character {unknown!r} is not in it"

@@ -232,7 +232,7 @@ def test_a_row_of_a_set_is_an_example_or_is_refused(folder, data):
     """Any field of any set's rows with any value: text, or file, line and row."""
     convert = data.draw(st.sampled_from(CONVERTERS))
     row = {key: data.draw(VALUES) for key in FIELDS}
-    source = registry.Source("set", "set.jsonl", parsers.json_lines, convert)
+    source = registry.Source("set", "set.jsonl", convert)
     file = folder / "row.jsonl"
     file.write_text(json.dumps(row) + "\n")
     try:

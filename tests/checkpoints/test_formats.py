@@ -6,6 +6,7 @@ import pickle
 import shutil
 import struct
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -244,6 +245,12 @@ def test_other_gguf_files_are_refused(tmp_path):
     with pytest.raises(GrpoError, match="no_such_package is not installed"):
         find_gguf("no_such_package")
     assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"]
+
+
+def test_the_extra_is_named_where_the_package_gguf_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(GrpoError, match=r"x.gguf: .* pip install 'grpo_jax\[gguf\]'"):
+        convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
 
 
 ROWS = [0.040283203125, 0.038543701171875, 0.093658447265625]

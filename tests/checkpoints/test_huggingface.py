@@ -25,7 +25,6 @@ from grpo_jax.checkpoints.huggingface import weights
 from grpo_jax.checkpoints.huggingface.weights import (
     abstract_params,
     load_pretrained,
-    missing_files,
     model_config,
     save_pretrained,
 )
@@ -659,11 +658,13 @@ def test_shards_without_an_index_are_found(tmp_path):
 def test_a_hub_name_says_what_is_missing_and_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # not installed
-    message = missing_files("org/model-7b", "refs/pr/2")
-    assert message and "\n" not in message
+    with pytest.raises(GrpoError) as error:
+        load_pretrained("org/model-7b", revision="refs/pr/2")
+    message = str(error.value)
+    assert "\n" not in message
     assert message.startswith("org/model-7b/config.json is missing")
     assert "hf download org/model-7b --revision refs/pr/2" in message
     with pytest.raises(GrpoError, match="hf download org/model-7b "):
         model_config("org/model-7b")
-    assert missing_files(GOLDEN / SHARDED) is None
-    assert "there is no such folder" in str(missing_files("/nowhere/model/7b"))
+    with pytest.raises(GrpoError, match="there is no such folder"):
+        load_pretrained("/nowhere/model/7b")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from grpo_jax.data import chat_templates
 from grpo_jax.data.example import Example
-from grpo_jax.data.prompt_parts import render_chat
+from grpo_jax.data.prompt_parts import render_chats
 from grpo_jax.data.prompts import encode_prompt, encode_prompts, encode_sft
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
@@ -135,7 +135,10 @@ def test_earlier_turns_are_read_and_the_last_answer_is_learned(form):
     chat = [*turns, {"role": "user", "content": "2+2?"}]
     tokens, mask = encode_sft(tokenizer, example, **NONE)
     prompt = encode_prompt(tokenizer, example, **NONE)
-    assert tokenizer.decode(prompt, skip_special=False) == render_chat(tokenizer, chat)
+    assert (
+        tokenizer.decode(prompt, skip_special=False)
+        == render_chats(tokenizer, [(chat, True)])[0].text
+    )
     assert tokens[: len(prompt)] == prompt and not any(mask[: len(prompt)])
     assert learned(tokenizer, example) == learned(tokenizer, one)
     # The ends that the texts write are none.
@@ -292,12 +295,16 @@ def test_the_clock_shows_the_tokenizers_time_and_chance_is_none():
     template = "{{ strftime_now('%d %b %Y') }}, {{ range(999) | random }}{{ lipsum() }}"
     tokenizer = make(replace(FORMS["chatml"], template=template))
     tokenizer.now = NOW
-    text = render_chat(tokenizer, HELLO)
+
+    def shown() -> str:
+        return render_chats(tokenizer, [(HELLO, True)])[0].text
+
+    text = shown()
     assert text.startswith("31 Jan 2026, ")
     chat_templates._close()  # another process, another day's run
-    assert render_chat(tokenizer, HELLO) == text
+    assert shown() == text
     tokenizer.now = NOW + datetime.timedelta(days=1)
-    assert render_chat(tokenizer, HELLO).startswith("01 Feb 2026, ")
+    assert shown().startswith("01 Feb 2026, ")
 
 
 # -- limits ------------------------------------------------------------------------

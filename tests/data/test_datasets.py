@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.data import datasets, parsers, prepared_sets, registry
+from grpo_jax.data import datasets, parsers, registry
 from grpo_jax.data.datasets import Batches, Dataset
 from grpo_jax.data.example import Example
 from grpo_jax.errors import GrpoError
+from grpo_jax.files import digest
 
 DATA = os.environ.get("GRPO_JAX_DATA", "")
 real = pytest.mark.skipif(not DATA, reason="real data: set GRPO_JAX_DATA to its folder")
@@ -448,7 +449,6 @@ def address(monkeypatch, url: str, content: bytes):
     entry = registry.Source(
         "gsm8k-test",
         "gsm8k/test.jsonl",
-        registry.SOURCES["gsm8k", "test"].read,
         registry.SOURCES["gsm8k", "test"].convert,
         url,
         hashlib.sha256(content).hexdigest(),
@@ -509,7 +509,7 @@ def test_every_address_is_pinned_and_has_a_checksum():
 def test_checksums_are_those_of_the_files():
     for source in registry.SOURCES.values():
         if source.sha256:
-            assert prepared_sets._sha256(Path(DATA, source.file)) == source.sha256
+            assert digest(Path(DATA, source.file), 1 << 60) == source.sha256
 
 
 # -- batches -----------------------------------------------------------------------

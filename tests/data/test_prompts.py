@@ -16,7 +16,7 @@ from test_tokenizer import (  # pyrefly: ignore[missing-import]
 )
 
 from grpo_jax.data.example import Example
-from grpo_jax.data.prompt_parts import prompt_content, render_chat
+from grpo_jax.data.prompt_parts import prompt_content, render_chats
 from grpo_jax.data.prompts import encode_prompt, encode_prompts, encode_sft
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
@@ -203,7 +203,8 @@ def test_chat_template_has_what_transformers_gives_it():
     ]
     line = json.dumps(messages[1], ensure_ascii=False)
     expected = f"{line}1<b>4[\n 1\n]\n"
-    assert render_chat(tokenizer, messages).strip("\n") == expected.strip("\n")
+    (rendered,) = render_chats(tokenizer, [(messages, True)])
+    assert rendered.text.strip("\n") == expected.strip("\n")
 
 
 def test_faulty_chat_templates_are_one_line_errors():

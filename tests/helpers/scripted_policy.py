@@ -76,7 +76,6 @@ def make_tokenizer() -> Tokenizer:
         found,
         special={"pad_token": PAD, "eos_token": EOS},
         eos_ids=[vocabulary[EOS]],
-        pad_id=0,
     )
 
 

@@ -25,9 +25,9 @@ from tokenizers import (
 )
 
 from grpo_jax.checkpoints.formats.gguf_file import read_gguf
-from grpo_jax.checkpoints.huggingface.config import ARCHITECTURES
+from grpo_jax.checkpoints.huggingface.config import ARCHITECTURES, refuse_value
 from grpo_jax.checkpoints.huggingface.safetensors_files import Stored
-from grpo_jax.errors import GrpoError, one_line
+from grpo_jax.errors import GrpoError
 
 # llama.cpp's names -> Hugging Face's; those of a layer follow "blk.{i}."
 _TOP = {
@@ -75,7 +75,7 @@ class GgufModel:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._gguf = read_gguf(file)
+        self._values, self._stored = read_gguf(file)
         self._arch = "general"
         self._arch = self._get("ARCH.architecture", str)
         if self._arch not in ("llama", "qwen2", "qwen3"):
@@ -83,14 +83,15 @@ class GgufModel:
         kind = self._get("tokenizer.ggml.model", str)
         if kind != "gpt2":
             self._refuse("tokenizer.ggml.model", kind, "gpt2 (byte-level BPE) is")
+        self._tokens = self._list("tokenizer.ggml.tokens", str)
 
     def _get(self, key: str, kind: type, *default: Any) -> Any:
         key = key.replace("ARCH", self._arch, 1)
-        if key not in self._gguf.values:
+        if key not in self._values:
             if not default:
                 raise GrpoError(f"{self.file}: the key {key} is missing")
             return default[0]
-        value = self._gguf.values[key]
+        value = self._values[key]
         if type(value) is not kind:
             told = f"{kind.__name__} is, not {type(value).__name__}"
             self._refuse(key, value, told)
@@ -103,26 +104,20 @@ class GgufModel:
             self._refuse(key, values, f"a list of {kind.__name__} is")
         return values
 
-    def _tokens(self) -> list[str]:
-        return self._list("tokenizer.ggml.tokens", str)
-
     def _token_id(self, key: str, *default: Any) -> Any:
         """Returns a special token's id, after checking that the token exists."""
         key = f"tokenizer.ggml.{key}_token_id"
-        found, count = self._get(key, int, *default), len(self._tokens())
+        found, count = self._get(key, int, *default), len(self._tokens)
         if found is not None and not 0 <= found < count:
             self._refuse(key, found, f"an id below {count} is")
         return found
 
     def _refuse(self, key: str, value: Any, instead: str) -> NoReturn:
-        told = one_line(repr(value))
-        raise GrpoError(
-            f"{self.file}: {one_line(key)}={told} is not supported; {instead}"
-        )
+        refuse_value(self.file, key, value, instead)
 
     def config(self) -> dict[str, Any]:
         """Returns the dictionary of config.json."""
-        names = self._gguf.tensors
+        names = self._stored
         if "rope_freqs.weight" in names:
             self._refuse("rope_freqs", "…", "convert from the model's safetensors")
         scaling = self._get("ARCH.rope.scaling.type", str, "none")
@@ -130,8 +125,8 @@ class GgufModel:
             self._refuse("rope.scaling.type", scaling, "none and linear are")
         rope = None
         if scaling == "linear":
-            rope = {"type": scaling}
-            rope["factor"] = self._get("ARCH.rope.scaling.factor", float)
+            factor = self._get("ARCH.rope.scaling.factor", float)
+            rope = {"type": scaling, "factor": factor}
         heads = self._get("ARCH.attention.head_count", int)
         width = self._get("ARCH.embedding_length", int)
         kv_heads = self._get("ARCH.attention.head_count_kv", int, heads)
@@ -139,7 +134,7 @@ class GgufModel:
         return {
             "architectures": [ARCHITECTURES[self._arch]],
             "model_type": self._arch,
-            "vocab_size": len(self._tokens()),
+            "vocab_size": len(self._tokens),
             "hidden_size": width,
             "intermediate_size": self._get("ARCH.feed_forward_length", int),
             "num_hidden_layers": self._get("ARCH.block_count", int),
@@ -176,7 +171,7 @@ class GgufModel:
         heads["attn_k"] = self._get(
             "ARCH.attention.head_count_kv", int, heads["attn_q"]
         )
-        for its_name, stored in self._gguf.tensors.items():
+        for its_name, stored in self._stored.items():
             stem, _, kind = its_name.rpartition(".")
             name = _TOP.get(stem)
             if layer := re.fullmatch(r"blk\.([0-9]+)\.([a-z_]+)", stem):
@@ -196,7 +191,7 @@ class GgufModel:
     def tokenizer(self) -> Tokenizer:
         """Returns the tokenizer: the file's pre-tokenizer, then byte-level BPE."""
         pre = self._get("tokenizer.ggml.pre", str, "default")
-        tokens = self._tokens()
+        tokens = self._tokens
         types = self._list("tokenizer.ggml.token_type", int, [1] * len(tokens))
         if len(types) != len(tokens):
             told = f"{len(tokens)} are, one for each token"
@@ -219,14 +214,13 @@ class GgufModel:
             tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = self._pre_tokenizer(pre)
         tokenizer.decoder = decoders.ByteLevel()
-        for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-            tokenizer.add_tokens(
-                [
-                    AddedToken(token, normalized=False, special=special)
-                    for token, its_kind in kinds
-                    if its_kind == kind
-                ]
-            )
+        tokenizer.add_tokens(
+            [
+                AddedToken(token, normalized=False, special=kind == _CONTROL)
+                for token, kind in kinds
+                if kind in (_CONTROL, _USER_DEFINED)
+            ]
+        )
         if self._get("tokenizer.ggml.add_bos_token", bool, llama3):
             bos = self._token_id("bos")
             tokenizer.post_processor = processors.TemplateProcessing(
@@ -242,26 +236,24 @@ class GgufModel:
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|NUMBER"
             r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
         )
-        gpt2 = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
         numbers = {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
+        first = []
         if name == "smollm":
-            parts = [pre_tokenizers.Digits(individual_digits=True), *gpt2]
-        elif name == "gpt-2":
-            parts = gpt2
+            first = [pre_tokenizers.Digits(individual_digits=True)]
         elif name in numbers:
             pattern = Regex(words.replace("NUMBER", numbers[name]))
-            parts = [
-                pre_tokenizers.Split(pattern, "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        else:
+            first = [pre_tokenizers.Split(pattern, "isolated")]
+        elif name != "gpt-2":
             known = "smollm, gpt-2, llama-bpe and qwen2 are"
             self._refuse("tokenizer.ggml.pre", name, known)
-        return pre_tokenizers.Sequence(parts)
+        last = pre_tokenizers.ByteLevel(
+            add_prefix_space=False, use_regex=name not in numbers
+        )
+        return pre_tokenizers.Sequence([*first, last])
 
     def tokenizer_config(self) -> dict[str, Any]:
         """Returns tokenizer_config.json, with special tokens and the chat template."""
-        tokens = self._tokens()
+        tokens = self._tokens
         ids = {
             "bos_token": self._token_id("bos", None),
             "eos_token": self._token_id("eos"),

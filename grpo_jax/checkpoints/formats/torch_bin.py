@@ -29,13 +29,23 @@ from grpo_jax.errors import GrpoError, one_line
 
 INDEX = "pytorch_model.bin.index.json"
 LARGEST = 1 << 22  # most bytes of data.pkl, which takes about 200 per tensor
-_STORAGES = {
+_CONSTANTS = (  # opcodes that push their argument
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 BINFLOAT STRING UNICODE "
+    "SHORT_BINUNICODE BINUNICODE BINUNICODE8"
+).split()
+_EMPTY: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": bool,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_TUPLE": tuple,
+}
+_KNOWN: dict[str, Any] = {  # storages are not called: a str here
     "torch FloatStorage": "F32",
     "torch HalfStorage": "F16",
     "torch BFloat16Storage": "BF16",
     "torch DoubleStorage": "F64",
-}
-_CALLS = {
     "collections OrderedDict": lambda: {},
     "torch._utils _rebuild_tensor_v2": lambda *given: _tensor(*given[:4]),
     "torch._utils _rebuild_parameter": lambda data, *_: data,
@@ -88,24 +98,21 @@ def _unpickle(data: bytes, file: Path, storage: Callable[[Any], _Storage]) -> An
     index) or overflow the stack (by nested tuples as a key). Keys must be text here.
     """
     stack: list[Any] = []
-    marks: list[int] = []
+    outer: list[list[Any]] = []  # the stacks below each mark
     memo: dict[Any, Any] = {}
 
     def above_mark() -> list[Any]:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
+        nonlocal stack
+        items, stack = stack, outer.pop()
         return items
 
-    def put(pairs: list[Any]) -> None:
-        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            if type(key) is not str:
-                raise GrpoError(
-                    f"{file}: not a dictionary of tensors: a key is no text"
-                )
-            stack[-1][key] = value
+    def pop(count: int) -> list[Any]:
+        items = stack[-count:]
+        del stack[-count:]
+        return items
 
     for opcode, argument, _ in pickletools.genops(data):
+        pairs: list[Any] = []  # keys and values for the dictionary on the stack
         match opcode.name:
             case "PROTO" if argument not in range(2, 6):
                 raise ValueError(f"a pickle of protocol {argument}")
@@ -114,63 +121,55 @@ def _unpickle(data: bytes, file: Path, storage: Callable[[Any], _Storage]) -> An
             case "STOP":
                 return stack.pop()
             case "MARK":
-                marks.append(len(stack))
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
+                outer.append(stack)
+                stack = []
+            case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                memo[len(memo) if argument is None else argument] = stack[-1]
             case "GET" | "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True}.get(opcode.name, False))
-            case "INT" | "BININT" | "BININT1" | "BININT2" | "LONG" | "LONG1" | "LONG4":
+            case name if name in _CONSTANTS:
                 stack.append(argument)
-            case "STRING" | "BINFLOAT" | "UNICODE":
-                stack.append(argument)
-            case "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8":
-                stack.append(argument)
-            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_TUPLE":
-                kinds = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}
-                stack.append(kinds[opcode.name]())
+            case name if name in _EMPTY:
+                stack.append(_EMPTY[name]())
             case "TUPLE" | "LIST":
-                stack.append(tuple(above_mark()))
+                items = above_mark()
+                stack.append(tuple(items))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
+                stack.append(tuple(pop(int(opcode.name[-1]))))
             case "APPEND" | "APPENDS":
-                items = [stack.pop()] if opcode.name == "APPEND" else above_mark()
+                items = pop(1) if opcode.name == "APPEND" else above_mark()
                 stack[-1].extend(items)
             case "DICT":
                 pairs = above_mark()
                 stack.append({})
-                put(pairs)
             case "SETITEM":
-                pairs = stack[-2:]
-                del stack[-2:]
-                put(pairs)
+                pairs = pop(2)
             case "SETITEMS":
-                put(above_mark())
+                pairs = above_mark()
             case "GLOBAL" | "STACK_GLOBAL":
-                if argument is None:
-                    argument = " ".join(stack[-2:])
-                    del stack[-2:]
-                known = _CALLS.get(argument) or _STORAGES.get(argument)
-                if known is None:
+                asked = " ".join(pop(2)) if argument is None else argument
+                if asked not in _KNOWN:
                     raise GrpoError(
                         f"{file}: its pickle asks for "
-                        f"{one_line(argument).replace(' ', '.')}, which weights do not "
+                        f"{one_line(asked).replace(' ', '.')}, which weights do not "
                         "need; it was not run; do not use this file"
                     )
-                stack.append(known)
+                stack.append(_KNOWN[asked])
             case "BINPERSID":
                 stack.append(storage(stack.pop()))
             case "REDUCE":
-                arguments = stack.pop()
-                stack.append(stack.pop()(*arguments))
+                call, arguments = pop(2)
+                stack.append(call(*arguments))
             case "BUILD":
                 stack.pop()  # a state dict's _metadata: versions of torch's modules
             case name:
                 raise ValueError(f"{name} is not of a dictionary of tensors")
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            if type(key) is not str:
+                raise GrpoError(
+                    f"{file}: not a dictionary of tensors: a key is no text"
+                )
+            stack[-1][key] = value
     raise ValueError("it has no end")
 
 
@@ -266,11 +265,9 @@ def read_bin_folder(folder: Path) -> dict[str, Stored]:
     Raises:
       GrpoError: there is no such file, or one is missing, damaged or not supported.
     """
-    if (folder / INDEX).exists():
-        names = sorted(set(read_index(folder / INDEX).values()))
-        files = [folder / name for name in names]
-    else:
-        files = sorted(folder.glob("pytorch_model*.bin"))
+    index, pattern = folder / INDEX, "pytorch_model*.bin"
+    names = set(read_index(index).values()) if index.exists() else set()
+    files = sorted(folder / name for name in names) or sorted(folder.glob(pattern))
     if not files:
         raise GrpoError(f"{folder}: no pytorch_model*.bin; is it the right folder?")
     return merge(files, read_bin)

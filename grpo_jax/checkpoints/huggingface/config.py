@@ -94,24 +94,24 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        _refuse(where, "model_type", kind, f"{', '.join(ARCHITECTURES)} are")
+        refuse_value(where, "model_type", kind, f"{', '.join(ARCHITECTURES)} are")
     names = config.get("architectures") or [ARCHITECTURES[kind]]
     if names != [ARCHITECTURES[kind]]:
-        _refuse(where, "architectures", names, f"['{ARCHITECTURES[kind]}'] is")
+        refuse_value(where, "architectures", names, f"['{ARCHITECTURES[kind]}'] is")
     c = _DEFAULTS[kind] | {k: v for k, v in config.items() if v is not None}
     for key in ("sliding_window", "num_key_value_heads"):
         c[key] = config.get(key, c[key])  # null is a value here: no window; all heads
     if c["hidden_act"] not in ("silu", "swish"):
-        _refuse(where, "hidden_act", c["hidden_act"], "'silu' is")
+        refuse_value(where, "hidden_act", c["hidden_act"], "'silu' is")
     for key in ("quantization_config", "num_experts", "num_local_experts"):
         if c.get(key):
-            _refuse(where, key, c[key], "unquantised dense models are")
+            refuse_value(where, key, c[key], "unquantised dense models are")
     for key in _MOST:
         if c.get(key) is not None:
             _check_whole(where, key, c[key], least=int(key != "max_window_layers"))
     for key, default in _DEFAULTS[kind].items():
         if isinstance(default, bool) and not isinstance(c[key], bool):
-            _refuse(where, key, c[key], "true and false are")
+            refuse_value(where, key, c[key], "true and false are")
     _check_number(where, "rms_norm_eps", c["rms_norm_eps"], most=1)
     heads = c["num_attention_heads"]
     kv_heads = heads if c["num_key_value_heads"] is None else c["num_key_value_heads"]
@@ -127,7 +127,9 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
         )
     head_dim = c["head_dim"] or c["hidden_size"] // heads
     if head_dim % 2:
-        _refuse(where, "head_dim", head_dim, "even ones are, whose halves RoPE turns")
+        refuse_value(
+            where, "head_dim", head_dim, "even ones are, whose halves RoPE turns"
+        )
     theta, scaling = _rope(c, where)
     # Mistral's and Qwen2's code ignores attention_bias, whatever the file says.
     bias = c["attention_bias"] and kind in ("llama", "qwen3")
@@ -152,7 +154,15 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
     )
 
 
-def _refuse(where: str, key: str, value: Any, instead: str) -> NoReturn:
+def refuse_value(where: object, key: str, value: Any, instead: str) -> NoReturn:
+    """Raises a GrpoError: the value of a key in a file is not supported.
+
+    Args:
+      where: the file.
+      key: the key.
+      value: its value.
+      instead: what is supported, as the subject and verb of a sentence.
+    """
     told = one_line(repr(value))
     raise GrpoError(f"{where}: {key}={told} is not supported; {instead}")
 
@@ -179,20 +189,22 @@ def _rope(c: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     group = "rope_parameters" if c.get("rope_parameters") else "rope_scaling"
     rope = c.get(group) or {}
     if not isinstance(rope, Mapping):
-        _refuse(where, group, rope, "an object with rope_type is")
+        refuse_value(where, group, rope, "an object with rope_type is")
     if any(isinstance(value, Mapping) for value in rope.values()):
-        _refuse(where, group, rope, "one RoPE for all layers is")
+        refuse_value(where, group, rope, "one RoPE for all layers is")
     theta = rope.get("rope_theta")
     theta = c["rope_theta"] if theta is None else theta
     _check_number(where, "rope_theta", theta)
     partial = rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
-        _refuse(where, "partial_rotary_factor", partial, "1.0 is")
+        refuse_value(where, "partial_rotary_factor", partial, "1.0 is")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return float(theta), None
     if kind not in ("linear", "llama3"):
-        _refuse(where, f"{group}.rope_type", kind, "'default', 'linear', 'llama3' are")
+        refuse_value(
+            where, f"{group}.rope_type", kind, "'default', 'linear', 'llama3' are"
+        )
     keys = ["factor"]
     if kind == "llama3":
         keys += ["low_freq_factor", "high_freq_factor"]
@@ -202,13 +214,13 @@ def _rope(c: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
         return float(theta), RopeScaling(kind=kind, factor=float(rope["factor"]))
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     if not low < high:
-        _refuse(where, f"{group}.high_freq_factor", high, f"above {low} is")
+        refuse_value(where, f"{group}.high_freq_factor", high, f"above {low} is")
     original = rope.get("original_max_position_embeddings")
     if original is None:
         original = c["max_position_embeddings"]
     key = f"{group}.original_max_position_embeddings"
     if type(original) is not int or not 1 <= original <= 2**31 - 1:
-        _refuse(where, key, original, "a whole number above 0 is")
+        refuse_value(where, key, original, "a whole number above 0 is")
     return float(theta), RopeScaling(
         kind=kind,
         factor=float(rope["factor"]),
@@ -231,7 +243,7 @@ def _window(c: Mapping[str, Any], kind: str, where: str) -> int | None:
         for i in range(layers)
     ]
     if not isinstance(types, list) or not all(isinstance(t, str) for t in types):
-        _refuse(where, "layer_types", types, "a list of names is")
+        refuse_value(where, "layer_types", types, "a list of names is")
     if len(types) != layers:
         raise GrpoError(
             f"{where}: layer_types names {len(types)} layers, "
@@ -241,7 +253,7 @@ def _window(c: Mapping[str, Any], kind: str, where: str) -> int | None:
         return None
     if set(types) == {"sliding_attention"} and window:
         return window
-    _refuse(where, "layer_types", sorted(set(types)), "one kind for all layers is")
+    refuse_value(where, "layer_types", sorted(set(types)), "one kind for all layers is")
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -5,15 +5,15 @@ The folder has adapter_config.json and adapter_model.safetensors, with PEFT's na
 
 from __future__ import annotations
 
-import functools
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from grpo_jax.checkpoints.huggingface.folders import new_folder
-from grpo_jax.checkpoints.huggingface.safetensors_files import Source, write_file
+from grpo_jax.checkpoints.huggingface.safetensors_files import Stored, write_file
 from grpo_jax.checkpoints.huggingface.weights import LAYER
 from grpo_jax.distributed.sharding import to_hosts
 from grpo_jax.files import write_json
@@ -45,8 +45,12 @@ def save_adapter(
         for side, leaf in zip(("lora_A", "lora_B"), pair, strict=True):
             for i in range(leaf.shape[0]):
                 name = f"base_model.model.model.layers.{i}.{module}.{side}.weight"
-                read = functools.partial(lambda leaf, i: to_hosts(leaf[i]), leaf, i)
-                tensors[name] = Source(np.dtype(leaf.dtype), leaf.shape[1:], read)
+
+                def read(index: Any, leaf=leaf, i=i) -> np.ndarray:
+                    return to_hosts(leaf[i])[index]
+
+                dtype, shape = np.dtype(leaf.dtype), leaf.shape[1:]
+                tensors[name] = Stored(Path(), dtype, shape, read)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -61,7 +65,7 @@ def save_adapter(
     }
     if jax.process_index() != 0:
         for tensor in tensors.values():
-            tensor.read()  # takes part in the gather
+            tensor.read(...)  # takes part in the gather
         return
     with new_folder(folder) as temporary:
         write_json(temporary / "adapter_config.json", config)

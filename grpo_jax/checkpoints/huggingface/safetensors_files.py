@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,9 +37,9 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor in a file; `stored[index]` reads that slice and nothing else."""
+    """A tensor in a file, or one to write; `stored[index]` reads only that slice."""
 
-    file: Path
+    file: Path  # Path() for one that is in no file
     dtype: np.dtype | str  # the file's code as a str, if NumPy has no such type
     shape: tuple[int, ...]
     read: Callable[[Any], np.ndarray]  # copies the numbers at an index
@@ -52,19 +53,10 @@ class Stored:
             )
         return self.read(index)
 
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A tensor to write. Dtype and shape are known; `read` returns its numbers."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-
     @property
     def nbytes(self) -> int:
         """The size of its numbers in bytes."""
-        return self.dtype.itemsize * int(np.prod(self.shape))
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
 
 @contextlib.contextmanager
@@ -181,18 +173,16 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     """
     if (folder / MODEL).exists():
         return read_header(folder / MODEL)
-    if (folder / INDEX).exists():
-        where = read_index(folder / INDEX)
-        files = [folder / file for file in sorted(set(where.values()))]
-    else:
-        where, files = {}, sorted(folder.glob("*.safetensors"))
-        if not files and sorted(folder.glob("*.bin")):
-            raise GrpoError(
-                f"{folder}: only .bin weights, which are pickles; run python -m "
-                f"grpo_jax.convert {folder} OUT and load OUT"
-            )
-        if not files:
-            raise GrpoError(f"{folder}: {MODEL} is missing; download it again")
+    where = read_index(folder / INDEX) if (folder / INDEX).exists() else {}
+    files = sorted({folder / file for file in where.values()})
+    files = files or sorted(folder.glob("*.safetensors"))
+    if not files and any(folder.glob("*.bin")):
+        raise GrpoError(
+            f"{folder}: only .bin weights, which are pickles; run python -m "
+            f"grpo_jax.convert {folder} OUT and load OUT"
+        )
+    if not files:
+        raise GrpoError(f"{folder}: {MODEL} is missing; download it again")
     tensors = merge(files, read_header)
     for name, file in where.items():
         if name not in tensors or tensors[name].file.name != file:
@@ -202,7 +192,7 @@ def read_folder(folder: Path) -> dict[str, Stored]:
 
 
 def write_folder(
-    folder: Path, tensors: Mapping[str, Source], max_bytes: int = 5_000_000_000
+    folder: Path, tensors: Mapping[str, Stored], max_bytes: int = 5_000_000_000
 ) -> None:
     """Writes model.safetensors, or shards of at most `max_bytes` and their index.
 
@@ -231,14 +221,14 @@ def write_folder(
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_file(file: Path, tensors: Mapping[str, Source]) -> None:
+def write_file(file: Path, tensors: Mapping[str, Stored]) -> None:
     """Writes a safetensors file, reading one tensor at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, source in tensors.items():
         start, end = end, end + source.nbytes
         header[name] = {
-            "dtype": CODES[source.dtype],
+            "dtype": CODES[np.dtype(source.dtype)],
             "shape": list(source.shape),
             "data_offsets": [start, end],
         }
@@ -247,7 +237,7 @@ def write_file(file: Path, tensors: Mapping[str, Source]) -> None:
     with open(file, "wb") as handle:
         handle.write(struct.pack("<Q", len(raw)) + raw)
         for name, source in tensors.items():
-            array = np.ascontiguousarray(source.read())
+            array = np.ascontiguousarray(source[...])
             if (array.dtype, array.shape) != (source.dtype, source.shape):
                 raise AssertionError(f"{name}: {array.dtype}{array.shape}")
             array.reshape(-1).view(np.uint8).tofile(handle)

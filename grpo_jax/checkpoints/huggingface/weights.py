@@ -22,7 +22,6 @@ from grpo_jax.arguments import check_whole
 from grpo_jax.checkpoints.huggingface import config as hf_config
 from grpo_jax.checkpoints.huggingface.folders import find_folder, new_folder
 from grpo_jax.checkpoints.huggingface.safetensors_files import (
-    Source,
     Stored,
     read_folder,
     write_folder,
@@ -150,21 +149,6 @@ def abstract_params(
     init = lambda key: Decoder(config).init(key, dtype)  # noqa: E731
     shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((), jax.random.key(0).dtype))
     return shapes if mesh is None else sharding.abstract(shapes, mesh)
-
-
-def missing_files(
-    path: str | os.PathLike[str], revision: str | None = None
-) -> str | None:
-    """Returns a line on what load_pretrained would miss and how to get it, or None.
-
-    >>> missing_files("/nowhere/model")
-    '/nowhere/model: there is no such folder...'
-    """
-    try:
-        read_folder(find_folder(path, revision))
-    except GrpoError as error:
-        return str(error)
-    return None
 
 
 def _path(keys: Any) -> str:
@@ -306,7 +290,7 @@ def save_pretrained(
     tensors = dict(_sources(model, params))
     if jax.process_index() != 0:
         for tensor in tensors.values():
-            tensor.read()  # takes part in the gather
+            tensor.read(...)  # takes part in the gather
         return
     with new_folder(folder) as temporary:
         for file in kept:
@@ -317,7 +301,7 @@ def save_pretrained(
         write_folder(temporary, tensors, max_shard_bytes)
 
 
-def _sources(model: Decoder, params: Params) -> Iterator[tuple[str, Source]]:
+def _sources(model: Decoder, params: Params) -> Iterator[tuple[str, Stored]]:
     """Yields the folder's tensors, which are fetched and merged one by one."""
     trained, frozen = lora.split(params)
     adapters = trained["layers"] if frozen else {}
@@ -330,13 +314,16 @@ def _sources(model: Decoder, params: Params) -> Iterator[tuple[str, Source]]:
         for i, name in enumerate(names):
             at = i if stacked else ...
             read = functools.partial(_read_merged, model.lora, [leaf, *pair], at)
-            yield name, Source(np.dtype(leaf.dtype), shape, read)
+            yield name, Stored(Path(), np.dtype(leaf.dtype), shape, read)
 
 
-def _read_merged(adapters: lora.Lora, leaves: list[jax.Array], at: Any) -> np.ndarray:
+def _read_merged(
+    adapters: lora.Lora, leaves: list[jax.Array], at: Any, index: Any
+) -> np.ndarray:
     """Returns a matrix with its LoRA adapter merged into it, if it has one."""
     matrix, *pair = (leaf if at is ... else leaf[at] for leaf in leaves)
-    return _whole(lora.merge_matrix(adapters, matrix, *pair) if pair else matrix)
+    merged = lora.merge_matrix(adapters, matrix, *pair) if pair else matrix
+    return _whole(merged)[index]
 
 
 def _whole(matrix: jax.Array) -> np.ndarray:

@@ -74,7 +74,7 @@ def read(text: str, *, thousands: bool = True) -> Node:
         return Node("set", text, nodes, "or")
     if len(parts := split(text, r"\cap")) > 1:
         return Node("set", text, tuple(read(part) for part in parts), "and")
-    if text.startswith(r"\{") and closes(text, r"\{", r"\}"):
+    if text.startswith(r"\{") and text.endswith(r"\}") and closes(text):
         return _braces(text[2:-2])
     if complement := re.fullmatch(
         r"\\mathbb\{R\}(?:\\setminus|\\backslash|-)\\\{(.+)\\\}", text
