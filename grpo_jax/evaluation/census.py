@@ -76,7 +76,7 @@ def take_census(
             language=languages,
         )
         found = [answers.extract(*x) for x in zip(texts, languages, strict=True)]
-        lengths = [len(ids) for ids in tokenizer.encode_batch(texts)]
+        lengths = [len(tokenizer.encode(text)) for text in texts]
         flat = np.stack([right, [f is not None for f in found], lengths], -1)
         return flat.astype(int).reshape(len(indices), -1, 3).tolist()
 
