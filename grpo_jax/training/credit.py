@@ -16,6 +16,7 @@ Axes: N outputs, the G of a question side by side; C tokens of the longest outpu
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ class Output:
         """1 for tokens that the policy sampled, 0 for a tool's."""
         return [1] * len(self.tokens) if self.mask is None else self.mask
 
-    @property
+    @functools.cached_property
     def sample(self) -> Sample:
         """Prompt and output, with the output's sampled tokens in the loss."""
         return Sample.from_output(
@@ -99,9 +100,9 @@ def outcome(
     """
     options = dict(scale=scale, baseline=baseline)
     if each:
-        table = jnp.stack([jnp.asarray(x) for x in scores.by_function.values()], 1)
-        by = jnp.asarray(weights)
-        advantages = decoupled_advantages(table, by, group_size, **options)
+        table = jnp.stack([*map(jnp.asarray, scores.by_function.values())], 1)
+        given = table, jnp.asarray(weights)
+        advantages = decoupled_advantages(*given, group_size, **options)
     else:
         rewards = jnp.asarray(scores.rewards)
         advantages = group_advantages(rewards, group_size, **options)
@@ -172,14 +173,12 @@ def critic(
         if ref_logps is not None:
             r[i, :n] = -kl_coef * (np.asarray(output.logps) - ref_logps[i])
         r[i, np.flatnonzero(output.sampled)[-1]] += rewards[i]
-    advantages, returns = gae(
-        jnp.asarray(r), jnp.asarray(v), jnp.asarray(mask), gamma=gamma, lam=lam
-    )
-    advantages, returns = np.asarray(advantages), np.asarray(returns)
+    arrays = (jnp.asarray(x) for x in (r, v, mask))
+    advantages, returns = map(np.asarray, gae(*arrays, gamma=gamma, lam=lam))
     advantages = normalized(advantages, mask)
     return [
         dataclasses.replace(
-            masked(o.sample) if not np.isfinite(rewards[i]) else o.sample,
+            o.sample if np.isfinite(rewards[i]) else masked(o.sample),
             advantages=behind(o, advantages[i]),
             returns=behind(o, returns[i]),
             values=behind(o, v[i]),
@@ -211,13 +210,9 @@ def divergence(
     outputs: Sequence[Output], ref_logps: Sequence[np.ndarray]
 ) -> np.ndarray:
     """Returns log π_old(o|q) - log π_ref(o|q) of each output's sampled tokens, [N]."""
-    return np.array(
-        [
-            ((np.asarray(o.logps) - ref) * np.array(o.sampled)).sum()
-            for o, ref in zip(outputs, ref_logps, strict=True)
-        ],
-        np.float32,
-    )
+    pairs = zip(outputs, ref_logps, strict=True)
+    sums = [((np.asarray(o.logps) - ref) * o.sampled).sum() for o, ref in pairs]
+    return np.array(sums, np.float32)
 
 
 def normalized(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -249,11 +244,12 @@ def pairs(
     """
     chosen: list[Sample] = []
     for start in range(0, len(outputs), group_size):
-        group = range(start, start + group_size)
-        right = rng.permutation([i for i in group if rewards[i] > 0])
-        wrong = rng.permutation([i for i in group if rewards[i] <= 0])
+        group = rewards[start : start + group_size]
+        right, wrong = (
+            rng.permutation(start + np.flatnonzero(x)) for x in (group > 0, group <= 0)
+        )
         for pair in zip(right, wrong, strict=False):
-            chosen += [outputs[int(i)].sample for i in pair]
+            chosen += [outputs[i].sample for i in pair]
     return chosen
 
 
