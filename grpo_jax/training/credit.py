@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -70,10 +71,8 @@ def indicator(outputs: Sequence[Output], rewards: np.ndarray) -> list[Sample]:
       outputs: N outputs.
       rewards: [N].
     """
-    return [
-        dataclasses.replace(o.sample, advantages=float(r > 0), logps=None)
-        for o, r in zip(outputs, rewards, strict=True)
-    ]
+    samples = with_advantages(outputs, (rewards > 0).astype(float).tolist())
+    return [dataclasses.replace(sample, logps=None) for sample in samples]
 
 
 def outcome(
@@ -106,10 +105,7 @@ def outcome(
     else:
         rewards = jnp.asarray(scores.rewards)
         advantages = group_advantages(rewards, group_size, **options)
-    return [
-        dataclasses.replace(o.sample, advantages=float(a))
-        for o, a in zip(outputs, np.asarray(advantages), strict=True)
-    ]
+    return with_advantages(outputs, np.asarray(advantages).tolist())
 
 
 def process(
@@ -133,10 +129,8 @@ def process(
         rewards[i, list(where)] = values
         ends[i, list(where)] = 1
     advantages = process_advantages(jnp.asarray(rewards), jnp.asarray(ends), group_size)
-    return [
-        dataclasses.replace(o.sample, advantages=behind(o, a))
-        for o, a in zip(outputs, np.asarray(advantages), strict=True)
-    ]
+    rows = zip(outputs, np.asarray(advantages), strict=True)
+    return with_advantages(outputs, [behind(o, row) for o, row in rows])
 
 
 def critic(
@@ -263,6 +257,12 @@ def overlong_punishment(lengths: Sequence[int], limit: int, buffer: int) -> np.n
     """
     over = np.asarray(lengths, np.float32) - (limit - buffer)
     return 0.0 - np.clip(over / max(buffer, 1), 0.0, 1.0)
+
+
+def with_advantages(outputs: Sequence[Output], values: Sequence[Any]) -> list[Sample]:
+    """Returns the outputs' samples with Â: one number each, or one for each token."""
+    pairs = zip(outputs, values, strict=True)
+    return [dataclasses.replace(o.sample, advantages=a) for o, a in pairs]
 
 
 def masked(sample: Sample) -> Sample:

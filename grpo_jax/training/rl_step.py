@@ -128,6 +128,9 @@ class RlStep:
         outputs, scores, spent = experience.grade(step, outputs, sampler, judged)  # 5
         clock.stop("time/rewards")
         samples = self.assign_credit(step, outputs, scores, passes)  # 6
+        if self.options.get("mask_truncated"):
+            pairs = zip(samples, outputs, strict=True)
+            samples = [s if o.finished else credit.masked(s) for s, o in pairs]
         batch, taught = self.pack(samples, outputs)  # 7
         if not self.passes_come_first:
             passes = self.run_passes(state, batch)
@@ -166,10 +169,7 @@ class RlStep:
           outputs: all outputs of the step, if they are what the batch holds.
         """
         programs = self.programs
-
-        def dispatch(values: Any) -> Any:
-            return sharding.one_at_a_time(self.run.mesh, values)
-
+        dispatch = functools.partial(sharding.one_at_a_time, self.run.mesh)
         old = ref = values = None
         if self.updates > 1:
             old = dispatch(programs.score(state.params, batch))
@@ -191,15 +191,6 @@ class RlStep:
         passes: ForwardPasses,
     ) -> list[Sample]:
         """Returns the samples of a step, with Â as the method's row says it."""
-        samples = self._assign_credit(step, outputs, scores, passes)
-        if not self.options.get("mask_truncated"):
-            return samples
-        return [
-            sample if output.finished else credit.masked(sample)
-            for sample, output in zip(samples, outputs, strict=True)
-        ]
-
-    def _assign_credit(self, step, outputs, scores, passes) -> list[Sample]:
         kind, options = self.method.coefficient, self.options
         rewards, group_size = scores.rewards, self.run.config.group_size
         if kind == "indicator":

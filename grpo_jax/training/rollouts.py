@@ -181,10 +181,7 @@ class Experience:
 
     def text(self, output: Output) -> str:
         """Returns an output's text, as the reward functions get it."""
-        tokenizer = self.run.tokenizer
-        if output.mask is None:
-            return tokenizer.decode(output.tokens)
-        return text_of(tokenizer, output.tokens, output.mask)
+        return text_of(self.run.tokenizer, output.tokens, output.mask or [])
 
     def grade(
         self,
@@ -271,9 +268,10 @@ def outcome_metrics(
         "reward": _mean(scores.rewards),
         "reward_std": _mean([np.nanstd(g, ddof=1) for g in several]),
         "frac_reward_zero_std": float(np.mean([len(_values(g)) < 2 for g in groups])),
-        "completions/mean_length": float(lengths.mean()),
-        "completions/min_length": float(lengths.min()),
-        "completions/max_length": float(lengths.max()),
+        **{
+            f"completions/{name}_length": float(getattr(lengths, name)())
+            for name in ("mean", "min", "max")
+        },
         "completions/clipped_ratio": float(np.mean([not o.finished for o in outputs])),
         "rewards/timeouts": float(scores.timeouts),
     }
