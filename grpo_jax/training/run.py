@@ -82,10 +82,6 @@ class Run:
         make = functools.partial(lora.begin, self.model.lora)
         return setup.make_on_mesh(self.mesh, make, params, key, donate_argnums=0)
 
-    def abstract_params(self, stage: str) -> Params:
-        """Returns a stage's parameters as shapes and dtypes."""
-        return setup.abstract_params(self.config, self.model, stage)
-
     def abstract_state(
         self, stage: str, optimizer: optax.GradientTransformation
     ) -> TrainState:
@@ -118,7 +114,8 @@ class Run:
 
     def load_reference(self, iteration: int) -> Params:
         """Returns the saved π_ref of an iteration."""
-        like = sharding.abstract(self.abstract_params("rl"), self.mesh)
+        params = setup.abstract_params(self.config, self.model, "rl")
+        like = sharding.abstract(params, self.mesh)
         with self.checkpoints(f"reference-{iteration}") as checkpoints:
             return checkpoints.restore(like)[1]
 

@@ -105,19 +105,10 @@ def agree_on_files(config: Config) -> None:
 
 def make_decoder(config: Config, model_config: ModelConfig) -> Decoder:
     """Returns the decoder of an architecture, with the config's dtype and adapters."""
-    return Decoder(
-        model_config,
-        config.model.dtype,
-        config.model.remat,
-        adapters_of(config),
-        config.mesh.decode_tensor,
-    )
-
-
-def adapters_of(config: Config) -> lora.Lora:
-    """Returns the settings of LoRA's adapters; rank 0 means none."""
-    m = config.model
-    return lora.Lora(rank=m.lora_rank, alpha=m.lora_alpha, targets=lora_targets(config))
+    m, targets = config.model, lora_targets(config)
+    adapters = lora.Lora(rank=m.lora_rank, alpha=m.lora_alpha, targets=targets)
+    decode_tensor = config.mesh.decode_tensor
+    return Decoder(model_config, m.dtype, m.remat, adapters, decode_tensor)
 
 
 def declared_config(config: Config, vocab_size: int) -> ModelConfig:
@@ -138,7 +129,7 @@ def declared_config(config: Config, vocab_size: int) -> ModelConfig:
 def describe_state(config: Config, mesh: Mesh) -> str:
     """Returns one line on the size of the training state, from shapes alone."""
     declared = declared_config(config, config.model.vocab_size)
-    decoder = Decoder(declared, lora=adapters_of(config))
+    decoder = make_decoder(config, declared)
     stage = "sft" if config.method == "sft" else "rl"
     optimizer, _ = stage_optimizer(stage, config)
     state = abstract_state(config, decoder, mesh, stage, optimizer)
