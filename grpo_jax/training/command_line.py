@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import traceback
@@ -46,7 +47,7 @@ def parse_config(argv: list[str], usage: str) -> Config:
       GrpoError: any mistake, in one line.
     """
     file, known = "", flatten(Config())
-    for flag, value in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for flag, value in itertools.pairwise([*argv[1:], ""]):
         name, equals, inline = flag.lstrip("-").partition("=")
         if name == "config":
             file = (inline if equals else value).partition(":")[0]
