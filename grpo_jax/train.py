@@ -47,13 +47,10 @@ def main(argv: list[str] | None = None) -> None:
     print_help(argv, USAGE, names.split())
     try:
         config = parse_config(argv, USAGE)
-    except GrpoError as error:
-        sys.exit(f"error: {error}")
-    from grpo_jax.distributed import processes
+        from grpo_jax.distributed import processes
 
-    address = _COORDINATOR.value, _PROCESSES.value, _NUMBER.value
-    limits = dict(wait=_WAIT.value, heartbeat=_HEARTBEAT.value)
-    try:
+        address = _COORDINATOR.value, _PROCESSES.value, _NUMBER.value
+        limits = dict(wait=_WAIT.value, heartbeat=_HEARTBEAT.value)
         with processes.together(*address, **limits):
             run(config)
     except GrpoError as error:
@@ -139,7 +136,7 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     there = sharding.to_devices(0.0, jax.NamedSharding(mesh, sharding.P()))
     sharding.move(there, config.model.reference_memory)
     if config.model.path and config.model.vocab_size:  # print a large model's size
-        processes.say(setup.describe_state(config))
+        processes.say(setup.describe_state(config, mesh))
     setup.agree_on_files(config)
     model, tokenizer = setup.make_model(config)
     several = f" of {processes.count()} processes" if processes.count() > 1 else ""

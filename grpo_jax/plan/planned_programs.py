@@ -28,9 +28,11 @@ from grpo_jax.plan.chips import Topology
 from grpo_jax.plan.loop_trip_counts import MeanLengths
 from grpo_jax.training import setup, sft
 from grpo_jax.training.batch import Batch, Sample
+from grpo_jax.training.objectives import sft_objective
 from grpo_jax.training.optimizers import stage_optimizer
 from grpo_jax.training.rl_programs import Layout, make_programs
 from grpo_jax.training.run import policy
+from grpo_jax.training.train_step import make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +237,9 @@ def plan_sft(
     lengths: MeanLengths,
 ) -> tuple[list[PlannedProgram], Any]:
     """The update of an SFT step, and the state that the step keeps."""
-    update = sft.make_update(config, model, optimizer, sharding.shardings(state, mesh))
+    objective = sft_objective(model, aggregate=config.sft.aggregate)
+    shardings = sharding.shardings(state, mesh)
+    update: Any = make_step(objective, optimizer, state_shardings=shardings)
     sample = Sample(tokens=[0, 0], mask=[0, 1])
     batch = _batch_shapes(sft.lay_out(config, mesh, [sample]), mesh)
     capacity = batch.tokens.shape[0]

@@ -9,7 +9,6 @@ Axes: A micro-batches, B rows, T positions.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,33 +54,17 @@ class Sample:
         [0, 0, 1, 1]
         """
         before = len(prompt)
-        if advantages is not None and np.ndim(advantages):
-            advantages = [0.0] * before + np.asarray(advantages).tolist()
-        elif advantages is not None:
-            advantages = float(advantages)  # type: ignore[arg-type]
+        zeros = [0.0] * before
+        if advantages is not None:
+            values = np.asarray(advantages).tolist()
+            advantages = zeros + values if np.ndim(values) else values
         return cls(
             tokens=[*map(int, prompt), *map(int, tokens)],
             mask=[0] * before + [int(m) for m in mask or [1] * len(tokens)],
-            logps=None if logps is None else [0.0] * before + [float(x) for x in logps],
+            logps=None if logps is None else zeros + [float(x) for x in logps],
             advantages=advantages,
             prompt=before,
         )
-
-
-PER_TOKEN = (
-    "tokens",
-    "targets",
-    "positions",
-    "segment_ids",
-    "mask",
-    "advantages",
-    "sampler_logps",
-    "old_logps",
-    "ref_logps",
-    "labels",
-    "returns",
-    "old_values",
-)
 
 
 # Per-token numbers of a Batch → the field of Sample that holds them.
@@ -94,11 +77,7 @@ FROM_SAMPLE = {
 }
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[*PER_TOKEN, "used", "sequences", "loss_tokens"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
     """Packed rows, [A, B, T] unless said otherwise; None: the loss does not use it."""
@@ -121,12 +100,7 @@ class Batch:
 
     def micro(self, index: Any) -> Batch:
         """Returns micro-batch number `index`, whose arrays are [B, T]."""
-        take = {
-            name: None if value is None else value[index]
-            for name in PER_TOKEN
-            for value in [getattr(self, name)]
-        }
-        return dataclasses.replace(self, **take)
+        return jax.tree.map(lambda x: x[index] if np.ndim(x) == 3 else x, self)
 
     @property
     def padding(self) -> Any:
@@ -148,7 +122,6 @@ class Batch:
             raise GrpoError(f"pack: {self.tokens.shape[0]} micro-batches > {capacity}")
 
         def pad(x):
-            return None if x is None else np.pad(x, ((0, missing), (0, 0), (0, 0)))
+            return np.pad(x, ((0, missing), (0, 0), (0, 0))) if np.ndim(x) == 3 else x
 
-        padded = {name: pad(getattr(self, name)) for name in PER_TOKEN}
-        return dataclasses.replace(self, **padded)
+        return jax.tree.map(pad, self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import traceback
@@ -14,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from grpo_jax.config import Config, flatten, unknown_field
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, one_line
 from grpo_jax.training.config_checks import validate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "the run's config file")
@@ -45,25 +46,23 @@ def parse_config(argv: list[str], usage: str) -> Config:
     Raises:
       GrpoError: any mistake, in one line.
     """
-    file = ""
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+    file, known = "", flatten(Config())
+    for flag, value in itertools.pairwise([*argv[1:], ""]):
         name, equals, inline = flag.lstrip("-").partition("=")
-        if name != "config":
-            continue
-        file = (inline if equals else value).partition(":")[0]
-        if not Path(file).is_file():
-            raise GrpoError(f"--config: {file or 'nothing'}: no such file ({usage})")
-    for argument in argv[1:]:
-        name = argument.lstrip("-").partition("=")[0].removeprefix("no")
-        if argument.startswith("-") and name.startswith("config."):
-            if name[7:] not in flatten(Config()):
-                raise GrpoError(unknown_field(name[7:]))
+        if name == "config":
+            file = (inline if equals else value).partition(":")[0]
+            if not Path(file).is_file():
+                missing = file or "nothing"
+                raise GrpoError(f"--config: {missing}: no such file ({usage})")
+        prefix, dot, field = name.removeprefix("no").partition(".")
+        if flag.startswith("-") and prefix == "config" and dot and field not in known:
+            raise GrpoError(unknown_field(field))
     try:
         rest = flags.FLAGS(argv)[1:]
     except flags.Error as error:
         if "parsing config file" in str(error):  # the file raised Type- or ValueError
             raise GrpoError(_in_config_file(error, file)) from None
-        raise GrpoError(f"{_first_line(error)} ({usage})") from None
+        raise GrpoError(f"{one_line(error)} ({usage})") from None
     except Exception as error:  # whatever the file's own code raised
         raise GrpoError(_in_config_file(error, file)) from None
     if not file:
@@ -73,10 +72,6 @@ def parse_config(argv: list[str], usage: str) -> Config:
     if not isinstance(_CONFIG.value, Config):
         raise GrpoError("--config: its get_config() must return a grpo_jax Config")
     return validate(_CONFIG.value)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def _in_config_file(error: Exception, file: str) -> str:

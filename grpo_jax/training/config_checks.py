@@ -11,6 +11,7 @@ from grpo_jax.algorithms.methods import METHODS, OWN_FIELDS
 from grpo_jax.arguments import check_value
 from grpo_jax.config import (
     Config,
+    flatten,
     generations,
     lora_targets,
     reward_names,
@@ -32,7 +33,8 @@ def validate(config: Config) -> Config:
     ...
     grpo_jax.errors.GrpoError: config.group_size: 1 output a question has no group...
     """
-    flat = check_fields(config)
+    check_fields(config)
+    flat = flatten(config)
     for name in OWN_FIELDS:
         if flat[name] is not None and name not in METHODS[config.method].fields:
             raise GrpoError(
@@ -41,25 +43,26 @@ def validate(config: Config) -> Config:
     _validate_method(config)
     if config.sft_steps and not config.data.sft:
         raise GrpoError("config.data.sft: sft_steps is set; name the worked examples")
-    if not config.model.path:
+    model = config.model
+    if not model.path:
         for name in ("layers", "width", "heads", "ffn"):
             if not flat[f"model.{name}"]:
                 raise GrpoError(
                     f"config.model.{name}: 0; a new model needs it (or set model.path)"
                 )
-        if config.model.width % (2 * config.model.heads):
+        if model.width % (2 * model.heads):
             raise GrpoError(
-                f"config.model.width: {config.model.width} is not a multiple of twice "
-                f"the heads, {config.model.heads}"
+                f"config.model.width: {model.width} is not a multiple of twice the "
+                f"heads, {model.heads}"
             )
-        if config.model.heads % (config.model.kv_heads or config.model.heads):
+        if model.heads % (model.kv_heads or model.heads):
             raise GrpoError(
-                f"config.model.kv_heads: {config.model.kv_heads} does not divide the "
-                f"heads, {config.model.heads}"
+                f"config.model.kv_heads: {model.kv_heads} does not divide the heads, "
+                f"{model.heads}"
             )
     _validate_sizes(config)
     lora_targets(config)
-    if not config.sft_steps and not config.model.path:
+    if not config.sft_steps and not model.path:
         raise GrpoError(
             "config.sft_steps: 0, so RL would start from random weights; set it, or "
             "model.path"
@@ -105,25 +108,23 @@ def _validate_sizes(config: Config) -> None:
         )
 
 
-def check_fields(part: Any, prefix: str = "") -> dict[str, Any]:
-    """Checks each field of a config for itself; returns them as `flatten` does.
+def check_fields(part: Any, prefix: str = "") -> None:
+    """Checks each field of a config for itself.
 
     Raises:
       GrpoError: a field's type or value is not allowed.
     """
-    hints, flat = get_type_hints(type(part)), {}
+    hints = get_type_hints(type(part))
     for field in dataclasses.fields(part):
         name, value = prefix + field.name, getattr(part, field.name)
         kind = hints[field.name]
         if not dataclasses.is_dataclass(kind):
             kinds = get_args(kind) or (kind,)
             check_value(f"config.{name}", value, kinds, **field.metadata)
-            flat[name] = value
         elif isinstance(value, kind):
-            flat |= check_fields(value, f"{name}.")
+            check_fields(value, f"{name}.")
         else:
             raise GrpoError(f"config.{name}: {value!r} is not a {kind.__name__}")
-    return flat
 
 
 def _validate_method(config: Config) -> None:
@@ -136,24 +137,20 @@ def _validate_method(config: Config) -> None:
         raise GrpoError(
             f"config.rewards.functions: method {config.method} {reason}; leave it out"
         )
+    own = config.own()
     groups = method.coefficient in ("outcome", "process", "pairs")
-    if "advantage_baseline" in method.fields:
-        groups = config.of_method("advantage_baseline") != "batch"
-    if groups and config.group_size < 2:
+    if groups and own.get("advantage_baseline") != "batch" and config.group_size < 2:
         raise GrpoError(
             f"config.group_size: {config.group_size} output a question has no group to "
             "be compared with; 2 or more"
         )
-    if "surrogate" in method.fields and config.of_method("surrogate") == "cispo":
-        if config.of_method("clip_high") is None:
-            raise GrpoError(
-                "config.clip_high: surrogate cispo needs it, the ratio's bound"
-            )
+    if own.get("surrogate") == "cispo" and own["clip_high"] is None:
+        raise GrpoError("config.clip_high: surrogate cispo needs it, the ratio's bound")
     if method.loss == "sft" and config.aggregate == "constant":
         raise GrpoError("config.aggregate: 'constant' is for GRPO's and PPO's losses")
     judged = method.coefficient == "process" or "model" in reward_names(config)
     r = config.reward_model
-    made = not r.labels or config.own().get("iterations", 1) > 1
+    made = not r.labels or own.get("iterations", 1) > 1
     if judged and made and r.questions * r.samples < r.batch_size:
         raise GrpoError(
             f"config.reward_model.questions: {r.questions} with {r.samples} output(s) "
@@ -164,8 +161,7 @@ def _validate_method(config: Config) -> None:
             "config.tools.generations: a reward model is trained on outputs without "
             "programs; set it to 0, or take a method and rewards without the model"
         )
-    has_buffer = "overlong_buffer" in method.fields
-    buffer = config.of_method("overlong_buffer") if has_buffer else 0
+    buffer = own.get("overlong_buffer", 0)
     longest = config.max_new_tokens * max(1, generations(config))
     if buffer > longest:
         raise GrpoError(

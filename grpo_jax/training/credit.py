@@ -16,7 +16,9 @@ Axes: N outputs, the G of a question side by side; C tokens of the longest outpu
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,7 @@ class Output:
         """1 for tokens that the policy sampled, 0 for a tool's."""
         return [1] * len(self.tokens) if self.mask is None else self.mask
 
-    @property
+    @functools.cached_property
     def sample(self) -> Sample:
         """Prompt and output, with the output's sampled tokens in the loss."""
         return Sample.from_output(
@@ -69,10 +71,8 @@ def indicator(outputs: Sequence[Output], rewards: np.ndarray) -> list[Sample]:
       outputs: N outputs.
       rewards: [N].
     """
-    return [
-        dataclasses.replace(o.sample, advantages=float(r > 0), logps=None)
-        for o, r in zip(outputs, rewards, strict=True)
-    ]
+    samples = with_advantages(outputs, (rewards > 0).astype(float).tolist())
+    return [dataclasses.replace(sample, logps=None) for sample in samples]
 
 
 def outcome(
@@ -99,16 +99,13 @@ def outcome(
     """
     options = dict(scale=scale, baseline=baseline)
     if each:
-        table = jnp.stack([jnp.asarray(x) for x in scores.by_function.values()], 1)
-        by = jnp.asarray(weights)
-        advantages = decoupled_advantages(table, by, group_size, **options)
+        table = jnp.stack([*map(jnp.asarray, scores.by_function.values())], 1)
+        given = table, jnp.asarray(weights)
+        advantages = decoupled_advantages(*given, group_size, **options)
     else:
         rewards = jnp.asarray(scores.rewards)
         advantages = group_advantages(rewards, group_size, **options)
-    return [
-        dataclasses.replace(o.sample, advantages=float(a))
-        for o, a in zip(outputs, np.asarray(advantages), strict=True)
-    ]
+    return with_advantages(outputs, np.asarray(advantages).tolist())
 
 
 def process(
@@ -132,10 +129,8 @@ def process(
         rewards[i, list(where)] = values
         ends[i, list(where)] = 1
     advantages = process_advantages(jnp.asarray(rewards), jnp.asarray(ends), group_size)
-    return [
-        dataclasses.replace(o.sample, advantages=behind(o, a))
-        for o, a in zip(outputs, np.asarray(advantages), strict=True)
-    ]
+    rows = zip(outputs, np.asarray(advantages), strict=True)
+    return with_advantages(outputs, [behind(o, row) for o, row in rows])
 
 
 def critic(
@@ -172,14 +167,12 @@ def critic(
         if ref_logps is not None:
             r[i, :n] = -kl_coef * (np.asarray(output.logps) - ref_logps[i])
         r[i, np.flatnonzero(output.sampled)[-1]] += rewards[i]
-    advantages, returns = gae(
-        jnp.asarray(r), jnp.asarray(v), jnp.asarray(mask), gamma=gamma, lam=lam
-    )
-    advantages, returns = np.asarray(advantages), np.asarray(returns)
+    arrays = (jnp.asarray(x) for x in (r, v, mask))
+    advantages, returns = map(np.asarray, gae(*arrays, gamma=gamma, lam=lam))
     advantages = normalized(advantages, mask)
     return [
         dataclasses.replace(
-            masked(o.sample) if not np.isfinite(rewards[i]) else o.sample,
+            o.sample if np.isfinite(rewards[i]) else masked(o.sample),
             advantages=behind(o, advantages[i]),
             returns=behind(o, returns[i]),
             values=behind(o, v[i]),
@@ -211,13 +204,9 @@ def divergence(
     outputs: Sequence[Output], ref_logps: Sequence[np.ndarray]
 ) -> np.ndarray:
     """Returns log π_old(o|q) - log π_ref(o|q) of each output's sampled tokens, [N]."""
-    return np.array(
-        [
-            ((np.asarray(o.logps) - ref) * np.array(o.sampled)).sum()
-            for o, ref in zip(outputs, ref_logps, strict=True)
-        ],
-        np.float32,
-    )
+    pairs = zip(outputs, ref_logps, strict=True)
+    sums = [((np.asarray(o.logps) - ref) * o.sampled).sum() for o, ref in pairs]
+    return np.array(sums, np.float32)
 
 
 def normalized(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -249,11 +238,12 @@ def pairs(
     """
     chosen: list[Sample] = []
     for start in range(0, len(outputs), group_size):
-        group = range(start, start + group_size)
-        right = rng.permutation([i for i in group if rewards[i] > 0])
-        wrong = rng.permutation([i for i in group if rewards[i] <= 0])
+        group = rewards[start : start + group_size]
+        right, wrong = (
+            rng.permutation(start + np.flatnonzero(x)) for x in (group > 0, group <= 0)
+        )
         for pair in zip(right, wrong, strict=False):
-            chosen += [outputs[int(i)].sample for i in pair]
+            chosen += [outputs[i].sample for i in pair]
     return chosen
 
 
@@ -267,6 +257,12 @@ def overlong_punishment(lengths: Sequence[int], limit: int, buffer: int) -> np.n
     """
     over = np.asarray(lengths, np.float32) - (limit - buffer)
     return 0.0 - np.clip(over / max(buffer, 1), 0.0, 1.0)
+
+
+def with_advantages(outputs: Sequence[Output], values: Sequence[Any]) -> list[Sample]:
+    """Returns the outputs' samples with Â: one number each, or one for each token."""
+    pairs = zip(outputs, values, strict=True)
+    return [dataclasses.replace(o.sample, advantages=a) for o, a in pairs]
 
 
 def masked(sample: Sample) -> Sample:

@@ -8,7 +8,9 @@ moved to a file of their own. If there are several processes, only the first wri
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -17,7 +19,7 @@ import struct
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ class Recorder:
     Args:
       workdir: an existing folder. Nothing is written in it before the first line.
       config: the run's config, for Weights & Biases.
-      claim: called once, by every process, before anything is written.
+      claim: called by every process before anything is written; `begin` is this
+        function, to be called before other files are written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +56,7 @@ class Recorder:
     ):
         self.workdir = Path(workdir)
         self.config = config
-        self._claim: Callable[[], None] | None = claim
+        self.begin = claim
         self._board: _Board | None = None
         self._wandb: Any = None
         self._stages: set[str] = set()  # stages whose step metric W&B knows
@@ -72,12 +75,6 @@ class Recorder:
                 what = " ".join(str(problem).split())
                 print(f"Weights & Biases: {what}", file=sys.stderr)
 
-    def begin(self) -> None:
-        """Makes the work directory this run's; call it before writing other files."""
-        claim, self._claim = self._claim, None
-        if claim is not None:
-            claim()
-
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """Returns the metrics of a stage that are written, on process 0."""
         file = self.workdir / METRICS
@@ -94,8 +91,11 @@ class Recorder:
         values = plain_values(metrics)
         row = {"step": step, "stage": stage, **values}
         _append(self.workdir / METRICS, to_json(row))
-        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-        numbers = {f"{stage}/{name}": value for name, value in numbers.items()}
+        numbers = {
+            f"{stage}/{name}": value
+            for name, value in values.items()
+            if isinstance(value, int | float)
+        }
         if self._board is None:
             self._board = _Board(self.workdir / "tensorboard")
         self._board.write(step, numbers)
@@ -134,29 +134,25 @@ class Recorder:
         """
         for name in (METRICS, SAMPLES) if processes.first() else ():
             file = self.workdir / name
-            try:
-                _forget_after(file, stage, step)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise _not_written(file, error) from error
+            with _written(file):
+                if file.exists():
+                    _forget_after(file, stage, step)
 
 
 def _forget_after(file: Path, stage: str, step: int) -> None:
-    kept, damaged, numbers = [], [], []
+    kept, damaged = [], {}
     whole = file.read_bytes()
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         where = _stage_and_step(line)
         if where is None:
-            damaged.append(line)
-            numbers.append(str(number))
+            damaged[str(number)] = line
         elif where[0] != stage or where[1] <= step:
             kept.append(line)
     if damaged:
         aside = file.with_name(f"{file.name}.damaged")
         with open(aside, "ab") as lines:
-            lines.write(b"".join(line + b"\n" for line in damaged))
-        shown = ", ".join(numbers[:6]) + ", …" * (len(numbers) > 6)
+            lines.write(b"".join(line + b"\n" for line in damaged.values()))
+        shown = ", ".join([*damaged][:6]) + ", …" * (len(damaged) > 6)
         print(
             f"{file}:{shown}: not as a run writes it; moved to {aside.name}",
             file=sys.stderr,
@@ -183,11 +179,16 @@ def plain_values(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _plain(value) for name, value in metrics.items()}
 
 
-def _not_written(file: Path, error: OSError) -> GrpoError:
-    return GrpoError(
-        f"{file}: cannot be written ({error.strerror}); the last checkpoint stands. "
-        "Make room there; the same command goes on from it"
-    )
+@contextlib.contextmanager
+def _written(file: Path) -> Iterator[None]:
+    """Raises a GrpoError for an OSError while a file is written."""
+    try:
+        yield
+    except OSError as error:
+        raise GrpoError(
+            f"{file}: cannot be written ({error.strerror}); the last checkpoint "
+            "stands. Make room there; the same command goes on from it"
+        ) from error
 
 
 def _plain(value: Any) -> Any:
@@ -195,6 +196,13 @@ def _plain(value: Any) -> Any:
         return value
     number = float(value)
     return number if math.isfinite(number) else None
+
+
+def _append(file: Path, content: bytes) -> None:
+    with _written(file):
+        file.parent.mkdir(exist_ok=True)
+        with open(file, "ab") as end:
+            end.write(content)
 
 
 class _Board:
@@ -207,21 +215,17 @@ class _Board:
     def __init__(self, folder: Path):
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
         self.file = folder / f"{name}.{uuid.uuid4().hex[:8]}"
-        self._put(file_version="brain.Event:2")
+        self._append_event(file_version="brain.Event:2")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Writes all numbers of a step as one event."""
         from tensorboardX.summary import scalar
 
-        summary = None
-        for name, number in numbers.items():
-            one = scalar(name, number)
-            summary = summary or type(one)()
-            summary.value.extend(one.value)
-        if summary is not None:
-            self._put(step=step, summary=summary)
+        scalars = [scalar(*item).value for item in numbers.items()]
+        values = list(itertools.chain(*scalars))
+        self._append_event(step=step, summary={"value": values})
 
-    def _put(self, **event: Any) -> None:
+    def _append_event(self, **event: Any) -> None:
         from tensorboardX.proto import event_pb2
         from tensorboardX.record_writer import masked_crc32c
 
@@ -232,15 +236,6 @@ class _Board:
         _append(self.file, size + sums[0] + data + sums[1])
 
 
-def _append(file: Path, content: bytes) -> None:
-    try:
-        file.parent.mkdir(exist_ok=True)
-        with open(file, "ab") as end:
-            end.write(content)
-    except OSError as error:
-        raise _not_written(file, error) from error
-
-
 def _start_wandb(project: str, workdir: Path, config: Any) -> Any:
     """Returns the W&B run, the same one after a resume; None without the package."""
     try:
@@ -249,26 +244,26 @@ def _start_wandb(project: str, workdir: Path, config: Any) -> Any:
         print("WANDB_PROJECT is set, but wandb is not installed", file=sys.stderr)
         return None
     file = workdir / "wandb_id"
-    try:
+    with _written(file):
         number = os.environ.get("WANDB_RUN_ID", "")
         if not number and file.exists():
             number = file.read_text(encoding="utf-8", errors="replace").strip()
         if not re.fullmatch(r"[\w.-]+", number):
             number = uuid.uuid4().hex[:8]
         write_whole(file, number)
-        return wandb.init(
-            project=project,
-            dir=str(workdir),
-            name=workdir.resolve().name,
-            id=number,
-            resume="allow",
-            config=dataclasses.asdict(config) if config is not None else None,
-            allow_val_change=True,
-        )
-    except OSError as error:
-        raise _not_written(file, error) from error
-    except (wandb.Error, TypeError, ValueError) as error:
-        raise GrpoError(
-            f"Weights & Biases did not start ({' '.join(str(error).split())}); set "
-            "WANDB_MODE=offline, or leave WANDB_PROJECT out"
-        ) from None
+        try:
+            return wandb.init(
+                project=project,
+                dir=str(workdir),
+                name=workdir.resolve().name,
+                id=number,
+                resume="allow",
+                config=dataclasses.asdict(config) if config is not None else None,
+                allow_val_change=True,
+            )
+        except (wandb.Error, TypeError, ValueError) as error:
+            told = " ".join(str(error).split())
+            raise GrpoError(
+                f"Weights & Biases did not start ({told}); set WANDB_MODE=offline, or "
+                "leave WANDB_PROJECT out"
+            ) from None

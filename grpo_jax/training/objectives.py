@@ -29,6 +29,13 @@ Metrics = dict[str, Array]
 Objective = Callable[[Any, Any, Batch, Array, Array], tuple[Array, Metrics]]
 
 
+def apply_to(apply: Apply, params: Any, micro: Batch) -> Any:
+    """Returns what a model gives for the tokens of a micro-batch."""
+    return apply(
+        params, micro.tokens, positions=micro.positions, segment_ids=micro.segment_ids
+    )
+
+
 def batch_logprobs(
     apply: Apply, params: Any, micro: Batch, temperature: float
 ) -> tuple[Array, Array]:
@@ -43,12 +50,7 @@ def batch_logprobs(
     Returns:
       (log π(target), entropy), float32 [B, T], in nats.
     """
-    out = apply(
-        params,
-        micro.tokens,
-        positions=micro.positions,
-        segment_ids=micro.segment_ids,
-    )
+    out = apply_to(apply, params, micro)
     if isinstance(out, tuple):
         hidden, unembed = out
         return token_logprobs(hidden, unembed, micro.targets, temperature=temperature)
@@ -81,7 +83,6 @@ def grpo_objective(
         if ref_logps is None and kl_coef:
             frozen = lora.base(params) if reference is None else reference
             ref_logps, _ = batch_logprobs(apply, frozen, micro, temperature)
-        by_token = options.get("aggregate") == "token_mean"
         loss, metrics = grpo_loss(
             logps,
             micro.advantages,
@@ -93,12 +94,11 @@ def grpo_objective(
             entropy=entropy if entropy_coef else None,
             entropy_coef=entropy_coef,
             segment_ids=micro.segment_ids,
-            normalizer=tokens if by_token else sequences,
+            normalizer=_divisor(options.get("aggregate"), sequences, tokens),
             kl_coef=kl_coef,
             **options,
         )
-        metrics |= _watch(logps, entropy, micro)
-        return loss, metrics
+        return loss, metrics | _watch(logps, entropy, micro)
 
     return objective
 
@@ -118,11 +118,10 @@ def sft_objective(
             micro.mask,
             weights=micro.advantages,
             segment_ids=micro.segment_ids,
-            normalizer=tokens if aggregate == "token_mean" else sequences,
+            normalizer=_divisor(aggregate, sequences, tokens),
             aggregate=aggregate,
         )
-        metrics |= _watch(logps, entropy, micro)
-        return loss, metrics
+        return loss, metrics | _watch(logps, entropy, micro)
 
     return objective
 
@@ -154,28 +153,17 @@ def dpo_objective(
             return sums[:, :1], sums[:, 1:]
 
         lengths = per_sequence(jnp.ones_like(logps))
-
-        def of_outputs(x):
-            sums = per_sequence(x)
-            if not length_normalized:
-                return sums
-            return [s / jnp.maximum(n, 1) for s, n in zip(sums, lengths, strict=True)]
-
+        divisors = [jnp.maximum(n, 1) if length_normalized else 1 for n in lengths]
+        sums = *per_sequence(logps), *per_sequence(micro.sampler_logps)
         pairs = sequences / 2
-        (chosen, rejected), (ref_chosen, ref_rejected) = (
-            of_outputs(x) for x in (logps, micro.sampler_logps)
-        )
         loss, metrics = dpo_loss(
-            chosen,
-            rejected,
-            ref_chosen,
-            ref_rejected,
+            *(s / n for s, n in zip(sums, divisors * 2, strict=True)),
             *(n > 0 for n in lengths),
             beta=beta,
             normalizer=pairs,
         )
         here = ((lengths[0] > 0) & (lengths[1] > 0)).sum() / jnp.maximum(pairs, 1)
-        metrics = {k: v * here for k, v in metrics.items() if k.startswith("rewards/")}
+        metrics = {name: value * here for name, value in metrics.items()}
         metrics["num_tokens"] = micro.mask.sum().astype(jnp.float32)
         metrics["entropy"] = _mean(jax.lax.stop_gradient(entropy), micro.mask)
         return loss, metrics
@@ -200,14 +188,8 @@ def ppo_objective(
 
     def objective(params, reference, micro, sequences, tokens):
         loss, metrics = policy(params, reference, micro, sequences, tokens)
-        values = critic(
-            params["value"],
-            micro.tokens,
-            positions=micro.positions,
-            segment_ids=micro.segment_ids,
-        )
         regression = value_loss(
-            values,
+            apply_to(critic, params["value"], micro),
             micro.old_values,
             micro.returns,
             micro.mask,
@@ -218,6 +200,10 @@ def ppo_objective(
         return loss + regression, metrics
 
     return objective
+
+
+def _divisor(aggregate: str | None, sequences: Array, tokens: Array) -> Array:
+    return tokens if aggregate == "token_mean" else sequences
 
 
 def _watch(logps: Array, entropy: Array, micro: Batch) -> Metrics:

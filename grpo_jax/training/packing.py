@@ -137,7 +137,7 @@ def fitting_length(
     (34, 32)
     """
     asked = group_by_prompt(samples, share_prompts, together)
-    shortest = max(question.before + question.own[0] for question in asked)
+    shortest = max(question.longest for question in asked)
     positions = sum(question.positions for question in asked)
     best, least = longest, 0
     for length in row_lengths(longest, choices):
@@ -226,23 +226,19 @@ def _spans(
 
 
 def _fill(samples, like, spans: Iterator[_Span], shape) -> dict[str, np.ndarray]:
-    arrays = {
-        name: np.zeros(shape, np.int32)
-        for name in ("tokens", "targets", "positions", "segment_ids")
-    }
-    arrays["mask"] = np.zeros(shape, bool)
     extra = {k: v for k, v in FROM_SAMPLE.items() if getattr(like, v) is not None}
-    arrays |= {name: np.zeros(shape, np.float32) for name in extra}
+    of_target = {"targets": "tokens", "mask": "mask"} | extra
+    dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), np.int32)
+    dtypes |= {"mask": bool} | dict.fromkeys(extra, np.float32)
+    arrays = {name: np.zeros(shape, dtype) for name, dtype in dtypes.items()}
     for span in spans:
         sample, first, stop = samples[span.of[0]], span.first, span.stop
         here = (span.row, slice(span.start, span.start + stop - first))
         arrays["tokens"][here] = sample.tokens[first:stop]
-        arrays["targets"][here] = sample.tokens[first + 1 : stop + 1]
         arrays["positions"][here] = np.arange(first, stop)
         arrays["segment_ids"][here] = span.segment
-        arrays["mask"][here] = sample.mask[first + 1 : stop + 1]
-        for name, field in extra.items():
-            numbers = np.asarray(getattr(sample, field), np.float32)
-            part = numbers[first + 1 : stop + 1] if numbers.ndim else numbers
-            arrays[name][here] = part
+        for name, field in of_target.items():
+            values = getattr(sample, field)
+            each = hasattr(values, "__len__")  # else one for all tokens
+            arrays[name][here] = values[first + 1 : stop + 1] if each else values
     return arrays

@@ -88,8 +88,9 @@ def train(
         judge = judges(i, begins)
         begins = None
         until = config.rl_steps * (i + 1) // iterations
-        stale = own.get("max_staleness", 0)
-        pipeline = Pipeline(experience, staleness=stale, until=until)
+        pipeline = Pipeline(
+            experience, staleness=own.get("max_staleness", 0), until=until
+        )
 
         def make_step(
             shardings, pipeline=pipeline, judge=judge, reference=reference
@@ -97,8 +98,7 @@ def train(
             nonlocal initial
             initial = None  # a resumed stage has not taken it
             programs = make_programs(config, run.model, optimizer, shardings)
-            fixed = judge, sft, reference
-            return RlStep(run, pipeline, *fixed, programs, learning_rate)
+            return RlStep(run, pipeline, judge, sft, reference, programs, learning_rate)
 
         params = run_stage(
             run,

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo_jax.algorithms.methods import METHODS, Method
+from grpo_jax.algorithms.methods import METHODS
 from grpo_jax.config import generations, set_names
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError, Preempted
@@ -40,7 +40,7 @@ from grpo_jax.training.packing import unpack
 from grpo_jax.training.reward_model.iterations import Judge
 from grpo_jax.training.rl_programs import Layout, Programs, teaches_all
 from grpo_jax.training.rollout_pipeline import Pipeline
-from grpo_jax.training.rollouts import Drawn, outcome_metrics, read, show
+from grpo_jax.training.rollouts import outcome_metrics, read, show
 from grpo_jax.training.run import Run
 from grpo_jax.training.train_step import TrainState
 
@@ -54,9 +54,23 @@ class ForwardPasses:
     old_logps: Any = None  # log π_old
     ref_logps: Any = None  # log π_ref
     values: Any = None  # V(s_t)
+    outputs: Sequence[Output] = ()  # all outputs of the step, if the batch has them
+
+    @functools.cached_property
+    def by_output(self) -> dict[str, Any]:
+        """Each output's part of the passes, on the host; {} for a part of the outputs.
+
+        It waits for the passes.
+        """
+        known = {n: getattr(self, n) for n in ("old_logps", "ref_logps", "values")}
+        return {
+            name: None if x is None else by_output(x, self.outputs)
+            for name, x in known.items()
+            if self.outputs
+        }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class RlStep:
     """The step as a function: (step number, state) → (state, metrics).
 
@@ -78,21 +92,45 @@ class RlStep:
     programs: Programs
     learning_rate: Any
 
+    def __post_init__(self):
+        config = self.run.config
+        self.method = METHODS[config.method]
+        self.options = config.own()
+        self.layout = Layout(config, self.run.mesh)
+        self.updates = self.options.get("updates_per_rollout", 1)  # μ
+        self.kl_coef = self.options.get("kl_coef", 0.0)  # β
+        self.kl_in_reward = bool(self.kl_coef) and self.method.kl == "reward"
+        self.has_critic = self.method.coefficient == "critic"
+        self.teaches_all = teaches_all(config)
+        # A batch of all outputs has the same rows whatever their rewards will be. Its
+        # forward passes run while the host grades.
+        needed = self.kl_coef or self.updates > 1 or self.has_critic
+        first = needed and self.teaches_all and not self.pipeline.experience.replaces
+        self.passes_come_first = first
+
     def __call__(self, step: int, state: TrainState) -> tuple[TrainState, Metrics]:
         """Takes step number `step`; the state's buffers are donated."""
         clock, experience = _Clock(), self.pipeline.experience
-        sampler = self.sampling_params(state)
+        config = self.run.config
+        sampler = state.params
+        if self.method.source == "instruct":
+            assert self.sft is not None
+            sampler = on_device(self.run, self.sft)
         drawn, staleness = self.pipeline.take(step, sampler)  # 1, 2, 3
         outputs = read(drawn)
         clock.stop("time/sample")  # how long the host waited
         passes = ForwardPasses()
         if self.passes_come_first:  # 4
-            passes = self.run_passes(state, self.layout([o.sample for o in outputs]))
+            batch = self.layout([o.sample for o in outputs])
+            passes = self.run_passes(state, batch, outputs)
         self.pipeline.start(step + 1, sampler)
         judged = self.judge.outcome if self.judge else None
         outputs, scores, spent = experience.grade(step, outputs, sampler, judged)  # 5
         clock.stop("time/rewards")
         samples = self.assign_credit(step, outputs, scores, passes)  # 6
+        if self.options.get("mask_truncated"):
+            pairs = zip(samples, outputs, strict=True)
+            samples = [s if o.finished else credit.masked(s) for s, o in pairs]
         batch, taught = self.pack(samples, outputs)  # 7
         if not self.passes_come_first:
             passes = self.run_passes(state, batch)
@@ -101,98 +139,49 @@ class RlStep:
         clock.stop("time/update")
         # After several updates, or with staleness, the policy has moved on purpose.
         if self.updates == 1 and not staleness:
-            check_gap(metrics, self.run.config.optimizer.max_sampling_gap)
-        metrics |= outcome_metrics(outputs, scores, self.run.config.group_size)  # 9
-        metrics |= spent | self.step_metrics(step, drawn, staleness, taught, clock)
-        known = {}
-        if self.passes_come_first:  # then they are of all outputs
-            known = self.logps_by_output(outputs, passes)
+            check_gap(metrics, config.optimizer.max_sampling_gap)
+        metrics |= outcome_metrics(outputs, scores, config.group_size)  # 9
+        metrics |= spent | {
+            "learning_rate": float(self.learning_rate(step * self.updates)),
+            "samples/taught": float(taught),
+            "sampling/staleness": float(staleness),
+            "sampling/occupancy": float(drawn.arrays["occupancy"]),
+            **clock.seconds,
+        }
+        known = passes.by_output
         if self.kl_in_reward:  # the loss has no KL term to report
-            ref = known.get("ref_logps") or by_output(passes.ref_logps, outputs)
-            metrics["kl"] = mean_divergence(outputs, ref)
-        show(self.run, step, outputs, scores.rewards, samples, **known)
-        every = self.run.config.eval.every
+            metrics["kl"] = mean_divergence(outputs, known["ref_logps"])
+        logps = {name: known.get(name) for name in ("ref_logps", "old_logps")}
+        show(self.run, step, outputs, scores.rewards, samples, **logps)
+        every = config.eval.every
         if every and (step + 1) % every == 0:
             metrics |= evaluate_now(self.run, state.params)
         return state, metrics
 
-    # -- what the method and the config say ------------------------------------------
+    def run_passes(
+        self, state: TrainState, batch: Batch, outputs: Sequence[Output] = ()
+    ) -> ForwardPasses:
+        """Dispatches the forward passes that the method needs.
 
-    @property
-    def method(self) -> Method:
-        return METHODS[self.run.config.method]
-
-    @functools.cached_property
-    def options(self) -> dict[str, Any]:
-        """The method's own fields."""
-        return self.run.config.own()
-
-    @property
-    def updates(self) -> int:
-        """μ, the updates of one rollout."""
-        return self.options.get("updates_per_rollout", 1)
-
-    @property
-    def kl_coef(self) -> float:
-        """β."""
-        return self.options.get("kl_coef", 0.0)
-
-    @property
-    def kl_in_reward(self) -> bool:
-        return bool(self.kl_coef) and self.method.kl == "reward"
-
-    @property
-    def has_critic(self) -> bool:
-        return self.method.coefficient == "critic"
-
-    @functools.cached_property
-    def layout(self) -> Layout:
-        return Layout(self.run.config, self.run.mesh)
-
-    @functools.cached_property
-    def teaches_all(self) -> bool:
-        return teaches_all(self.run.config)
-
-    @functools.cached_property
-    def passes_come_first(self) -> bool:
-        """Whether the forward passes run while the host grades.
-
-        A batch of all outputs has the same rows whatever their rewards will be.
+        Args:
+          state: the training state.
+          batch: the packed batch.
+          outputs: all outputs of the step, if they are what the batch holds.
         """
-        needed = self.kl_coef or self.updates > 1 or self.has_critic
-        replaces = self.pipeline.experience.replaces
-        return bool(needed) and self.teaches_all and not replaces
-
-    # -- the parts of a step ---------------------------------------------------------
-
-    def sampling_params(self, state: TrainState) -> Params:
-        """Returns the policy that samples: π_θ, or π_sft on the device."""
-        if self.method.source != "instruct":
-            return state.params
-        assert self.sft is not None
-        return on_device(self.run, self.sft)
-
-    def run_passes(self, state: TrainState, batch: Batch) -> ForwardPasses:
-        """Dispatches the forward passes that the method needs."""
         programs = self.programs
-
-        def dispatch(values: Any) -> Any:
-            return sharding.one_at_a_time(self.run.mesh, values)
-
+        dispatch = functools.partial(sharding.one_at_a_time, self.run.mesh)
         old = ref = values = None
         if self.updates > 1:
             old = dispatch(programs.score(state.params, batch))
         if self.kl_coef:
-            ref = dispatch(programs.score(self.reference_params(state), batch))
+            if self.reference is None:
+                params = lora.base(state.params)
+            else:
+                params = on_device(self.run, self.reference)
+            ref = dispatch(programs.score(params, batch))
         if self.has_critic:
             values = dispatch(programs.value(state.params["value"], batch))
-        return ForwardPasses(old, ref, values)
-
-    def reference_params(self, state: TrainState) -> Params:
-        """Returns π_ref on the device."""
-        if self.reference is None:
-            return lora.base(state.params)
-        return on_device(self.run, self.reference)
+        return ForwardPasses(old, ref, values, outputs)
 
     def assign_credit(
         self,
@@ -202,15 +191,6 @@ class RlStep:
         passes: ForwardPasses,
     ) -> list[Sample]:
         """Returns the samples of a step, with Â as the method's row says it."""
-        samples = self._assign_credit(step, outputs, scores, passes)
-        if not self.options.get("mask_truncated"):
-            return samples
-        return [
-            sample if output.finished else credit.masked(sample)
-            for sample, output in zip(samples, outputs, strict=True)
-        ]
-
-    def _assign_credit(self, step, outputs, scores, passes) -> list[Sample]:
         kind, options = self.method.coefficient, self.options
         rewards, group_size = scores.rewards, self.run.config.group_size
         if kind == "indicator":
@@ -220,14 +200,13 @@ class RlStep:
             return credit.pairs(outputs, rewards, group_size, rng)
         if kind == "process":
             assert self.judge is not None
-            ends, worth = self.judge.steps(outputs)
-            return credit.process(outputs, ends, worth, group_size)
-        ref = by_output(passes.ref_logps, outputs) if self.kl_in_reward else None
+            return credit.process(outputs, *self.judge.steps(outputs), group_size)
+        ref = passes.by_output["ref_logps"] if self.kl_in_reward else None
         if kind == "critic":
             return credit.critic(
                 outputs,
                 rewards,
-                by_output(passes.values, outputs),
+                passes.by_output["values"],
                 ref,
                 kl_coef=self.kl_coef,
                 gamma=options["gae_gamma"],
@@ -265,33 +244,12 @@ class RlStep:
         self, state: TrainState, batch: Batch, passes: ForwardPasses
     ) -> tuple[TrainState, Metrics]:
         """Returns the state after μ updates, and the last one's metrics."""
-        ref = None if self.kl_in_reward or not self.kl_coef else passes.ref_logps
+        ref = None if self.kl_in_reward else passes.ref_logps
         batch = dataclasses.replace(batch, old_logps=passes.old_logps, ref_logps=ref)
         metrics: Metrics = {}
         for _ in range(self.updates):
             state, metrics = self.programs.update(state, None, batch)
         return state, jax.device_get(metrics)
-
-    def step_metrics(
-        self, step: int, drawn: Drawn, staleness: int, taught: int, clock: _Clock
-    ) -> Metrics:
-        return {
-            "learning_rate": float(self.learning_rate(step * self.updates)),
-            "samples/taught": float(taught),
-            "sampling/staleness": float(staleness),
-            "sampling/occupancy": float(drawn.arrays["occupancy"]),
-            **clock.seconds,
-        }
-
-    def logps_by_output(
-        self, outputs: Sequence[Output], passes: ForwardPasses
-    ) -> dict[str, Any]:
-        """Returns each output's log π_ref and log π_old, None where there is none."""
-        known = {"ref_logps": passes.ref_logps, "old_logps": passes.old_logps}
-        return {
-            name: values if values is None else by_output(values, outputs)
-            for name, values in known.items()
-        }
 
 
 class _Clock:
@@ -361,7 +319,7 @@ def evaluate_now(run: Run, params: Params) -> dict[str, float]:
     started = time.perf_counter()
     name = set_names(run.config)[0]
     try:
-        result = run_comparison.evaluate_set(run, params, name, sampled=False)
+        result = run_comparison.evaluate_set(run, params, name)
     except Preempted:  # the step is complete; the loop will save it and stop
         return {}
     mode = "tool" if generations(run.config) else "cot"

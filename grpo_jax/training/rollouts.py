@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo_jax.config import Config, generations
+from grpo_jax.config import generations
 from grpo_jax.data import datasets
 from grpo_jax.data.example import Example
 from grpo_jax.data.prompts import encode_prompts
@@ -27,9 +27,7 @@ from grpo_jax.errors import GrpoError
 from grpo_jax.generation.sampler import generate
 from grpo_jax.models.decoder import Params
 from grpo_jax.rewards import answers
-from grpo_jax.rewards.reward_functions import (
-    Scores,
-)
+from grpo_jax.rewards.reward_functions import Scores
 from grpo_jax.training.batch import Sample
 from grpo_jax.training.credit import Output
 from grpo_jax.training.run import Run
@@ -45,50 +43,25 @@ def load_questions(run: Run) -> Prompts:
 
     Questions longer than `data.max_prompt_tokens` are left out, and their number is
     printed.
+
+    Raises:
+      GrpoError: the set cannot be read, or the processes have different ones.
     """
-    config = run.config
+    data = run.config.data
     examples = datasets.load(
-        config.data.train,
-        "train",
-        data_dir=config.data.dir or None,
-        require=("answer",),
+        data.train, "train", data_dir=data.dir or None, require=("answer",)
     )
     kept, dropped = encode_prompts(
-        run.tokenizer,
-        examples,
-        limit=config.data.max_prompt_tokens,
-        **run.prompt_options,
+        run.tokenizer, examples, limit=data.max_prompt_tokens, **run.prompt_options
     )
     if dropped:
         processes.say(
             f"rl: {dropped} of {dropped + len(kept)} questions are longer than "
-            f"data.max_prompt_tokens {config.data.max_prompt_tokens} and left out"
+            f"data.max_prompt_tokens {data.max_prompt_tokens} and left out"
         )
     asked = [ids for _, ids in kept]
     processes.agree("data.train", {"rows": examples.digest, "prompts": asked})
     return kept
-
-
-def check_rows(config: Config, prompt: int) -> None:
-    """Checks that a packed row holds the longest prompt with the longest output.
-
-    Args:
-      config: the run's config; with tools, an output includes what programs print.
-      prompt: tokens of the longest prompt.
-
-    Raises:
-      GrpoError: `optimizer.row_length` is too small.
-    """
-    row, most = config.optimizer.row_length, config.max_new_tokens
-    longest = prompt + most_tokens(generations(config), most) - 1
-    if row and row < longest:
-        output = f"an output of {most}"
-        if turns := generations(config):
-            output = f"{turns} generations with their outputs"
-        raise GrpoError(
-            f"config.optimizer.row_length: {row}; a prompt of {prompt} tokens and "
-            f"{output} may take {longest}; raise it, or set 0"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,96 +80,23 @@ class Drawn:
     arrays: dict[str, Any]
 
 
-def draw(run: Run, params: Params, step: int, prompts: Prompts, key: jax.Array):
-    """Dispatches the sampler at the run's temperature, and returns without waiting.
-
-    Args:
-      run: the run.
-      params: the policy that samples.
-      step: the step's number.
-      prompts: the step's questions with their prompts.
-      key: the random key of the rollout.
-
-    Returns:
-      The step's `Drawn`.
-    """
-    rollouts = generate(
-        run.model,
-        params,
-        [ids for _, ids in prompts],
-        key=key,
-        samples=run.config.group_size,
-        max_new_tokens=run.config.max_new_tokens,
-        temperature=run.config.temperature,
-        eos_id=run.tokenizer.eos_ids,
-        slots=run.config.mesh.slots or None,
-        cache_dtype=run.config.model.cache_dtype or None,
-    )
-    names = ("tokens", "logps", "lengths", "finished", "occupancy")
-    arrays = {name: getattr(rollouts, name) for name in names}
-    return Drawn(step, prompts, sharding.one_at_a_time(run.mesh, arrays))
-
-
-def draw_with_tools(
-    run: Run,
-    interpreter: Interpreter,
-    params: Params,
-    step: int,
-    prompts: Prompts,
-    key: jax.Array,
-) -> Drawn:
-    """Samples outputs with tools; returns when they are done.
-
-    It has to wait, since the outputs' programs run between the generations. Arguments
-    as in `draw`; `interpreter` runs the programs.
-    """
-    found = solve(
-        run.model,
-        params,
-        run.tokenizer,
-        [ids for _, ids in prompts],
-        interpreter=interpreter,
-        key=key,
-        samples=run.config.group_size,
-        generations=generations(run.config),
-        max_new_tokens=run.config.max_new_tokens,
-        temperature=run.config.temperature,
-        cache_dtype=run.config.model.cache_dtype or None,
-        rows=run.config.tools.rows,
-    )
-    names = ("tokens", "logps", "mask", "lengths", "finished", "occupancy")
-    arrays = {name: np.asarray(getattr(found, name)) for name in names}
-    arrays["calls"] = np.array([len(calls) for calls in found.calls])
-    failures = [sum(call.failed for call in calls) for calls in found.calls]
-    return Drawn(step, prompts, arrays | {"failures": np.array(failures)})
-
-
 def read(drawn: Drawn) -> list[Output]:
     """Waits for the outputs and returns them, not decoded to text yet."""
     arrays = sharding.to_hosts(drawn.arrays)
-    samples = len(arrays["lengths"]) // len(drawn.prompts)
+    lengths = arrays.pop("lengths")
+    samples = len(lengths) // len(drawn.prompts)
+    del arrays["occupancy"]
+    if "mask" in arrays:
+        arrays["mask"] = arrays["mask"].astype(int)
     outputs = []
-    for i, n in enumerate(arrays["lengths"]):
+    for i, n in enumerate(lengths):
         example, prompt = drawn.prompts[i // samples]
-        outputs.append(
-            Output(
-                example=example,
-                prompt=prompt,
-                tokens=arrays["tokens"][i, :n].tolist(),
-                logps=arrays["logps"][i, :n].tolist(),
-                finished=bool(arrays["finished"][i]),
-                **_of_tools(arrays, i, n),
-            )
-        )
+        fields = {
+            name: x[i, :n].tolist() if x.ndim == 2 else x[i].item()
+            for name, x in arrays.items()
+        }
+        outputs.append(Output(example=example, prompt=prompt, **fields))
     return outputs
-
-
-def _of_tools(arrays: dict[str, Any], i: int, n: int) -> dict[str, Any]:
-    if "mask" not in arrays:
-        return {}
-    names = ("calls", "failures")
-    counts = {name: int(arrays[name][i]) for name in names}
-    return {"mask": arrays["mask"][i, :n].astype(int).tolist(), **counts}
 
 
 class Experience:
@@ -210,38 +110,80 @@ class Experience:
     """
 
     def __init__(self, run: Run):
+        config = run.config
         self.run = run
         self.interpreter: Interpreter | None = None
-        if generations(run.config):  # fails here if no sandbox works
-            self.interpreter = Interpreter(run.config.tools.timeout)
+        if generations(config):  # fails here if no sandbox works
+            self.interpreter = Interpreter(config.tools.timeout)
         self.questions = load_questions(run)
-        self.rewards = Rewards(run.config, [example for example, _ in self.questions])
-        check_rows(run.config, max(len(ids) for _, ids in self.questions))
-        size, seed = run.config.questions_per_step, run.config.seed
-        own = run.config.own()
+        self.rewards = Rewards(config, [example for example, _ in self.questions])
+        self._check_rows(max(len(ids) for _, ids in self.questions))
         # DAPO's dynamic sampling: each further rollout of a step asks other questions.
-        attempts = 1 + own.get("dynamic_sampling", 0)
+        attempts = 1 + config.own().get("dynamic_sampling", 0)
         self.replaces = attempts > 1
+        size = config.questions_per_step
         self.batches = [
-            datasets.Batches(self.questions, size, seed=seed + 7919 * i)
+            datasets.Batches(self.questions, size, seed=config.seed + 7919 * i)
             for i in range(attempts)
         ]
 
+    def _check_rows(self, prompt: int) -> None:
+        """Checks that a row holds a prompt of so many tokens and any output."""
+        config = self.run.config
+        row, most = config.optimizer.row_length, config.max_new_tokens
+        turns = generations(config)
+        longest = prompt + most_tokens(turns, most) - 1
+        if row and row < longest:
+            output = f"{turns} generations with their outputs"
+            if not turns:
+                output = f"an output of {most}"
+            raise GrpoError(
+                f"config.optimizer.row_length: {row}; a prompt of {prompt} tokens and "
+                f"{output} may take {longest}; raise it, or set 0"
+            )
+
     def draw(self, step: int, params: Params, round: int = 1) -> Drawn:
-        """Samples a step's rollout from `params`: the first, or a further one."""
-        key = self.run.key("rl", step)
+        """Dispatches a step's rollout: the first, or a further one.
+
+        It does not wait for the outputs, except with tools, whose programs run between
+        the generations.
+
+        Args:
+          step: the step's number.
+          params: the policy that samples.
+          round: 1, or the number of the further rollout.
+        """
+        run, config = self.run, self.run.config
+        key = run.key("rl", step)
         key = key if round == 1 else jax.random.fold_in(key, round)
-        asked = params, step, self.batches[round - 1][step], key
-        if self.interpreter is not None:
-            return draw_with_tools(self.run, self.interpreter, *asked)
-        return draw(self.run, *asked)
+        prompts = self.batches[round - 1][step]
+        ids = [ids for _, ids in prompts]
+        options: dict[str, Any] = dict(
+            key=key,
+            samples=config.group_size,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            cache_dtype=config.model.cache_dtype or None,
+        )
+        names = "tokens", "logps", "lengths", "finished", "occupancy"
+        if self.interpreter is None:
+            slots, eos_id = config.mesh.slots or None, run.tokenizer.eos_ids
+            options |= dict(slots=slots, eos_id=eos_id)
+            found: Any = generate(run.model, params, ids, **options)
+            arrays = {name: getattr(found, name) for name in names}
+        else:
+            options |= dict(interpreter=self.interpreter, rows=config.tools.rows)
+            options["generations"] = generations(config)
+            found = solve(run.model, params, run.tokenizer, ids, **options)
+            arrays = {n: np.asarray(getattr(found, n)) for n in (*names, "mask")}
+            failed = [[call.failed for call in calls] for calls in found.calls]
+            arrays["calls"] = np.array([*map(len, failed)])
+            arrays["failures"] = np.array([*map(sum, failed)])
+        return Drawn(step, prompts, sharding.one_at_a_time(run.mesh, arrays))
 
     def text(self, output: Output) -> str:
         """Returns an output's text, as the reward functions get it."""
-        tokenizer = self.run.tokenizer
-        if output.mask is None:
-            return tokenizer.decode(output.tokens)
-        return text_of(tokenizer, output.tokens, output.mask)
+        return text_of(self.run.tokenizer, output.tokens, output.mask or [])
 
     def grade(
         self,
@@ -267,30 +209,31 @@ class Experience:
           (N outputs, their scores, metrics of the dynamic sampling).
         """
         config = self.run.config
-        g, wanted = config.group_size, config.questions_per_step
-        found: list[list[Output]] = []
-        parts: list[Scores] = []
-        spare: tuple[list[list[Output]], list[Scores]] = ([], [])
-        rounds = 0
-        for rounds in range(1, len(self.batches) + 1):
-            if rounds > 1:
-                outputs = read(self.draw(step, params, rounds))
+        size, wanted = config.group_size, config.questions_per_step
+        groups: list[tuple[bool, list[Output], Scores]] = []  # (tied, …)
+        rounds = 1
+        while True:
             outputs, scores = self.score(outputs, judge)
             if not self.replaces:
                 return outputs, scores, {}
             correct = self.rewards.correctness(scores)
-            for start in range(0, len(outputs), g):
-                group = range(start, start + g)
-                tied = len(_values(correct[start : start + g])) < 2
-                groups, kept = spare if tied else (found, parts)
-                groups.append(outputs[start : start + g])
-                kept.append(scores.take(group))
-            if len(found) >= wanted:
+            for start in range(0, len(outputs), size):
+                group = range(start, start + size)
+                tied = len(_values(correct[group])) < 2
+                members = outputs[start : start + size]
+                groups.append((tied, members, scores.take(group)))
+            ties = sum(tied for tied, _, _ in groups)
+            if len(groups) - ties >= wanted or rounds == len(self.batches):
                 break
-        tied_share = len(spare[0]) / max(len(spare[0]) + len(found), 1)
-        found, parts = [*found, *spare[0]][:wanted], [*parts, *spare[1]][:wanted]
-        metrics = {"dynamic/rollouts": float(rounds), "dynamic/tied": tied_share}
-        return [o for group in found for o in group], Scores.join(parts), metrics
+            rounds += 1
+            outputs = read(self.draw(step, params, rounds))
+        metrics = {
+            "dynamic/rollouts": float(rounds),
+            "dynamic/tied": ties / len(groups),
+        }
+        groups = sorted(groups, key=lambda group: group[0])[:wanted]
+        outputs = [o for _, group, _ in groups for o in group]
+        return outputs, Scores.join([scores for _, _, scores in groups]), metrics
 
     def score(
         self, outputs: Sequence[Output], judge: Judge | None
@@ -306,9 +249,9 @@ class Experience:
         if self.rewards.asks_model:
             assert judge is not None  # a run with "model" among its rewards has one
             judged = judge(outputs)[mine]
-        own = [dataclasses.replace(o, text=self.text(o)) for o in outputs[mine]]
-        outputs[mine] = own
-        return outputs, self.rewards(own, judged).gather()
+        graded = [dataclasses.replace(o, text=self.text(o)) for o in outputs[mine]]
+        outputs[mine] = graded
+        return outputs, self.rewards(graded, judged).gather()
 
 
 def _values(rewards: np.ndarray) -> set[float]:
@@ -327,9 +270,10 @@ def outcome_metrics(
         "reward": _mean(scores.rewards),
         "reward_std": _mean([np.nanstd(g, ddof=1) for g in several]),
         "frac_reward_zero_std": float(np.mean([len(_values(g)) < 2 for g in groups])),
-        "completions/mean_length": float(lengths.mean()),
-        "completions/min_length": float(lengths.min()),
-        "completions/max_length": float(lengths.max()),
+        **{
+            f"completions/{name}_length": float(getattr(lengths, name)())
+            for name in ("mean", "min", "max")
+        },
         "completions/clipped_ratio": float(np.mean([not o.finished for o in outputs])),
         "completions/no_answer": share_without_answer(outputs),
         "rewards/timeouts": float(scores.timeouts),
@@ -341,9 +285,7 @@ def outcome_metrics(
         metrics["tools/failure_frequency"] = failures / max(sum(calls), 1)
     for name, values in scores.by_function.items():
         metrics[f"rewards/{name}/mean"] = _mean(values)
-        metrics[f"rewards/{name}/std"] = (
-            float(np.nanstd(values)) if len(values) else 0.0
-        )
+        metrics[f"rewards/{name}/std"] = float(np.nanstd(values))
         metrics[f"rewards/{name}/failures"] = float(scores.failures[name])
     return metrics
 
@@ -382,33 +324,30 @@ def show(run: Run, step: int, outputs, rewards: np.ndarray, samples, **logps) ->
       **logps: further log-probabilities of each output's tokens (ref_logps, old_logps);
         None if they are not known.
     """
-    g = run.config.group_size
-    taught: list[Any] = [None] * g  # DPO's pairs have no advantage for each output
-    if len(samples) == len(outputs):
-        taught = [_advantage(s) for s in samples[:g]]
-    completions = [
-        {
+    shown = []
+    for i, o in enumerate(outputs[: run.config.group_size]):
+        row = {
             "completion": o.text or run.tokenizer.decode(o.tokens),
-            "reward": _number(r),
-            "advantage": a,
+            "reward": _number(rewards[i]),
+            # DPO's pairs have no advantage for each output.
+            "advantage": _advantage(samples[i])
+            if len(samples) == len(outputs)
+            else None,
             "finished": o.finished,
         }
-        for o, r, a in zip(outputs[:g], rewards[:g], taught, strict=True)
-    ]
-    for o, completion in zip(outputs, completions, strict=False):
         if o.calls is not None:
-            completion |= {"calls": o.calls, "failures": o.failures}
-    known = {"logps": [o.logps for o in outputs[:SHOWN]], **logps}
-    for i, completion in enumerate(completions[:SHOWN]):
-        completion["tokens"] = run.tokenizer.pieces(outputs[i].tokens)
-        if outputs[i].mask is not None:
-            completion["mask"] = outputs[i].mask
-        for name, values in known.items():
-            if values is not None:
-                completion[name] = [_number(x, 3) for x in values[i]]
+            row |= {"calls": o.calls, "failures": o.failures}
+        if i < SHOWN:
+            row["tokens"] = run.tokenizer.pieces(o.tokens)
+            if o.mask is not None:
+                row["mask"] = o.mask
+            known = {"logps": o.logps}
+            known |= {name: values[i] for name, values in logps.items() if values}
+            row |= {name: [_number(x, 3) for x in known[name]] for name in known}
+        shown.append(row)
     example = outputs[0].example
-    shown = {"question": example.question, "answer": example.answer}
-    run.recorder.write_samples("rl", step + 1, {**shown, "completions": completions})
+    asked = {"question": example.question, "answer": example.answer}
+    run.recorder.write_samples("rl", step + 1, {**asked, "completions": shown})
 
 
 def _advantage(sample: Sample) -> Any:

@@ -28,13 +28,18 @@ class Question:
     """Samples of one prompt, with the positions that it and each of them take."""
 
     before: int  # of the shared prompt
-    own: list[int]  # of each unit, the longest first
-    units: list[range]  # samples that stay together
+    # (positions, samples that stay together), the longest first
+    units: list[tuple[int, range]]
+
+    @property
+    def longest(self) -> int:
+        """Positions of the prompt with its longest unit."""
+        return self.before + self.units[0][0]
 
     @property
     def positions(self) -> int:
         """Positions that the prompt and all its samples take in one row."""
-        return self.before + sum(self.own)
+        return self.before + sum(need for need, _ in self.units)
 
 
 def group_by_prompt(
@@ -53,9 +58,8 @@ def group_by_prompt(
             (sum(len(samples[i].tokens) - 1 - before for i in unit), unit)
             for unit in of_prompt
         ]
-        sized.sort(key=lambda pair: -pair[0])
-        found.append(Question(before, *(list(x) for x in zip(*sized, strict=True))))
-    return sorted(found, key=lambda question: -question.own[0])
+        found.append(Question(before, sorted(sized, key=lambda pair: -pair[0])))
+    return sorted(found, key=lambda question: -question.units[0][0])
 
 
 def place(
@@ -92,10 +96,10 @@ def place(
             )
     asked = group_by_prompt(samples, share_prompts, together)
     for question in asked:
-        if question.before + question.own[0] > length:
+        if question.longest > length:
             raise GrpoError(
-                f"pack: {together} samples take {question.before + question.own[0]} "
-                f"positions together; {length} fit a row"
+                f"pack: {together} samples take {question.longest} positions together; "
+                f"{length} fit a row"
             )
     best = _first_fit(asked, length, share)
     least = -(-sum(question.positions for question in asked) // length)
@@ -114,7 +118,7 @@ def _first_fit(asked: list[Question], length: int, share: bool) -> list[Row]:
     room: list[int] = []
     for question in asked:
         here: dict[int, list[int]] = {}  # the rows with this prompt
-        for need, unit in zip(question.own, question.units, strict=True):
+        for need, unit in question.units:
             number = next((n for n in here if need <= room[n]), None)
             if number is None:
                 need += question.before

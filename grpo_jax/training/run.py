@@ -27,11 +27,13 @@ from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training import setup
+from grpo_jax.training.batch import Batch
 from grpo_jax.training.diagnosis import Diagnosis, find_small_rate
 from grpo_jax.training.metrics_writer import Recorder, plain_values
+from grpo_jax.training.objectives import Objective
 from grpo_jax.training.optimizers import stage_optimizer
 from grpo_jax.training.start_time import start_time
-from grpo_jax.training.train_step import TrainState
+from grpo_jax.training.train_step import TrainState, make_step
 from grpo_jax.training.work_directory import Claim, read_config
 
 Body = Callable[[int, TrainState], tuple[TrainState, Mapping[str, Any]]]
@@ -62,11 +64,12 @@ class Run:
 
     def checkpoints(self, stage: str, *, clean: bool = True) -> Checkpoints:
         """Returns a stage's checkpoints, as a context manager."""
-        folder = self.workdir / "checkpoints" / stage
-        every, keep = self.config.checkpoint_every, self.config.checkpoints_kept
-        objection = functools.partial(self.claim.objection, stage)
         return Checkpoints(
-            folder, every=every, keep=keep, clean=clean, objection=objection
+            self.workdir / "checkpoints" / stage,
+            every=self.config.checkpoint_every,
+            keep=self.config.checkpoints_kept,
+            clean=clean,
+            objection=functools.partial(self.claim.objection, stage),
         )
 
     def begin(self, stage: str, params: Params) -> Params:
@@ -78,13 +81,7 @@ class Run:
             return params
         key = self.key("init", 1 + list(STAGES).index(stage))
         make = functools.partial(lora.begin, self.model.lora)
-        shapes = jax.eval_shape(make, params, key)
-        out = sharding.shardings(shapes, self.mesh)
-        return jax.jit(make, out_shardings=out, donate_argnums=0)(params, key)
-
-    def abstract_params(self, stage: str) -> Params:
-        """Returns a stage's parameters as shapes and dtypes."""
-        return setup.abstract_params(self.config, self.model, stage)
+        return setup.make_on_mesh(self.mesh, make, params, key, donate_argnums=0)
 
     def abstract_state(
         self, stage: str, optimizer: optax.GradientTransformation
@@ -101,39 +98,33 @@ class Run:
             base = lora.merge_lora(self.model.lora, params)
             return RewardModel(self.model).init(key, base)
 
-        out = sharding.shardings(jax.eval_shape(init, params), self.mesh)
-        return jax.jit(init, out_shardings=out)(params)
+        return setup.make_on_mesh(self.mesh, init, params)
+
+    def is_finished(self, stage: str) -> bool:
+        """Whether a stage has a finished checkpoint."""
+        if not (self.workdir / "checkpoints" / stage).is_dir():
+            return False
+        with self.checkpoints(stage, clean=False) as checkpoints:
+            return bool(checkpoints.steps())
 
     # The π_ref of each iteration of an iterative method (section 4.1.4).
 
-    def references(self, iteration: int) -> Checkpoints:
-        """Returns the checkpoint of an iteration's π_ref, as a context manager."""
-        folder, stage = self._reference_folder(iteration), f"reference-{iteration}"
-        objection = functools.partial(self.claim.objection, stage)
-        return Checkpoints(folder, every=1, objection=objection)
-
-    def _reference_folder(self, iteration: int) -> Path:
-        return self.workdir / "checkpoints" / f"reference-{iteration}"
-
     def has_reference(self, iteration: int) -> bool:
         """Whether the π_ref of an iteration is saved."""
-        if not self._reference_folder(iteration).is_dir():
-            return False
-        with self.references(iteration) as checkpoints:
-            return bool(checkpoints.steps())
+        return self.is_finished(f"reference-{iteration}")
 
     def load_reference(self, iteration: int) -> Params:
         """Returns the saved π_ref of an iteration."""
-        like = sharding.abstract(self.abstract_params("rl"), self.mesh)
-        with self.references(iteration) as checkpoints:
+        params = setup.abstract_params(self.config, self.model, "rl")
+        like = sharding.abstract(params, self.mesh)
+        with self.checkpoints(f"reference-{iteration}") as checkpoints:
             return checkpoints.restore(like)[1]
 
-    def save_reference(self, iteration: int, params: Params) -> Params:
-        """Saves an iteration's π_ref and returns it."""
-        origin = self.claim.origin(f"reference-{iteration}")
-        with self.references(iteration) as checkpoints:
-            checkpoints.save(iteration, params, origin, force=True)
-        return params
+    def save_reference(self, iteration: int, params: Params) -> None:
+        """Saves an iteration's π_ref."""
+        stage = f"reference-{iteration}"
+        with self.checkpoints(stage) as checkpoints:
+            checkpoints.save(iteration, params, self.claim.origin(stage), force=True)
 
 
 def run_stage(
@@ -216,13 +207,45 @@ def run_stage(
         return state.params
 
 
+def run_supervised_stage(
+    run: Run,
+    stage: str,
+    optimizer: tuple[optax.GradientTransformation, Any],
+    start_params: Callable[[], Params],
+    objective: Objective,
+    batch_of: Callable[[int], Batch],
+    *,
+    steps: int,
+) -> Params:
+    """Runs a stage that learns from given data; see `run_stage`.
+
+    Args:
+      run: the run.
+      stage: the stage's name.
+      optimizer: (optimiser, schedule: step → learning rate).
+      start_params: returns the first parameters, whose buffers are donated.
+      objective: the loss of a micro-batch.
+      batch_of: returns a step's batch, on the host.
+      steps: the steps of the whole stage.
+    """
+    transformation, rate = optimizer
+
+    def make_body(shardings: Any) -> Body:
+        update = make_step(objective, transformation, state_shardings=shardings)
+        place = sharding.batch_placer(run.mesh)
+
+        def body(step, state):
+            state, metrics = update(state, None, place(batch_of(step)))
+            return state, jax.device_get(metrics) | {"learning_rate": float(rate(step))}
+
+        return body
+
+    return run_stage(run, stage, transformation, start_params, make_body, steps=steps)
+
+
 def _headline(metrics: Mapping[str, Any]) -> str:
-    shown = {"loss": "loss", "reward": "reward", "kl": "kl", "entropy": "entropy"}
-    return " ".join(
-        f"{label} {float(metrics[name]):.3f}"
-        for name, label in shown.items()
-        if name in metrics
-    )
+    names = ("loss", "reward", "kl", "entropy")
+    return " ".join(f"{n} {float(metrics[n]):.3f}" for n in names if n in metrics)
 
 
 def _stop_if_broken(run: Run, stage: str, step: int, state: TrainState) -> None:
@@ -291,10 +314,8 @@ def newest_stage(run: Run) -> str:
       GrpoError: no stage has one.
     """
     for stage in reversed(STAGES):
-        if (run.workdir / "checkpoints" / stage).is_dir():
-            with run.checkpoints(stage, clean=False) as checkpoints:
-                if checkpoints.steps():
-                    return stage
+        if run.is_finished(stage):
+            return stage
     raise GrpoError(f"{run.workdir}: it holds no finished checkpoint")
 
 

@@ -45,26 +45,20 @@ def check_sets(run: Run) -> None:
         generate_answers.load_prompts(run.tokenizer, name, settings_of(run.config))
 
 
-def evaluate_set(
-    run: Run, params: Params, name: str, *, sampled: bool = True, label: str = ""
-) -> Result:
-    """Evaluates parameters on one set, without keeping the completions.
+def evaluate_set(run: Run, params: Params, name: str) -> Result:
+    """Evaluates parameters on one set greedily, without keeping the completions.
 
     Args:
       run: the run.
       params: the parameters, which are still being trained.
       name: the set's name.
-      sampled: also sample at a temperature, not only greedily.
-      label: what the progress bar shows.
 
     Returns:
       Measure → figures, as in results.json.
     """
     settings = settings_of(run.config)
-    measured = measure(
-        run.model, params, run.tokenizer, name, settings, sampled=sampled, label=label
-    )
-    return measured.result
+    asked = run.model, params, run.tokenizer, name, settings
+    return measure(*asked, sampled=False).result
 
 
 def trained_on(config: Config) -> list[str]:

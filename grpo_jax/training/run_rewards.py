@@ -38,9 +38,8 @@ class Rewards:
         self.weights = reward_weights(config) or [1.0]
         self.functions = [None if n == "model" else resolve(n) for n in names]
         self.timeout = config.rewards.timeout
-        own = config.own()
         self.limit = config.max_new_tokens * max(1, generations(config))
-        self.buffer = own.get("overlong_buffer", 0)
+        self.buffer = config.own().get("overlong_buffer", 0)
         # The weights of `Scores.by_function`, which includes the length punishment.
         self.all_weights = [*self.weights, 1.0] if self.buffer else self.weights
         self.calls = Calls()
@@ -97,8 +96,9 @@ class Rewards:
         """
         if rule_reward.__name__ in scores.by_function:
             return scores.by_function[rule_reward.__name__]
-        given = {k: x for k, x in scores.by_function.items() if k != "overlong"}
+        # The punishment comes after all functions, and has no weight here.
+        pairs = zip(self.weights, scores.by_function.values(), strict=False)
         total = np.zeros(len(scores.rewards), np.float64)
-        for weight, values in zip(self.weights, given.values(), strict=True):
+        for weight, values in pairs:
             total += weight * np.nan_to_num(values)
         return np.where(np.isnan(scores.rewards), np.nan, total)

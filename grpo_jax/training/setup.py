@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from grpo_jax.algorithms.methods import METHODS
-from grpo_jax.config import (
-    Config,
-    generations,
-    lora_targets,
-    reward_names,
-)
+from grpo_jax.config import Config, generations, lora_targets, reward_names
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.distributed import processes, sharding
 from grpo_jax.errors import GrpoError
@@ -72,11 +68,9 @@ def make_model(config: Config) -> tuple[Decoder, Tokenizer]:
                     f"config.model.{name}: {wanted}, but {settings.path} has {found}"
                 )
     else:
-        from grpo_jax.data import chain_sums
+        from grpo_jax.data.chain_sums import ALPHABET, TOOL_ALPHABET
 
-        alphabet = (
-            chain_sums.TOOL_ALPHABET if generations(config) else chain_sums.ALPHABET
-        )
+        alphabet = TOOL_ALPHABET if generations(config) else ALPHABET
         tokenizer = Tokenizer.from_alphabet(alphabet)
         if settings.vocab_size not in (0, tokenizer.vocab_size):
             raise GrpoError(
@@ -104,27 +98,17 @@ def agree_on_files(config: Config) -> None:
         agree_on_folder(config.model.path, config.model.revision or None)
     files = [name.rpartition(":")[0] for name in reward_names(config)]
     files = [name for name in files if name.endswith(".py")]
-    if config.reward_model.labels:
-        files.append(config.reward_model.labels)
+    files.append(config.reward_model.labels)
     found = {name: digest(Path(name).expanduser()) for name in files}
     processes.agree("rewards", found)
 
 
 def make_decoder(config: Config, model_config: ModelConfig) -> Decoder:
     """Returns the decoder of an architecture, with the config's dtype and adapters."""
-    return Decoder(
-        model_config,
-        config.model.dtype,
-        config.model.remat,
-        adapters_of(config),
-        config.mesh.decode_tensor,
-    )
-
-
-def adapters_of(config: Config) -> lora.Lora:
-    """Returns the settings of LoRA's adapters; rank 0 means none."""
-    m = config.model
-    return lora.Lora(rank=m.lora_rank, alpha=m.lora_alpha, targets=lora_targets(config))
+    m, targets = config.model, lora_targets(config)
+    adapters = lora.Lora(rank=m.lora_rank, alpha=m.lora_alpha, targets=targets)
+    decode_tensor = config.mesh.decode_tensor
+    return Decoder(model_config, m.dtype, m.remat, adapters, decode_tensor)
 
 
 def declared_config(config: Config, vocab_size: int) -> ModelConfig:
@@ -142,26 +126,22 @@ def declared_config(config: Config, vocab_size: int) -> ModelConfig:
     )
 
 
-def describe_state(config: Config) -> str:
+def describe_state(config: Config, mesh: Mesh) -> str:
     """Returns one line on the size of the training state, from shapes alone."""
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     declared = declared_config(config, config.model.vocab_size)
-    decoder = Decoder(declared, lora=adapters_of(config))
+    decoder = make_decoder(config, declared)
     stage = "sft" if config.method == "sft" else "rl"
     optimizer, _ = stage_optimizer(stage, config)
     state = abstract_state(config, decoder, mesh, stage, optimizer)
 
-    def size(x, shape):
-        return math.prod(shape) * np.dtype(x.dtype).itemsize
-
     leaves = jax.tree.leaves(state)
-    whole = sum(size(x, x.shape) for x in leaves)
-    local = sum(size(x, x.sharding.shard_shape(x.shape)) for x in leaves)
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    whole = sum(x.size * x.dtype.itemsize for x in leaves)
+    shards = [(x.sharding.shard_shape(x.shape), x.dtype) for x in leaves]
+    local = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
     return (
-        f"state: {count / 1e9:.2f} B parameters, {whole / 1e9:.1f} GB with the "
-        f"optimiser's in {config.model.param_dtype}, {local / 1e9:.1f} GB on each of "
-        f"{mesh.size} device(s)"
+        f"state: {_millions(state.params) / 1e3:.2f} B parameters, {whole / 1e9:.1f} "
+        f"GB with the optimiser's in {config.model.param_dtype}, {local / 1e9:.1f} GB "
+        f"on each of {mesh.size} device(s)"
     )
 
 
@@ -171,31 +151,27 @@ def describe_size(model: Decoder) -> str:
     key = jax.random.key(0)
     whole = jax.eval_shape(lambda key: init(model.init(key), key), key)
     trained, frozen = lora.split(whole)
-    count, some = (
-        sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) / 1e6
-        for tree in (whole, trained)
-    )
-    part = f", {some:.3g} M of them trained (LoRA)," if frozen else ""
-    return f"{count:.1f} M parameters{part}"
+    part = f", {_millions(trained):.3g} M of them trained (LoRA)," if frozen else ""
+    return f"{_millions(whole):.1f} M parameters{part}"
+
+
+def _millions(params: Params) -> float:
+    return sum(x.size for x in jax.tree.leaves(params)) / 1e6
 
 
 def abstract_params(config: Config, model: Decoder, stage: str) -> Params:
     """Returns a stage's parameters as shapes and dtypes."""
-    dtype = config.model.param_dtype
 
-    def policy(key):
-        return lora.begin(model.lora, model.init(key, dtype), key)
+    def make(key):
+        params = model.init(key, config.model.param_dtype)
+        value = RewardModel(model).init(key, params)
+        if stage.startswith("reward"):
+            return value
+        params = lora.begin(model.lora, params, key)
+        critic = METHODS[config.method].coefficient == "critic"
+        return params | {"value": value} if stage == "rl" and critic else params
 
-    def reward_model(key):
-        return RewardModel(model).init(key, model.init(key, dtype))
-
-    key = jax.random.key(0)
-    if stage.startswith("reward"):
-        return jax.eval_shape(reward_model, key)
-    params = jax.eval_shape(policy, key)
-    if stage == "rl" and METHODS[config.method].coefficient == "critic":
-        params["value"] = jax.eval_shape(reward_model, key)
-    return params
+    return jax.eval_shape(make, jax.random.key(0))
 
 
 def abstract_state(
@@ -228,6 +204,19 @@ def initial_params(config: Config, model: Decoder, mesh: Mesh) -> Params:
         )
         return params
     init = functools.partial(model.init, dtype=settings.param_dtype)
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    make = jax.jit(init, out_shardings=sharding.shardings(shapes, mesh))
-    return make(key(config.seed, "init", 0))
+    return make_on_mesh(mesh, init, key(config.seed, "init", 0))
+
+
+def make_on_mesh(
+    mesh: Mesh, make: Callable[..., Params], *arguments: Any, **options: Any
+) -> Params:
+    """Returns make(*arguments), computed on the mesh as its shardings say.
+
+    Args:
+      mesh: the mesh.
+      make: a function of arrays.
+      *arguments: its arguments.
+      **options: those of `jax.jit`.
+    """
+    out = sharding.shardings(jax.eval_shape(make, *arguments), mesh)
+    return jax.jit(make, out_shardings=out, **options)(*arguments)

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from grpo_jax.config import Config
 from grpo_jax.data import datasets
@@ -22,13 +21,12 @@ from grpo_jax.data.example import Example
 from grpo_jax.data.prompts import encode_sft
 from grpo_jax.distributed import processes, sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.models.decoder import Decoder, Params
+from grpo_jax.models.decoder import Params
 from grpo_jax.training.batch import Batch, Sample
 from grpo_jax.training.objectives import sft_objective
-from grpo_jax.training.optimizers import sft_optimizer
+from grpo_jax.training.optimizers import stage_optimizer
 from grpo_jax.training.packing import pack
-from grpo_jax.training.run import Body, Run, run_stage
-from grpo_jax.training.train_step import make_step
+from grpo_jax.training.run import Run, run_supervised_stage
 
 
 def train(run: Run, start_params: Callable[[], Params]) -> Params:
@@ -55,34 +53,15 @@ def train(run: Run, start_params: Callable[[], Params]) -> Params:
     )
     processes.agree("data.sft", {"rows": examples.digest})
     batches = Samples(run, examples)
-    transformation, rate = sft_optimizer(config)
-
-    def make_body(shardings) -> Body:
-        update = make_update(config, run.model, transformation, shardings)
-        place = sharding.batch_placer(run.mesh)
-
-        def body(step, state):
-            batch = lay_out(config, run.mesh, batches[step])
-            state, metrics = update(state, None, place(batch))
-            metrics = jax.device_get(metrics)
-            return state, metrics | {"learning_rate": float(rate(step))}
-
-        return body
-
-    start = lambda: run.begin("sft", start_params())  # noqa: E731
-    steps = config.sft_steps
-    return run_stage(run, "sft", transformation, start, make_body, steps=steps)
-
-
-def make_update(
-    config: Config,
-    model: Decoder,
-    transformation: optax.GradientTransformation,
-    shardings: Any,
-) -> Any:
-    """Returns the compiled step: (state, None, batch) → (state, metrics)."""
-    objective = sft_objective(model, aggregate=config.sft.aggregate)
-    return make_step(objective, transformation, state_shardings=shardings)
+    return run_supervised_stage(
+        run,
+        "sft",
+        stage_optimizer("sft", config),
+        lambda: run.begin("sft", start_params()),
+        sft_objective(run.model, aggregate=config.sft.aggregate),
+        lambda step: lay_out(config, run.mesh, batches[step]),
+        steps=config.sft_steps,
+    )
 
 
 def lay_out(config: Config, mesh: jax.sharding.Mesh, samples: list[Sample]) -> Batch:
@@ -104,11 +83,11 @@ class Samples:
     def __init__(self, run: Run, examples: datasets.Dataset):
         settings, seed = run.config.sft, run.config.seed
         self.run, self.examples = run, examples
-        self.rows: datasets.Batches[list[int]] | None = None
+        self.batches: datasets.Batches[Any]
         if settings.batch_rows:
             lengths = [len(encode(run, [e])[0].tokens) - 1 for e in examples]
             rows = concatenate(lengths, settings.row_length, seed)
-            self.rows = datasets.Batches(rows, settings.batch_rows, seed=seed)
+            self.batches = datasets.Batches(rows, settings.batch_rows, seed=seed)
         else:
             self.batches = datasets.Batches(examples, settings.batch_size, seed=seed)
             # An example that is too long is refused now, not when its step comes.
@@ -117,10 +96,10 @@ class Samples:
                 encode(run, [e for e in self.batches[step] if may_be_long(run, e)])
 
     def __getitem__(self, step: int) -> list[Sample]:
-        if self.rows is None:
-            return encode(self.run, self.batches[step])
-        numbers = [i for row in self.rows[step] for i in row]
-        return encode(self.run, [self.examples[i] for i in numbers])
+        chosen = self.batches[step]
+        if self.run.config.sft.batch_rows:
+            chosen = [self.examples[i] for row in chosen for i in row]
+        return encode(self.run, chosen)
 
 
 def concatenate(lengths: list[int], size: int, seed: int) -> list[list[int]]:
@@ -154,9 +133,7 @@ def may_be_long(run: Run, example: Example) -> bool:
 
     Every token stands for at least one byte of text.
     """
-    plain = (
-        run.config.data.template == "plain" and run.config.data.instruction == "none"
-    )
+    plain = run.prompt_options == {"template": "plain", "instruction": "none"}
     around = 8 if plain else 1024  # what a template and an instruction may add
     system = str(example.columns.get("system", ""))
     text = example.question + (example.solution or example.answer) + system

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -50,11 +49,7 @@ _CHOICES = {
 _SUMS = ("loss", "policy_loss", "value_loss", "num_tokens", "rewards/")
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["params", "opt_state", "step", "skipped"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """All that a run carries from one update to the next.
@@ -68,8 +63,8 @@ class TrainState:
 
     params: Any
     opt_state: Any
-    step: Array  # int32 []: updates done
-    skipped: Array  # int32 []: updates in a row that were not finite
+    step: Array
+    skipped: Array
 
     @classmethod
     def create(cls, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -123,12 +118,11 @@ def accumulate(
         gradients = jax.tree.map(jnp.add, gradients, more)
         return gradients, _sum_metrics(metrics, part, share)
 
-    like, metrics, _ = jax.eval_shape(micro_gradients, 0)
-    nothing = {k: jnp.inf if k.endswith("/min") else 0.0 for k in metrics}
-    zero = (
-        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like),
-        {k: jnp.full(x.shape, nothing[k], x.dtype) for k, x in metrics.items()},
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro_gradients, 0)[:2]
     )
+    lowest = {k: x + jnp.inf for k, x in zeros[1].items() if k.endswith("/min")}
+    zero = (zeros[0], zeros[1] | lowest)
     # The bound is a value, not a shape, so that empty micro-batches cost nothing.
     with jax.named_scope("micro_batches"):
         return jax.lax.fori_loop(0, batch.used, add, zero)
@@ -171,15 +165,14 @@ def make_step(
         signal = has_signal(batch)
         trained, frozen = lora.split(state.params)
 
-        def apply_update(_):
+        def apply_update():
             updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
             return optax.apply_updates(trained, updates), opt_state
 
         trained, opt_state = jax.lax.cond(
             finite & signal,
             apply_update,
-            lambda _: (trained, state.opt_state),
-            None,
+            lambda: (trained, state.opt_state),
         )
         metrics |= {
             "grad_norm": norm,
@@ -283,14 +276,29 @@ def make_scorer(
       temperature: of sampling; logits are divided by it.
     """
 
-    def score(params, batch):
-        def one(index, logps):
-            micro = batch.micro(index)
-            now, _ = batch_logprobs(apply, params, micro, temperature)
-            return logps.at[index].set(jnp.where(micro.mask, now, 0))
+    def score(params, micro):
+        logps, _ = batch_logprobs(apply, params, micro, temperature)
+        return jnp.where(micro.mask, logps, 0)
+
+    return by_micro_batch(score)
+
+
+def by_micro_batch(
+    score: Callable[[Any, Batch], Array],
+) -> Callable[[Any, Batch], Array]:
+    """Returns a compiled (params, batch) → `score` of each micro-batch, [A, B, T].
+
+    Args:
+      score: (params, micro-batch) → float32 [B, T]. It is not called for micro-batches
+        without a sample; these get 0.
+    """
+
+    def scores(params, batch):
+        def one(index, found):
+            return found.at[index].set(score(params, batch.micro(index)))
 
         zero = jnp.zeros(batch.tokens.shape, jnp.float32)
         with jax.named_scope("micro_batches"):
             return jax.lax.fori_loop(0, batch.used, one, zero)
 
-    return jax.jit(score)
+    return jax.jit(scores)

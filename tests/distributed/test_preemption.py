@@ -49,7 +49,7 @@ train.main()
 """
 STOPS = [  # the process and its signal, the stage that stops and from which step on
     (0, "training.sft lay_out 2 SIGTERM", "sft", 2),
-    (1, "training.rollouts draw 1 SIGTERM", "rl", 1),  # in the rollout
+    (1, "training.rollouts generate 1 SIGTERM", "rl", 1),  # in the rollout
     (0, "training.rl_step check_gap 1 SIGTERM", "rl", 2),  # in the update
     (
         1,
@@ -59,7 +59,10 @@ STOPS = [  # the process and its signal, the stage that stops and from which ste
     ),  # a save, after two checks of saved
     (0, "training.run_comparison evaluate_set 1 SIGTERM", "rl", EVALUATED),
 ]
-KILL = {0: "training.rollouts draw 2 SIGTERM", 1: "training.rollouts draw 2 SIGKILL"}
+KILL = {
+    0: "training.rollouts generate 2 SIGTERM",
+    1: "training.rollouts generate 2 SIGKILL",
+}
 
 
 def start(folder: Path, name: str, stop: dict[int, str]) -> list[SimpleNamespace]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -53,8 +54,8 @@ class Judge:
           scores [number of steps].
         """
         ends = [step_ends(self.run.tokenizer, o.tokens) for o in outputs]
-        scores = self._scores(outputs)
-        return ends, [s[where] for s, where in zip(scores, ends, strict=True)]
+        pairs = zip(self._scores(outputs), ends, strict=True)
+        return ends, [scores[where] for scores, where in pairs]
 
     def _scores(self, outputs: Sequence[Output]) -> list[np.ndarray]:
         config = self.run.config
@@ -100,7 +101,10 @@ class Judges:
             micro_rows=o.micro_rows,
             shared=o,
         )
+        self.given: list[Labelled] = []  # the labels of the config's file
         if self.needed:  # fails here, before any training
+            if r.labels:
+                self.given = self._read(r.labels)
             self._check(own.get("iterations", 1))
 
     def __call__(self, iteration: int, policy: Params | None) -> Judge | None:
@@ -147,7 +151,7 @@ class Judges:
                 )
         if not r.labels:
             return
-        items = self._of_file()
+        items = self.given
         if len(items) < r.batch_size:
             raise GrpoError(
                 f"config.reward_model.batch_size: {r.batch_size}, but {r.labels} has "
@@ -164,19 +168,16 @@ class Judges:
 
     def _labels(self, iteration: int, policy: Params) -> list[Labelled]:
         """The labels of the iteration, and a share of the earlier ones."""
-        files = [
-            self.run.workdir / f"labels-{i + 1}.jsonl" for i in range(iteration + 1)
-        ]
-        size = self.run.tokenizer.vocab_size
-        if processes.from_first(files[-1].exists):
-            new = labels.read(files[-1], vocab_size=size)
+        numbers = range(1, iteration + 2)
+        *before, file = (self.run.workdir / f"labels-{i}.jsonl" for i in numbers)
+        if processes.from_first(file.exists):
+            new = self._read(file)
         else:
             new = self._new(iteration, policy)
             self.run.recorder.begin()
             if processes.first():
-                labels.write(files[-1], new)
-        before = [labels.read(f, vocab_size=size) for f in files[:-1]]
-        history = [item for items in before for item in items]
+                labels.write(file, new)
+        history = [item for file in before for item in self._read(file)]
         return labels.replay(
             new,
             history,
@@ -188,7 +189,7 @@ class Judges:
     def _new(self, iteration: int, policy: Params) -> list[Labelled]:
         config, r = self.run.config, self.run.config.reward_model
         if r.labels and not iteration:
-            return self._of_file()
+            return self.given
         sampler = Sampler(
             self.run.model,
             policy,
@@ -203,19 +204,19 @@ class Judges:
         chunk = 1024  # labelled at a time, to show progress and to stop in between
         with progress(f"labels {iteration + 1}", 0, size, unit="question") as bar:
             for at in range(0, size, chunk):
+                part = asked[at : at + chunk]
                 items += label_questions(
                     sampler,
-                    asked[at : at + chunk],
+                    part,
                     key=self.run.key("reward", 1 + iteration * size + at),
                     outputs=r.samples,
                     completions=r.completions,
                     soft=r.soft,
                 )
-                bar.update(len(asked[at : at + chunk]))
+                bar.update(len(part))
                 if processes.stopping():
                     raise Preempted(f"labels {iteration + 1}: stopped")
         return items
 
-    def _of_file(self) -> list[Labelled]:
-        file = self.run.config.reward_model.labels
+    def _read(self, file: str | Path) -> list[Labelled]:
         return labels.read(file, vocab_size=self.run.tokenizer.vocab_size)

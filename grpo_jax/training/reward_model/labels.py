@@ -72,40 +72,39 @@ def read(
     Raises:
       GrpoError: a line, whose number the message has, is damaged; or there is none.
     """
-    items = []
-    for number, row in read_rows(path):
-        try:
-            lists = {
-                "tokens": _list(row, "tokens", int),
-                "ends": _list(row, "ends", int),
-                "labels": _list(row, "labels", int, float),
-            }
-            (prompt,) = _list({"prompt": [row["prompt"]]}, "prompt", int)
-            (name,) = _list({"id": [row["id"]]}, "id", str)
-            item = Labelled(**lists, prompt=prompt, id=name)
-        except KeyError as error:
-            raise GrpoError(f"{path}:{number}: no field {error}") from None
-        except (TypeError, ValueError) as error:
-            raise GrpoError(f"{path}:{number}: {error}") from None
-        known = range(2**31 if vocab_size is None else vocab_size)
+    known = range(2**31 if vocab_size is None else vocab_size)
+
+    def labelled(row: dict[str, Any]) -> Labelled:
+        item = Labelled(
+            tokens=_values(row, "tokens", int),
+            prompt=_value(row, "prompt", int),
+            ends=_values(row, "ends", int),
+            labels=_values(row, "labels", int, float),
+            id=_value(row, "id", str),
+        )
         if unknown := [token for token in item.tokens if token not in known]:
-            raise GrpoError(
-                f"{path}:{number}: token {unknown[0]} is not one of this tokenizer's "
-                f"{len(known)}; label with the model that you train"
+            raise ValueError(
+                f"token {unknown[0]} is not one of this tokenizer's {len(known)}; "
+                "label with the model that you train"
             )
-        items.append(item)
+        return item
+
+    items = [item for _, item in read_rows(path, labelled)]
     if not items:
         raise GrpoError(f"{path}: no labelled sequence in it")
     return items
 
 
-def _list(row: dict, key: str, *kinds: type) -> tuple[Any, ...]:
-    """Returns a field that must be a list of such values; a bool is no number."""
-    values = row[key]
-    if not isinstance(values, list) or any(type(v) not in kinds for v in values):
+def _values(row: dict[str, Any], key: str, *kinds: type) -> tuple[Any, ...]:
+    values = row[key] if isinstance(row[key], list) else [None]
+    return tuple(_value({key: value}, key, *kinds) for value in values)
+
+
+def _value(row: dict[str, Any], key: str, *kinds: type) -> Any:
+    if type(row[key]) not in kinds:  # a bool is no number
         names = " or ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"field {key!r} does not hold {names}")
-    return tuple(values)
+    return row[key]
 
 
 def replay(
@@ -191,19 +190,14 @@ def read_math_shepherd(path: str | os.PathLike[str]) -> list[Solution]:
     Raises:
       GrpoError: a row's two texts differ in more than these marks.
     """
-    solutions = []
-    for number, row in read_rows(path):
-        try:
-            if not isinstance(row["input"], str) or not isinstance(row["label"], str):
-                raise ValueError("`input` or `label` is not text")
-            question, steps, labels = _marked(row["input"], row["label"])
-        except KeyError as error:
-            raise GrpoError(f"{path}:{number}: no field {error}") from None
-        except ValueError as error:
-            raise GrpoError(f"{path}:{number}: {error}") from None
+
+    def solution(row: dict[str, Any]) -> Solution:
+        texts = (_value(row, name, str) for name in ("input", "label"))
+        question, steps, labels = _marked(*texts)
         name = hashlib.blake2b(question.encode(), digest_size=8).hexdigest()
-        solutions.append(Solution(question, steps, labels, name))
-    return solutions
+        return Solution(question, steps, labels, name)
+
+    return [item for _, item in read_rows(path, solution)]
 
 
 def _marked(text: str, label: str) -> tuple[str, tuple[str, ...], tuple[float, ...]]:
@@ -224,20 +218,31 @@ def _marked(text: str, label: str) -> tuple[str, tuple[str, ...], tuple[float, .
     return question.strip(), tuple(p.strip() for p in parts), tuple(labels)
 
 
-def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict]]:
-    """Yields the objects of a JSON-lines file as (line number, object).
+def read_rows(
+    path: str | os.PathLike[str], convert: Callable[[dict[str, Any]], Any] = dict
+) -> Iterator[tuple[int, Any]]:
+    """Yields (line number, converted object) of a JSON-lines file.
+
+    Args:
+      path: the file.
+      convert: takes a line's object; a KeyError, TypeError or ValueError that it raises
+        gets the file's name and the line's number.
 
     Raises:
-      GrpoError: the file cannot be read, or a line is not an object of valid text.
+      GrpoError: the file cannot be read, or a line is not an object of valid text or
+        cannot be converted.
     """
     try:
         for number, row in json_lines(Path(path)):
-            if not isinstance(row, dict):
-                raise GrpoError(f"{path}:{number}: expected an object with fields")
             try:
+                if not isinstance(row, dict):
+                    raise TypeError("expected an object with fields")
                 check_text(row)
-            except ValueError as error:
+                item = convert(row)
+            except KeyError as error:
+                raise GrpoError(f"{path}:{number}: no field {error}") from None
+            except (TypeError, ValueError) as error:
                 raise GrpoError(f"{path}:{number}: {error}") from None
-            yield number, row
+            yield number, item
     except OSError as error:
         raise GrpoError(f"{path}: cannot be read ({error.strerror})") from None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,10 +43,9 @@ def grade_by_rule(examples: Sequence[Example], texts: Sequence[str]) -> list[flo
     Equal pairs of reference and text are graded once.
     """
     pairs = [(e.answer, text) for e, text in zip(examples, texts, strict=True)]
-    unique = list(dict.fromkeys(pairs))
-    found = rule_reward(
-        [""] * len(unique), [t for _, t in unique], answer=[a for a, _ in unique]
-    )
+    unique = dict.fromkeys(pairs)
+    answers, different = zip(*unique, strict=True)
+    found = rule_reward(different, different, answer=answers)
     values = dict(zip(unique, found, strict=True))
     return [values[pair] for pair in pairs]
 
@@ -95,9 +95,7 @@ def label_questions(
     *,
     key: jax.Array,
     outputs: int = 1,
-    completions: int = 8,
-    soft: bool = False,
-    grade: Grade = grade_by_rule,
+    **options: Any,
 ) -> list[Labelled]:
     """Samples outputs of each question and labels their steps.
 
@@ -106,9 +104,7 @@ def label_questions(
       prompts: the questions with their prompts' tokens (`prompts.encode_prompts`).
       key: the random key of all draws.
       outputs: how many are sampled of each question.
-      completions: K, how many are sampled from each prefix.
-      soft: label a step with the share of right completions, instead of whether any is.
-      grade: grades the texts of whole outputs.
+      **options: completions, soft and grade, as in `label_outputs`.
 
     Returns:
       questions × outputs labelled sequences.
@@ -125,9 +121,7 @@ def label_questions(
         ],
         max_new_tokens=sample.max_new_tokens,
         key=jax.random.fold_in(key, 1),
-        completions=completions,
-        soft=soft,
-        grade=grade,
+        **options,
     )
 
 
@@ -159,36 +153,38 @@ def label_outputs(
       One labelled sequence for each output.
     """
     ends = [step_ends(tokenizer, output) for _, _, output in outputs]
-    places = [(i, end) for i, steps in enumerate(ends) for end in steps[:-1]]
-    prefixes = [outputs[i][1] + outputs[i][2][: end + 1] for i, end in places]
+    starts = [  # of each step but the last
+        (example, prompt, output[: end + 1])
+        for (example, prompt, output), steps in zip(outputs, ends, strict=True)
+        for end in steps[:-1]
+    ]
+    prefixes = [prompt + start for _, prompt, start in starts]
     continued = sample(prefixes, completions, key) if prefixes else []
-
-    examples = [example for example, _, _ in outputs]
-    whole = [output for _, _, output in outputs]
-    for (i, end), several in zip(places, continued, strict=True):
-        examples += [outputs[i][0]] * completions
-        start = outputs[i][2][: end + 1]
-        whole += [(start + tokens)[:max_new_tokens] for tokens in several]
+    whole = [(example, output) for example, _, output in outputs]
+    whole += [
+        (example, (start + tokens)[:max_new_tokens])
+        for (example, _, start), several in zip(starts, continued, strict=True)
+        for tokens in several
+    ]
 
     def graded(rows: Sequence[tuple[Example, Tokens]]) -> Sequence[float]:
         texts = [tokenizer.decode(tokens) for _, tokens in rows]
         return grade([example for example, _ in rows], texts)
 
-    rewards = processes.divide(graded, list(zip(examples, whole, strict=True)))
+    rewards = processes.divide(graded, whole)
     right = np.asarray(rewards, np.float64) > 0.5  # a reward of NaN is not right
-
-    own = right[: len(outputs)].astype(float).tolist()
     shares = right[len(outputs) :].reshape(-1, completions).mean(1)
     values = iter((shares if soft else shares > 0).astype(float).tolist())
-    return [
-        Labelled(
-            tokens=(*prompt, *output),
-            prompt=len(prompt),
-            ends=tuple(len(prompt) + end for end in steps),
-            labels=(*(next(values) for _ in steps[:-1]), own[i]),
-            id=example.id,
+    found = []
+    rows = zip(outputs, ends, right[: len(outputs)].tolist(), strict=True)
+    for (example, prompt, output), steps, is_right in rows:
+        found.append(
+            Labelled(
+                tokens=(*prompt, *output),
+                prompt=len(prompt),
+                ends=tuple(len(prompt) + end for end in steps),
+                labels=(*(next(values) for _ in steps[:-1]), float(is_right)),
+                id=example.id,
+            )
         )
-        for i, ((example, prompt, output), steps) in enumerate(
-            zip(outputs, ends, strict=True)
-        )
-    ]
+    return found

@@ -13,8 +13,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -24,10 +22,9 @@ from grpo_jax.distributed import sharding
 from grpo_jax.models.decoder import Params
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.batch import Batch, Sample
+from grpo_jax.training.objectives import Metrics, Objective, apply_to
 from grpo_jax.training.packing import pack, unpack
-from grpo_jax.training.train_step import Metrics, Objective
-
-Scorer = Callable[[Params, Batch], Array]
+from grpo_jax.training.train_step import by_micro_batch
 
 
 def reward_sample(
@@ -52,31 +49,18 @@ def reward_objective(model: Callable[..., Array]) -> Objective:
     """Returns the cross-entropy with the labels of packed rows, for `make_step`."""
 
     def objective(params, reference, micro, sequences, tokens) -> tuple[Array, Metrics]:
-        scores = _score(model, params, micro)
+        scores = apply_to(model, params, micro)
         return reward_loss(scores, micro.labels, micro.mask, normalizer=tokens)
 
     return objective
 
 
-def _score(model: Callable[..., Array], params: Params, micro: Batch) -> Array:
-    return model(
-        params, micro.tokens, positions=micro.positions, segment_ids=micro.segment_ids
-    )
-
-
 @functools.cache
-def make_reward_scorer(model: Callable[..., Array]) -> Scorer:
+def make_reward_scorer(
+    model: Callable[..., Array],
+) -> Callable[[Params, Batch], Array]:
     """Returns a compiled (params, batch) → score of each input token, [A, B, T]."""
-
-    def score(params, batch):
-        def one(index, scores):
-            return scores.at[index].set(_score(model, params, batch.micro(index)))
-
-        zero = jnp.zeros(batch.tokens.shape, jnp.float32)
-        with jax.named_scope("micro_batches"):
-            return jax.lax.fori_loop(0, batch.used, one, zero)
-
-    return jax.jit(score)
+    return by_micro_batch(functools.partial(apply_to, model))
 
 
 def score_samples(

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import optax
 
 from grpo_jax.config import OptimizerSettings
@@ -29,8 +28,7 @@ from grpo_jax.training.optimizers import adamw
 from grpo_jax.training.packing import pack
 from grpo_jax.training.reward_model.labels import Labelled
 from grpo_jax.training.reward_model.scoring import reward_objective, reward_sample
-from grpo_jax.training.run import Body, Run, open_run, run_stage
-from grpo_jax.training.train_step import make_step
+from grpo_jax.training.run import Run, open_run, run_supervised_stage
 
 KINDS = ("process", "outcome")
 
@@ -88,34 +86,21 @@ def train(
       GrpoError: there are fewer sequences than a batch, or one is longer than a row.
       Preempted: the run was asked to stop, and its state is saved.
     """
-    model = RewardModel(run.model)
     samples = [sample_of(item, settings.kind) for item in labelled]
     seed = run.config.seed if seed is None else seed
     batches = datasets.Batches(samples, settings.batch_size, seed=seed)
     length = settings.row_length or max(len(item.tokens) for item in labelled)
     rows = settings.micro_rows * sharding.rows_multiple(run.mesh)
     capacity = -(-settings.batch_size // rows)
-    transformation, rate = settings.optimizer()
-
-    def make_body(shardings: Any) -> Body:
-        objective = reward_objective(model)
-        update = make_step(objective, transformation, state_shardings=shardings)
-        place = sharding.batch_placer(run.mesh)
-
-        def body(step, state):
-            batch = pack(batches[step], length=length, rows=rows)
-            state, metrics = update(state, None, place(batch.with_capacity(capacity)))
-            metrics = jax.device_get(metrics)
-            return state, metrics | {"learning_rate": float(rate(step))}
-
-        return body
-
-    return run_stage(
+    return run_supervised_stage(
         run,
         stage,
-        transformation,
+        settings.optimizer(),
         start,
-        make_body,
+        reward_objective(RewardModel(run.model)),
+        lambda step: pack(batches[step], length=length, rows=rows).with_capacity(
+            capacity
+        ),
         steps=settings.steps,
     )
 
@@ -150,11 +135,12 @@ def load_reward_model(
     """
     run = open_run(Path(workdir))
     folder = run.workdir / "checkpoints" / stage
-    if not folder.is_dir():
-        raise GrpoError(f"{folder}: no such folder; train a reward model there first")
+    if not run.is_finished(stage):
+        raise GrpoError(
+            f"{folder}: no such folder, or no finished checkpoint in it; train a "
+            "reward model there first"
+        )
     optimizer, _ = Settings().optimizer()  # all settings give a state of this shape
     with run.checkpoints(stage, clean=False) as checkpoints:
-        if not checkpoints.steps():
-            raise GrpoError(f"{folder}: no finished checkpoint in it")
         _, state, _ = checkpoints.restore(run.abstract_state(stage, optimizer))
     return RewardModel(run.model), state.params, run.tokenizer
