@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from grpo_jax.algorithms.methods import METHODS
+from grpo_jax.arguments import LONGEST
 from grpo_jax.config_fields import (
     COEFFICIENT,
     COUNT,
-    LONGEST,
     ROWS,
     TOKENS,
     number,

@@ -17,17 +17,18 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.arguments import PROCESS_FLAGS
 from grpo_jax.checkpoints.huggingface.folders import agree_on_folder, find_folder
 from grpo_jax.data import datasets, few_shot_prompts, registry
 from grpo_jax.data.example import Example
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.distributed import processes
-from grpo_jax.errors import GrpoError, Preempted, disk_full, out_of_memory
+from grpo_jax.errors import GrpoError, Preempted, errors_as_one_line
 from grpo_jax.evaluation import (
     completion_files,
     generate_answers,
@@ -43,7 +44,7 @@ from grpo_jax.evaluation.comparison import (
     measure,
     measure_name,
 )
-from grpo_jax.evaluation.flags import PROCESSES, parse_flags, unique
+from grpo_jax.evaluation.flags import parse_flags, unique
 from grpo_jax.evaluation.generate_answers import Settings
 from grpo_jax.files import digest, write_json, write_whole
 from grpo_jax.models.decoder import Decoder, Params
@@ -59,18 +60,17 @@ from grpo_jax.training.work_directory import read_config
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command with `arguments`, by default those of the process."""
     flags = parse_flags(arguments)
-    address = flags.coordinator, flags.num_processes, flags.process_id
-    limits = dict(wait=flags.wait, heartbeat=flags.heartbeat)
+    *address, wait, heartbeat = (getattr(flags, name) for name in PROCESS_FLAGS)
     stopped = False
-    try:
-        with processes.together(*address, **limits):
-            try:
-                run(flags)
-            except Preempted as error:
-                stopped = True
-                processes.say(f"{error}; the same command goes on from there")
-    except GrpoError as error:
-        sys.exit(f"error: {error}")
+    with (
+        errors_as_one_line(),
+        processes.together(*address, wait=wait, heartbeat=heartbeat),
+    ):
+        try:
+            run(flags)
+        except Preempted as error:
+            stopped = True
+            processes.say(f"{error}; the same command goes on from there")
     if stopped:
         sys.exit(143)  # the exit code of a process that SIGTERM ended
 
@@ -84,45 +84,33 @@ def run(flags: argparse.Namespace) -> None:
     from grpo_jax.train import set_up_process
 
     set_up_process()
+    disk = (
+        "what was answered before is kept. Make room there; the same command goes on "
+        "from it"
+    )
+    memory = (
+        "what was answered is kept, and belongs to these settings. Lower --batch "
+        f"({flags.batch}) or --max_new_tokens ({flags.max_new_tokens}), with another "
+        "--out, or use more devices"
+    )
     try:
-        processes.agree("flags", without(flags, PROCESSES))
-        with lock_folder(flags.out):
-            report = run_command(flags)
-            try:
-                processes.say(report)
-            except BrokenPipeError:  # `| head` closed the pipe; the report is on disk
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except GrpoError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        if not (what := disk_full(error, flags.out)):
-            raise
-        sys.exit(
-            f"error: {what}; what was answered before is kept. Make room there; the "
-            "same command goes on from it"
-        )
+        with errors_as_one_line(flags.out, disk=disk, memory=memory):
+            processes.agree("flags", without(flags, PROCESS_FLAGS))
+            with lock_folder(flags.out):
+                report = run_command(flags)
+                try:
+                    processes.say(report)
+                except BrokenPipeError:  # `| head` closed it; the report is on disk
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         stopped = "stopped; the same command goes on from here"
         if processes.count() > 1:  # the exit message reaches the other processes
             sys.exit(stopped)
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
-        if not (what := out_of_memory(error)):
-            raise
-        sys.exit(f"error: out of memory ({what}); {smaller(flags)}")
 
 
-def smaller(flags: argparse.Namespace) -> str:
-    """Returns which flags to lower, with their values, when memory runs out."""
-    return (
-        "what was answered is kept, and belongs to these settings. Lower --batch "
-        f"({flags.batch}) or --max-new-tokens ({flags.max_new_tokens}), with another "
-        "--out, or use more devices"
-    )
-
-
-def without(flags: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+def without(flags: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Returns the flags as a dictionary, without the named ones."""
     return {name: value for name, value in vars(flags).items() if name not in names}
 
@@ -144,7 +132,7 @@ def run_command(flags: argparse.Namespace) -> str:
     out = Path(flags.out)
     results: Result = {"models": labels(flags.models), "sets": {}}
     check(flags)
-    others = ("models", "sets", "out", "data_dir", *PROCESSES)
+    others = ("models", "sets", "out", "data_dir", *PROCESS_FLAGS)
     results["settings"] = without(flags, others)
     trained = trained_sets(flags.models)
     for name in flags.sets:

@@ -10,16 +10,16 @@ loads on top of the model that the run started from.
 from __future__ import annotations
 
 import argparse
-import sys
 
+from grpo_jax.arguments import ArgumentParser
 from grpo_jax.checkpoints.huggingface.weights import save_pretrained
 from grpo_jax.distributed import processes
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import errors_as_one_line
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command with `arguments`, by default those of the process."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m grpo_jax.export",
         description="Writes a run's newest checkpoint as a Hugging Face folder.",
     )
@@ -29,11 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--adapter", action="store_true", help="write LoRA's adapters alone, for PEFT"
     )
     flags = parser.parse_args(arguments)
-    with processes.together():
-        try:
-            write(flags)
-        except GrpoError as error:
-            sys.exit(f"error: {error}")
+    with processes.together(), errors_as_one_line(flags.out):
+        write(flags)
         processes.say(f"{flags.out}: written from {flags.workdir}")
 
 

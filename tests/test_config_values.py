@@ -262,11 +262,9 @@ def test_every_hint_names_a_field_and_no_field_is_explained_away():
 
 def parsed(*arguments: str) -> Config:
     argv = ["train.py", *arguments]
-    before, sys.argv = sys.argv, argv
     try:
         return parse_config(argv, USAGE)
     finally:
-        sys.argv = before
         flags.FLAGS.unparse_flags()
         sys.modules.pop("config_config", None)  # the last config file's names
         for name in list(flags.FLAGS):  # those that a --config.name has defined

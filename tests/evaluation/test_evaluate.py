@@ -330,7 +330,7 @@ def questions(tmp_path_factory) -> str:
 @pytest.fixture
 def command(model, questions, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", CACHE)
-    settings = "--samples 4 --batch 8 --max-new-tokens 64 --template plain"
+    settings = "--samples 4 --batch 8 --max_new_tokens 64 --template plain"
     words = ["--models", str(model), "--sets", questions, *settings.split()]
     return [*words, "--instruction", "none"]
 
@@ -357,7 +357,7 @@ def whole(model, questions, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", CACHE)
-        settings = "--samples 4 --batch 8 --max-new-tokens 64 --template plain"
+        settings = "--samples 4 --batch 8 --max_new_tokens 64 --template plain"
         words = ["--models", str(model), "--sets", questions, *settings.split()]
         evaluate.main([*words, "--instruction", "none", "--out", str(out)])
     return out
@@ -445,10 +445,10 @@ def test_a_model_that_is_not_there_is_refused_before_another_is_asked(
 def test_other_settings_and_other_weights_are_refused(command, whole, capsys, model):
     words = [*command, "--out", str(whole)]
     before = folder_of(whole)
-    said = refusal([*words, "--max-new-tokens", "9", "--template", "chat"], capsys)
+    said = refusal([*words, "--max_new_tokens", "9", "--template", "chat"], capsys)
     assert "error: tokenizer: it has no chat template" in said
     said = refusal(
-        [*words, "--max-new-tokens", "9", "--max-prompt-tokens", "99"], capsys
+        [*words, "--max_new_tokens", "9", "--max_prompt_tokens", "99"], capsys
     )
     assert "sums.jsonl.cot.greedy.jsonl: made with other settings" in said
     assert "(max_prompt_tokens 2048 → 99, max_new_tokens 64 → 9); take" in said
@@ -498,7 +498,7 @@ def test_two_files_are_compared_on_the_same_questions(questions, tmp_path):
     ("words", "message"),
     [
         ("--mode tool --generations 0", "--generations 0 is not between 1 and"),
-        ("--few-shot", "has no --template and no --instruction"),
+        ("--few_shot", "has no --template and no --instruction"),
         ("--questions -1", "--questions -1 is not between 0 and"),
         ("--sets gsm9k", "error: data 'gsm9k': no such set; did you mean 'gsm8k'?"),
         ("--models a/x b/x a/x", "error: --models: the same model twice"),
