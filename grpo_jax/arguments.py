@@ -80,7 +80,11 @@ def check_value(
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Checks that a value, which the message calls `name`, is one of the choices."""
+    """Checks that a value, which the message calls `name`, is one of the choices.
+
+    Raises:
+      GrpoError: it is not.
+    """
     if value not in choices:
         near = difflib.get_close_matches(str(value), map(str, choices), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -124,6 +128,9 @@ def check_token_ids(
       lists: the lists of token ids.
       vocab_size: the size of the vocabulary.
       what: what a list is called in the message.
+
+    Raises:
+      GrpoError: they are not.
     """
     if isinstance(lists, str | bytes):
         raise GrpoError(f"{function}: {what}s are a text; give lists of token ids")
@@ -153,7 +160,11 @@ def check_request(
     slots: Any = None,
     cache_dtype: Any = None,
 ) -> None:
-    """Checks the arguments of a sampler; they are named as in `sampler.generate`."""
+    """Checks the arguments of a sampler; they are named as in `sampler.generate`.
+
+    Raises:
+      GrpoError: one of them cannot be used.
+    """
     sizes = {"samples": samples, "max_new_tokens": max_new_tokens}
     check_whole(function, most=MOST_ROWS, **sizes)
     if slots is not None:
@@ -195,7 +206,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(formatter_class=_WithDefaults, **options)
 
-    def parse_known_args(self, args=None, namespace=None):  # parse_args calls it
+    def parse_known_args(self, args=None, namespace=None):
+        """Parses `args`, by default those of the process; `parse_args` calls it."""
         args = underscore_flags(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
 

@@ -250,7 +250,11 @@ def read_given(path: str, flags: argparse.Namespace):
 def from_file(
     path: str, label: str, flags: argparse.Namespace
 ) -> Iterator[tuple[str, Measured]]:
-    """Yields (set, its scores) of a file of completions, in the modes of the flags."""
+    """Yields (set, its scores) of a file of completions, in the modes of the flags.
+
+    Raises:
+      GrpoError: the file cannot be used, or has none of the modes.
+    """
     every, read = read_given(path, flags)
     for name, groups in read.items():
         examples = every[name][: flags.questions or None]
