@@ -13,12 +13,12 @@ The same command resumes where it was stopped; no question is asked twice.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ from grpo_jax.evaluation.comparison import (
     Result,
     Scores,
     add,
-    grade,
     measure,
     measure_name,
 )
@@ -49,7 +48,11 @@ from grpo_jax.evaluation.generate_answers import Settings
 from grpo_jax.files import digest, write_json, write_whole
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.report import try_write_report
-from grpo_jax.report.comparison import comparison_remarks, comparison_tables
+from grpo_jax.report.comparison import (
+    comparison_remarks,
+    comparison_tables,
+    published_tables,
+)
 from grpo_jax.report.tables import to_markdown
 from grpo_jax.training.run import load_run
 from grpo_jax.training.run_comparison import trained_on
@@ -139,25 +142,25 @@ def run_command(flags: argparse.Namespace) -> str:
         row = results["sets"].setdefault(name, {})
         if not registry.is_file(name) or name in trained:
             row["in_domain"] = registry.in_domain(name, trained)
-    results["published"] = published_figures.for_json(
-        flags.sets, published_modes(flags)
-    )
+    modes = ["few_shot"] if flags.few_shot else flags.mode
+    results["published"] = published_figures.for_json(flags.sets, modes)
     found: Scores = {}
     for path, label in zip(flags.models, results["models"], strict=True):
-        measured = from_file if is_given(path) else by_asking
-        for name, one in measured(path, label, flags):
+        every = from_file(path, flags) if is_given(path) else ask(path, label, flags)
+        for name, one in every:
             row = results["sets"][name]
             row[label] = row.get(label, {}) | one.result
             add(found, name, label, one)
             results["paired"] = metrics.pairs(found)
             if processes.first():
                 write_json(out / "results.json", results)
+    published = published_tables(flags.sets, modes).items()
     report = "\n\n".join(
         part
         for part in (
             *map(to_markdown, comparison_tables(results)),
             "\n".join(f"- {remark}" for remark in comparison_remarks(results)),
-            published_figures.table(flags.sets, published_modes(flags)),
+            *(f"{title}:\n\n{to_markdown(table)}" for title, table in published),
         )
         if part
     )
@@ -181,11 +184,6 @@ def labels(models: list[str]) -> list[str]:
     short = [Path(m).name.removesuffix(".jsonl") or m for m in models]
     reserved = "in_domain" in short  # a key beside the models' in results.json
     return short if len(set(short)) == len(short) and not reserved else models
-
-
-def published_modes(flags: argparse.Namespace) -> list[str]:
-    """Returns the modes whose published figures belong beside the measured ones."""
-    return ["few_shot"] if flags.few_shot else flags.mode
 
 
 def check(flags: argparse.Namespace) -> None:
@@ -247,9 +245,7 @@ def read_given(path: str, flags: argparse.Namespace):
     return every, completion_files.read(Path(path), every, questions=flags.questions)
 
 
-def from_file(
-    path: str, label: str, flags: argparse.Namespace
-) -> Iterator[tuple[str, Measured]]:
+def from_file(path: str, flags: argparse.Namespace) -> Iterator[tuple[str, Measured]]:
     """Yields (set, its scores) of a file of completions, in the modes of the flags.
 
     Raises:
@@ -259,8 +255,12 @@ def from_file(
     for name, groups in read.items():
         examples = every[name][: flags.questions or None]
         found = {
-            measure_name(mode, kind): grade(
-                examples, group.completions, mode, flags.grader, group.temperature
+            measure_name(mode, kind): metrics.score(
+                examples,
+                group.completions,
+                temperature=group.temperature,
+                grader=flags.grader,
+                programs=mode == "tool",
             )
             for (mode, kind), group in groups.items()
             if mode in flags.mode
@@ -271,7 +271,7 @@ def from_file(
         yield name, Measured(len(examples), found)
 
 
-def by_asking(
+def ask(
     path: str, label: str, flags: argparse.Namespace
 ) -> Iterator[tuple[str, Measured]]:
     """Yields (set, its scores) while a model answers every set in every mode."""
@@ -279,24 +279,13 @@ def by_asking(
     if not is_workdir(path):
         tokenizer.now = start_time(Path(flags.out), keep=True)
     folder = Path(flags.out, "completions", re.sub(r"[^A-Za-z0-9_.+-]+", "_", label))
-    base = Settings(
-        template=flags.template or template,
-        max_new_tokens=flags.max_new_tokens,
-        max_prompt_tokens=flags.max_prompt_tokens,
-        few_shot=flags.few_shot,
-        questions=flags.questions,
-        samples=flags.samples,
-        temperature=flags.temperature,
-        batch=flags.batch,
-        seed=flags.seed,
-        data_dir=flags.data_dir,
-        grader=flags.grader,
-        generations=flags.generations,
-    )
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    given = {name: value for name, value in vars(flags).items() if name in fields}
+    given["template"] = flags.template or template
     asked = list(itertools.product(flags.sets, flags.mode))
     for place, (name, mode) in enumerate(asked, 1):
         usual = mode if instruction != "none" else "none"
-        now = replace(base, mode=mode, instruction=flags.instruction or usual)
+        given |= {"mode": mode, "instruction": flags.instruction or usual}
         yield (
             name,
             measure(
@@ -304,7 +293,7 @@ def by_asking(
                 params,
                 tokenizer,
                 name,
-                now,
+                Settings(**given),
                 label=f"{label} [{place}/{len(asked)}]",
                 folder=folder,
             ),
