@@ -83,7 +83,7 @@ class Recorder:
         self.begin()
         if not processes.first():
             return
-        values = {k: _plain(v) for k, v in metrics.items()}
+        values = plain_values(metrics)
         row = {"step": step, "stage": stage, **values}
         _append(self.workdir / METRICS, to_json(row))
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
@@ -175,6 +175,11 @@ def _not_written(file: Path, error: OSError) -> GrpoError:
         f"{file}: cannot be written ({error.strerror}); the last checkpoint stands. "
         "Make room there; the same command goes on from it"
     )
+
+
+def plain_values(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns metrics as JSON has them; a number that is not finite becomes None."""
+    return {name: _plain(value) for name, value in metrics.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -28,7 +28,7 @@ import numpy as np
 from grpo_jax.algorithms.methods import METHODS, Method
 from grpo_jax.config import generations, set_names
 from grpo_jax.distributed import sharding
-from grpo_jax.errors import GrpoError, Preempted
+from grpo_jax.errors import GrpoError
 from grpo_jax.evaluation.comparison import measure_name
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Params
@@ -111,9 +111,6 @@ class RlStep:
             ref = known.get("ref_logps") or by_output(passes.ref_logps, outputs)
             metrics["kl"] = mean_divergence(outputs, ref)
         show(self.run, step, outputs, scores.rewards, samples, **known)
-        every = self.run.config.eval.every
-        if every and (step + 1) % every == 0:
-            metrics |= evaluate_now(self.run, state.params)
         return state, metrics
 
     # -- what the method and the config say ------------------------------------------
@@ -357,13 +354,14 @@ def by_output(values: Any, outputs: Sequence[Output]) -> list[np.ndarray]:
 
 
 def evaluate_now(run: Run, params: Params) -> dict[str, float]:
-    """Returns greedy accuracy on the comparison's first set, and the seconds taken."""
+    """Returns greedy accuracy on the comparison's first set, and the seconds taken.
+
+    Raises:
+      Preempted: the run was asked to stop.
+    """
     started = time.perf_counter()
     name = set_names(run.config)[0]
-    try:
-        result = run_comparison.evaluate_set(run, params, name, sampled=False)
-    except Preempted:  # the step is complete; the loop will save it and stop
-        return {}
+    result = run_comparison.evaluate_set(run, params, name, sampled=False)
     mode = "tool" if generations(run.config) else "cot"
     greedy = result[measure_name(mode, "greedy")]
     found = {f"eval/{name}/greedy_accuracy": greedy["accuracy"]}
