@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from test_config_values import TINY, parsed
+from test_config_values import TINY, fresh_flags, parsed
 
 from grpo_jax import convert, evaluate, export, train
 from grpo_jax.evaluation.flags import parse_flags
@@ -36,3 +36,20 @@ def test_dashes_in_flags_are_understood():
     assert (flags.max_new_tokens, flags.process_id, flags.out) == (5, 3, "a-b")
     config = parsed(TINY, "--config.learning-rate=2e-3", "--config.name=a-b")
     assert (config.learning_rate, config.name) == (2e-3, "a-b")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "usage: python train.py --config"),
+        ([TINY, "--config.group_sise=4"], "did you mean config.group_size"),
+        ([TINY, "--config.mesh.tensor=3"], "not the number of devices"),
+        ([TINY, "--workdir=gs://bucket"], "--workdir: gs://bucket: name a folder"),
+    ],
+)
+def test_train_refuses_a_mistake_in_one_line(words, message, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")
+    with pytest.raises(SystemExit) as stop, fresh_flags():
+        train.main(["train.py", *words])
+    error = str(stop.value.code)
+    assert error.startswith("error: ") and message in error and "\n" not in error
