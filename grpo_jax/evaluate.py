@@ -43,6 +43,7 @@ from grpo_jax.evaluation.comparison import (
     measure,
     measure_name,
 )
+from grpo_jax.evaluation.completion_files import Group, Key
 from grpo_jax.evaluation.flags import parse_flags, unique
 from grpo_jax.evaluation.generate_answers import Settings
 from grpo_jax.files import digest, write_json, write_whole
@@ -58,6 +59,9 @@ from grpo_jax.training.run import load_run
 from grpo_jax.training.run_comparison import trained_on
 from grpo_jax.training.start_time import start_time
 from grpo_jax.training.work_directory import read_config
+
+# set → its questions and their completions, of a file
+Given = dict[str, tuple[list[Example], dict[Key, Group]]]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -118,11 +122,6 @@ def without(flags: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: value for name, value in vars(flags).items() if name not in names}
 
 
-def is_given(model: str) -> bool:
-    """Whether a model of --models is a file of completions."""
-    return model.endswith(".jsonl")
-
-
 def run_command(flags: argparse.Namespace) -> str:
     """Measures every model on every set, and writes results and report.
 
@@ -134,7 +133,7 @@ def run_command(flags: argparse.Namespace) -> str:
     """
     out = Path(flags.out)
     results: Result = {"models": labels(flags.models), "sets": {}}
-    check(flags)
+    given = check(flags)
     others = ("models", "sets", "out", "data_dir", *PROCESS_FLAGS)
     results["settings"] = without(flags, others)
     trained = trained_sets(flags.models)
@@ -146,8 +145,8 @@ def run_command(flags: argparse.Namespace) -> str:
     results["published"] = published_figures.for_json(flags.sets, modes)
     found: Scores = {}
     for path, label in zip(flags.models, results["models"], strict=True):
-        every = from_file(path, flags) if is_given(path) else ask(path, label, flags)
-        for name, one in every:
+        one_by_one = score_file(path, given[path], flags) if path in given else None
+        for name, one in one_by_one or ask(path, label, flags):
             row = results["sets"][name]
             row[label] = row.get(label, {}) | one.result
             add(found, name, label, one)
@@ -186,20 +185,28 @@ def labels(models: list[str]) -> list[str]:
     return short if len(set(short)) == len(short) and not reserved else models
 
 
-def check(flags: argparse.Namespace) -> None:
+def check(flags: argparse.Namespace) -> dict[str, Given]:
     """Checks all sets and models before the first one is loaded.
+
+    Returns:
+      The completions of each file of them.
 
     Raises:
       GrpoError: one of them cannot be used, which would else show hours later.
     """
+    every, given = {}, {}
     for name in flags.sets:
         rows = datasets.load(name, "test", data_dir=flags.data_dir, require=("answer",))
+        every[name] = list(rows)
         processes.agree(f"set {name}", {"rows": rows.digest})
         if flags.few_shot:
             few_shot_prompts.prompt(name, Example("?"), data_dir=flags.data_dir)
     for path in flags.models:
-        if is_given(path):
-            read_given(path, flags)
+        if path.endswith(".jsonl"):
+            if not Path(path).is_file():
+                raise GrpoError(f"--models: {path}: no such file of completions")
+            read = completion_files.read(Path(path), every, questions=flags.questions)
+            given[path] = {name: (every[name], read[name]) for name in read}
             processes.agree(path, {"completions": digest(path)})
             continue
         if is_workdir(path):
@@ -209,6 +216,7 @@ def check(flags: argparse.Namespace) -> None:
             agree_on_folder(path)
         for mode in flags.mode:
             generate_answers.find_mode(Settings(mode=mode))
+    return given
 
 
 def trained_sets(models: list[str]) -> list[str]:
@@ -227,33 +235,16 @@ def is_workdir(path: str) -> bool:
     return (Path(path) / "checkpoints").is_dir()
 
 
-def read_given(path: str, flags: argparse.Namespace):
-    """Reads a file of completions.
-
-    Returns:
-      (set → its questions, set → its completions as of `completion_files.read`).
-
-    Raises:
-      GrpoError: the file cannot be used.
-    """
-    if not Path(path).is_file():
-        raise GrpoError(f"--models: {path}: no such file of completions")
-    every = {
-        name: list(datasets.load(name, "test", data_dir=flags.data_dir))
-        for name in flags.sets
-    }
-    return every, completion_files.read(Path(path), every, questions=flags.questions)
-
-
-def from_file(path: str, flags: argparse.Namespace) -> Iterator[tuple[str, Measured]]:
+def score_file(
+    path: str, given: Given, flags: argparse.Namespace
+) -> Iterator[tuple[str, Measured]]:
     """Yields (set, its scores) of a file of completions, in the modes of the flags.
 
     Raises:
-      GrpoError: the file cannot be used, or has none of the modes.
+      GrpoError: the file has none of the modes.
     """
-    every, read = read_given(path, flags)
-    for name, groups in read.items():
-        examples = every[name][: flags.questions or None]
+    for name, (examples, groups) in given.items():
+        examples = examples[: flags.questions or None]
         found = {
             measure_name(mode, kind): metrics.score(
                 examples,
