@@ -47,7 +47,7 @@ def test_dashes_in_flags_are_understood():
         ([TINY, "--workdir=gs://bucket"], "--workdir: gs://bucket: name a folder"),
     ],
 )
-def test_train_refuses_a_mistake_in_one_line(words, message, monkeypatch):
+def test_the_command_line_refuses_in_one_line(words, message, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")
     with pytest.raises(SystemExit) as stop, fresh_flags():
         train.main(["train.py", *words])
