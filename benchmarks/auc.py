@@ -9,26 +9,22 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import scipy.stats
 
 
-def auc(scores: Any, labels: Any, weights: Any = None) -> float:
-    """P(s⁺ > s⁻) + ½ P(s⁺ = s⁻); NaN where all labels are the same.
+def auc(scores: Any, labels: Any) -> float:
+    """P(s⁺ > s⁻) + ½ P(s⁺ = s⁻), from ranks; NaN where all labels are the same.
 
-    scores, labels [N]; weights [N]: how often each counts (1).
+    scores, labels [N].
 
     >>> auc([0.1, 0.4, 0.4, 0.8], [0, 1, 0, 1])
     0.875
     """
-    values, rank = np.unique(np.asarray(scores, np.float64), return_inverse=True)
     right = np.asarray(labels) > 0.5
-    weights = np.ones(len(right)) if weights is None else np.asarray(weights)
-    above = np.bincount(rank, weights * right, len(values))
-    below = np.bincount(rank, weights * ~right, len(values))
-    pairs = above.sum() * below.sum()
-    if not pairs:
-        return float("nan")
-    beaten = np.cumsum(below) - below / 2  # wrong ones under each value, ties half
-    return float((above * beaten).sum() / pairs)
+    n = right.sum()
+    pairs = n * (len(right) - n)
+    above = scipy.stats.rankdata(scores)[right].sum() - n * (n + 1) / 2
+    return float(above / pairs) if pairs else float("nan")
 
 
 def auc_interval(
@@ -46,13 +42,16 @@ def auc_interval(
     >>> auc_interval([0.1, 0.4, 0.4, 0.8], [0, 1, 0, 1], ["a", "a", "b", "b"])
     (0.875, 1.0)
     """
+    scores, labels = np.asarray(scores), np.asarray(labels)
     _, group = np.unique(np.asarray(groups), return_inverse=True)
-    count = group.max() + 1
+    ends = np.cumsum(np.bincount(group))
+    members = np.split(np.argsort(group, kind="stable"), ends[:-1])
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(samples):
-        times = np.bincount(generator.integers(0, count, count), minlength=count)
-        found.append(auc(scores, labels, times[group]))
+        drawn = generator.integers(0, len(members), len(members))
+        rows = np.concatenate([members[i] for i in drawn])
+        found.append(auc(scores[rows], labels[rows]))
     low, high = np.nanpercentile(found, [2.5, 97.5])
     return float(low), float(high)
 

@@ -19,14 +19,19 @@ import dataclasses
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
-from lines import show
+from lines import (
+    add_model_flags,
+    add_row_flags,
+    make_parser,
+    read_questions,
+    show,
+    start_interpreter,
+)
 
 # What the other interpreter runs, a step for each line that it reads. TRL generates all
 # outputs at once and trains on micro-batches of `micro`: 4 outputs are its fastest.
@@ -79,23 +84,14 @@ trainer.train()
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__)
+    add_model_flags(parser)
+    add_row_flags(parser)
     add = parser.add_argument
-    add("--model", required=True, help="a Hugging Face folder")
-    add("--prompts", required=True, help="JSON lines with a question each")
     add("--questions", type=int, default=4, help="of a step")
     add("--group", type=int, default=8, help="outputs of a question, G")
     add("--max-new", dest="new", type=int, default=128, help="tokens of an output")
     add("--steps", type=int, default=3)
-    add("--dtype", choices=["float32", "bfloat16"], default="float32")
-    add("--row-length", dest="length", type=int, default=2048, help="of a row at most")
-    add("--rows", type=int, default=1, help="packed rows in memory at a time")
-    add(
-        "--no-remat",
-        dest="remat",
-        action="store_false",
-        help="keep all layers' insides",
-    )
     add("--learning-rate", dest="rate", type=float, default=1e-6)
     add("--seed", type=int, default=0)
     add("--trl", metavar="PYTHON", help="an interpreter that has TRL")
@@ -106,8 +102,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     flags = parse()
-    lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
-    questions = [json.loads(line)["question"] for line in lines if line.strip()]
+    questions = read_questions(flags.prompts)
     wanted = flags.questions * (flags.steps + 1)
     if len(questions) < wanted:
         sys.exit(f"error: {flags.prompts}: {len(questions)} questions, {wanted} wanted")
@@ -130,7 +125,6 @@ def main() -> None:
 
 
 def measure(flags: argparse.Namespace, questions: list[str]) -> Generator[dict]:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -225,29 +219,15 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> Generator[dict]:
 
 
 def measure_trl(flags: argparse.Namespace, questions: list[str]) -> Generator[dict]:
-    ask = {
-        "model": flags.model,
-        "questions": questions,
-        "group": flags.group,
-        "outputs": flags.questions * flags.group,
-        "new": flags.new,
-        "steps": flags.steps + 1,
-        "micro": flags.micro,
-        "rate": flags.rate,
-        "threads": flags.threads,
-    }
-    command = [flags.trl, "-c", _TRL, json.dumps(ask)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        assert process.stdin and process.stdout
-        for step in range(flags.steps + 1):
-            print(file=process.stdin, flush=True)
-            lines = (x for x in process.stdout if x.startswith("LINE"))
-            line = next(lines, None)
-            if line is None:
-                sys.exit("error: --trl: the interpreter ended; see above")
-            if step:
-                yield show(who="trl", **json.loads(line[4:]))
+    options = ("model", "group", "new", "micro", "rate", "threads")
+    settings = {name: getattr(flags, name) for name in options}
+    settings |= {"questions": questions, "outputs": flags.questions * flags.group}
+    settings["steps"] = flags.steps + 1
+    ask = start_interpreter(flags.trl, _TRL, json.dumps(settings))
+    for step in range(flags.steps + 1):
+        found = ask(step)
+        if step:
+            yield show(who="trl", **found)
 
 
 if __name__ == "__main__":

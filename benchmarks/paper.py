@@ -14,6 +14,7 @@ and RL). What is there already is not done again, so that a stopped run goes on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import queue
@@ -262,7 +263,7 @@ def draw(results: Json, out: Path) -> None:
 
     plt.rcParams |= {"figure.dpi": 110, "font.size": 10, "axes.spines.top": False}
     plt.rcParams |= {"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
-    n, seeds = results["questions"], results["seeds"]
+    seeds = results["seeds"]
     ylabel = "greedy accuracy in %, in-domain"
 
     def curve(axes, label: str, **options: Any) -> None:
@@ -276,40 +277,44 @@ def draw(results: Json, out: Path) -> None:
                 steps, low, high, color=line.get_color(), alpha=0.12, lw=0
             )
 
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    for label in results["methods"]:
-        if label != ITERATIVE:
+    @contextlib.contextmanager
+    def figure(number: int, title: str, **legend: Any):
+        drawing, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+        yield axes
+        axes.set_title(f"Figure {number} in miniature: {title}, n {n}")
+        axes.legend(fontsize=8, **legend)
+        drawing.savefig(out / f"figure{number}.png")
+
+    spread, n = f"mean and range of {seeds} seeds", results["questions"]
+    beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    with figure(5, spread, **beside) as axes:
+        for label in results["methods"]:
+            if label != ITERATIVE:
+                curve(axes, label)
+        axes.set(xlabel="steps of 512 outputs", ylabel=ylabel)
+
+    with figure(6, spread) as axes:
+        for label in (ITERATIVE, OUTCOME, "GRPO"):
             curve(axes, label)
-    axes.set(xlabel="steps of 512 outputs", ylabel=ylabel)
-    axes.set_title(f"Figure 5 in miniature: mean and range of {seeds} seeds, n {n}")
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(out / "figure5.png")
+        steps = results["methods"][ITERATIVE]["steps"]
+        for i in (1, 2):
+            axes.axvline(steps * i / 3, color="gray", lw=1, ls="--")
+        xlabel = "steps of 512 outputs; an iteration ends at each line"
+        axes.set(xlabel=xlabel, ylabel=ylabel)
 
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    for label in (ITERATIVE, OUTCOME, "GRPO"):
-        curve(axes, label)
-    steps = results["methods"][ITERATIVE]["steps"]
-    for i in (1, 2):
-        axes.axvline(steps * i / 3, color="gray", lw=1, ls="--")
-    axes.set(
-        xlabel="steps of 512 outputs; an iteration ends at each line", ylabel=ylabel
-    )
-    axes.set_title(f"Figure 6 in miniature: mean and range of {seeds} seeds, n {n}")
-    axes.legend(fontsize=8)
-    figure.savefig(out / "figure6.png")
-
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    for model, color in (("Instruct", "tab:gray"), ("RL", "tab:blue")):
-        for measure, style in (("pass@k", "-"), ("maj@k", "--")):
-            points = results["figure7"][model][measure]
-            ks, values = [int(k) for k in points], [100 * v for v in points.values()]
-            name = f"{model}, {measure.replace('k', 'K')}"
-            axes.plot(ks, values, style, color=color, label=name, marker=".")
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="K", ylabel="accuracy in %, temperature 1")
-    axes.set_title(f"Figure 7 in miniature: GRPO's first seed, n {results['passes']}")
-    axes.legend(fontsize=8)
-    figure.savefig(out / "figure7.png")
+    n = results["passes"]
+    with figure(7, "GRPO's first seed") as axes:
+        for model, color in (("Instruct", "tab:gray"), ("RL", "tab:blue")):
+            for measure, style in (("pass@k", "-"), ("maj@k", "--")):
+                points = results["figure7"][model][measure]
+                ks, values = (
+                    [int(k) for k in points],
+                    [100 * v for v in points.values()],
+                )
+                name = f"{model}, {measure.replace('k', 'K')}"
+                axes.plot(ks, values, style, color=color, label=name, marker=".")
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="K", ylabel="accuracy in %, temperature 1")
 
 
 if __name__ == "__main__":

@@ -18,18 +18,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from lines import show
+from lines import make_parser, show
 from update import SMOLLM2, peak
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--slots", type=int, nargs="+", default=[32, 128])
     add("--new", type=int, default=128, help="tokens of an output")
@@ -83,7 +81,6 @@ def a_turn(layers, embedding, x):
 
 def main() -> None:
     flags = parse()
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import jax
 
     from grpo_jax.models.config import ModelConfig

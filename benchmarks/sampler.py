@@ -15,15 +15,18 @@ medians.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Generator
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
-from lines import show
+from lines import (
+    add_model_flags,
+    make_parser,
+    read_questions,
+    show,
+    start_interpreter,
+)
 
 # What the other interpreter runs: a line of options in, a line of figures out.
 _OTHER = """
@@ -51,62 +54,14 @@ for line in sys.stdin:
         for row in out[:, width:].tolist():
             ends = [i for i, t in enumerate(row) if t in ask["eos"]]
             tokens += ends[0] + 1 if ends else len(row)
-    print(json.dumps({"seconds": seconds, "tokens": tokens}), flush=True)
+    print("LINE" + json.dumps({"seconds": seconds, "tokens": tokens}), flush=True)
 """
 
 
-def measure_transformers(python: str, model: str, threads: int, ask: dict) -> Generator:
-    """A process that stays: each `next` is one more run, of another seed."""
-    command = [python, "-c", _OTHER, model, str(threads)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        assert process.stdin and process.stdout
-        try:
-            for seed in range(10**6):
-                process.stdin.write(json.dumps({**ask, "seed": seed}) + "\n")
-                process.stdin.flush()
-                line = process.stdout.readline()
-                if not line:
-                    sys.exit("error: --transformers: the interpreter ended; see above")
-                yield json.loads(line)
-        finally:
-            process.stdin.close()
-
-
-def measure(model, params, prompts, eos, flags, *, samples, new, fixed) -> Generator:
-    """The same for this package; what is compiled is compiled before."""
-    import jax
-
-    from grpo_jax.generation.sampler import generate
-
-    # No token has a negative id: nothing ends before the last turn.
-    options: dict = dict(
-        samples=samples,
-        max_new_tokens=new,
-        eos_id=(-1,) if fixed else eos,
-        slots=flags.slots if fixed else flags.ragged_slots,
-        cache_dtype=flags.cache_dtype,
-    )
-    jax.block_until_ready(
-        generate(model, params, prompts, key=jax.random.key(10**6), **options)
-    )
-    for seed in range(10**6):
-        begin = time.perf_counter()
-        out = generate(model, params, prompts, key=jax.random.key(seed), **options)
-        tokens = int(out.lengths.sum())
-        seconds = time.perf_counter() - begin
-        yield {
-            "seconds": seconds,
-            "tokens": tokens,
-            "occupancy": float(out.occupancy),
-        }
-
-
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__)
+    add_model_flags(parser)
     add = parser.add_argument
-    add("--model", required=True, help="a Hugging Face folder")
-    add("--prompts", required=True, help="JSON lines with a question each")
     add("--slots", type=int, default=32, help="and rows of transformers' batches")
     add("--ragged-slots", type=int, help="of the ragged case (the package's choice)")
     add("--group", type=int, default=8, help="outputs of a question")
@@ -115,7 +70,6 @@ def parse() -> argparse.Namespace:
     add("--ragged-new", type=int, default=128, help="tokens of a ragged output at most")
     add("--cases", nargs="+", choices=["fixed", "ragged"], default=["fixed", "ragged"])
     add("--repeats", type=int, default=3)
-    add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add("--cache-dtype", help="of keys and values (the model's)")
     add("--transformers", metavar="PYTHON", help="an interpreter that has transformers")
     add("--threads", type=int, default=2, help="of transformers")
@@ -124,48 +78,59 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     flags = parse()
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import jax
+
     from grpo_jax.checkpoints.huggingface import weights
     from grpo_jax.data.example import Example
     from grpo_jax.data.prompts import encode_prompt
     from grpo_jax.data.tokenizer import Tokenizer
+    from grpo_jax.generation.sampler import generate
 
     model, params = weights.load_pretrained(flags.model, dtype=flags.dtype)
     tokenizer = Tokenizer.from_folder(flags.model)
-    lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
+    questions = read_questions(flags.prompts)
+    other = None
+    if flags.transformers:
+        arguments = flags.model, str(flags.threads)
+        other = start_interpreter(flags.transformers, _OTHER, *arguments)
     for case in flags.cases:
         fixed = case == "fixed"
         rows = flags.slots if fixed else flags.rows
         new = flags.new if fixed else flags.ragged_new
-        asked = [json.loads(line)["question"] for line in lines[: rows // flags.group]]
+        asked = questions[: rows // flags.group]
         prompts = [encode_prompt(tokenizer, Example(q)) for q in asked]
-        sides = {
-            "grpo_jax": measure(
-                model,
-                params,
-                prompts,
-                tokenizer.eos_ids,
-                flags,
-                samples=flags.group,
-                new=new,
-                fixed=fixed,
-            )
+        # No token has a negative id: nothing ends before the last turn.
+        options: dict[str, Any] = dict(
+            samples=flags.group,
+            max_new_tokens=new,
+            eos_id=(-1,) if fixed else tokenizer.eos_ids,
+            slots=flags.slots if fixed else flags.ragged_slots,
+            cache_dtype=flags.cache_dtype,
+        )
+
+        def ours(seed: int, prompts=prompts, options=options) -> dict[str, Any]:
+            begin, key = time.perf_counter(), jax.random.key(seed)
+            out = generate(model, params, prompts, key=key, **options)
+            tokens = int(out.lengths.sum())
+            seconds = time.perf_counter() - begin
+            occupancy = float(out.occupancy)
+            return {"seconds": seconds, "tokens": tokens, "occupancy": occupancy}
+
+        ask = {
+            "rows": [p for p in prompts for _ in range(flags.group)],
+            "slots": flags.slots,
+            "new": new,
+            "eos": tokenizer.eos_ids,
+            "fixed": fixed,
         }
-        if flags.transformers:
-            ask = {
-                "rows": [p for p in prompts for _ in range(flags.group)],
-                "slots": flags.slots,
-                "new": new,
-                "eos": tokenizer.eos_ids,
-                "fixed": fixed,
-            }
-            sides["transformers"] = measure_transformers(
-                flags.transformers, flags.model, flags.threads, ask
-            )
+        sides: dict[str, Callable[[int], dict[str, Any]]] = {"grpo_jax": ours}
+        if other:
+            sides["transformers"] = lambda seed, ask=ask: other(ask | {"seed": seed})
+        ours(10**6)  # compiles
         speeds: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(flags.repeats):
+        for seed in range(flags.repeats):
             for name, side in sides.items():
-                found = next(side)
+                found = side(seed)
                 speed = found["tokens"] / found["seconds"]
                 speeds[name].append(speed)
                 show(case=case, who=name, tokens_per_second=speed, **found)
@@ -177,8 +142,6 @@ def main() -> None:
                 ratio=medians["grpo_jax"] / medians["transformers"],
                 ratios=[round(a / b, 3) for a, b in pairs],
             )
-        for side in sides.values():
-            side.close()
 
 
 if __name__ == "__main__":

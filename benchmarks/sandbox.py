@@ -15,9 +15,8 @@ import argparse
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-from lines import show
+from lines import make_parser, show
 
 CASES = {
     "print": """
@@ -44,7 +43,7 @@ print(solve_problem())
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--mechanism", choices=["bubblewrap", "landlock"], help="(what works here)")
     add("--cases", nargs="+", choices=list(CASES), default=list(CASES))
@@ -56,7 +55,6 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     flags = parse()
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from grpo_jax import sandbox
 
     workers = flags.workers or sandbox.DEFAULT_WORKERS

@@ -19,14 +19,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lines import show
+from lines import add_row_flags, make_parser, show
 
 SMOLLM2: Any = dict(width=576, layers=30, heads=9, kv_heads=3, head_dim=64, ffn=1536)
 SMOLLM2 |= dict(vocab_size=49152, tied=True)  # SmolLM2-135M's sizes
@@ -34,7 +32,8 @@ CASES = ("peak", "update", "group", "vocabulary")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__)
+    add_row_flags(parser)
     add = parser.add_argument
     add("--model", help="a Hugging Face folder")
     add("--cases", nargs="+", choices=CASES, default=CASES)
@@ -44,14 +43,6 @@ def parse() -> argparse.Namespace:
     add("--vocabularies", type=int, nargs="+", default=[8192, 32768, 131072])
     add("--prompt", type=int, default=100, help="tokens of a question")
     add("--new", type=int, default=128, help="tokens of an output at most")
-    add("--row-length", dest="length", type=int, default=2048, help="of a row at most")
-    add("--rows", type=int, default=1, help="packed rows in memory at a time")
-    add(
-        "--no-remat",
-        dest="remat",
-        action="store_false",
-        help="keep all layers' insides",
-    )
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add("--repeats", type=int, default=3)
     add("--size", type=int, default=2048, help="N of the matrix product")
@@ -60,7 +51,6 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     flags = parse()
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import jax
     import optax
 

@@ -1,13 +1,16 @@
-"""Checks of values: the fields of a config, and the arguments of public functions.
+"""Checks of config fields and of public functions' arguments, and commands' flags.
 
 A value that cannot be used raises a `GrpoError` of one line that names it.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import math
 import numbers
+import re
+import sys
 from collections.abc import Sequence
 from typing import Any, SupportsFloat
 
@@ -77,7 +80,11 @@ def check_value(
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Checks that a value, which the message calls `name`, is one of the choices."""
+    """Checks that a value, which the message calls `name`, is one of the choices.
+
+    Raises:
+      GrpoError: it is not.
+    """
     if value not in choices:
         near = difflib.get_close_matches(str(value), map(str, choices), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -121,6 +128,9 @@ def check_token_ids(
       lists: the lists of token ids.
       vocab_size: the size of the vocabulary.
       what: what a list is called in the message.
+
+    Raises:
+      GrpoError: they are not.
     """
     if isinstance(lists, str | bytes):
         raise GrpoError(f"{function}: {what}s are a text; give lists of token ids")
@@ -150,7 +160,11 @@ def check_request(
     slots: Any = None,
     cache_dtype: Any = None,
 ) -> None:
-    """Checks the arguments of a sampler; they are named as in `sampler.generate`."""
+    """Checks the arguments of a sampler; they are named as in `sampler.generate`.
+
+    Raises:
+      GrpoError: one of them cannot be used.
+    """
     sizes = {"samples": samples, "max_new_tokens": max_new_tokens}
     check_whole(function, most=MOST_ROWS, **sizes)
     if slots is not None:
@@ -166,3 +180,50 @@ def check_request(
 
 def _short(value: Any) -> str:
     return one_line(repr(value))[:80]
+
+
+# -- the flags of commands -------------------------------------------------------------
+
+LONGEST = 10**6  # the longest time-out in seconds: 11 days
+# What starts a command on several hosts: flag → (default, least, most, help).
+PROCESS_FLAGS: dict[str, tuple[Any, Any, Any, str]] = {
+    "coordinator": (
+        None,
+        None,
+        None,
+        "host:port of process 0, where no cluster says it",
+    ),
+    "num_processes": (None, 1, MOST_ROWS, "how many processes there are"),
+    "process_id": (None, 0, MOST_ROWS, "which of them this is, from 0"),
+    "wait": (300, 1, LONGEST, "seconds for all processes to come"),
+    "heartbeat": (100, 1, LONGEST, "seconds until a silent process counts as lost"),
+}
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose flags have underscores; dashes in them are understood too."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=_WithDefaults, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parses `args`, by default those of the process; `parse_args` calls it."""
+        args = underscore_flags(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+
+class _WithDefaults(argparse.HelpFormatter):
+    def _get_help_string(self, action):
+        known = action.default not in (None, argparse.SUPPRESS)
+        shown = known and action.default is not False
+        return f"{action.help} (%(default)s)" if shown else action.help
+
+
+def underscore_flags(arguments: Sequence[str]) -> list[str]:
+    """Returns a command line with the dashes inside its flags as underscores.
+
+    >>> underscore_flags(["--few-shot", "--data-dir=a-b", "--out", "a-b"])
+    ['--few_shot', '--data_dir=a-b', '--out', 'a-b']
+    """
+    name = re.compile(r"(?<=^--)[^=]+")
+    return [name.sub(lambda x: x[0].replace("-", "_"), given) for given in arguments]

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from grpo_jax.algorithms.methods import METHODS
+from grpo_jax.arguments import LONGEST
 from grpo_jax.config_fields import (
     COEFFICIENT,
     COUNT,
-    LONGEST,
     ROWS,
     TOKENS,
     number,
@@ -281,14 +281,16 @@ def generations(config: Config) -> int:
 
 def set_names(config: Config) -> list[str]:
     """Returns the names of the comparison's sets."""
-    names = config.data.eval.replace(",", "+").split("+")
-    return [name.strip() for name in names if name.strip()]
+    return _split(config.data.eval.replace("+", ","))
 
 
 def reward_names(config: Config) -> list[str]:
     """Returns the names of the reward functions, or the method's default."""
-    names = config.rewards.functions or METHODS[config.method].reward
-    return [n.strip() for n in names.split(",") if n.strip()]
+    return _split(config.rewards.functions or METHODS[config.method].reward)
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def reward_weights(config: Config) -> list[float]:
@@ -300,7 +302,7 @@ def reward_weights(config: Config) -> list[float]:
     if not config.rewards.weights:
         return [1.0] * len(reward_names(config))
     try:
-        weights = [float(w) for w in config.rewards.weights.split(",") if w.strip()]
+        weights = list(map(float, _split(config.rewards.weights)))
     except ValueError:
         raise GrpoError(
             f"config.rewards.weights: {config.rewards.weights!r} are not numbers"
@@ -327,18 +329,14 @@ def lora_targets(config: Config) -> tuple[str, ...]:
                     f"config.model.{name}: without adapters it would be ignored; set "
                     "model.lora_rank too, or leave it out"
                 )
-    names = [n.strip() for n in model.lora_targets.split(",") if n.strip()]
-    known = default.lora_targets.split(",")
+    where, known = "config.model.lora_targets", _split(default.lora_targets)
+    names = [name.removesuffix("_proj") for name in _split(model.lora_targets)]
     for name in names:
-        if name.removesuffix("_proj") not in known:
-            raise GrpoError(
-                f"config.model.lora_targets: {name!r} is not one of {', '.join(known)}"
-            )
+        if name not in known:
+            raise GrpoError(f"{where}: {name!r} is not one of {', '.join(known)}")
     if not names:
-        raise GrpoError(
-            "config.model.lora_targets: empty; name one projection at least"
-        )
-    return tuple(dict.fromkeys(f"{name.removesuffix('_proj')}_proj" for name in names))
+        raise GrpoError(f"{where}: empty; name one projection at least")
+    return tuple(dict.fromkeys(f"{name}_proj" for name in names))
 
 
 def from_dict(values: Mapping[str, Any], kind: type = Config, where: str = "") -> Any:

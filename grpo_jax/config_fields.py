@@ -16,7 +16,6 @@ from grpo_jax.arguments import MOST, MOST_ROWS
 TOKENS = MOST_ROWS  # the most tokens of a sequence; longer ones fit in no memory
 ROWS = MOST_ROWS  # the most rows of a batch
 COUNT = MOST  # the most steps
-LONGEST = 10**6  # the longest time-out in seconds: 11 days
 COEFFICIENT = 1e6  # the largest coefficient of a loss in float32
 
 

@@ -9,19 +9,18 @@ folder with config.json, safetensors and the tokenizer's files, complete or not 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import shutil
-import sys
 from pathlib import Path
 
+from grpo_jax.arguments import ArgumentParser
 from grpo_jax.checkpoints.formats.gguf import GgufModel
 from grpo_jax.checkpoints.formats.torch_bin import INDEX, read_bin_folder
 from grpo_jax.checkpoints.huggingface.config import from_hf
 from grpo_jax.checkpoints.huggingface.folders import find_folder, new_folder
 from grpo_jax.checkpoints.huggingface.safetensors_files import write_folder
 from grpo_jax.checkpoints.huggingface.weights import check_names, model_config
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, errors_as_one_line
 from grpo_jax.files import write_json
 
 KEPT = (".json", ".jinja", ".model", ".txt", ".md")  # files copied beside the weights
@@ -90,7 +89,7 @@ def find_gguf(package: str) -> Path:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command with `arguments`, by default those of the process."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m grpo_jax.convert",
         description="A .gguf file or a folder of pytorch_model*.bin → safetensors.",
     )
@@ -104,12 +103,10 @@ def main(arguments: list[str] | None = None) -> None:
         help="SOURCE is an installed Python package that carries a .gguf file",
     )
     flags = parser.parse_args(arguments)
-    try:
+    with errors_as_one_line(flags.out):
         source = find_gguf(flags.source) if flags.package else Path(flags.source)
         convert = convert_gguf if source.suffix == ".gguf" else convert_bin
         convert(source, Path(flags.out))
-    except GrpoError as error:
-        sys.exit(f"error: {error}")
     print(f"{flags.out}: written from {source}")
 
 

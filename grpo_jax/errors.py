@@ -4,7 +4,10 @@ A `GrpoError` says in one line what is wrong and what to do about it. The comman
 it and exit with 1.
 """
 
+import contextlib
 import errno
+import sys
+from collections.abc import Iterator
 
 
 class GrpoError(ValueError):
@@ -59,6 +62,38 @@ def out_of_memory(error: BaseException) -> str:
     if isinstance(error, MemoryError) and not lines:
         lines = (str(error) or "of the host").splitlines()
     return lines[0] if lines else ""
+
+
+@contextlib.contextmanager
+def errors_as_one_line(
+    folder: object = "",
+    *,
+    disk: str = "Make room there, and start again",
+    memory: str = "use a machine that has more",
+) -> Iterator[None]:
+    """Ends the program with one line on an error that its user can act on.
+
+    Args:
+      folder: where the program writes.
+      disk: what to do about a full disk.
+      memory: what to do where memory runs out.
+
+    >>> with errors_as_one_line():
+    ...     raise GrpoError("config.group_size: 1 is below 2")
+    Traceback (most recent call last):
+    ...
+    SystemExit: error: config.group_size: 1 is below 2
+    """
+    try:
+        yield
+    except GrpoError as error:
+        sys.exit(f"error: {error}")
+    except Exception as error:
+        if isinstance(error, OSError) and (what := disk_full(error, folder)):
+            sys.exit(f"error: {what}; {disk}")
+        if what := out_of_memory(error):
+            sys.exit(f"error: out of memory ({what}); {memory}")
+        raise
 
 
 class Preempted(Exception):

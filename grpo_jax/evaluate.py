@@ -13,21 +13,22 @@ The same command resumes where it was stopped; no question is asked twice.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.arguments import PROCESS_FLAGS
 from grpo_jax.checkpoints.huggingface.folders import agree_on_folder, find_folder
 from grpo_jax.data import datasets, few_shot_prompts, registry
 from grpo_jax.data.example import Example
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.distributed import processes
-from grpo_jax.errors import GrpoError, Preempted, disk_full, out_of_memory
+from grpo_jax.errors import GrpoError, Preempted, errors_as_one_line
 from grpo_jax.evaluation import (
     completion_files,
     generate_answers,
@@ -39,38 +40,44 @@ from grpo_jax.evaluation.comparison import (
     Result,
     Scores,
     add,
-    grade,
     measure,
     measure_name,
 )
-from grpo_jax.evaluation.flags import PROCESSES, parse_flags, unique
+from grpo_jax.evaluation.completion_files import Group, Key
+from grpo_jax.evaluation.flags import parse_flags, unique
 from grpo_jax.evaluation.generate_answers import Settings
 from grpo_jax.files import digest, write_json, write_whole
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.report import try_write_report
-from grpo_jax.report.comparison import comparison_remarks, comparison_tables
+from grpo_jax.report.comparison import (
+    comparison_remarks,
+    comparison_tables,
+    published_tables,
+)
 from grpo_jax.report.tables import to_markdown
 from grpo_jax.training.run import load_run
 from grpo_jax.training.run_comparison import trained_on
 from grpo_jax.training.start_time import start_time
 from grpo_jax.training.work_directory import read_config
 
+# set → its questions and their completions, of a file
+Given = dict[str, tuple[list[Example], dict[Key, Group]]]
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command with `arguments`, by default those of the process."""
     flags = parse_flags(arguments)
-    address = flags.coordinator, flags.num_processes, flags.process_id
-    limits = dict(wait=flags.wait, heartbeat=flags.heartbeat)
+    *address, wait, heartbeat = (getattr(flags, name) for name in PROCESS_FLAGS)
     stopped = False
-    try:
-        with processes.together(*address, **limits):
-            try:
-                run(flags)
-            except Preempted as error:
-                stopped = True
-                processes.say(f"{error}; the same command goes on from there")
-    except GrpoError as error:
-        sys.exit(f"error: {error}")
+    with (
+        errors_as_one_line(),
+        processes.together(*address, wait=wait, heartbeat=heartbeat),
+    ):
+        try:
+            run(flags)
+        except Preempted as error:
+            stopped = True
+            processes.say(f"{error}; the same command goes on from there")
     if stopped:
         sys.exit(143)  # the exit code of a process that SIGTERM ended
 
@@ -84,52 +91,35 @@ def run(flags: argparse.Namespace) -> None:
     from grpo_jax.train import set_up_process
 
     set_up_process()
+    disk = (
+        "what was answered before is kept. Make room there; the same command goes on "
+        "from it"
+    )
+    memory = (
+        "what was answered is kept, and belongs to these settings. Lower --batch "
+        f"({flags.batch}) or --max_new_tokens ({flags.max_new_tokens}), with another "
+        "--out, or use more devices"
+    )
     try:
-        processes.agree("flags", without(flags, PROCESSES))
-        with lock_folder(flags.out):
-            report = run_command(flags)
-            try:
-                processes.say(report)
-            except BrokenPipeError:  # `| head` closed the pipe; the report is on disk
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except GrpoError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        if not (what := disk_full(error, flags.out)):
-            raise
-        sys.exit(
-            f"error: {what}; what was answered before is kept. Make room there; the "
-            "same command goes on from it"
-        )
+        with errors_as_one_line(flags.out, disk=disk, memory=memory):
+            processes.agree("flags", without(flags, PROCESS_FLAGS))
+            with lock_folder(flags.out):
+                report = run_command(flags)
+                try:
+                    processes.say(report)
+                except BrokenPipeError:  # `| head` closed it; the report is on disk
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         stopped = "stopped; the same command goes on from here"
         if processes.count() > 1:  # the exit message reaches the other processes
             sys.exit(stopped)
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
-        if not (what := out_of_memory(error)):
-            raise
-        sys.exit(f"error: out of memory ({what}); {smaller(flags)}")
 
 
-def smaller(flags: argparse.Namespace) -> str:
-    """Returns which flags to lower, with their values, when memory runs out."""
-    return (
-        "what was answered is kept, and belongs to these settings. Lower --batch "
-        f"({flags.batch}) or --max-new-tokens ({flags.max_new_tokens}), with another "
-        "--out, or use more devices"
-    )
-
-
-def without(flags: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+def without(flags: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Returns the flags as a dictionary, without the named ones."""
     return {name: value for name, value in vars(flags).items() if name not in names}
-
-
-def is_given(model: str) -> bool:
-    """Whether a model of --models is a file of completions."""
-    return model.endswith(".jsonl")
 
 
 def run_command(flags: argparse.Namespace) -> str:
@@ -143,33 +133,33 @@ def run_command(flags: argparse.Namespace) -> str:
     """
     out = Path(flags.out)
     results: Result = {"models": labels(flags.models), "sets": {}}
-    check(flags)
-    others = ("models", "sets", "out", "data_dir", *PROCESSES)
+    given = check(flags)
+    others = ("models", "sets", "out", "data_dir", *PROCESS_FLAGS)
     results["settings"] = without(flags, others)
     trained = trained_sets(flags.models)
     for name in flags.sets:
         row = results["sets"].setdefault(name, {})
         if not registry.is_file(name) or name in trained:
             row["in_domain"] = registry.in_domain(name, trained)
-    results["published"] = published_figures.for_json(
-        flags.sets, published_modes(flags)
-    )
+    modes = ["few_shot"] if flags.few_shot else flags.mode
+    results["published"] = published_figures.for_json(flags.sets, modes)
     found: Scores = {}
     for path, label in zip(flags.models, results["models"], strict=True):
-        measured = from_file if is_given(path) else by_asking
-        for name, one in measured(path, label, flags):
+        one_by_one = score_file(path, given[path], flags) if path in given else None
+        for name, one in one_by_one or ask(path, label, flags):
             row = results["sets"][name]
             row[label] = row.get(label, {}) | one.result
             add(found, name, label, one)
             results["paired"] = metrics.pairs(found)
             if processes.first():
                 write_json(out / "results.json", results)
+    published = published_tables(flags.sets, modes).items()
     report = "\n\n".join(
         part
         for part in (
             *map(to_markdown, comparison_tables(results)),
             "\n".join(f"- {remark}" for remark in comparison_remarks(results)),
-            published_figures.table(flags.sets, published_modes(flags)),
+            *(f"{title}:\n\n{to_markdown(table)}" for title, table in published),
         )
         if part
     )
@@ -195,25 +185,28 @@ def labels(models: list[str]) -> list[str]:
     return short if len(set(short)) == len(short) and not reserved else models
 
 
-def published_modes(flags: argparse.Namespace) -> list[str]:
-    """Returns the modes whose published figures belong beside the measured ones."""
-    return ["few_shot"] if flags.few_shot else flags.mode
-
-
-def check(flags: argparse.Namespace) -> None:
+def check(flags: argparse.Namespace) -> dict[str, Given]:
     """Checks all sets and models before the first one is loaded.
+
+    Returns:
+      The completions of each file of them.
 
     Raises:
       GrpoError: one of them cannot be used, which would else show hours later.
     """
+    every, given = {}, {}
     for name in flags.sets:
         rows = datasets.load(name, "test", data_dir=flags.data_dir, require=("answer",))
+        every[name] = list(rows)
         processes.agree(f"set {name}", {"rows": rows.digest})
         if flags.few_shot:
             few_shot_prompts.prompt(name, Example("?"), data_dir=flags.data_dir)
     for path in flags.models:
-        if is_given(path):
-            read_given(path, flags)
+        if path.endswith(".jsonl"):
+            if not Path(path).is_file():
+                raise GrpoError(f"--models: {path}: no such file of completions")
+            read = completion_files.read(Path(path), every, questions=flags.questions)
+            given[path] = {name: (every[name], read[name]) for name in read}
             processes.agree(path, {"completions": digest(path)})
             continue
         if is_workdir(path):
@@ -223,6 +216,7 @@ def check(flags: argparse.Namespace) -> None:
             agree_on_folder(path)
         for mode in flags.mode:
             generate_answers.find_mode(Settings(mode=mode))
+    return given
 
 
 def trained_sets(models: list[str]) -> list[str]:
@@ -241,34 +235,23 @@ def is_workdir(path: str) -> bool:
     return (Path(path) / "checkpoints").is_dir()
 
 
-def read_given(path: str, flags: argparse.Namespace):
-    """Reads a file of completions.
-
-    Returns:
-      (set → its questions, set → its completions as of `completion_files.read`).
+def score_file(
+    path: str, given: Given, flags: argparse.Namespace
+) -> Iterator[tuple[str, Measured]]:
+    """Yields (set, its scores) of a file of completions, in the modes of the flags.
 
     Raises:
-      GrpoError: the file cannot be used.
+      GrpoError: the file has none of the modes.
     """
-    if not Path(path).is_file():
-        raise GrpoError(f"--models: {path}: no such file of completions")
-    every = {
-        name: list(datasets.load(name, "test", data_dir=flags.data_dir))
-        for name in flags.sets
-    }
-    return every, completion_files.read(Path(path), every, questions=flags.questions)
-
-
-def from_file(
-    path: str, label: str, flags: argparse.Namespace
-) -> Iterator[tuple[str, Measured]]:
-    """Yields (set, its scores) of a file of completions, in the modes of the flags."""
-    every, read = read_given(path, flags)
-    for name, groups in read.items():
-        examples = every[name][: flags.questions or None]
+    for name, (examples, groups) in given.items():
+        examples = examples[: flags.questions or None]
         found = {
-            measure_name(mode, kind): grade(
-                examples, group.completions, mode, flags.grader, group.temperature
+            measure_name(mode, kind): metrics.score(
+                examples,
+                group.completions,
+                temperature=group.temperature,
+                grader=flags.grader,
+                programs=mode == "tool",
             )
             for (mode, kind), group in groups.items()
             if mode in flags.mode
@@ -279,7 +262,7 @@ def from_file(
         yield name, Measured(len(examples), found)
 
 
-def by_asking(
+def ask(
     path: str, label: str, flags: argparse.Namespace
 ) -> Iterator[tuple[str, Measured]]:
     """Yields (set, its scores) while a model answers every set in every mode."""
@@ -287,24 +270,13 @@ def by_asking(
     if not is_workdir(path):
         tokenizer.now = start_time(Path(flags.out), keep=True)
     folder = Path(flags.out, "completions", re.sub(r"[^A-Za-z0-9_.+-]+", "_", label))
-    base = Settings(
-        template=flags.template or template,
-        max_new_tokens=flags.max_new_tokens,
-        max_prompt_tokens=flags.max_prompt_tokens,
-        few_shot=flags.few_shot,
-        questions=flags.questions,
-        samples=flags.samples,
-        temperature=flags.temperature,
-        batch=flags.batch,
-        seed=flags.seed,
-        data_dir=flags.data_dir,
-        grader=flags.grader,
-        generations=flags.generations,
-    )
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    given = {name: value for name, value in vars(flags).items() if name in fields}
+    given["template"] = flags.template or template
     asked = list(itertools.product(flags.sets, flags.mode))
     for place, (name, mode) in enumerate(asked, 1):
         usual = mode if instruction != "none" else "none"
-        now = replace(base, mode=mode, instruction=flags.instruction or usual)
+        given |= {"mode": mode, "instruction": flags.instruction or usual}
         yield (
             name,
             measure(
@@ -312,7 +284,7 @@ def by_asking(
                 params,
                 tokenizer,
                 name,
-                now,
+                Settings(**given),
                 label=f"{label} [{place}/{len(asked)}]",
                 folder=folder,
             ),

@@ -9,17 +9,15 @@ loads on top of the model that the run started from.
 
 from __future__ import annotations
 
-import argparse
-import sys
-
+from grpo_jax.arguments import ArgumentParser
 from grpo_jax.checkpoints.huggingface.weights import save_pretrained
 from grpo_jax.distributed import processes
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import errors_as_one_line
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command with `arguments`, by default those of the process."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m grpo_jax.export",
         description="Writes a run's newest checkpoint as a Hugging Face folder.",
     )
@@ -32,15 +30,12 @@ def main(arguments: list[str] | None = None) -> None:
     from grpo_jax.checkpoints.huggingface.peft_adapter import save_adapter
     from grpo_jax.training import run
 
-    with processes.together():
-        try:
-            if flags.adapter:
-                save_adapter(*run.load_adapters(flags.workdir), flags.out)
-            else:
-                model, params, tokenizer = run.load_run(flags.workdir)
-                save_pretrained(model, params, flags.out, tokenizer=tokenizer)
-        except GrpoError as error:
-            sys.exit(f"error: {error}")
+    with processes.together(), errors_as_one_line(flags.out):
+        if flags.adapter:
+            save_adapter(*run.load_adapters(flags.workdir), flags.out)
+        else:
+            model, params, tokenizer = run.load_run(flags.workdir)
+            save_pretrained(model, params, flags.out, tokenizer=tokenizer)
         processes.say(f"{flags.out}: written from {flags.workdir}")
 
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
+from grpo_jax.arguments import PROCESS_FLAGS
 from grpo_jax.config import Config, flatten
-from grpo_jax.config_fields import LONGEST
-from grpo_jax.errors import GrpoError, Preempted, disk_full, out_of_memory
+from grpo_jax.errors import GrpoError, Preempted, errors_as_one_line
 from grpo_jax.training.command_line import parse_config, print_help
 
 USAGE = "usage: python train.py --config FILE [--workdir DIR] [--config.name=value …]"
@@ -27,56 +28,38 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "where it writes (runs/<name>)")
 _ACCEPT = flags.DEFINE_bool(
     "accept_changes", False, "go on although the config differs from the run's own"
 )
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0, where no cluster says it"
-)
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes there are")
-_NUMBER = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
-_WAIT = flags.DEFINE_integer(
-    "wait", 300, "seconds for all processes to come", 1, LONGEST
-)
-_HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat", 100, "seconds without a sign after which a process is lost", 1, LONGEST
-)
+for _name, (_default, *_bounds, _text) in PROCESS_FLAGS.items():
+    if _name == "coordinator":
+        flags.DEFINE_string(_name, _default, _text)
+    else:
+        flags.DEFINE_integer(_name, _default, _text, *_bounds)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line `argv`, by default that of the process."""
     argv = sys.argv if argv is None else argv
-    names = "workdir accept_changes coordinator num_processes process_id wait heartbeat"
-    print_help(argv, USAGE, names.split())
-    try:
+    print_help(argv, USAGE, ["workdir", "accept_changes", *PROCESS_FLAGS])
+    with errors_as_one_line():
         config = parse_config(argv, USAGE)
         from grpo_jax.distributed import processes
 
-        address = _COORDINATOR.value, _PROCESSES.value, _NUMBER.value
-        limits = dict(wait=_WAIT.value, heartbeat=_HEARTBEAT.value)
-        with processes.together(*address, **limits):
+        values: list[Any] = [flags.FLAGS[name].value for name in PROCESS_FLAGS]
+        *address, wait, heartbeat = values
+        with processes.together(*address, wait=wait, heartbeat=heartbeat):
             run(config)
-    except GrpoError as error:
-        sys.exit(f"error: {error}")
 
 
 def run(config: Config) -> None:
     """Calls `train`; errors that a user can act on end the program with one line."""
     workdir = _WORKDIR.value or f"runs/{config.name}"
+    disk = (
+        "the last checkpoint stands. Make room there; the same command goes on from it"
+    )
     try:
-        train(config, folder(workdir), accept_changes=_ACCEPT.value)
-    except GrpoError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        if not (what := disk_full(error, workdir)):
-            raise
-        sys.exit(
-            f"error: {what}; the last checkpoint stands. Make room there; the same "
-            "command goes on from it"
-        )
+        with errors_as_one_line(workdir, disk=disk, memory=smaller(config)):
+            train(config, folder(workdir), accept_changes=_ACCEPT.value)
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on from the last checkpoint")
-    except Exception as error:
-        if not (what := out_of_memory(error)):
-            raise
-        sys.exit(f"error: out of memory ({what}); {smaller(config)}")
 
 
 def folder(name: str) -> Path:

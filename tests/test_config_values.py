@@ -1,5 +1,6 @@
 """Every field of a config with every odd value: refused in one line, or meaningful."""
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -261,12 +262,16 @@ def test_every_hint_names_a_field_and_no_field_is_explained_away():
 
 
 def parsed(*arguments: str) -> Config:
-    argv = ["train.py", *arguments]
-    before, sys.argv = sys.argv, argv
+    with fresh_flags():
+        return parse_config(["train.py", *arguments], USAGE)
+
+
+@contextlib.contextmanager
+def fresh_flags():
+    """Forgets at the end what a command line has said."""
     try:
-        return parse_config(argv, USAGE)
+        yield
     finally:
-        sys.argv = before
         flags.FLAGS.unparse_flags()
         sys.modules.pop("config_config", None)  # the last config file's names
         for name in list(flags.FLAGS):  # those that a --config.name has defined

@@ -12,3 +12,11 @@ def test_every_test_that_reliability_names_exists():
     defined = set(re.findall(r"def (test_\w+)\(", sources))
     assert len(named) > 60
     assert not named - defined
+
+
+def test_the_readmes_short_programs_run():
+    """The losses alone, and a model of one's own; the first needs SmolLM2."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    _, losses, model, _ = blocks
+    for block in (losses, model):
+        exec(block, {"__name__": "readme"})

@@ -85,7 +85,7 @@ def find(name: str) -> Format:
     """
     if name not in FORMATS:
         raise GrpoError(
-            f"set {name!r}: no few-shot prompt; ask it without --few-shot, or one of "
+            f"set {name!r}: no few-shot prompt; ask it without --few_shot, or one of "
             f"{', '.join(FORMATS)}"
         )
     return FORMATS[name]

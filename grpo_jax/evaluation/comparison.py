@@ -8,15 +8,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.data.example import Example
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.evaluation import completion_files, generate_answers, metrics
-from grpo_jax.evaluation.completion_files import KINDS, Completion
+from grpo_jax.evaluation.completion_files import KINDS
 from grpo_jax.evaluation.generate_answers import Settings
 from grpo_jax.evaluation.metrics import Score
 from grpo_jax.models.decoder import Decoder, Params
@@ -70,6 +69,7 @@ def measure(
     asked = generate_answers.load_prompts(tokenizer, name, settings)
     found = {}
     for kind in KINDS[: 2 if sampled and settings.samples else 1]:
+        key = measure_name(settings.mode, kind)
         file = folder and folder / completion_files.file_name(name, settings.mode, kind)
         answered = generate_answers.answer_all(
             model,
@@ -78,17 +78,16 @@ def measure(
             asked,
             settings,
             kind=kind,
-            label=f"{label} {name} {measure_name(settings.mode, kind)}".strip(),
+            label=f"{label} {name} {key}".strip(),
             file=file,
             restart=restart,
         )
-        key = measure_name(settings.mode, kind)
-        found[key] = grade(
+        found[key] = metrics.score(
             asked.examples,
             answered,
-            settings.mode,
-            settings.grader,
-            0.0 if kind == "greedy" else settings.temperature,
+            temperature=0.0 if kind == "greedy" else settings.temperature,
+            grader=settings.grader,
+            programs=settings.mode == "tool",
         )
     return Measured(len(asked.examples), found)
 
@@ -96,32 +95,6 @@ def measure(
 def measure_name(mode: str, kind: str) -> str:
     """Returns a measure's name: "greedy" for chain of thought, "tool_greedy", …."""
     return kind if mode == "cot" else f"{mode}_{kind}"
-
-
-def grade(
-    examples: Sequence[Example],
-    answered: Sequence[Sequence[Completion] | None],
-    mode: str,
-    grader: str,
-    temperature: float | None,
-) -> Score:
-    """Scores a set's completions.
-
-    Args:
-      examples: the questions with their references.
-      answered: the completions of each question; None if it was too long to be asked.
-      mode: "cot", or "tool" to score printed outputs of programs too.
-      grader: "strict", or "paper" for the paper's lenient rule beside the strict one.
-      temperature: at which completions were sampled; None if it is not known.
-    """
-    rules = ("strict",) if grader == "strict" else ("strict", grader)
-    return metrics.score(
-        examples,
-        answered,
-        temperature=temperature,
-        rules=rules,
-        programs=mode == "tool",
-    )
 
 
 def add(found: Scores, name: str, model: str, measured: Measured) -> None:

@@ -146,16 +146,11 @@ class Log:
             if index in self.rows:  # the batch was written in part before a kill
                 continue
             example = examples[index]
-            row = {
-                **more,
-                "index": index,
-                "id": example.id,
-                "question": example.question,
-                "answer": example.answer,
-                "completions": [c.text for c in completions],
-                "cut_off": [c.cut_off for c in completions],
-            }
-            lines.append(to_json(row))
+            row = {"index": index, "id": example.id, "question": example.question}
+            row |= {"answer": example.answer}
+            row |= {"completions": [c.text for c in completions]}
+            row |= {"cut_off": [c.cut_off for c in completions]}
+            lines.append(to_json(more | row))
             self.rows[index] = list(completions)
         if not processes.first():
             return
@@ -167,15 +162,13 @@ class Log:
 
 def _own(row: Any) -> tuple[int, list[Completion]] | None:
     """The place and completions of a line of `Log.append`; None if it is not one."""
-    match row:
-        case {"index": int() as index, "completions": [*texts], "cut_off": [*cut]}:
-            known = all(c is None or isinstance(c, bool) for c in cut)
-            if isinstance(index, bool) or index < 0 or len(texts) != len(cut):
-                return None
-            if known and all(isinstance(text, str) for text in texts):
-                pairs = zip(texts, cut, strict=True)
-                return index, [Completion(text, c) for text, c in pairs]
-    return None
+    try:
+        index, completions = row["index"], _completions(row)
+    except (KeyError, TypeError, ValueError):
+        return None
+    whole = type(index) is int and index >= 0
+    cut_off = [c.cut_off for c in completions]
+    return (index, completions) if whole and row.get("cut_off") == cut_off else None
 
 
 def _difference(before: Any, now: Mapping[str, Any]) -> str:
@@ -288,8 +281,7 @@ def _set(row: Any, sets: Mapping[str, Any]) -> str:
 def _mode(row: Mapping[str, Any]) -> str:
     mode = row.get("mode", "cot")
     if mode not in ("cot", "tool"):
-        told = one_line(repr(mode))
-        raise ValueError(f"mode {told} is neither 'cot' nor 'tool'")
+        raise ValueError(f"mode {one_line(repr(mode))} is neither 'cot' nor 'tool'")
     return mode
 
 
@@ -315,7 +307,7 @@ def _completions(row: Mapping[str, Any]) -> list[Completion]:
     known = isinstance(cut, list) and all(c in (True, False, None) for c in cut)
     if not known or len(cut) != len(texts):
         cut = [None] * len(texts)
-    return [Completion(text, c) for text, c in zip(texts, cut, strict=True)]
+    return list(map(Completion, texts, cut))
 
 
 def _questions(

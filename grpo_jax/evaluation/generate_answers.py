@@ -9,6 +9,7 @@ that was stopped resumes with the same completions.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import time
@@ -20,8 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import keystr, tree_leaves_with_path
 
+from grpo_jax.checkpoints import checksums
 from grpo_jax.data import datasets, few_shot_prompts
 from grpo_jax.data.example import Example
 from grpo_jax.data.prompts import encode_prompts
@@ -32,6 +33,7 @@ from grpo_jax.environments.interpreter import Interpreter
 from grpo_jax.environments.tool_rollouts import solve, text_of
 from grpo_jax.errors import Preempted
 from grpo_jax.evaluation.completion_files import Completion, Log
+from grpo_jax.files import to_json
 from grpo_jax.generation.sampler import generate
 from grpo_jax.models.decoder import Decoder, Params
 
@@ -93,16 +95,16 @@ def load_prompts(tokenizer: Tokenizer, name: str, settings: Settings) -> Asked:
     limit, where = settings.questions or None, settings.data_dir
     rows = datasets.load(name, "test", data_dir=where, limit=limit, require=("answer",))
     examples = list(rows)
-    shown, form = examples, (settings.template, settings.instruction)
+    shown, template, instruction = examples, settings.template, settings.instruction
     if settings.few_shot:
         shown = [few_shot_prompts.prompt(name, e, data_dir=where) for e in examples]
-        form = ("plain", "none")
+        template, instruction = "plain", "none"
     kept, _ = encode_prompts(
         tokenizer,
         shown,
         limit=settings.max_prompt_tokens,
-        template=form[0],
-        instruction=form[1],
+        template=template,
+        instruction=instruction,
     )
     found = {id(example): ids for example, ids in kept}
     asked = Asked(name, examples, [found.get(id(example)) for example in shown])
@@ -157,8 +159,7 @@ def chain_of_thought(
     )
     while not out.tokens.is_ready():  # waits in Python, so that Ctrl-C works
         time.sleep(0.005)
-    arrays = out.tokens, out.lengths, out.finished
-    tokens, lengths, done = sharding.to_hosts(arrays)
+    tokens, lengths, done = sharding.to_hosts((out.tokens, out.lengths, out.finished))
     rows = [
         Completion(tokenizer.decode(ids[:n]), not end)
         for ids, n, end in zip(tokens, lengths.tolist(), done.tolist(), strict=True)
@@ -183,11 +184,11 @@ def with_programs(
     """
     assert not stop
     found = solve(model, params, tokenizer, prompts, rows=slots, **options)
-    rows = []
-    for i, n in enumerate(found.lengths.tolist()):
-        ids, mask = found.tokens[i, :n].tolist(), found.mask[i, :n].tolist()
-        text = text_of(tokenizer, ids, mask)
-        rows.append(Completion(text, not found.finished[i]))
+    arrays = found.tokens, found.mask, found.lengths, found.finished
+    rows = [
+        Completion(text_of(tokenizer, ids[:n].tolist(), mask[:n].tolist()), not end)
+        for ids, mask, n, end in zip(*arrays, strict=True)
+    ]
     samples = options["samples"]
     return [rows[i : i + samples] for i in range(0, len(rows), samples)]
 
@@ -201,12 +202,13 @@ def find_mode(settings: Settings) -> Mode:
     Raises:
       GrpoError: the mode needs a sandbox, and none works here.
     """
-    mode = MODES[settings.mode]
     if settings.mode != "tool":
-        return mode
-    interpreter = Interpreter(settings.tool_timeout)
-    generations = settings.generations
-    return functools.partial(mode, interpreter=interpreter, generations=generations)
+        return MODES[settings.mode]
+    return functools.partial(
+        MODES["tool"],
+        interpreter=Interpreter(settings.tool_timeout),
+        generations=settings.generations,
+    )
 
 
 # -- a whole set -----------------------------------------------------------------------
@@ -315,27 +317,21 @@ def questions_at_once(questions: int, samples: int, batch: int) -> int:
 
 def describe(asked: Asked, settings: Settings, kind: str, size: int) -> dict[str, Any]:
     """Returns everything that completions depend on, except the model itself."""
-    how: dict[str, Any] = {
+    how = dataclasses.asdict(settings)
+    unused = ["data_dir", "grader"]
+    if settings.mode != "tool":
+        unused += ["generations", "tool_timeout"]
+    if kind == "greedy":
+        unused += ["samples", "seed"]
+        how["temperature"] = 0.0
+    for name in unused:
+        del how[name]
+    return how | {
         "set": asked.name,
         "questions": len(asked.examples),
-        "mode": settings.mode,
-        "template": settings.template,
-        "instruction": settings.instruction,
-        "few_shot": settings.few_shot,
-        "max_prompt_tokens": settings.max_prompt_tokens,
-        "max_new_tokens": settings.max_new_tokens,
-        "temperature": 0.0,
         "questions_at_once": size,
-        "batch": settings.batch,
         "prompts": asked.digest(),
     }
-    if settings.mode == "tool":
-        how |= {"generations": settings.generations}
-        how |= {"tool_timeout": settings.tool_timeout}
-    if kind == "sampled":
-        how |= {"temperature": settings.temperature, "samples": settings.samples}
-        how["seed"] = settings.seed
-    return how
 
 
 def fingerprint(params: Params) -> str:
@@ -345,28 +341,5 @@ def fingerprint(params: Params) -> str:
     >>> one == fingerprint({"a": jnp.ones(3), "b": -jnp.zeros(2)}), len(one)
     (False, 16)
     """
-    leaves = tree_leaves_with_path(params)
-    sums = sharding.to_hosts(_checksums([leaf for _, leaf in leaves]))
-    sha = hashlib.sha256()
-    for (path, leaf), total in zip(leaves, sums, strict=True):
-        sha.update(f"{keystr(path)} {leaf.dtype} {leaf.shape} {int(total)}\n".encode())
-    return sha.hexdigest()[:16]
-
-
-@jax.jit
-def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-    """For each array, its elements' bits mixed with their index, summed modulo 2³²."""
-
-    def one(x: jax.Array) -> jax.Array:
-        bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-        mixed = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
-        stride = 0x9E3779B1
-        for axis in reversed(range(x.ndim)):
-            at = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-            mixed += at * jnp.uint32(stride)
-            stride = stride * x.shape[axis] % 2**32
-        mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
-        mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-        return (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32)
-
-    return [one(x) for x in leaves]
+    described, _ = checksums.describe(checksums.flatten(params))
+    return hashlib.sha256(to_json(described)).hexdigest()[:16]

@@ -40,7 +40,7 @@ def score(
     completions: Sequence[Sequence[Completion] | None],
     *,
     temperature: float | None = None,
-    rules: Sequence[str] = ("strict",),
+    grader: str = "strict",
     programs: bool = False,
 ) -> Score:
     """Grades every completion of a set.
@@ -48,8 +48,8 @@ def score(
     Args:
       examples: the questions with their references.
       completions: those of each question; None if it was too long, which is wrong.
-      temperature: at which they were sampled; it is stored in the result.
-      rules: "strict", and "paper" for DeepSeekMath's lenient rule beside it.
+      temperature: at which they were sampled, for the result; None if not known.
+      grader: "strict", or "paper" for DeepSeekMath's lenient rule beside it.
       programs: also report the accuracy of the last ```output block, as is usual for
         tool-integrated reasoning.
 
@@ -67,15 +67,14 @@ def score(
 
     def graded(rule: str, output: bool = False) -> tuple[list[str | None], np.ndarray]:
         def judge(places: Sequence[int]) -> list[tuple[str | None, bool]]:
-            given = []
-            for place in places:
-                text = texts[place]
-                if text is None:
-                    given.append(None)
-                elif output:
-                    given.append(answers.printed(text))
-                else:
-                    given.append(kinds.predict(text, flat[place], rule))
+            given = [
+                None
+                if (text := texts[place]) is None
+                else answers.printed(text)
+                if output
+                else kinds.predict(text, flat[place], rule)
+                for place in places
+            ]
             right = kinds.grade([flat[place] for place in places], given, rule)
             return list(zip(given, right, strict=True))
 
@@ -89,8 +88,8 @@ def score(
     cut = [c.cut_off for row in completions for c in row or ()]
     if cut and None not in cut:
         result["cut_off"] = sum(map(bool, cut)) / len(cut)
-    if "paper" in rules:
-        result["paper"] = _accuracy(graded("paper")[1])
+    if grader != "strict":
+        result[grader] = _accuracy(graded(grader)[1])
     if programs:
         result["program"] = _accuracy(graded("strict", True)[1])
     if samples > 1:
@@ -100,8 +99,7 @@ def score(
 
 
 def _accuracy(right: np.ndarray) -> Result:
-    n, samples = right.shape
-    accuracy = float(right.mean())
+    accuracy, (n, samples) = float(right.mean()), right.shape
     if samples == 1:
         return {"accuracy": accuracy, "ci95": statistics.wilson(accuracy, n)}
     return {"accuracy": accuracy, "ci95": statistics.interval(right.mean(1))}
@@ -111,18 +109,19 @@ def _at_k(votes: Sequence[Sequence[int | None]], right: np.ndarray) -> Result:
     samples = right.shape[1]
     counts = right.sum(1).astype(int).tolist()
     powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
-    result: Result = {"pass@k": {}, "pass@k_ci95": {}, "maj@k": {}, "maj@k_ci95": {}}
-
-    def put(name: str, k: int, each: Sequence[float]) -> None:
-        result[name][str(k)] = float(np.mean(each))
-        result[f"{name}_ci95"][str(k)] = statistics.interval(np.array(each))
-
-    for k in powers:
-        put("pass@k", k, statistics.each_pass_at_k(counts, samples, k))
-    good = (right > 0).tolist()
-    for k in dict.fromkeys([*powers, samples]):
-        each = [statistics.maj_at_k(v, r, k) for v, r in zip(votes, good, strict=True)]
-        put("maj@k", k, each)
+    pairs = list(zip(votes, (right > 0).tolist(), strict=True))
+    each = {
+        "pass@k": {k: statistics.each_pass_at_k(counts, samples, k) for k in powers},
+        "maj@k": {
+            k: [statistics.maj_at_k(*pair, k) for pair in pairs]
+            for k in dict.fromkeys([*powers, samples])
+        },
+    }
+    result: Result = {}
+    for name, by_k in each.items():
+        result[name] = {str(k): float(np.mean(x)) for k, x in by_k.items()}
+        intervals = {str(k): statistics.interval(np.array(x)) for k, x in by_k.items()}
+        result[f"{name}_ci95"] = intervals
     return result
 
 

@@ -56,9 +56,11 @@ def _read(text: str, sets: Sequence[str]) -> Figures:
     }
 
 
-CHAIN_OF_THOUGHT = _read(_COT, SETS)
-TOOLS = _read(_TOOL, SETS)
-FEW_SHOT = _read(_BASE, _BASE_SETS)
+FIGURES = {
+    "cot": _read(_COT, SETS),
+    "tool": _read(_TOOL, SETS),
+    "few_shot": _read(_BASE, _BASE_SETS),
+}
 TITLES = {
     "cot": "chain of thought",
     "tool": "tool-integrated reasoning",
@@ -66,7 +68,7 @@ TITLES = {
 }
 
 
-def figures(sets: Sequence[str], modes: Sequence[str] = ("cot",)) -> dict[str, Figures]:
+def figures(sets: Sequence[str], modes: Sequence[str]) -> dict[str, Figures]:
     """Returns mode → model → set → accuracy in %, for sets that have published figures.
 
     Args:
@@ -77,37 +79,11 @@ def figures(sets: Sequence[str], modes: Sequence[str] = ("cot",)) -> dict[str, F
     {'few_shot': {'DeepSeekMath-Base 7B': {'ocw': '15.4'}}}
     """
     found: dict[str, Figures] = {}
-    known = {"cot": CHAIN_OF_THOUGHT, "tool": TOOLS, "few_shot": FEW_SHOT}
     for mode in modes:
-        rows = {
-            model: {name: row[name] for name in sets if row.get(name, "–") != "–"}
-            for model, row in known[mode].items()
-        }
-        if rows := {model: row for model, row in rows.items() if row}:
-            found[mode] = rows
+        for model, row in FIGURES[mode].items():
+            if known := {n: row[n] for n in sets if row.get(n, "–") != "–"}:
+                found.setdefault(mode, {})[model] = known
     return found
-
-
-def table(sets: Sequence[str], modes: Sequence[str] = ("cot",)) -> str:
-    """Returns the published figures of the sets as Markdown; "" if there are none.
-
-    >>> print(table(["math"], ["tool"]).splitlines()[-1])
-    | DeepSeekMath-RL 7B | 58.8 |
-    """
-    tables = []
-    for mode, rows in figures(sets, modes).items():
-        names = [name for name in sets if any(name in row for row in rows.values())]
-        lines = [
-            f"{NOTE[0].upper()}{NOTE[1:-1]}; {TITLES[mode]}, %):",
-            "",
-            "| model | " + " | ".join(names) + " |",
-            "|---|" + "---|" * len(names),
-        ]
-        for model, row in rows.items():
-            cells = " | ".join(row.get(name, "–") for name in names)
-            lines.append(f"| {model} | {cells} |")
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
 
 
 def for_json(sets: Sequence[str], modes: Sequence[str]) -> dict[str, Any]:

@@ -101,8 +101,8 @@ def paired_bootstrap(
     return float(low), float(high), min(1.0, float(2 * beyond / (RESAMPLES + 1)))
 
 
-def pass_at_k(correct: Sequence[int], samples: int, k: int) -> float:
-    """Returns pass@k, the mean over questions of 1 - C(n-c, k) / C(n, k).
+def each_pass_at_k(correct: Sequence[int], samples: int, k: int) -> list[float]:
+    """Returns pass@k of every question, 1 - C(n-c, k) / C(n, k).
 
     This estimate from c right ones of n samples is unbiased (Chen et al. 2021).
 
@@ -111,14 +111,9 @@ def pass_at_k(correct: Sequence[int], samples: int, k: int) -> float:
       samples: n.
       k: at most n.
 
-    >>> pass_at_k([1, 0], samples=2, k=1), pass_at_k([1, 0], samples=2, k=2)
-    (0.25, 0.5)
+    >>> each_pass_at_k([1, 0], samples=2, k=1), each_pass_at_k([1, 0], samples=2, k=2)
+    ([0.5, 0.0], [1.0, 0.0])
     """
-    return float(np.mean(each_pass_at_k(correct, samples, k)))
-
-
-def each_pass_at_k(correct: Sequence[int], samples: int, k: int) -> list[float]:
-    """Returns pass@k of every question; arguments as in `pass_at_k`."""
     total = math.comb(samples, k)
     return [1 - math.comb(samples - int(c), k) / total for c in correct]
 

@@ -17,7 +17,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 from absl import flags
 
-from grpo_jax.errors import GrpoError
+from grpo_jax.errors import GrpoError, errors_as_one_line
 from grpo_jax.training.command_line import parse_config, print_help
 
 USAGE = "usage: python -m grpo_jax.plan --config FILE --topology v5p:4x4x4 [--json]"
@@ -27,7 +27,7 @@ _JSON = flags.DEFINE_bool("json", False, "one JSON object instead of the table")
 _OUTPUT = flags.DEFINE_float("mean_output", None, "tokens of an output, on average", 1)
 _PROMPT = flags.DEFINE_float("mean_prompt", None, "tokens of a question, on average", 1)
 _PRICE = flags.DEFINE_float("price", None, "dollars a chip and hour", 0)
-_ONLY = flags.DEFINE_list("only", [], "programs to compile, by name; all by default")
+_ONLY = flags.DEFINE_list("only", None, "programs to compile, by name; all by default")
 _SMALLEST = flags.DEFINE_bool(
     "smallest", True, "look for the smallest slice of this chip that it fits on, too"
 )
@@ -39,9 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     names = "topology json mean_output mean_prompt price only smallest"
     print_help(argv, USAGE, names.split())
     try:
-        print(make_plan(argv))
-    except GrpoError as error:
-        sys.exit(f"error: {error}")
+        with errors_as_one_line():
+            print(make_plan(argv))
     except KeyboardInterrupt:
         sys.exit("\nstopped")
 
@@ -63,7 +62,7 @@ def make_plan(argv: list[str]) -> str:
     topology = get_topology(_TOPOLOGY.value)
     lengths = MeanLengths.for_config(config, _PROMPT.value, _OUTPUT.value)
     programs = compile_programs(
-        config, topology, lengths, only=_ONLY.value, progress=print_progress
+        config, topology, lengths, only=_ONLY.value or [], progress=print_progress
     )
     smallest = None
     if _SMALLEST.value and topology.chip and not _ONLY.value:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from grpo_jax.arguments import ArgumentParser
 from grpo_jax.report import write_report
 
 FILES = ("config.json", "metrics.jsonl", "results.json", "samples.jsonl")
@@ -13,7 +13,7 @@ FILES = ("config.json", "metrics.jsonl", "results.json", "samples.jsonl")
 
 def main(arguments: list[str] | None = None) -> None:
     """The command; a mistake ends it with one line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m grpo_jax.report",
         description="Writes report.html into work directories.",
     )

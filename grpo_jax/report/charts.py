@@ -51,12 +51,12 @@ def choose_ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [i * by for i in range(first, last + 1)]
 
 
-def _axis_range(values: Sequence[float], margin: float) -> tuple[float, float]:
-    """(low, high) with a margin at both ends; they are never equal."""
+def _axis_range(values: Sequence[float]) -> tuple[float, float]:
+    """(low, high) with a margin of 6 % at both ends; they are never equal."""
     low, high = min(values), max(values)
     if low == high == 0:
         return 0.0, 1.0
-    room = (high - low) * margin
+    room = 0.06 * (high - low)
     if room <= 1e-9 * abs(high):
         room = 0.1 * abs(high) or 1e-6
     return low - room, high + room
@@ -64,15 +64,10 @@ def _axis_range(values: Sequence[float], margin: float) -> tuple[float, float]:
 
 def _merge_equal_lines(lines: Sequence[Line]) -> list[Line]:
     """The lines, of which equal ones become one line with all their labels."""
-    merged: list[Line] = []
-    for label, xs, ys in lines:
-        for i, (other, *curve) in enumerate(merged):
-            if curve == [xs, ys]:
-                merged[i] = (f"{other} = {label}", xs, ys)
-                break
-        else:
-            merged.append((label, xs, ys))
-    return merged
+    merged: dict[tuple[tuple[float, ...], ...], list[str]] = {}
+    for label, *curve in lines:
+        merged.setdefault(tuple(map(tuple, curve)), []).append(label)
+    return [(" = ".join(labels), xs, ys) for (xs, ys), labels in merged.items()]
 
 
 def draw_chart(title: str, lines: Sequence[Line]) -> tuple[str, dict[str, Any]]:
@@ -94,7 +89,7 @@ def draw_chart(title: str, lines: Sequence[Line]) -> tuple[str, dict[str, Any]]:
     x0, x1 = min(all_x), max(all_x)
     if x0 == x1:
         x0, x1 = x0 - 1, x1 + 1
-    y0, y1 = _axis_range(all_y, 0.06)
+    y0, y1 = _axis_range(all_y)
 
     def px(x: float) -> float:
         return LEFT + (x - x0) / (x1 - x0) * (RIGHT - LEFT)
@@ -102,28 +97,24 @@ def draw_chart(title: str, lines: Sequence[Line]) -> tuple[str, dict[str, Any]]:
     def py(y: float) -> float:
         return BOTTOM - (y - y0) / (y1 - y0) * (BOTTOM - TOP)
 
-    parts = []
-    for y in choose_ticks(y0, y1):
-        at = f"{py(y):.1f}"
-        parts.append(f'<path class="grid" d="M{LEFT} {at}H{RIGHT}"/>')
-        parts.append(
-            f'<text x="{LEFT - 5}" y="{at}" class="y">{format_number(y)}</text>'
-        )
-    for x in choose_ticks(x0, x1, 3):
-        parts.append(
-            f'<text x="{px(x):.1f}" y="{BOTTOM + 16}">{format_number(x)}</text>'
-        )
+    parts = [
+        f'<path class="grid" d="M{LEFT} {py(y):.1f}H{RIGHT}"/>'
+        f'<text x="{LEFT - 5}" y="{py(y):.1f}" class="y">{format_number(y)}</text>'
+        for y in choose_ticks(y0, y1)
+    ]
+    parts += [
+        f'<text x="{px(x):.1f}" y="{BOTTOM + 16}">{format_number(x)}</text>'
+        for x in choose_ticks(x0, x1, 3)
+    ]
     legend, spoken = [], []
     for i, (label, xs, ys) in enumerate(drawn):
-        points = " ".join(
-            f"{px(x):.1f},{py(y):.1f}" for x, y in zip(xs, ys, strict=True)
-        )
-        color = f"line line{i % 5}"
-        parts.append(f'<polyline class="{color}" points="{points}"/>')
+        points = [(f"{px(x):.1f}", f"{py(y):.1f}") for x, y in zip(xs, ys, strict=True)]
+        color, drawn_at = f"line line{i % 5}", " ".join(map(",".join, points))
+        parts.append(f'<polyline class="{color}" points="{drawn_at}"/>')
         if len(xs) <= 12:
             parts += [
-                f'<circle class="{color}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.5"/>'
-                for x, y in zip(xs, ys, strict=True)
+                f'<circle class="{color}" cx="{x}" cy="{y}" r="2.5"/>'
+                for x, y in points
             ]
         first, last = format_number(ys[0]), format_number(ys[-1])
         legend.append(
@@ -145,10 +136,9 @@ def draw_chart(title: str, lines: Sequence[Line]) -> tuple[str, dict[str, Any]]:
     )
     data = {
         "x": [x0, x1],
-        "lines": [{"label": a, "x": xs, "y": _rounded(ys)} for a, xs, ys in drawn],
+        "lines": [
+            {"label": label, "x": xs, "y": [float(f"{y:.6g}") for y in ys]}
+            for label, xs, ys in drawn
+        ],
     }
     return html, data
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [float(f"{y:.6g}") for y in values]

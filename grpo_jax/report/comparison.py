@@ -7,12 +7,15 @@ figure that is missing or malformed is shown as an en dash.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
+from grpo_jax.evaluation import published_figures
 from grpo_jax.report.safe_text import finite_number, format_number
 from grpo_jax.report.tables import Cell, Column, Table
 
+T = TypeVar("T")
 Results = Mapping[str, Any]
 MEASURES = ("greedy", "sampled", "tool_greedy", "tool_sampled")
 # Further gradings of the same completions: key in the measure's result → title.
@@ -36,16 +39,13 @@ def accuracy_table(results: Results, *, changes: bool = False) -> Table:
     `changes` adds a column with the difference between two models.
     """
     models = model_names(results)
-    shown = [
+    found = {
         (measure, grading)
-        for measure in MEASURES
+        for _, _, measure, result in _measured(results)
         for grading in GRADINGS
-        if any(
-            _result(results, name, model, measure, grading)
-            for name in set_names(results)
-            for model in models
-        )
-    ]
+        if not grading or _object(result, grading)
+    }
+    shown = [pair for pair in itertools.product(MEASURES, GRADINGS) if pair in found]
     changes = changes and len(models) == 2
     columns = [Column("set"), Column("n")]
     for measure, grading in shown:
@@ -59,9 +59,10 @@ def accuracy_table(results: Results, *, changes: bool = False) -> Table:
         known = [n for n in map(finite_number, counts) if n is not None]
         row.append(format_number(known[0] if known else None))
         for measure, grading in shown:
-            found = [_result(results, name, m, measure, grading) for m in models]
-            row += [_accuracy(one.get("accuracy"), one.get("ci95")) for one in found]
-            row += [_change(*found)] if changes else []
+            keys = [("sets", name, model, measure, grading) for model in models]
+            one = [_object(results, *filter(None, key)) for key in keys]
+            row += [_accuracy(x.get("accuracy"), x.get("ci95")) for x in one]
+            row += [_change(*one)] if changes else []
         rows.append(row)
     return Table(columns, rows, "Accuracy in %, ± half of the 95 % interval")
 
@@ -72,22 +73,17 @@ def samples_table(results: Results) -> Table:
     It has no rows where no question was answered more than once.
     """
     found = [
-        (name, model, measure, kind, _result(results, name, model, measure))
-        for name in set_names(results)
-        for model in model_names(results)
-        for measure in MEASURES
+        (name, model, f"{kind}, {_title(results, measure)}", values, intervals)
+        for name, model, measure, result in _measured(results)
         for kind in ("pass@k", "maj@k")
-        if _result(results, name, model, measure, kind)
+        if (values := _object(result, kind))
+        for intervals in [_object(result, f"{kind}_ci95")]
     ]
-    counts = {k for *_, kind, result in found for k in result[kind] if _is_count(k)}
+    counts = {k for *_, values, _ in found for k in values if _is_count(k)}
     ks = sorted(counts, key=int)
     rows = [
-        [name, model, f"{kind}, {_title(results, measure)}"]
-        + [
-            _accuracy(result[kind].get(k), _object(result, f"{kind}_ci95").get(k))
-            for k in ks
-        ]
-        for name, model, measure, kind, result in found
+        [*texts, *(_accuracy(values.get(k), intervals.get(k)) for k in ks)]
+        for *texts, values, intervals in found
     ]
     names = ["set", "model", "measure", *(f"k = {k}" for k in ks)]
     caption = "Of several samples, in %, ± half of the 95 % interval"
@@ -99,18 +95,15 @@ def paired_table(results: Results) -> Table:
 
     It has no rows where nothing was tested.
     """
-    tests = results.get("paired")
     rows = []
-    for test in tests if isinstance(tests, list | tuple) else ():
-        if not isinstance(test, dict):
-            continue
+    for test in _list(results.get("paired"), dict):
         bounds = [_signed(bound) for bound in _interval(test.get("ci95"))]
         interval = f" [{', '.join(bounds)}]" if bounds else ""
         rows.append(
             [
                 str(test.get("set")),
                 _title(results, str(test.get("measure"))),
-                " → ".join(_texts(test.get("models"))),
+                " → ".join(_list(test.get("models"), str)),
                 _signed(finite_number(test.get("difference"))) + interval,
                 format_p_value(finite_number(test.get("p"))),
                 str(test.get("test", "–")),
@@ -122,27 +115,37 @@ def paired_table(results: Results) -> Table:
     )
 
 
+def published_tables(sets: Sequence[str], modes: Sequence[str]) -> dict[str, Table]:
+    """Title → table of the figures that others have published on these sets."""
+    tables = {}
+    for mode, figures in published_figures.figures(sets, modes).items():
+        names = [name for name in sets if any(name in row for row in figures.values())]
+        rows = [
+            [model, *(row.get(name, "–") for name in names)]
+            for model, row in figures.items()
+        ]
+        title = "Published, not measured here (DeepSeekMath, 2024; "
+        title += f"{published_figures.TITLES[mode]}, %)"
+        tables[title] = Table([Column("model"), *map(Column, names)], rows)
+    return tables
+
+
 def comparison_remarks(results: Results) -> list[str]:
     """Sentences on completions that were cut off and questions that were left out."""
-    remarks = []
-    for model in model_names(results):
-        for measure in MEASURES:
-            cut_off, too_long = [], []
-            for name in set_names(results):
-                result = _result(results, name, model, measure)
-                if (share := finite_number(result.get("cut_off")) or 0) >= 0.01:
-                    cut_off.append(f"{name} {100 * share:.0f} %")
-                if count := finite_number(result.get("too_long")):
-                    too_long.append(f"{name} {format_number(count)}")
-            who = f"{model}, {measure.replace('_', ', ')}"
-            if cut_off:
-                remarks.append(f"{who}: completions cut off: {', '.join(cut_off)}")
-            if too_long:
-                remarks.append(
-                    f"{who}: prompts too long, which count as wrong: "
-                    f"{', '.join(too_long)}"
-                )
-    return remarks
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for name, model, measure, result in _measured(results):
+        who = model, measure
+        if (share := finite_number(result.get("cut_off")) or 0) >= 0.01:
+            text = f"{name} {100 * share:.0f} %"
+            found.setdefault((*who, "completions cut off"), []).append(text)
+        if count := finite_number(result.get("too_long")):
+            text = f"{name} {format_number(count)}"
+            why = "prompts too long, which count as wrong"
+            found.setdefault((*who, why), []).append(text)
+    return [
+        f"{model}, {measure.replace('_', ', ')}: {what}: {', '.join(texts)}"
+        for (model, measure, what), texts in found.items()
+    ]
 
 
 def set_names(results: Results) -> list[str]:
@@ -153,7 +156,7 @@ def set_names(results: Results) -> list[str]:
 
 def model_names(results: Results) -> list[str]:
     """The names of the models, in the order of the file."""
-    return _texts(results.get("models"))
+    return _list(results.get("models"), str)
 
 
 def prompting_modes(results: Results) -> list[str]:
@@ -161,15 +164,8 @@ def prompting_modes(results: Results) -> list[str]:
     "few_shot"."""
     if _object(results, "settings").get("few_shot") is True:
         return ["few_shot"]
-    measures = {
-        measure
-        for name in set_names(results)
-        for model in model_names(results)
-        for measure in MEASURES
-        if _result(results, name, model, measure)
-    }
-    with_tools = {measure.startswith("tool") for measure in measures} or {False}
-    return ["tool" if tool else "cot" for tool in sorted(with_tools)]
+    tools = {measure.startswith("tool") for _, _, measure, _ in _measured(results)}
+    return ["tool" if tool else "cot" for tool in sorted(tools or {False})]
 
 
 def measure_title(measure: str, temperature: float | None) -> str:
@@ -195,23 +191,21 @@ def format_p_value(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
+def _measured(results: Results) -> Iterator[tuple[str, str, str, Results]]:
+    """(set, model, measure, result) of every result that is there."""
+    for name in set_names(results):
+        for model, measure in itertools.product(model_names(results), MEASURES):
+            if result := _object(results, "sets", name, model, measure):
+                yield name, model, measure, result
+
+
 def _title(results: Results, measure: str) -> str:
     """With the temperature, where all of it was sampled at the same one."""
-    found = [
-        _result(results, name, model, measure)
-        for name in set_names(results)
-        for model in model_names(results)
-    ]
-    temperatures = {finite_number(x.get("temperature")) for x in found if x}
+    found = [x for _, _, name, x in _measured(results) if name == measure]
+    temperatures = {finite_number(x.get("temperature")) for x in found}
     return measure_title(
         measure, temperatures.pop() if len(temperatures) == 1 else None
     )
-
-
-def _result(results: Results, name: str, model: str, measure: str, part: str = ""):
-    """One model's result on one set, or a part of it; {} where there is none."""
-    keys = ("sets", name, model, measure, part)
-    return _object(results, *(keys if part else keys[:-1]))
 
 
 def _object(value: Any, *keys: str) -> dict[str, Any]:
@@ -221,15 +215,16 @@ def _object(value: Any, *keys: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _texts(value: Any) -> list[str]:
+def _list(value: Any, kind: type[T]) -> list[T]:
+    """The items of a type; [] where there is no list."""
     given = value if isinstance(value, list | tuple) else ()
-    return [x for x in given if isinstance(x, str)]
+    return [x for x in given if isinstance(x, kind)]
 
 
 def _interval(value: Any) -> list[float]:
     """Both bounds, or nothing."""
-    given = value if isinstance(value, list | tuple) else ()
-    bounds = [bound for bound in map(finite_number, given) if bound is not None]
+    numbers = map(finite_number, _list(value, object))
+    bounds = [bound for bound in numbers if bound is not None]
     return bounds if len(bounds) == 2 else []
 
 
@@ -254,8 +249,8 @@ def _signed(share: float | None) -> str:
 
 def _domain(row: Mapping[str, Any]) -> str:
     known = row.get("in_domain")
-    out_of_domain = "(out-of-domain)" if known is False else ""
-    return "(in-domain)" if known is True else out_of_domain
+    names = {True: "(in-domain)", False: "(out-of-domain)"}
+    return names[known] if isinstance(known, bool) else ""
 
 
 def _is_count(k: str) -> bool:

@@ -10,12 +10,11 @@ import base64
 import hashlib
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.evaluation import published_figures
 from grpo_jax.report import comparison
 from grpo_jax.report.charts import Line, draw_chart
 from grpo_jax.report.run_files import Curve
@@ -165,26 +164,15 @@ def _comparison(results: Mapping[str, Any]) -> str:
     tables = comparison.comparison_tables(results, changes=True)
     remarks = comparison.comparison_remarks(results)
     items = "".join(f"<li>{escape_html(remark, 2000)}</li>" for remark in remarks)
+    modes = comparison.prompting_modes(results)
+    published = comparison.published_tables(names, modes)
     return "".join(
         [
             *map(to_html, tables),
             f'<ul class="quiet">{items}</ul>' if items else "",
-            *_published(names, comparison.prompting_modes(results)),
+            *(_details(title, table) for title, table in published.items()),
         ]
     )
-
-
-def _published(names: Sequence[str], modes: Sequence[str]) -> Iterator[str]:
-    """The figures that others have published on these sets."""
-    for mode, rows in published_figures.figures(names, modes).items():
-        known = [name for name in names if any(name in row for row in rows.values())]
-        columns = [Column("model"), *map(Column, known)]
-        cells = [
-            [m, *(row.get(name, "–") for name in known)] for m, row in rows.items()
-        ]
-        title = "Published, not measured here (DeepSeekMath, 2024; "
-        title += f"{published_figures.TITLES[mode]}, %)"
-        yield _details(title, Table(columns, cells))
 
 
 def _stage_charts(

@@ -15,7 +15,6 @@ from grpo_jax.report.safe_text import finite_number
 
 Curve = tuple[list[float], list[float]]  # steps, values
 LARGEST_VALUE = 1e30  # of a curve; a diverged run goes beyond
-LARGEST_WHOLE_FILE = 8_000_000  # bytes of samples.jsonl that are read from end to end
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
@@ -72,8 +71,6 @@ def _lines(file: Path) -> Iterator[bytes]:
 def read_sample_groups(file: Path, max_groups: int) -> list[dict[str, Any]]:
     """Groups of samples.jsonl, evenly spread over the file, the last one among them.
 
-    Of a file beyond `LARGEST_WHOLE_FILE` only the lines that are returned are read.
-
     Args:
       file: samples.jsonl; it may be missing.
       max_groups: how many groups to return at most; at least 2.
@@ -81,35 +78,8 @@ def read_sample_groups(file: Path, max_groups: int) -> list[dict[str, Any]]:
     Returns:
       The objects of the lines that have a list of completions.
     """
-    try:
-        size = file.stat().st_size
-    except OSError:
-        return []
-    if size <= LARGEST_WHOLE_FILE:
-        lines = list(_lines(file))
-        n = len(lines)
-        if n > max_groups:
-            places = range(max_groups)
-            lines = [lines[(n - 1) * i // (max_groups - 1)] for i in places]
-    else:
-        lines = list(_spread_lines(file, size, max_groups))
+    last = sum(line.endswith(b"\n") for line in _lines(file)) - 1
+    places = {last * i // (max_groups - 1) for i in range(max_groups)}
+    lines = (line for i, line in enumerate(_lines(file)) if i in places)
     groups = map(_parse_object, lines)
     return [g for g in groups if isinstance(g.get("completions"), list)]
-
-
-def _spread_lines(file: Path, size: int, count: int) -> Iterator[bytes]:
-    """The lines that follow evenly spaced places of a file, and its last whole one."""
-    with open(file, "rb") as lines:
-        found = -1
-        for i in range(count - 1):
-            lines.seek(size * i // (count - 1))
-            if i:
-                lines.readline()
-            if lines.tell() > found:
-                found = lines.tell()
-                yield lines.readline()
-        last = b""
-        for line in lines:
-            last = line if line.endswith(b"\n") else last
-        if last:
-            yield last

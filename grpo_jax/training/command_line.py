@@ -14,6 +14,7 @@ from typing import get_type_hints
 from absl import flags
 from ml_collections import config_flags
 
+from grpo_jax.arguments import ArgumentParser, underscore_flags
 from grpo_jax.config import Config, flatten, unknown_field
 from grpo_jax.errors import GrpoError, one_line
 from grpo_jax.training.config_checks import validate
@@ -25,13 +26,20 @@ def print_help(argv: list[str], usage: str, names: Sequence[str]) -> None:
     """If argv asks for help, prints the usage and the named flags, and exits."""
     if not {"-h", "-help", "--help", "--helpfull"} & set(argv[1:]):
         return
-    print(f"{usage}\n")
+    parser = ArgumentParser(usage=usage.removeprefix("usage: "))
     for name in ("config", *names):
         flag = flags.FLAGS[name]
-        default = "" if flag.default is None else f" ({flag.default})"
-        print(f"  --{name}: {flag.help}{default}")
-    print("  --config.FIELD=VALUE: any field of the config, of which there are:\n")
-    print("\n".join(f"    {name} = {x!r}" for name, x in flatten(Config()).items()))
+        parser.add_argument(
+            f"--{name}",
+            *[f"--no{name}"] * bool(flag.boolean and flag.default),
+            default=flag.default,
+            help=flag.help,
+            action="store_true" if flag.boolean else "store",
+        )
+    parser.add_argument("--config.FIELD", metavar="VALUE", help="any of these fields")
+    parser.print_help()
+    print("\nfields of the config:")
+    print("\n".join(f"  {name} = {x!r}" for name, x in flatten(Config()).items()))
     sys.exit(0)
 
 
@@ -46,6 +54,7 @@ def parse_config(argv: list[str], usage: str) -> Config:
     Raises:
       GrpoError: any mistake, in one line.
     """
+    argv = underscore_flags(argv)
     file, known = "", flatten(Config())
     for flag, value in itertools.pairwise([*argv[1:], ""]):
         name, equals, inline = flag.lstrip("-").partition("=")
@@ -57,6 +66,7 @@ def parse_config(argv: list[str], usage: str) -> Config:
         prefix, dot, field = name.removeprefix("no").partition(".")
         if flag.startswith("-") and prefix == "config" and dot and field not in known:
             raise GrpoError(unknown_field(field))
+    typed, sys.argv = sys.argv, argv  # where config_flags looks for fields
     try:
         rest = flags.FLAGS(argv)[1:]
     except flags.Error as error:
@@ -65,6 +75,8 @@ def parse_config(argv: list[str], usage: str) -> Config:
         raise GrpoError(f"{one_line(error)} ({usage})") from None
     except Exception as error:  # whatever the file's own code raised
         raise GrpoError(_in_config_file(error, file)) from None
+    finally:
+        sys.argv = typed
     if not file:
         raise GrpoError(usage)
     if rest:

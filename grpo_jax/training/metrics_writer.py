@@ -174,11 +174,6 @@ def _stage_and_step(line: bytes) -> tuple[str, int] | None:
     return None
 
 
-def plain_values(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns metrics as JSON holds them; a number that is not finite becomes None."""
-    return {name: _plain(value) for name, value in metrics.items()}
-
-
 @contextlib.contextmanager
 def _written(file: Path) -> Iterator[None]:
     """Raises a GrpoError for an OSError while a file is written."""
@@ -189,6 +184,11 @@ def _written(file: Path) -> Iterator[None]:
             f"{file}: cannot be written ({error.strerror}); the last checkpoint "
             "stands. Make room there; the same command goes on from it"
         ) from error
+
+
+def plain_values(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns metrics as JSON has them; a number that is not finite becomes None."""
+    return {name: _plain(value) for name, value in metrics.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,7 @@ train the reward model r_φ. `rl_step.py` tells one step of the loop in numbered
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,11 @@ from grpo_jax.models.decoder import Params
 from grpo_jax.training.optimizers import rl_optimizer
 from grpo_jax.training.reward_model.iterations import Judges
 from grpo_jax.training.rl_programs import make_programs
-from grpo_jax.training.rl_step import RlStep, on_device
+from grpo_jax.training.rl_step import RlStep, evaluate_now, on_device
 from grpo_jax.training.rollout_pipeline import Pipeline
 from grpo_jax.training.rollouts import Experience
 from grpo_jax.training.run import Run, policy, run_stage
+from grpo_jax.training.train_step import TrainState
 
 
 def prepare(run: Run) -> tuple[Experience, Judges]:
@@ -74,6 +75,10 @@ def train(
             params = {**params, "value": value}
         return params
 
+    def evaluate(step: int, state: TrainState) -> Mapping[str, float]:
+        every = config.eval.every
+        return {} if not every or step % every else evaluate_now(run, state.params)
+
     iterations = own.get("iterations", 1)
     reference, params = sft, None
     for i in range(iterations):
@@ -110,6 +115,7 @@ def train(
             until=until,
             keep=pipeline.keep,
             resume=pipeline.resume,
+            evaluate=evaluate,
         )
     assert params is not None
     params = policy(params)

@@ -28,7 +28,7 @@ import numpy as np
 from grpo_jax.algorithms.methods import METHODS
 from grpo_jax.config import generations, set_names
 from grpo_jax.distributed import sharding
-from grpo_jax.errors import GrpoError, Preempted
+from grpo_jax.errors import GrpoError
 from grpo_jax.evaluation.comparison import measure_name
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Params
@@ -153,9 +153,6 @@ class RlStep:
             metrics["kl"] = mean_divergence(outputs, known["ref_logps"])
         logps = {name: known.get(name) for name in ("ref_logps", "old_logps")}
         show(self.run, step, outputs, scores.rewards, samples, **logps)
-        every = config.eval.every
-        if every and (step + 1) % every == 0:
-            metrics |= evaluate_now(self.run, state.params)
         return state, metrics
 
     def run_passes(
@@ -315,13 +312,14 @@ def by_output(values: Any, outputs: Sequence[Output]) -> list[np.ndarray]:
 
 
 def evaluate_now(run: Run, params: Params) -> dict[str, float]:
-    """Returns greedy accuracy on the comparison's first set, and the seconds taken."""
+    """Returns greedy accuracy on the comparison's first set, and the seconds taken.
+
+    Raises:
+      Preempted: the run was asked to stop.
+    """
     started = time.perf_counter()
     name = set_names(run.config)[0]
-    try:
-        result = run_comparison.evaluate_set(run, params, name)
-    except Preempted:  # the step is complete; the loop will save it and stop
-        return {}
+    result = run_comparison.evaluate_set(run, params, name)
     mode = "tool" if generations(run.config) else "cot"
     greedy = result[measure_name(mode, "greedy")]
     found = {f"eval/{name}/greedy_accuracy": greedy["accuracy"]}

@@ -138,6 +138,7 @@ def run_stage(
     until: int | None = None,
     keep: Callable[[], Mapping[str, Any]] = dict,
     resume: Callable[[Mapping[str, Any]], None] = lambda kept: None,
+    evaluate: Callable[[int, TrainState], Mapping[str, Any]] = lambda step, state: {},
 ) -> Params:
     """Runs a stage from its newest checkpoint, and returns its final parameters.
 
@@ -153,6 +154,8 @@ def run_stage(
       until: stop before this step, to be called again later; None runs all steps.
       keep: returns JSON values that are saved with a checkpoint.
       resume: gets the values of `keep` from the checkpoint that the stage resumes at.
+      evaluate: returns further metrics of the state after so many steps. Where it is
+        stopped, the step is saved, and the resumed run evaluates it.
 
     Raises:
       GrpoError: the gradient was not finite `optimizer.max_skipped` times in a row.
@@ -161,23 +164,42 @@ def run_stage(
     abstract = run.abstract_state(stage, optimizer)
     shardings = sharding.shardings(abstract, run.mesh)
     end = steps if until is None else until
+    unwritten: dict[str, Any] = {}  # metrics of a step whose evaluation was stopped
+
+    def write(step: int, begin: float, metrics: Mapping[str, Any]) -> bool:
+        """Evaluates and writes a step; returns whether it was evaluated."""
+        evaluated = evaluate(step, state)
+        seconds = {"step_time": time.perf_counter() - begin}
+        row = plain_values({**metrics, **evaluated, **seconds})
+        found = watch(row)
+        if step == 1:
+            small = find_small_rate(run.config, stage, state)
+            found = "; ".join(filter(None, [small, found]))
+        if found:
+            processes.say(f"\n{stage} step {step}: {found}")
+            row["diagnosis"] = found
+        run.recorder.write(stage, step, row)
+        return bool(evaluated)
+
     with run.checkpoints(stage) as checkpoints:
         if checkpoints.steps():
             done, state, kept = checkpoints.restore(abstract)
             resume(kept)
+            unwritten = kept.get("unwritten", unwritten)
             if until is None or done < end:
                 processes.say(f"{stage}: resumed at step {done} of {steps}")
         else:
             create = functools.partial(TrainState.create, optimizer=optimizer)
             create = jax.jit(create, out_shardings=shardings, donate_argnums=0)
             done, state = 0, create(start_params())
-        run.recorder.forget_after(stage, done)
-        if done >= end:
-            return state.params
+        run.recorder.forget_after(stage, done - bool(unwritten))
         watch = Diagnosis(run.config, stage)
         for row in run.recorder.rows(stage):
             watch(row)
-        finding = "" if done else find_small_rate(run.config, stage, state)
+        if unwritten:
+            write(done, time.perf_counter() - unwritten.pop("step_time"), unwritten)
+        if done >= end:
+            return state.params
         body = make_body(shardings)
         with progress(stage, done, steps) as bar:
             for step in range(done, end):
@@ -185,22 +207,21 @@ def run_stage(
                 state, metrics = body(step, state)
                 seconds = time.perf_counter() - begin
                 _stop_if_broken(run, stage, step, state)
-                row = plain_values({**metrics, "step_time": seconds})
-                finding = "; ".join(filter(None, [finding, watch(row)]))
-                if finding:
-                    processes.say(f"\n{stage} step {step + 1}: {finding}")
-                    row["diagnosis"], finding = finding, ""
-                run.recorder.write(stage, step + 1, row)
+                metadata, evaluated = run.claim.origin(stage), False
+                try:
+                    evaluated = write(step + 1, begin, metrics)
+                except Preempted:  # `checkpoints.preempted` says so too
+                    kept = plain_values({**metrics, "step_time": seconds})
+                    metadata |= {"unwritten": kept}
                 bar.set_postfix_str(_headline(metrics), refresh=False)
                 bar.update()
                 stop = checkpoints.preempted()
                 force = stop or step + 1 == end
-                metadata = run.claim.origin(stage)
                 saved = force or (step + 1) % run.config.checkpoint_every == 0
                 if saved:
                     metadata |= keep()
                 checkpoints.save(step + 1, state, metadata, force=force)
-                if saved or "time/eval" in metrics:
+                if saved or evaluated:
                     run.recorder.write_report(last=force)
                 if stop:
                     raise Preempted(f"{stage}: stopped after step {step + 1}")

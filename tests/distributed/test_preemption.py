@@ -119,9 +119,9 @@ def leaves(folder: Path, name: str, stage: str) -> dict[str, list]:
 
 
 def metrics(folder: Path, name: str) -> list[dict[str, float]]:
-    """What a step gave; without times, and an evaluation, which a stop cuts off."""
+    """What a step gave and its evaluation, without times."""
     rows = map(json.loads, (folder / name / "metrics.jsonl").open())
-    unlike = ("time", "step_time", "eval")
+    unlike = ("time", "step_time")
     return [{k: v for k, v in row.items() if not k.startswith(unlike)} for row in rows]
 
 
@@ -132,3 +132,5 @@ def test_stops_at_any_moment_change_nothing(runs):
         assert found == leaves(runs, "whole", stage) and len(found) > 30
     assert metrics(runs, "stopped") == metrics(runs, "whole")
     assert len(metrics(runs, "whole")) == SFT_STEPS + RL_STEPS
+    names = {name.partition("/")[0] for name in metrics(runs, "stopped")[-2]}
+    assert "eval" in names  # of the step whose evaluation was stopped

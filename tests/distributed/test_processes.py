@@ -322,7 +322,7 @@ def test_an_evaluation_stops_on_all_hosts_and_goes_on(shared, here):
     """Two processes as SLURM starts them, one of which is stopped; then one alone."""
     out = here / "evaluated"
     words = ["--models", str(shared.dir), "--sets", str(here / "sums.jsonl")]
-    words += ["--questions", "48", "--max-new-tokens", "8", "--batch", "2"]
+    words += ["--questions", "48", "--max_new_tokens", "8", "--batch", "2"]
     command = ["-c", EVALUATE, *words, "--out", str(out)]
     first, second = slurm_of(2)
     two = finish(

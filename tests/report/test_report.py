@@ -231,9 +231,6 @@ def test_a_long_run_makes_a_small_page(tmp_path):
     with open(tmp_path / "samples.jsonl", "w") as file:
         for i in range(1, 301):
             file.write(f'{{"step": {i}, {line[1:]}\n')
-    assert (
-        tmp_path / "samples.jsonl"
-    ).stat().st_size > report.run_files.LARGEST_WHOLE_FILE
     page = read(tmp_path)
     assert (tmp_path / "report.html").stat().st_size < 5_000_000
     steps = [g["step"] for g in page.data["groups"]]

@@ -10,7 +10,7 @@ from small_runs import dotted, small_config, write_questions
 from grpo_jax.report import write_report
 from grpo_jax.train import train
 from grpo_jax.training.diagnosis import RULES, Diagnosis
-from grpo_jax.training.rl_step import RlStep
+from grpo_jax.training.rollout_pipeline import Pipeline
 from grpo_jax.training.work_directory import read_config
 
 REWARDS = """
@@ -184,12 +184,14 @@ def test_lengths_that_explode(here):
 
 
 def test_a_sampler_apart_from_the_trainer(here, monkeypatch):
-    def other(self, state):
+    take = Pipeline.take
+
+    def from_others(self, step, params):
         keys = iter(jax.random.split(jax.random.key(0), 99))
         noise = lambda x: jax.random.normal(next(keys), x.shape)  # noqa: E731
-        return jax.tree.map(lambda x: x + 0.5 * noise(x), state.params)
+        return take(self, step, jax.tree.map(lambda x: x + 0.5 * noise(x), params))
 
-    monkeypatch.setattr(RlStep, "sampling_params", other)
+    monkeypatch.setattr(Pipeline, "take", from_others)
     lines = run(here, "apart", optimizer__max_sampling_gap=100.0)
     assert any("sampler and trainer differ" in text for text in findings(lines))
 

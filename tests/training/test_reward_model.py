@@ -340,9 +340,6 @@ def test_auc_by_hand():
     assert auc([5, 5, 5], [1, 0, 0]) == 0.5
     # right: 2, 3; wrong: 1, 2, 3: (1 + ½ + 0) + (1 + 1 + ½) of 6 pairs
     assert auc([2, 3, 1, 2, 3], [1, 1, 0, 0, 0]) == pytest.approx(4 / 6)
-    scores, labels, times = [2, 3, 1, 2], [1, 0, 0, 1], [3, 1, 2, 0]
-    repeated = auc(np.repeat(scores, times), np.repeat(labels, times))
-    assert auc(scores, labels, times) == pytest.approx(repeated)
 
 
 def test_the_interval_draws_questions():

@@ -102,7 +102,7 @@ def test_a_run_and_its_evaluation_ask_as_on_its_first_day(model, tmp_path, monke
     assert tokens[: len(prompt)] == prompt
     out = tmp_path / "out"
     words = ["--models", str(workdir), "--sets", questions, "--out", str(out)]
-    evaluate.main([*words, *"--questions 8 --samples 0 --max-new-tokens 12".split()])
+    evaluate.main([*words, *"--questions 8 --samples 0 --max_new_tokens 12".split()])
     logs = [*completions.rglob("*.jsonl"), *out.rglob("*.cot.greedy.jsonl")]
     assert len(logs) == 2
     for log in logs:
@@ -115,7 +115,7 @@ def test_an_evaluation_goes_on_with_the_day_it_began(model, tmp_path, monkeypatc
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", cache)
     questions, out = write_questions(tmp_path / "sums.jsonl"), tmp_path / "out"
     words = ["--models", str(model), "--sets", questions, "--out", str(out)]
-    words += "--questions 8 --samples 0 --max-new-tokens 12".split()
+    words += "--questions 8 --samples 0 --max_new_tokens 12".split()
     words += ["--instruction", "none"]
     evaluate.main(words)
     file = out / "started.json"

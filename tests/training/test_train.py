@@ -484,7 +484,7 @@ def test_export_and_evaluate_give_the_runs_own_figures(straight, tmp_path, here)
         export.main(["--workdir", str(workdir), "--out", folder])
     questions = str(here / "sums.jsonl")
     command = ["--models", folder, str(workdir), "--sets", questions, "--out", str(out)]
-    command += "--questions 16 --max-new-tokens 12 --samples 1 --batch 16".split()
+    command += "--questions 16 --max_new_tokens 12 --samples 1 --batch 16".split()
     evaluate.main([*command, "--template", "plain", "--instruction", "none"])
     results = json.loads((out / "results.json").read_text())
     own = json.loads((straight.dir / "results.json").read_text())

@@ -431,7 +431,7 @@ def test_a_full_disk_ends_a_run_in_one_line(here, small_disk):
 
 def test_a_full_disk_ends_an_evaluation_in_one_line(here, done, tmp_path):
     words = ["--models", str(done), "--sets", str(here / "sums.jsonl"), "--batch", "2"]
-    words += ["--questions", "24", "--max-new-tokens", "4", "--out", str(tmp_path)]
+    words += ["--questions", "24", "--max_new_tokens", "4", "--out", str(tmp_path)]
     with no_file_over(4000), pytest.raises(SystemExit) as error:
         evaluate.main(words)
     told = r"error: \S+: File too large; what was answered before is kept. Make room"
