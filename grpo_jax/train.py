@@ -10,10 +10,12 @@ the processes of TPU pods, SLURM, Kubernetes and Open MPI by itself; elsewhere, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -21,6 +23,9 @@ from grpo_jax.arguments import PROCESS_FLAGS
 from grpo_jax.config import Config, flatten
 from grpo_jax.errors import GrpoError, Preempted, errors_as_one_line
 from grpo_jax.training.command_line import parse_config, print_help
+
+if TYPE_CHECKING:
+    from grpo_jax.training.run import Run
 
 USAGE = "usage: python train.py --config FILE [--workdir DIR] [--config.name=value …]"
 
@@ -35,29 +40,40 @@ for _name, (_default, *_bounds, _text) in PROCESS_FLAGS.items():
         flags.DEFINE_integer(_name, _default, _text, *_bounds)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command line `argv`, by default that of the process."""
+def main(
+    argv: list[str] | None = None,
+    *,
+    usage: str = USAGE,
+    work: Callable[..., None] | None = None,
+) -> None:
+    """Runs a command line.
+
+    Args:
+      argv: the program's name and its arguments; by default those of the process.
+      usage: the command's own.
+      work: what the command does, with the arguments of `train`; by default `train`.
+    """
     argv = sys.argv if argv is None else argv
-    print_help(argv, USAGE, ["workdir", "accept_changes", *PROCESS_FLAGS])
+    print_help(argv, usage, ["workdir", "accept_changes", *PROCESS_FLAGS])
     with errors_as_one_line():
-        config = parse_config(argv, USAGE)
+        config = parse_config(argv, usage)
         from grpo_jax.distributed import processes
 
         values: list[Any] = [flags.FLAGS[name].value for name in PROCESS_FLAGS]
         *address, wait, heartbeat = values
         with processes.together(*address, wait=wait, heartbeat=heartbeat):
-            run(config)
+            run(config, work or train)
 
 
-def run(config: Config) -> None:
-    """Calls `train`; errors that a user can act on end the program with one line."""
+def run(config: Config, work: Callable[..., None]) -> None:
+    """Calls `work`; errors that a user can act on end the program with one line."""
     workdir = _WORKDIR.value or f"runs/{config.name}"
     disk = (
         "the last checkpoint stands. Make room there; the same command goes on from it"
     )
     try:
         with errors_as_one_line(workdir, disk=disk, memory=smaller(config)):
-            train(config, folder(workdir), accept_changes=_ACCEPT.value)
+            work(config, folder(workdir), accept_changes=_ACCEPT.value)
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on from the last checkpoint")
 
@@ -99,15 +115,50 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     Raises:
       GrpoError: the config, the data or the work directory cannot be used.
     """
+    from grpo_jax.distributed import processes
+    from grpo_jax.report.comparison import accuracy_table
+    from grpo_jax.report.tables import to_markdown
+    from grpo_jax.training import rl, run_comparison, setup, sft
+
+    with opened(config, workdir, accept_changes=accept_changes) as here:
+        run_comparison.check_sets(here)
+        with_rl = config.method != "sft" and config.rl_steps
+        prepared = rl.prepare(here) if with_rl else None
+        with here.recorder:
+            try:
+                with_sft = config.sft_steps > 0
+                start = lambda: setup.initial_params(config, here.model, here.mesh)  # noqa: E731
+                instruct = (lambda: sft.train(here, start)) if with_sft else start
+                if prepared:
+                    before, after = rl.train(here, instruct, *prepared)
+                    models = {"instruct": before, "rl": after}
+                else:
+                    models = {"instruct": instruct()}
+                results = run_comparison.compare(here, models)
+                here.recorder.write_report(last=True)
+            except Preempted as stopped:
+                processes.say(f"{stopped}; the same command goes on from there")
+                return
+    processes.say(f"\n{to_markdown(accuracy_table(results))}\n\nwritten to {workdir}")
+
+
+@contextlib.contextmanager
+def opened(config: Config, workdir: Path, *, accept_changes: bool) -> Iterator[Run]:
+    """Opens a run: its mesh, its model without weights, and its locked work directory.
+
+    Args: as for `train`.
+
+    Raises:
+      GrpoError: the config, the model or the work directory cannot be used.
+    """
     set_up_process()
     import jax
 
     from grpo_jax.distributed import processes, sharding
     from grpo_jax.distributed.folder_lock import lock_folder
-    from grpo_jax.report.comparison import accuracy_table
-    from grpo_jax.report.tables import to_markdown
-    from grpo_jax.training import rl, run, run_comparison, setup, sft
+    from grpo_jax.training import setup
     from grpo_jax.training.metrics_writer import Recorder
+    from grpo_jax.training.run import Run
     from grpo_jax.training.start_time import start_time
     from grpo_jax.training.work_directory import Claim
 
@@ -133,26 +184,7 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
         claim = Claim(config, workdir, tokenizer.now, accept_changes=accept_changes)
         claim.check()
         recorder = Recorder(workdir, config, claim.write)
-        here = run.Run(config, workdir, mesh, model, tokenizer, recorder, claim)
-        run_comparison.check_sets(here)
-        with_rl = config.method != "sft" and config.rl_steps
-        prepared = rl.prepare(here) if with_rl else None
-        with recorder:
-            try:
-                with_sft = config.sft_steps > 0
-                start = lambda: setup.initial_params(config, model, mesh)  # noqa: E731
-                instruct = (lambda: sft.train(here, start)) if with_sft else start
-                if prepared:
-                    before, after = rl.train(here, instruct, *prepared)
-                    models = {"instruct": before, "rl": after}
-                else:
-                    models = {"instruct": instruct()}
-                results = run_comparison.compare(here, models)
-                recorder.write_report(last=True)
-            except Preempted as stopped:
-                processes.say(f"{stopped}; the same command goes on from there")
-                return
-    processes.say(f"\n{to_markdown(accuracy_table(results))}\n\nwritten to {workdir}")
+        yield Run(config, workdir, mesh, model, tokenizer, recorder, claim)
 
 
 def set_up_process() -> None:

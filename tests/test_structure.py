@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(grpo_jax.__file__).parent
 ROOMS = (
     "errors files arguments algorithms config_fields config distributed models data "
     "sandbox rewards checkpoints generation environments evaluation report training "
-    "plan train evaluate export convert"
+    "plan train census evaluate export convert"
 ).split()
 
 

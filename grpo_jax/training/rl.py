@@ -22,6 +22,7 @@ from grpo_jax.training.rl_step import RlStep, evaluate_now, on_device
 from grpo_jax.training.rollout_pipeline import Pipeline
 from grpo_jax.training.rollouts import Experience
 from grpo_jax.training.run import Run, policy, run_stage
+from grpo_jax.training.run_census import FOLDER, check_census, run_census
 from grpo_jax.training.train_step import TrainState
 
 
@@ -33,6 +34,8 @@ def prepare(run: Run) -> tuple[Experience, Judges]:
     Raises:
       GrpoError: the questions, reward functions or labels cannot be used.
     """
+    if run.config.census:
+        check_census(run.config)
     experience = Experience(run)
     return experience, Judges(run, experience.questions)
 
@@ -65,6 +68,10 @@ def train(
     only_base = run.model.lora.rank and method.source == "policy" and not judges.needed
     initial = None if only_base else instruct()  # until RL has parameters of its own
     sft = None if initial is None else frozen(run, initial)
+    if config.census:
+        initial = instruct() if initial is None else initial
+        run.recorder.begin()
+        experience.keep(run_census(run, initial, run.workdir / FOLDER))
 
     def start() -> Params:
         nonlocal initial

@@ -119,13 +119,34 @@ class Experience:
         self.rewards = Rewards(config, [example for example, _ in self.questions])
         self._check_rows(max(len(ids) for _, ids in self.questions))
         # DAPO's dynamic sampling: each further rollout of a step asks other questions.
-        attempts = 1 + config.own().get("dynamic_sampling", 0)
-        self.replaces = attempts > 1
-        size = config.questions_per_step
-        self.batches = [
-            datasets.Batches(self.questions, size, seed=config.seed + 7919 * i)
-            for i in range(attempts)
+        self.attempts = 1 + config.own().get("dynamic_sampling", 0)
+        self.replaces = self.attempts > 1
+        self.batches = self._make_batches()
+
+    def _make_batches(self) -> list[datasets.Batches]:
+        size, seed = self.run.config.questions_per_step, self.run.config.seed
+        return [
+            datasets.Batches(self.questions, size, seed=seed + 7919 * i)
+            for i in range(self.attempts)
         ]
+
+    def keep(self, examples: Sequence[Example]) -> None:
+        """Leaves out all questions but these.
+
+        Raises:
+          GrpoError: they are too few for a step.
+        """
+        kept = {(e.question, e.answer) for e in examples}
+        questions = [q for q in self.questions if (q[0].question, q[0].answer) in kept]
+        size = self.run.config.questions_per_step
+        if len(questions) < size:
+            raise GrpoError(
+                f"census: only {len(questions)} questions teach, and a step takes "
+                f"{size} (questions_per_step). Ask more (census_questions), train with "
+                "SFT for longer, or take easier questions"
+            )
+        self.questions = questions
+        self.batches = self._make_batches()
 
     def _check_rows(self, prompt: int) -> None:
         """Checks that a row holds a prompt of so many tokens and any output."""

@@ -9,7 +9,6 @@ right, a file that `data.train` takes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +114,13 @@ def run_census(run: Run, params: Params, folder: Path) -> list[Example]:
         write_json(folder / "census.json", about | {"sets": figures, "advice": advice})
         lines = [to_json(_row(example)) for example in teaching]
         write_whole(folder / TEACHING, b"".join(lines))
-        print(to_markdown(census_table(figures)))
-        for line in advice:
-            print(f"- {line}")
-        asked_count = sum(rows[0]["questions"] for rows in figures.values())
-        print(
-            f"- {len(teaching)} of {asked_count} questions teach; they are in "
-            f"{folder / TEACHING}, which data.train takes"
-        )
+    count = sum(rows[0]["questions"] for rows in figures.values())
+    advice.append(
+        f"{len(teaching)} of {count} questions teach; they are in {folder / TEACHING}, "
+        "which data.train takes"
+    )
+    listed = "\n".join(f"- {line}" for line in advice)
+    processes.say(f"\n{to_markdown(census_table(figures))}\n\n{listed}\n")
     return teaching
 
 
@@ -167,11 +165,3 @@ def _row(example: Example) -> dict[str, Any]:
         turn = {"role": "user", "content": values.pop("question")}
         columns["messages"] = [*columns["messages"], turn]
     return {name: x for name, x in values.items() if x} | columns
-
-
-def read_teaching(run: Run, folder: Path) -> Sequence[Example] | None:
-    """Returns the questions of a finished census; None if there is none."""
-    there = processes.from_first(lambda: (folder / "census.json").exists())
-    if not there:
-        return None
-    return list(datasets.load(str(folder / TEACHING), "train", require=("answer",)))
