@@ -106,6 +106,7 @@ STATED = [
     ("<think>a</think> \\boxed{1} <think>b \\boxed{3}</think> \\boxed{2}", "2"),
     ("<think>3</think><answer>2</answer>", "2"),
     ("<answer> x < 2 </answer>", "x < 2"),
+    ("İİİİ <answer>12</answer>", "12"),  # İ has two characters in lower case
     ("<answer>So we have \\boxed{2}.</answer> 3 steps", "2"),
     ("<answer>It is 12 since 3 + 9 is.\nThe answer is 12.</answer> 3", "12"),
     # boxes
