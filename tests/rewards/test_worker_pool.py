@@ -68,7 +68,7 @@ def test_no_text_is_executed(pool, monkeypatch, tmp_path):
 
 
 def test_a_hung_worker_is_killed_and_replaced():
-    pool = worker_pool.Pool(workers=1, seconds=0.5)
+    pool = worker_pool.Pool(workers=1, seconds=0.2)
     try:
         assert pool.same(r"\sqrt{8}", r"2\sqrt{2}")
         process = process_of(pool)
