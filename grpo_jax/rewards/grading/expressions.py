@@ -20,16 +20,16 @@ _TOKEN = re.compile(
     r"\\begin|\\[A-Za-z]+|\\[{}|%]"
     r"|\d*\.\d*\\overline\{\d+\}|\d+(?:\.\d+)?|\.\d+|[A-Za-z]|\S"
 )
+_INVERTIBLE = "sin cos tan cot sec csc".split()
 _FUNCTIONS = {
-    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh",
-    "cosh", "tanh", "ln", "log", "lg", "exp",
-}  # fmt: skip
-_GREEK = {
-    "alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta",
-    "theta", "vartheta", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau",
-    "phi", "varphi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda",
-    "Sigma", "Phi", "Psi", "Omega", "ell",
-}  # fmt: skip
+    *_INVERTIBLE,
+    *"arcsin arccos arctan sinh cosh tanh ln log lg exp".split(),
+}
+_GREEK = set(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu "
+    "nu xi rho sigma tau phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi "
+    "Psi Omega ell".split()
+)
 _NAMED = {"vec", "hat", "bar", "overline", "mathbf", "overrightarrow", "mathbb"}
 _NO_FACTOR = {"cdot", "times", "div", "rfloor", "rceil", "}", "|", "%"}
 POINTS = 4  # points at which expressions are compared; names are negative at the last
@@ -256,7 +256,7 @@ class _Reader:
                 y /= mp.log(10)
         elif name == "exp" and abs(x) > 1e6:
             raise TooLarge("power too large")
-        elif exponent == -1 and name in ("sin", "cos", "tan", "cot", "sec", "csc"):
+        elif exponent == -1 and name in _INVERTIBLE:
             return getattr(mp, f"a{name}")(x)
         else:
             y = getattr(mp, name.replace("arc", "a"))(x)

@@ -21,7 +21,7 @@ ROW = "\ue000"  # the end of a matrix row; LaTeX writes \\
 APART = "\ue001"  # follows a comma that does not group thousands: 3, 141
 OR = r"\lor"  # separates alternative answers or inequalities
 
-_SYMBOLS = {
+_SYMBOLS = str.maketrans({
     "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "∙": r"\cdot ", "⋅": r"\cdot ",
     "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≦": r"\le ", "≧": r"\ge ",
     "≠": r"\ne ", "∞": r"\infty ", "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ",
@@ -31,7 +31,7 @@ _SYMBOLS = {
     "‐": "-", "ℝ": r"\mathbb{R}", "、": ", ", "。": ".", "∶": ":", "′": "'", "’": "'",
     "⟨": "(", "⟩": ")", "¥": r"\text{yuan}", "€": r"\text{euro}", "∠": r"\angle ",
     "£": r"\text{pound}", "△": r"\triangle ",
-}  # fmt: skip
+})  # fmt: skip
 _SUPER = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _SUB = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _SCALE = {
@@ -130,15 +130,6 @@ def _merged(match: re.Match) -> str:
     return re.sub(r"\} ?\\text\{", " ", match.group())
 
 
-def _at(match: re.Match, first: int = 1) -> str:
-    return match[first] or match[first + 1]
-
-
-def _mixed(match: re.Match) -> str:
-    top, bottom = (group for group in match.groups()[1:] if group is not None)
-    return rf"({match[1]}+\frac{{{top}}}{{{bottom}}})"
-
-
 _STYLE = r"(text(?:bf|it|rm|normal|sf|tt|up|sc)?|mathrm|mathbf|mathit|mathsf|mbox|hbox)"
 _CR = r"\\cr(?![A-Za-z])"
 _CHOOSE_C, _CHOOSE_A = (
@@ -201,9 +192,8 @@ _RULES = compile_rules(
     (r"\\operatorname\*?\{(\w+)\}", r" \1 "),
     (r"\{([^{}\\]*)\\choose([^{}\\]*)\}", r"\\binom{\1}{\2}"),
     (r"\\[dt]binom" + END, r"\\binom"),
-    (rf"{_CHOOSE_C}_{_ONE}\^{_ONE}", lambda m: rf"\binom{{{_at(m)}}}{{{_at(m, 3)}}}"),
-    (rf"{_CHOOSE_A}_{_ONE}\^{_ONE}",
-     lambda m: rf"\frac{{{_at(m)}!}}{{({_at(m)}-{_at(m, 3)})!}}"),
+    (rf"{_CHOOSE_C}_{_ONE}\^{_ONE}", r"\\binom{\1\2}{\3\4}"),
+    (rf"{_CHOOSE_A}_{_ONE}\^{_ONE}", r"\\frac{\1\2!}{(\1\2-\3\4)!}"),
     (r"\\" + _STYLE + r" ?\{ ?([A-Za-z\d]) ?\}", _styled),
     (r"\\" + _STYLE + r" ?\{([^{}]*)\}", r"\\text{\2}"),
     (r"\\(?:over(?:line|(?:left)?rightarrow)|vec)\{([A-Z]+)\}", r"\1"),
@@ -244,8 +234,10 @@ _RULES = compile_rules(
     (r"([\^_]) ?(\d) (?=\d)", r"\1{\2}"),  # \int_0^1 2x
     (r"(?<=\d) ?[eE]([+-]?\d+)(?![\d.])", r"\\times10^{\1}"),
     (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)", lambda m: m.group().replace(" ", "")),
-    (rf"(?<![\d.^_}}\\A-Za-z])(\d+) ?\\frac ?{_ONE} ?{_ONE}", _mixed),
-    (r"(?<![\d.^_/])(\d+)(?: |\\text\{又\} ?)(\d+) ?/ ?(\d+)(?!\d)", _mixed),
+    (rf"(?<![\d.^_}}\\A-Za-z])(\d+) ?\\frac ?{_ONE} ?{_ONE}",
+     r"(\1+\\frac{\2\3}{\4\5})"),
+    (r"(?<![\d.^_/])(\d+)(?: |\\text\{又\} ?)(\d+) ?/ ?(\d+)(?!\d)",
+     r"(\1+\\frac{\2}{\3})"),
     (r"(?<=\d) (?=\d)", ","),  # 3 4 is two numbers
     # decimals that repeat
     (r"(?<!\d)(?=\.\d*\\(?:dot|bar|overline))", "0"),
@@ -275,11 +267,8 @@ def clean(text: str) -> str:
     unicode, then, last = _RULES
     if not text.isascii():
         text = _apply(unicode, text)
-        for symbol, kept in (("º", "°"), ("′", "'"), ("，", ", ")):
-            text = text.replace(symbol, kept)
-        text = unicodedata.normalize("NFKC", text)
-        for symbol, latex in _SYMBOLS.items():
-            text = text.replace(symbol, latex)
+        text = text.translate(str.maketrans({"º": "°", "′": "'", "，": ", "}))
+        text = unicodedata.normalize("NFKC", text).translate(_SYMBOLS)
     text = text.replace(r"\\", ROW if "matrix" in text or r"\begin" in text else " ")
     text = re.sub(r"\s+", " ", text).strip()  # the rules expect single spaces
     text = _apply(last, spell(_apply(then, text)))
