@@ -5,7 +5,6 @@ Expressions are compared by their 40-digit values at a few fixed points. Text th
 hang on hostile text.
 """
 
-import re
 from fractions import Fraction
 
 from grpo_jax.rewards.grading.equality import Exact, Undecided, attempt
@@ -17,6 +16,7 @@ from grpo_jax.rewards.grading.expressions import (
 )
 from grpo_jax.rewards.grading.notation import APART, OR, clean
 from grpo_jax.rewards.grading.paper import RULES
+from grpo_jax.rewards.grading.structure import letters_of
 
 MATH_VERIFY_CHARS = 400  # longer text would only run into the time limit
 
@@ -60,8 +60,8 @@ def _agree(a: str, b: str, natural_log: bool) -> bool:
         if not _close(x, y):
             # For negative x, x^{2/3} and the square of the real cube root differ.
             is_complex = any(mp.im(mp.convert(v)) != 0 for v in (x, y))
-            letters = re.sub(r"\\[A-Za-z]+", "", a + b)
-            return point == POINTS - 1 and is_complex and "i" not in letters
+            last = point == POINTS - 1
+            return last and is_complex and "i" not in letters_of(a + b)
     return True
 
 

@@ -73,10 +73,10 @@ class Exact:
 
 def _same_float(a: str, b: str, x: Fraction, y: Fraction) -> bool:
     """Accepts a program's rounded output, such as 0.30000000000000004 for 0.3."""
-    floats = [
-        "." in text and len(text.replace(".", "").strip("-0")) >= 15 for text in (a, b)
-    ]
-    return any(floats) and abs(x - y) <= Fraction(1, 10**13) * max(abs(x), abs(y))
+    digits = [len(text.replace(".", "").strip("-0")) for text in (a, b) if "." in text]
+    return max(digits, default=0) >= 15 and abs(x - y) <= Fraction(1, 10**13) * max(
+        abs(x), abs(y)
+    )
 
 
 def match(a: Node, b: Node, numbers: Exact) -> bool:
@@ -235,19 +235,23 @@ def compare_strict(prediction: str, reference: str, numbers: Exact) -> bool:
         return bool(reference)
     if max(len(prediction), len(reference)) > MAX_CHARS:
         return False
-    numerals = [_PLAIN.fullmatch(text.strip("$")) for text in (prediction, reference)]
-    if numerals[0] and numerals[1]:  # most of GSM8K
-        x, y = (Fraction(m[1] + m[2].replace(",", "")) for m in numerals if m)
-        return x == y
+    x, y = (_PLAIN.fullmatch(text.strip("$")) for text in (prediction, reference))
+    if x and y:  # most of GSM8K
+        return _fraction(x) == _fraction(y)
     p, r = clean(prediction), clean(reference)
     if not p or not r:
         return False
     try:
         a, b = read(p), read(r)
-        if match(a, b, numbers):
-            return True
-        if (a.kind == "set") != (b.kind == "set"):  # 100,200,300 may be three numbers
-            return match(read(p, thousands=False), read(r, thousands=False), numbers)
+        # 100,200,300 may be three numbers.
+        grouped = (a.kind == "set") != (b.kind == "set")
+        return match(a, b, numbers) or (
+            grouped
+            and match(read(p, thousands=False), read(r, thousands=False), numbers)
+        )
     except RecursionError:  # hundreds of nested brackets
-        pass
-    return False
+        return False
+
+
+def _fraction(plain: re.Match[str]) -> Fraction:
+    return Fraction(plain[1] + plain[2].replace(",", ""))

@@ -69,13 +69,13 @@ def read(text: str, *, thousands: bool = True) -> Node:
         if parts and parts != [text]:
             return _list(text, parts, separator, thousands)
     if len(parts := split(text, r"\cup")) > 1:
-        nodes = tuple(read(part) for part in parts)
+        nodes = tuple(map(read, parts))
         if all(node.marks == "{}" for node in nodes):
             members = {item.text: item for node in nodes for item in node.items}
             return Node("set", text, tuple(members.values()), "{}")
         return Node("set", text, nodes, "or")
     if len(parts := split(text, r"\cap")) > 1:
-        return Node("set", text, tuple(read(part) for part in parts), "and")
+        return Node("set", text, tuple(map(read, parts)), "and")
     if text.startswith(r"\{") and closes(text, r"\{", r"\}"):
         return _braces(text[2:-2])
     if complement := re.fullmatch(
@@ -87,8 +87,10 @@ def read(text: str, *, thousands: bool = True) -> Node:
         parts = parts if len(parts) > 1 else split(text[1:-1], ",")
         if len(parts) > 1:
             inside = tuple(read(part, thousands=False) for part in parts)
-            if text[0] == "[" and (rows := _rows_of_lists(inside)):
-                return Node("matrix", text, rows)
+            lists = all(item.kind == "tuple" and item.marks == "[]" for item in inside)
+            even = len({len(item.items) for item in inside}) == 1
+            if text[0] == "[" and lists and even:  # [[1,2],[3,4]]
+                return Node("matrix", text, inside)
             return Node("tuple", text, inside, text[0] + text[-1])
         if text[0] == "(" and text[-1] == ")":
             return read(text[1:-1], thousands=thousands)
@@ -128,11 +130,10 @@ def _braces(inner: str) -> Node:
     builder = re.match(r"[A-Za-z](?:\\in\\mathbb\{[RCZ]\})?(?:\\mid|\||:)", inner)
     if builder:
         return read(inner[builder.end() :])
-    text = rf"\{{{inner}\}}"
     inside = read(inner, thousands=False)
-    if inside.kind == "set" and not inside.marks:
-        return Node("set", text, inside.items, "{}")
-    return Node("set", text, (inside,), "{}")
+    plain = inside.kind == "set" and not inside.marks
+    members = inside.items if plain else (inside,)
+    return Node("set", rf"\{{{inner}\}}", members, "{}")
 
 
 def leaf(text: str) -> Node:
@@ -203,12 +204,13 @@ def _family(text: str) -> Node | None:
     if sets[2] or sets[3] or words in ("positive", "正"):
         domain = "N+"
     uneven = rest.count("(") != rest.count(")") and "[" not in rest
-    if letter not in _letters(rest) or uneven:
+    if letter not in letters_of(rest) or uneven:
         return None
     return Node("family", text, (read(rest),), letter + domain)
 
 
-def _letters(text: str) -> set[str]:
+def letters_of(text: str) -> set[str]:
+    """Returns the letters of a text that belong to no LaTeX command."""
     return set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
 
 
@@ -237,7 +239,7 @@ def family_of(node: Node, letter: str) -> Node | None:
 
     Returns None if the letter is not k, n or m, or not in the answer.
     """
-    usual = letter in "knm" and letter in _letters(node.text)
+    usual = letter in "knm" and letter in letters_of(node.text)
     return Node("family", node.text, (node,), letter + "Z") if usual else None
 
 
@@ -335,13 +337,6 @@ def _determinant(cells: list[list[str]]) -> str:
         minor = [row[:n] + row[n + 1 :] for row in cells[1:]]
         terms.append(f"{'-' if n % 2 else '+'}({cell})({_determinant(minor)})")
     return "".join(terms)
-
-
-def _rows_of_lists(items: tuple[Node, ...]) -> tuple[Node, ...] | None:
-    """Returns the rows of a list of lists such as [[1,2],[3,4]], or None."""
-    lists = all(item.kind == "tuple" and item.marks == "[]" for item in items)
-    same = len({len(item.items) for item in items}) == 1
-    return items if lists and same else None
 
 
 def relation_sides(text: str) -> tuple[list[str], list[str]] | None:
