@@ -5,12 +5,13 @@ import re
 import pytest
 from test_config_values import TINY, fresh_flags, parsed
 
-from grpo_jax import convert, evaluate, export, train
+from grpo_jax import census, convert, evaluate, export, train
 from grpo_jax.evaluation.flags import parse_flags
 from grpo_jax.plan.__main__ import main as plan
 
 COMMANDS = {
     "train": (lambda words: train.main(["train.py", *words]), "--accept_changes"),
+    "census": (lambda words: census.main(["census", *words]), "--accept_changes"),
     "evaluate": (evaluate.main, "--max_new_tokens"),
     "export": (export.main, "--adapter"),
     "convert": (convert.main, "--package"),

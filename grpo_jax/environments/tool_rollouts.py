@@ -100,11 +100,6 @@ class _Row:
         self.add(self.told)
 
 
-def _last_run(mask: Sequence[Any]) -> int:
-    """Returns how many values at the end are true."""
-    return next((i for i, m in enumerate(reversed(mask)) if not m), len(mask))
-
-
 def solve(
     model: Decoder,
     params: Params,
@@ -217,17 +212,17 @@ def _only(out: Rollouts, rows: Sequence[int], multiple: int) -> Rollouts:
 
 def _gathered(rows: Sequence[_Row], occupancy: float) -> Solutions:
     lengths = np.array([len(row.tokens) for row in rows], np.int32)
-    shape = (len(rows), int(lengths.max()))
-    found = {
-        "tokens": np.zeros(shape, np.int32),
-        "logps": np.zeros(shape, np.float32),
-        "mask": np.zeros(shape, bool),
-    }
-    for name, table in found.items():
-        for i, row in enumerate(rows):
-            table[i, : lengths[i]] = getattr(row, name)
+
+    def padded(name: str, dtype: Any) -> np.ndarray:
+        table = np.zeros((len(rows), lengths.max()), dtype)
+        for row, values, n in zip(rows, table, lengths, strict=True):
+            values[:n] = getattr(row, name)
+        return table
+
     return Solutions(
-        **found,
+        tokens=padded("tokens", np.int32),
+        logps=padded("logps", np.float32),
+        mask=padded("mask", bool),
         lengths=lengths,
         finished=np.array([row.finished for row in rows]),
         occupancy=occupancy,
@@ -262,8 +257,7 @@ def text_of(tokenizer: Tokenizer, tokens: Sequence[int], mask: Sequence[Any]) ->
       mask: for each of them whether it was sampled.
     """
     text = tokenizer.decode(tokens)
-    if mask and mask[-1]:
-        own = tokenizer.decode(tokens[len(mask) - _last_run(mask) :])
-        if STOP in own:
-            text = text[: text.rindex(STOP)]
+    turn = max((i for i, sampled in enumerate(mask, 1) if not sampled), default=0)
+    if STOP in tokenizer.decode(tokens[turn:]):
+        text = text[: text.rindex(STOP)]
     return text

@@ -1,8 +1,8 @@
 """Calls of reward functions, which may hang, fail or return anything.
 
-A `Call` runs one function and holds N floats, with NaN for no value, or the exception
-that the function raised. `Calls` records the calls of a run, so that the run stops if a
-function keeps failing.
+`start_call` runs one function; its future holds N floats, with NaN for no value, or the
+exception that the function raised. `Calls` records the calls of a run, so that the run
+stops if a function keeps failing.
 """
 
 import asyncio
@@ -12,7 +12,8 @@ import itertools
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,54 +28,41 @@ LARGEST = 1e15
 SILENT_CALLS = 10  # calls without any value after which a function is refused
 
 
-class Call:
-    """Runs a reward function in a daemon thread, which does not delay exit.
+def start_call(
+    name: str, function: Reward, arguments: Mapping[str, Any], seconds: float
+) -> Future[np.ndarray]:
+    """Starts a reward function in a daemon thread, which does not delay exit.
 
     Args:
       name: the function's name, for messages.
       function: the reward function, sync or async.
       arguments: the arguments by name; each is a sequence of N values.
+      seconds: how long its caller waits. An async function is cancelled after that; a
+        sync one keeps running.
 
-    Attributes:
-      done: set when the call has ended.
-      values: float32 [N], NaN for no value; None before the end and after an error.
-      error: the exception that the call raised, if any.
+    Returns:
+      A future of float32 [N], NaN for no value, or of an `Exception`.
     """
+    future: Future[np.ndarray] = Future()
+    # Copies, so that a function that changes its lists does not affect others.
+    arguments = {k: copy.copy(values) for k, values in arguments.items()}
+    size = len(arguments["completions"])
 
-    def __init__(self, name: str, function: Reward, arguments: Mapping[str, Any]):
-        self.name, self.function = name, function
-        self.size = len(arguments["completions"])
-        # Copies, so that a function that changes its lists does not affect others.
-        self.arguments = {k: copy.copy(values) for k, values in arguments.items()}
-        self.values: np.ndarray | None = None  # [N], NaN where there is no value
-        self.error: Exception | None = None
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.task: asyncio.Task | None = None
-        self.done = threading.Event()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self) -> None:
+    def run() -> None:
         try:
-            value = self.function(**self.arguments)
+            value = function(**arguments)
             if inspect.isawaitable(value):
-                value = asyncio.run(self._wait(value))
+                # A little later than the caller gives up, who then calls it late.
+                value = asyncio.run(asyncio.wait_for(value, seconds + 0.5))
             # In this thread, as reading the returned object may run its own code.
-            self.values = values_of(self.name, value, self.size)
-        except asyncio.CancelledError:
-            self.error = RuntimeError("it was cancelled")
-        except BaseException as error:  # a SystemExit counts as a failure too
-            self.error = error if isinstance(error, Exception) else RuntimeError(error)
-        finally:
-            self.done.set()
+            future.set_result(values_of(name, value, size))
+        except Exception as error:
+            future.set_exception(error)
+        except BaseException as error:  # SystemExit and a cancellation are failures too
+            future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
 
-    async def _wait(self, value: Any) -> Any:
-        self.loop, self.task = asyncio.get_running_loop(), asyncio.current_task()
-        return await value
-
-    def cancel(self) -> None:
-        """Cancels an async function; a sync one keeps running in its thread."""
-        if self.loop is not None and self.task is not None and self.loop.is_running():
-            self.loop.call_soon_threadsafe(self.task.cancel)
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 @dataclass
@@ -89,11 +77,6 @@ class Calls:
 
     recent: deque[bool] = field(default_factory=lambda: deque(maxlen=100))
     silent: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    def add(self, raised: bool) -> float:
-        """Records a call, and returns the share of recent calls that raised."""
-        self.recent.append(raised)
-        return sum(self.recent) / len(self.recent)
 
     def hear(self, name: str, values: np.ndarray) -> None:
         """Records the values of a call.
@@ -136,17 +119,15 @@ def values_of(name: str, returned: Any, n: int) -> np.ndarray:
     Raises:
       WrongCount: it is not a sequence of N values.
     """
-    sized = hasattr(returned, "__len__") and hasattr(returned, "__iter__")
-    if getattr(returned, "ndim", 1) == 0:
-        sized = False  # a 0-d array has both, but neither works
-    if not sized or isinstance(returned, (str, bytes, Mapping)):
+    scalar = getattr(returned, "ndim", 1) == 0  # has a length and an iterator that fail
+    sized = isinstance(returned, Sized) and isinstance(returned, Iterable)
+    if scalar or not sized or isinstance(returned, (str, bytes, Mapping)):
         raise WrongCount(
             f"reward {name}: returned {type(returned).__name__}, not {n} values"
         )
-    length = len(returned)
-    if length != n:
+    if (length := len(returned)) != n:
         raise WrongCount(f"reward {name}: returned {length} values for {n} completions")
-    values = list(itertools.islice(iter(returned), n + 1))
+    values = list(itertools.islice(returned, n + 1))
     if len(values) != n:
         found = "more" if len(values) > n else len(values)
         raise WrongCount(

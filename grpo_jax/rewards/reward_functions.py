@@ -13,9 +13,9 @@ import inspect
 import logging
 import math
 import threading
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from concurrent import futures
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
 from grpo_jax.rewards import answers
 from grpo_jax.rewards.grading import worker_pool
-from grpo_jax.rewards.reward_calls import LARGEST, Call, Calls, Reward, WrongCount
+from grpo_jax.rewards.reward_calls import LARGEST, Calls, Reward, WrongCount, start_call
 
 log = logging.getLogger(__name__)
 RESERVED = ("prompts", "completions")  # names that no data column may have
@@ -51,9 +51,11 @@ def rule_reward(
     >>> rule_reward(["1+1?"] * 2, [r"so \boxed{2}", "it is 3."], answer=["2", "2"])
     [1.0, 0.0]
     """
-    texts = [_text(completion) for completion in completions]
-    languages = [name or "en" for name in language or [None] * len(texts)]
-    found = [answers.extract(*pair) for pair in zip(texts, languages, strict=True)]
+    languages = language or [None] * len(completions)
+    found = [
+        answers.extract(_text(completion), name or "en")
+        for completion, name in zip(completions, languages, strict=True)
+    ]
     return [float(same) for same in worker_pool.grade(found, [str(a) for a in answer])]
 
 
@@ -65,8 +67,7 @@ def format_reward(prompts: Sequence, completions: Sequence, **columns) -> list[f
     """
     scores = []
     for completion in completions:
-        text = _text(completion)
-        text = answers.final_part(text)
+        text = answers.final_part(_text(completion))
         boxes = answers.boxed(text)
         one = text.count(r"\boxed") == text.count(r"\boxed{") == len(boxes) == 1
         scores.append(float(one and bool(boxes[0].strip())))
@@ -99,8 +100,8 @@ def resolve(name: str) -> Reward:
     built_in = {"rule": rule_reward, "format": format_reward}
     if name in built_in:
         return built_in[name]
-    where, colon, function = name.rpartition(":")
-    if not colon or not where or not function:
+    where, _, function = name.rpartition(":")
+    if not (where and function):
         raise GrpoError(
             f"reward {name!r}: not rule, format, module:function or file.py:function"
         )
@@ -116,7 +117,7 @@ def resolve(name: str) -> Reward:
     except Exception as error:
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
         raise GrpoError(f"reward {name!r}: cannot import {where} ({problem})") from None
-    found = vars(module).get(function)
+    found = getattr(module, function, None)
     if not callable(found):
         raise GrpoError(f"reward {name!r}: {where} has no function {function!r}")
     return found
@@ -130,57 +131,56 @@ class Scores:
       rewards: float32 [N], the weighted sum over the functions that returned a value.
         NaN if none did; `group_advantages` leaves such samples out.
       by_function: unweighted rewards of each function, float32 [N]; NaN for no value.
-      failures: the number of samples without a value, by function.
       timeouts: the number of calls that timed out, with 0.0 for all their samples.
-      errors: the number of calls that raised an exception, by function.
     """
 
     rewards: np.ndarray
     by_function: dict[str, np.ndarray]
-    failures: dict[str, int]
     timeouts: int = 0
-    errors: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """The number of samples without a value, by function."""
+        return {name: int(np.isnan(x).sum()) for name, x in self.by_function.items()}
 
     def take(self, indices: Sequence[int]) -> "Scores":
         """Returns the scores of the samples at `indices`.
 
-        `timeouts` and `errors` remain those of the whole batch.
+        `timeouts` remains that of the whole batch.
         """
         rows = list(indices)
         by_function = {name: x[rows] for name, x in self.by_function.items()}
-        failures = {name: int(np.isnan(x).sum()) for name, x in by_function.items()}
-        return replace(
-            self, rewards=self.rewards[rows], by_function=by_function, failures=failures
-        )
+        return replace(self, rewards=self.rewards[rows], by_function=by_function)
 
     @staticmethod
     def join(parts: "Sequence[Scores]") -> "Scores":
         """Concatenates the scores of several batches.
 
-        `timeouts` and `errors` are the largest of any batch.
+        `timeouts` is the largest of any batch.
         """
-        names = list(parts[0].by_function)
         return Scores(
-            rewards=np.concatenate([p.rewards for p in parts]),
-            by_function={
-                n: np.concatenate([p.by_function[n] for p in parts]) for n in names
+            np.concatenate([p.rewards for p in parts]),
+            {
+                name: np.concatenate([p.by_function[name] for p in parts])
+                for name in parts[0].by_function
             },
-            failures={n: sum(p.failures[n] for p in parts) for n in names},
-            timeouts=max(p.timeouts for p in parts),
-            errors={n: max(p.errors[n] for p in parts) for n in parts[0].errors},
+            max(p.timeouts for p in parts),
         )
 
     def gather(self) -> "Scores":
         """Returns the joined scores of all processes; each has graded its share."""
-        arrays = {"rewards": self.rewards, **self.by_function}
-        mine = {name: x.tolist() for name, x in arrays.items()}
-        parts = []
-        for lists, counts in processes.exchange(
-            (mine, (self.failures, self.timeouts, self.errors))
-        ):
-            by = {name: np.array(x, np.float32) for name, x in lists.items()}
-            parts.append(Scores(by.pop("rewards"), by, *counts))
-        return Scores.join(parts)
+        by_function = {name: x.tolist() for name, x in self.by_function.items()}
+        mine = self.rewards.tolist(), by_function, self.timeouts
+        return Scores.join(
+            [
+                Scores(
+                    np.array(rewards, np.float32),
+                    {name: np.array(x, np.float32) for name, x in by.items()},
+                    timeouts,
+                )
+                for rewards, by, timeouts in processes.exchange(mine)
+            ]
+        )
 
 
 def score(
@@ -237,52 +237,47 @@ def score(
     if not 0 < timeout <= threading.TIMEOUT_MAX:
         raise GrpoError(f"rewards: timeout {timeout} is no number of seconds to wait")
     n = len(completions)
-    for column, values in {"prompts": prompts, **columns}.items():
+    check_calls(functions, columns)
+    arguments = {**columns, "prompts": prompts, "completions": completions}
+    for column, values in arguments.items():
         if len(values) != n:
             raise GrpoError(
                 f"rewards: {column} has {len(values)} values for {n} completions"
             )
-    check_calls(functions, columns)
-    arguments = {**columns, "prompts": prompts, "completions": completions}
-    until = time.monotonic() + timeout
     pairs = zip(names, functions, strict=True)
-    running = [Call(name, function, arguments) for name, function in pairs]
+    running = [start_call(*pair, arguments, timeout) for pair in pairs]
+    futures.wait(running, timeout)
     by_function: dict[str, np.ndarray] = {}
-    errors = dict.fromkeys(names, 0)
     timeouts = 0
     calls = Calls() if calls is None else calls
-    share, problem = 0.0, ""
+    problem = ""
     for name, call in zip(names, running, strict=True):
-        if not call.done.wait(max(0.0, until - time.monotonic())):
-            call.cancel()
+        late = not call.done()
+        error = None if late else call.exception()
+        if isinstance(error, WrongCount):
+            raise error
+        calls.recent.append(error is not None)
+        if late:
             timeouts += 1
-            share = calls.add(False)
             log.warning("reward %s: no answer in %g s, counted as wrong", name, timeout)
             by_function[name] = np.zeros(n, np.float32)
-            continue
-        if isinstance(call.error, WrongCount):
-            raise call.error
-        share = calls.add(call.error is not None)
-        if call.values is not None:
-            by_function[name] = call.values
-            calls.hear(name, call.values)
-            continue
-        errors[name] = 1
-        problem = f"reward {name}: {type(call.error).__name__}: {call.error}"
-        problem = " ".join(problem.split())
-        sample = (str(prompts[0])[:200], str(completions[0])[:200]) if n else ()
-        log.warning("%s; for example on %r", problem, sample, exc_info=call.error)
-        by_function[name] = np.full(n, np.nan, np.float32)
+        elif error is None:
+            by_function[name] = call.result()
+            calls.hear(name, by_function[name])
+        else:
+            problem = f"reward {name}: {type(error).__name__}: {error}"
+            problem = " ".join(problem.split())
+            sample = (str(prompts[0])[:200], str(completions[0])[:200]) if n else ()
+            log.warning("%s; for example on %r", problem, sample, exc_info=error)
+            by_function[name] = np.full(n, np.nan, np.float32)
+    share = sum(calls.recent) / max(1, len(calls.recent))
     if problem and share > max_failures:
         raise GrpoError(
             f"{problem} ({share:.0%} of the reward calls raised, above"
             f" {max_failures:.0%}); mend the function"
         )
-    table = np.stack([*by_function.values()]) if functions else np.zeros((0, n))
-    given = ~np.isnan(table)
-    total = np.sum(
-        np.where(given, table, 0.0) * np.asarray(weights, np.float64)[:, None], axis=0
-    )
+    table = np.reshape([*by_function.values()], (len(names), n))
+    total = np.asarray(weights, np.float64) @ np.nan_to_num(table)
     large = np.flatnonzero(~(np.abs(total) <= LARGEST))
     if large.size:
         raise GrpoError(
@@ -291,28 +286,19 @@ def score(
             "smaller"
         )
     return Scores(
-        rewards=np.where(given.any(axis=0), total, np.nan).astype(np.float32),
+        rewards=np.where(np.isnan(table).all(axis=0), np.nan, total).astype(np.float32),
         by_function=by_function,
-        failures={name: int(np.isnan(v).sum()) for name, v in by_function.items()},
         timeouts=timeouts,
-        errors=errors,
     )
 
 
 def _names(functions: Sequence[Reward]) -> list[str]:
-    names: list[str] = []
-    for function in functions:
-        name = (
-            function.__name__
-            if hasattr(function, "__name__")
-            else type(function).__name__
-        )
-        again = sum(other.partition("#")[0] == name for other in names)
-        names.append(f"{name}#{again + 1}" if again else name)
-    return names
+    names = [getattr(f, "__name__", type(f).__name__) for f in functions]
+    before = [names[:i].count(name) for i, name in enumerate(names)]
+    return [f"{n}#{k + 1}" if k else n for n, k in zip(names, before, strict=True)]
 
 
-def check_calls(functions: Sequence[Reward], columns: Iterable[str]) -> None:
+def check_calls(functions: Sequence[Reward], columns: Collection[str]) -> None:
     """Checks that the functions can be called with these columns.
 
     Args:
@@ -323,27 +309,19 @@ def check_calls(functions: Sequence[Reward], columns: Iterable[str]) -> None:
       GrpoError: a column's name is in `RESERVED`, or a function does not accept the
         columns or needs another one.
     """
-    columns = list(columns)
-    for name in RESERVED:
-        if name in columns:
-            raise GrpoError(
-                f"rewards: the data has a column {name!r}, which is what the functions "
-                f"get the run's own {name} by; rename the column"
-            )
+    for name in set(RESERVED) & set(columns):
+        raise GrpoError(
+            f"rewards: the data has a column {name!r}, which is what the functions "
+            f"get the run's own {name} by; rename the column"
+        )
     arguments = dict.fromkeys([*RESERVED, *columns])
     for name, function in zip(_names(functions), functions, strict=True):
-        _check_signature(name, function, arguments)
-
-
-def _check_signature(name: str, function: Reward, arguments: dict[str, Any]) -> None:
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some built-in functions have none
-        return
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        raise GrpoError(
-            f"reward {name}: {error}; it is called with"
-            f" {', '.join(arguments)} by name, take the rest as **columns"
-        ) from None
+        try:
+            inspect.signature(function).bind(**arguments)
+        except ValueError:  # some built-in functions have no signature
+            continue
+        except TypeError as error:
+            raise GrpoError(
+                f"reward {name}: {error}; it is called with"
+                f" {', '.join(arguments)} by name, take the rest as **columns"
+            ) from None

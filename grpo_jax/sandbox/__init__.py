@@ -99,15 +99,13 @@ class Sandbox:
         for self.mechanism in names:
             try:
                 result = self.run_program(PROBE)
-            except (OSError, ValueError, SandboxError) as fault:
-                faults.append(f"{self.mechanism}: {fault}")
-                self.close()
-                continue
-            if result.status == "ok" and result.stdout == "confined\n":
-                return
-            faults.append(f"{self.mechanism}: {result.stderr.strip()[-300:]}")
+                if result.status == "ok" and result.stdout == "confined\n":
+                    return
+                fault = result.stderr.strip()[-300:]
+            except (OSError, ValueError, SandboxError) as error:
+                fault = str(error)
+            faults.append(f"{self.mechanism}: {fault}")
             self.close()
-        self.close()
         raise GrpoError(
             "sandbox: this machine has no way to confine a program; "
             f"`apt-get install bubblewrap` ({'; '.join(faults)})"
@@ -220,13 +218,11 @@ class _Server:
                 start_new_session=True,  # Ctrl-C is the host's to handle
             )
         self.control.settimeout(START_SECONDS)
-        try:
-            ready = self.control.recv(16) == b"ready"
-        except OSError:
-            ready = False
-        if not ready:
-            self.close()
-            raise GrpoError(self.fault or "its server did not start")
+        with contextlib.suppress(OSError):
+            if self.control.recv(16) == b"ready":
+                return
+        self.close()
+        raise GrpoError(self.fault or "its server did not start")
 
     def send_request(self, request: dict, wall_seconds: float) -> dict:
         """Returns the reply to a request; raises OSError or ValueError if none came."""
@@ -253,7 +249,6 @@ class _Server:
             self.errors.close()
 
 
-_shared: tuple[int, Sandbox] | None = None
 _shared_lock = threading.Lock()
 
 
@@ -266,15 +261,13 @@ def shared_sandbox() -> Sandbox:
     >>> shared_sandbox().run_program("import sympy; print(sympy.sqrt(8))").stdout
     '2*sqrt(2)\\n'
     """
-    global _shared
     with _shared_lock:
-        if _shared is None or _shared[0] != os.getpid():
-            _shared = os.getpid(), Sandbox()
-            atexit.register(_close_shared, os.getpid())
-        return _shared[1]
+        return _sandbox_of(os.getpid())
 
 
-def _close_shared(owner: int) -> None:
-    if _shared is not None and os.getpid() == owner == _shared[0]:
-        with contextlib.suppress(OSError):
-            _shared[1].close()
+@functools.cache
+def _sandbox_of(process: int) -> Sandbox:
+    sandbox = Sandbox()
+    # In a fork, the server still belongs to the parent.
+    atexit.register(lambda: process == os.getpid() and sandbox.close())
+    return sandbox

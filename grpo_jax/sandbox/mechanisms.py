@@ -13,23 +13,20 @@ from pathlib import Path
 
 from grpo_jax.errors import GrpoError
 
-PACKAGES = ("numpy", "numpy.libs", "sympy", "mpmath")
+PACKAGES = ("numpy", "sympy", "mpmath")
 LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
 SERVER = Path(__file__).with_name("server.py")
 
 
 def package_folders() -> list[Path]:
-    """The folders of `PACKAGES`; numpy.libs only if numpy has one."""
-    found = []
+    """The folders of `PACKAGES`, and of the libraries that come with them."""
+    found: list[Path] = []
     for name in PACKAGES:
-        if name.endswith(".libs"):
-            folder = found[-1].with_name(name)
-            found += [folder] if folder.is_dir() else []
-            continue
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.submodule_search_locations:
             raise GrpoError(f"sandbox: no {name} in this Python; pip install {name}")
-        found.append(Path(spec.submodule_search_locations[0]).resolve())
+        folder = Path(spec.submodule_search_locations[0]).resolve()
+        found += filter(Path.is_dir, (folder, folder.with_name(f"{name}.libs")))
     return found
 
 
@@ -73,18 +70,18 @@ def bubblewrap_command(control: int) -> tuple[list[str], dict[str, str]]:
     prefix = Path(sys.base_prefix).resolve()
     python = Path("/py") / Path(sys.executable).resolve().relative_to(prefix)
     command = [program, "--unshare-ipc", "--unshare-pid", "--unshare-net"]
-    command += ["--unshare-uts", "--unshare-cgroup-try", "--hostname", "sandbox"]
     # No --die-with-parent: it means the starting thread. The server ends by itself
     # when the host's end of the socket closes.
-    command += ["--new-session"]
+    command += ["--unshare-uts", "--unshare-cgroup-try", "--new-session"]
+    command += ["--hostname", "sandbox"]
+    kept = ["SYS_ADMIN"]  # to mount each program's own /tmp
     if os.geteuid() == 0:
         # SETUID and SETGID to become nobody, KILL to end what became nobody.
-        kept = ["SETUID", "SETGID", "KILL"]
+        kept += ["SETUID", "SETGID", "KILL"]
         command += ["--cap-drop", "ALL"]
     else:
-        kept = []
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
-    for name in [*kept, "SYS_ADMIN"]:  # to mount each program's own /tmp
+    for name in kept:
         command += ["--cap-add", f"CAP_{name}"]
     # bubblewrap would make these on its own, but for root alone.
     for folder in ("/usr", "/py", "/py/lib", "/site", "/dev", "/tmp"):

@@ -62,7 +62,7 @@ _WRITING = {
     "unlink": 87, "mkdirat": 258, "unlinkat": 263, "renameat": 264,
 }  # fmt: skip
 _ABSENT = {"clone3": 435, "openat2": 437}  # the C library then uses the older call
-_FCNTL = 72
+_FCNTL, _LANDLOCK = 72, 444  # Landlock: create a rule set, add a rule, restrict
 # Without F_SETOWN, which lets a pipe signal another process without any kill().
 _FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030)  # F_DUPFD, F_GET/SETFD, F_GET/SETFL, …CLOEXEC
 _OPEN_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -80,68 +80,67 @@ def seccomp_filter(may_write: bool) -> bytes:
       may_write: whether files may be opened for writing. If not, the filter alone
         refuses it: Landlock of older kernels lets O_TRUNC through.
     """
-    steps: list[tuple[int, int, int, int]] = []  # code, if true skip, if false skip, k
-    add = steps.append
 
-    def answer(number: int, result: int) -> None:
-        add((_EQUAL, 0, 1, number))
-        add((_RETURN, 0, 0, result))
+    def answer(number: int, result: int) -> list[tuple[int, int, int, int]]:
+        return [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, result)]
 
-    add((_LOAD, 0, 0, 4))  # the architecture
-    add((_EQUAL, 1, 0, _X86_64))
-    add((_RETURN, 0, 0, _KILL))
-    add((_LOAD, 0, 0, 0))  # the number
-    add((_AT_LEAST, 0, 1, _X32))
-    add((_RETURN, 0, 0, _KILL))
-    for number in _ALWAYS.values():
-        answer(number, _ALLOW)
+    # Each step is a code, the steps to skip if true and if false, and a number.
+    steps = [
+        (_LOAD, 0, 0, 4),  # the architecture
+        (_EQUAL, 1, 0, _X86_64),
+        (_RETURN, 0, 0, _KILL),
+        (_LOAD, 0, 0, 0),  # the number
+        (_AT_LEAST, 0, 1, _X32),
+        (_RETURN, 0, 0, _KILL),
+    ]
+    allowed = _ALWAYS | _OPEN | _WRITING if may_write else _ALWAYS
+    for number in allowed.values():
+        steps += answer(number, _ALLOW)
     for number in _ABSENT.values():
-        answer(number, _REFUSE | _ENOSYS)
-    if may_write:
-        for number in (*_OPEN.values(), *_WRITING.values()):
-            answer(number, _ALLOW)
-    else:
+        steps += answer(number, _REFUSE | _ENOSYS)
+    if not may_write:
         for number, argument in ((_OPEN["open"], 1), (_OPEN["openat"], 2)):
-            add((_EQUAL, 0, 4, number))
-            add((_LOAD, 0, 0, 16 + 8 * argument))
-            add((_ANY_BIT, 0, 1, _OPEN_TO_WRITE))
-            add((_RETURN, 0, 0, _REFUSE | _EPERM))
-            add((_RETURN, 0, 0, _ALLOW))
-    add((_EQUAL, 0, 2 + 2 * len(_FCNTL_COMMANDS), _FCNTL))
-    add((_LOAD, 0, 0, 16 + 8))
+            steps += [
+                (_EQUAL, 0, 4, number),
+                (_LOAD, 0, 0, 16 + 8 * argument),
+                (_ANY_BIT, 0, 1, _OPEN_TO_WRITE),
+                (_RETURN, 0, 0, _REFUSE | _EPERM),
+                (_RETURN, 0, 0, _ALLOW),
+            ]
+    steps += [(_EQUAL, 0, 2 + 2 * len(_FCNTL_COMMANDS), _FCNTL), (_LOAD, 0, 0, 16 + 8)]
     for command in _FCNTL_COMMANDS:
-        answer(command, _ALLOW)
-    add((_RETURN, 0, 0, _REFUSE | _EPERM))
-    add((_RETURN, 0, 0, _REFUSE | _EPERM))
+        steps += answer(command, _ALLOW)
+    steps += [(_RETURN, 0, 0, _REFUSE | _EPERM)] * 2
     return b"".join(struct.pack("=HBBI", *step) for step in steps)
 
 
 # ---- giving things up ----------------------------------------------------------------
-def _call(what: str, result: int) -> int:
-    """A C function's result; OSError where it is -1."""
+def _call(function: str, *arguments: object) -> int:
+    """Calls a function of the C library; raises OSError if it returns -1."""
+    result = getattr(LIBC, function)(*arguments)
     if result == -1:
         number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
+        raise OSError(number, f"{function} {arguments[0]}: {os.strerror(number)}")
     return result
 
 
 def _prctl(option: int, value: object, more: object = 0) -> None:
-    _call(f"prctl {option}", LIBC.prctl(option, value, more, 0, 0))
+    _call("prctl", option, value, more, 0, 0)
 
 
 def landlock_ruleset(readable: list[str]) -> int:
     """Returns the descriptor of a Landlock rule set that allows to read these paths."""
-    version = _call("Landlock", LIBC.syscall(444, None, ctypes.c_size_t(0), 1))
+    version = _call("syscall", _LANDLOCK, None, ctypes.c_size_t(0), 1)
     rights = 13 + (version >= 2) + (version >= 3) + (version >= 5)
     handled = ctypes.c_uint64((1 << rights) - 1)
     size = ctypes.c_size_t(8)
-    ruleset = _call("Landlock", LIBC.syscall(444, ctypes.byref(handled), size, 0))
+    ruleset = _call("syscall", _LANDLOCK, ctypes.byref(handled), size, 0)
     for path in filter(os.path.exists, readable):
         place = os.open(path, os.O_PATH)
         read_file, read_folder = 4, 8
         rule = read_file | (read_folder if os.path.isdir(path) else 0)
         packed = ctypes.create_string_buffer(struct.pack("=Qi", rule, place), 12)
-        _call("Landlock", LIBC.syscall(445, ruleset, 1, packed, 0))
+        _call("syscall", _LANDLOCK + 1, ruleset, 1, packed, 0)
         os.close(place)
     return ruleset
 
@@ -150,12 +149,10 @@ def mount_own_tmp() -> None:
     """Enters a new mount namespace with an empty /tmp of bounded size."""
     new_mounts, recursive, private = 0x20000, 0x4000, 1 << 18
     nosuid_nodev_noexec = 2 | 4 | 8
-    _call("unshare", LIBC.unshare(new_mounts))
-    _call("mount", LIBC.mount(None, b"/", None, recursive | private, None))
+    _call("unshare", new_mounts)
+    _call("mount", None, b"/", None, recursive | private, None)
     size = f"size={TMP_BYTES},nr_inodes={TMP_FILES},mode=1777".encode()
-    _call(
-        "mount /tmp", LIBC.mount(b"tmpfs", b"/tmp", b"tmpfs", nosuid_nodev_noexec, size)
-    )
+    _call("mount", b"tmpfs", b"/tmp", b"tmpfs", nosuid_nodev_noexec, size)
 
 
 def set_limits(memory_bytes: int, cpu_seconds: float) -> None:
@@ -197,10 +194,10 @@ def confine_process(
     _prctl(set_dumpable, 0)
     _prctl(set_death_signal, signal.SIGKILL)  # with the keeper
     if ruleset is not None:
-        _call("Landlock", LIBC.syscall(446, ruleset, 0))
+        _call("syscall", _LANDLOCK + 2, ruleset, 0)
         os.close(ruleset)
     header, none = struct.pack("=Ii", 0x20080522, 0), bytes(24)
-    _call("capset", LIBC.capset(header, none))
+    _call("capset", header, none)
     code = ctypes.create_string_buffer(filter_, len(filter_))
     program = struct.pack("@HP", len(filter_) // 8, ctypes.addressof(code))
     _prctl(set_seccomp, 2, program)
@@ -221,17 +218,17 @@ def execute_program(source: str) -> int:
     name, main = "<program>", types.ModuleType("__main__")
     sys.modules["__main__"], sys.argv = main, [name]
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-    code = 1
+    code = 0
     try:
         exec(compile(source, name, "exec", dont_inherit=True), main.__dict__)
-        code = 0
     except SystemExit as leave:
         if leave.code is None or isinstance(leave.code, int):
             code = (leave.code or 0) & 0xFF
         else:
+            code = 1
             print(leave.code, file=sys.stderr)
     except BaseException as error:
-        where = error.__traceback__
+        code, where = 1, error.__traceback__
         error = error.with_traceback(where and where.tb_next)
         traceback.print_exception(error, limit=-100)  # deep recursion has millions
     sys.stdout.flush()
@@ -298,17 +295,15 @@ def handle_connection(connection: socket.socket, confinement) -> None:
         seconds = time.monotonic() - begin
         code = os.waitstatus_to_exitcode(status)
         spent = used.ru_utime + used.ru_stime
-        if not reason and code == -signal.SIGKILL:
-            # The kernel killed it: at the CPU limit, or for memory.
-            if spent > math.ceil(request["cpu_seconds"]) - 0.5:
-                reason = "timeout"
+        late = spent > math.ceil(request["cpu_seconds"]) - 0.5
+        if code == -signal.SIGKILL and late:  # not for memory
+            reason = reason or "timeout"
         if code < 0 and not reason:
             texts[1] += f"killed by signal {-code}\n".encode()
-        stdout, stderr = (text.decode(errors="replace") for text in texts)
         reply = {
             "status": reason or ("error" if code else "ok"),
-            "stdout": stdout,
-            "stderr": stderr,
+            "stdout": texts[0].decode(errors="replace"),
+            "stderr": texts[1].decode(errors="replace"),
             "seconds": seconds,
         }
     connection.sendall(json.dumps(reply).encode() + b"\n")

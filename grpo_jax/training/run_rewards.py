@@ -84,7 +84,6 @@ class Rewards:
             scores,
             rewards=scores.rewards + punishment,
             by_function=scores.by_function | {"overlong": punishment},
-            failures=scores.failures | {"overlong": 0},
         )
 
     def correctness(self, scores: Scores) -> np.ndarray:

@@ -393,7 +393,7 @@ def test_a_sandbox_that_fails_is_no_wrong_answer():
 
 
 def test_without_a_sandbox_nothing_starts(monkeypatch):
-    monkeypatch.setattr(sandbox, "_shared", None)
+    sandbox._sandbox_of.cache_clear()
     monkeypatch.setattr(sandbox.mechanisms, "MECHANISMS", {})
     with pytest.raises(GrpoError, match="no way to confine a program"):
         Interpreter()

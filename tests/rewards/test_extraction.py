@@ -106,6 +106,7 @@ STATED = [
     ("<think>a</think> \\boxed{1} <think>b \\boxed{3}</think> \\boxed{2}", "2"),
     ("<think>3</think><answer>2</answer>", "2"),
     ("<answer> x < 2 </answer>", "x < 2"),
+    ("İİİİ <answer>12</answer>", "12"),  # İ has two characters in lower case
     ("<answer>So we have \\boxed{2}.</answer> 3 steps", "2"),
     ("<answer>It is 12 since 3 + 9 is.\nThe answer is 12.</answer> 3", "12"),
     # boxes
@@ -220,7 +221,7 @@ def test_the_end_token_is_no_text_where_it_is_not_flagged_special():
     assert tokenizer.decode([ids[-1], ids[5]]) == ">5"  # in the middle it is text
 
 
-N = 1_000_000
+N = 300_000
 LONG = {
     "nested boxes": r"\boxed{" * (N // 8) + "1" + "}" * (N // 8),
     "open boxes": r"\boxed{" * (N // 7),
@@ -252,17 +253,17 @@ LONG = {
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_a_megabyte_takes_well_under_a_second(name):
-    """A fifth of a second at most, alone; here at the best of three tries."""
+def test_a_long_text_takes_linear_time(name):
+    """A twentieth of a second, alone; here at the best of three tries."""
     seconds = []
     for language in ("en", "de", "en"):
         began = time.process_time()
         answers.extract(LONG[name], language)
         extraction.last_number(LONG[name], language)
         seconds.append(time.process_time() - began)
-        if seconds[-1] < 0.6:
+        if seconds[-1] < 0.25:
             break
-    assert min(seconds) < 0.6
+    assert min(seconds) < 0.25
 
 
 def test_the_answer_of_every_row_of_the_table_is_right():

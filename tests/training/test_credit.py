@@ -38,8 +38,7 @@ def masked(samples, name) -> Any:
 def scores(**by_function):
     arrays = {k: np.array(v, np.float32) for k, v in by_function.items()}
     total = np.sum(list(arrays.values()), 0)
-    failures = dict.fromkeys(arrays, 0)
-    return Scores(rewards=total, by_function=arrays, failures=failures)
+    return Scores(rewards=total, by_function=arrays)
 
 
 def test_rejection_sampling_keeps_what_is_right():

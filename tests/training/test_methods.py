@@ -198,11 +198,11 @@ def test_the_rule_alone_tells_right_from_wrong(instruct):
         "overlong": np.array([0, -0.3, -0.1, 0], np.float32),
     }
     total = np.array([0, 0.7, 1.9, 1], np.float32)
-    scores = Scores(total, given, dict.fromkeys(given, 0))
+    scores = Scores(total, given)
     np.testing.assert_array_equal(rewards.correctness(scores), given["rule_reward"])
     del given["rule_reward"]
     other = dataclasses.replace(config, rewards=RewardSettings(functions="format"))
-    scores = Scores(total, given, dict.fromkeys(given, 0))
+    scores = Scores(total, given)
     np.testing.assert_array_equal(Rewards(other, []).correctness(scores), [0, 1, 1, 1])
 
 

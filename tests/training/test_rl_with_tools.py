@@ -125,7 +125,7 @@ def test_only_sampled_tokens_are_taught_and_counted(folder, recital):
         outputs = read(Experience(run).draw(0, params))
         group = run.config.group_size
         rewards = np.arange(len(outputs)) % group / group
-        scores = Scores(rewards, {"rule": rewards}, {"rule": 0})
+        scores = Scores(rewards, {"rule": rewards})
         samples = credit.outcome(
             outputs, scores, [1.0], group, scale="group", baseline="mean"
         )
@@ -299,7 +299,7 @@ def test_refused_where_no_sandbox_works_or_an_output_fits_no_row(
     with opened(folder, recital, "rows", optimizer__row_length=300) as run:
         with pytest.raises(GrpoError, match="row_length: 300; a prompt of 1 tokens"):
             rl.prepare(run)
-    monkeypatch.setattr(sandbox, "_shared", None)
+    sandbox._sandbox_of.cache_clear()
     monkeypatch.setattr(sandbox.mechanisms, "MECHANISMS", {})
     with opened(folder, recital, "bare") as run:
         with pytest.raises(GrpoError, match="no way to confine a program"):

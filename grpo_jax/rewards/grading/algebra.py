@@ -5,19 +5,18 @@ Expressions are compared by their 40-digit values at a few fixed points. Text th
 hang on hostile text.
 """
 
-import re
 from fractions import Fraction
 
-from grpo_jax.rewards.grading.equality import Exact, Undecided
+from grpo_jax.rewards.grading.equality import Exact, Undecided, attempt
 from grpo_jax.rewards.grading.expressions import (
     POINTS,
-    TooLarge,
     Unreadable,
     context,
     value_at,
 )
 from grpo_jax.rewards.grading.notation import APART, OR, clean
 from grpo_jax.rewards.grading.paper import RULES
+from grpo_jax.rewards.grading.structure import letters_of
 
 MATH_VERIFY_CHARS = 400  # longer text would only run into the time limit
 
@@ -36,9 +35,7 @@ def _close(a, b) -> bool:
         raise Unreadable("undefined")
     if mp.isinf(a) or mp.isinf(b):
         return a == b
-    if a == 0 or b == 0:
-        return abs(a - b) < mp.mpf(10) ** -30
-    return abs(a - b) <= mp.mpf(10) ** -28 * max(abs(a), abs(b))
+    return mp.almosteq(a, b, rel_eps=1e-28, abs_eps=1e-30 if 0 in (a, b) else 0)
 
 
 def same_function(a: str, b: str) -> bool:
@@ -57,21 +54,18 @@ def same_function(a: str, b: str) -> bool:
 
 
 def _agree(a: str, b: str, natural_log: bool) -> bool:
+    mp = context()
     pairs = zip(_values(a, natural_log), _values(b, natural_log), strict=True)
     for point, (x, y) in enumerate(pairs):
         if not _close(x, y):
             # For negative x, x^{2/3} and the square of the real cube root differ.
-            mp = context()
-            complex_values = mp.im(mp.convert(x)) != 0 or mp.im(mp.convert(y)) != 0
-            return point == POINTS - 1 and complex_values and "i" not in _letters(a + b)
+            is_complex = any(mp.im(mp.convert(v)) != 0 for v in (x, y))
+            last = point == POINTS - 1
+            return last and is_complex and "i" not in letters_of(a + b)
     return True
 
 
-def _letters(text: str) -> str:
-    return re.sub(r"\\[A-Za-z]+", "", text)
-
-
-def proportional(a: str, b: str, *, positive: bool = False) -> bool:
+def proportional(a: str, b: str, positive: bool = False) -> bool:
     """Returns whether a = c·b for a constant c ≠ 0 (c > 0 if `positive`).
 
     Raises:
@@ -101,51 +95,32 @@ class Algebra(Exact):
         try:
             return super().same(a, b)
         except Undecided:
-            pass
-        try:
-            return same_function(a, b)
-        except TooLarge:
-            return False
-        except Unreadable:
-            raise Undecided from None
+            return bool(attempt(same_function, a, b))
 
     def proportional(self, a: str, b: str, positive: bool) -> bool:
         """Returns whether a = c·b for a constant c ≠ 0 (c > 0 if `positive`)."""
-        try:
-            return proportional(a, b, positive=positive)
-        except TooLarge:
-            return False
-        except Unreadable:
-            raise Undecided from None
+        return bool(attempt(proportional, a, b, positive))
 
     def value(self, text: str) -> Fraction | None:
         """Returns a real constant to 25 decimals; None if the text is not one."""
-        mp = context()
-        try:
-            x, y = (mp.convert(value_at(text, point, True)) for point in (0, 1))
-        except Unreadable:
-            return None
-        if x != y or mp.im(x) != 0 or not mp.isfinite(x):
+        mp, x = context(), _constant(text)
+        if x is None or mp.im(x) != 0 or not mp.isfinite(x):
             return None
         return Fraction(int(mp.nint(mp.re(x) * 10**25)), 10**25)
 
     def close(self, a: str, b: str, within: float) -> bool:
-        """Returns whether two constants differ by at most `within`.
+        """Returns whether both are constants that differ by at most `within`."""
+        x, y = _constant(a), _constant(b)
+        return x is not None and y is not None and bool(abs(x - y) <= within)
 
-        Returns False if one of them is not a constant.
-        """
-        try:
-            return super().close(a, b, within)
-        except Undecided:
-            mp = context()
-        try:
-            x, y = (
-                [mp.convert(value_at(text, point, True)) for point in (0, 1)]
-                for text in (a, b)
-            )
-        except Unreadable:
-            return False
-        return x[0] == x[1] and y[0] == y[1] and bool(abs(x[0] - y[0]) <= within)
+
+def _constant(text: str):
+    """Returns the value of an expression without names; None for any other text."""
+    try:
+        x, y = (context().convert(value_at(text, point, True)) for point in (0, 1))
+    except Unreadable:
+        return None
+    return x if x == y else None
 
 
 def decide(prediction: str, reference: str, rule: str = "strict") -> bool:
@@ -159,12 +134,12 @@ def decide(prediction: str, reference: str, rule: str = "strict") -> bool:
     try:
         return RULES[rule](prediction, reference, Algebra())
     except Undecided:
-        plain = [_for_math_verify(text) for text in (prediction, reference)]
-        return _math_verify(*plain)
-
-
-def _for_math_verify(text: str) -> str:
-    return clean(text).replace(APART, "").replace(OR, ",")
+        return _math_verify(
+            *(
+                clean(text).replace(APART, "").replace(OR, ",")
+                for text in (prediction, reference)
+            )
+        )
 
 
 def _math_verify(prediction: str, reference: str) -> bool:
@@ -177,9 +152,8 @@ def _math_verify(prediction: str, reference: str) -> bool:
     # Use only the LaTeX parser: the plain one passes its text to sympy's parse_expr.
     # Its own time limit is an alarm in this process. The pool kills from outside.
     config = [math_verify.LatexExtractionConfig()]
-    parsed = [
+    gold, found = (
         math_verify.parse(f"${text}$", config, parsing_timeout=0)
         for text in (reference, prediction)
-    ]
-    gold, found = parsed
+    )
     return bool(gold and found) and math_verify.verify(gold, found, timeout_seconds=0)

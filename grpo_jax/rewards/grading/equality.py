@@ -8,6 +8,7 @@ the exact answer.
 """
 
 import re
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from grpo_jax.rewards.grading import notation
@@ -32,17 +33,28 @@ class Undecided(Exception):
     """Raised if a comparison needs more than rational arithmetic."""
 
 
+def attempt(compute: Callable, *args):
+    """Returns `compute(*args)`, or None if an expression is too large.
+
+    Raises:
+      Undecided: an expression is outside the grammar of `compute`.
+    """
+    try:
+        return compute(*args)
+    except TooLarge:
+        return None
+    except Unreadable:
+        raise Undecided from None
+
+
 class Exact:
     """Compares leaves by rational arithmetic; raises `Undecided` for others."""
 
     def same(self, a: str, b: str) -> bool:
         """Returns whether two expressions have the same value."""
-        try:
-            x, y = rational(a), rational(b)
-        except TooLarge:
+        x, y = attempt(rational, a), attempt(rational, b)
+        if x is None or y is None:
             return False
-        except Unreadable:
-            raise Undecided from None
         return x == y or _same_float(a, b, x, y)
 
     def proportional(self, a: str, b: str, positive: bool) -> bool:
@@ -51,29 +63,20 @@ class Exact:
 
     def value(self, text: str) -> Fraction | None:
         """Returns the value of a real constant; None if the text is not one."""
-        try:
-            return rational(text)
-        except TooLarge:
-            return None
-        except Unreadable:
-            raise Undecided from None
+        return attempt(rational, text)
 
     def close(self, a: str, b: str, within: float) -> bool:
         """Returns whether two constants differ by at most `within`."""
-        try:
-            return abs(rational(a) - rational(b)) <= within
-        except TooLarge:
-            return False
-        except Unreadable:
-            raise Undecided from None
+        x, y = attempt(rational, a), attempt(rational, b)
+        return x is not None and y is not None and abs(x - y) <= within
 
 
 def _same_float(a: str, b: str, x: Fraction, y: Fraction) -> bool:
     """Accepts a program's rounded output, such as 0.30000000000000004 for 0.3."""
-    floats = [
-        "." in text and len(text.replace(".", "").strip("-0")) >= 15 for text in (a, b)
-    ]
-    return any(floats) and abs(x - y) <= Fraction(1, 10**13) * max(abs(x), abs(y))
+    digits = [len(text.replace(".", "").strip("-0")) for text in (a, b) if "." in text]
+    return max(digits, default=0) >= 15 and abs(x - y) <= Fraction(1, 10**13) * max(
+        abs(x), abs(y)
+    )
 
 
 def match(a: Node, b: Node, numbers: Exact) -> bool:
@@ -89,10 +92,10 @@ def match(a: Node, b: Node, numbers: Exact) -> bool:
     """
     if a.text and a.text == b.text:
         return True
-    if a.kind == "set" and len(a.items) == 1:
-        return match(a.items[0], b, numbers)
-    if b.kind == "set" and len(b.items) == 1:
-        return match(a, b.items[0], numbers)
+    a, b = sorted((a, b), key=lambda node: node.kind)
+    for one, other in ((a, b), (b, a)):
+        if one.kind == "set" and len(one.items) == 1:
+            return match(one.items[0], other, numbers)
     if "family" in (a.kind, b.kind):
         return _same_family(a, b, numbers)
     if is_region(a) or is_region(b):
@@ -101,49 +104,35 @@ def match(a: Node, b: Node, numbers: Exact) -> bool:
             return spans[0] == spans[1]
         if a.kind == b.kind == "set" and {a.marks, b.marks} == {"or", "and"}:
             return False
-    if a.kind == "assign" and b.kind == "assign":
-        if a.items[0].text == b.items[0].text:
+    match (a.kind, b.kind):
+        case ("assign", "assign") if a.items[0].text == b.items[0].text:
             return match(a.items[1], b.items[1], numbers)
-        return numbers.proportional(_difference(a), _difference(b), False)
-    if a.kind == b.kind == "leaf":
-        return match_leaves(a.text, b.text, numbers)
-    for one, other in ((a, b), (b, a)):
-        if one.kind == "assign":
-            if other.kind == "equation":
-                return numbers.proportional(_difference(one), _difference(other), False)
-            return match(one.items[1], other, numbers)
-    if a.kind == b.kind == "equation":
-        return numbers.proportional(_difference(a), _difference(b), False)
-    if a.kind == b.kind == "set":
-        return _same_members(list(a.items), list(b.items), numbers)
-    if a.kind == b.kind and a.kind in ("tuple", "matrix", "chain"):
-        if a.marks == b.marks and len(a.items) == len(b.items):
-            if all(match(x, y, numbers) for x, y in zip(a.items, b.items, strict=True)):
+        case ("assign" | "equation", "assign" | "equation"):
+            return numbers.proportional(_difference(a), _difference(b), False)
+        case ("assign", _):
+            return match(a.items[1], b, numbers)
+        case ("leaf", "leaf"):
+            return match_leaves(a.text, b.text, numbers)
+        case ("set", "set"):
+            return _same_members(a.items, b.items, numbers)
+        case ("tuple", "tuple") | ("matrix", "matrix") | ("chain", "chain"):
+            if a.marks == b.marks and _same_items(a.items, b.items, numbers):
                 return True
-            if a.kind != "chain":
+            if a.kind != "chain" or a.marks != b.marks or a.marks not in ("<", "l"):
                 return False
-        elif a.kind == "tuple":
-            return False
-        if a.kind == "chain" and len(a.items) == len(b.items) == 2:
-            if a.marks == b.marks and a.marks in ("<", "l"):
-                return numbers.proportional(_difference(a), _difference(b), True)
-        return False
-    for one, other in ((a, b), (b, a)):
-        if one.kind == "set" and re.fullmatch("[A-H]{2,}", other.text):  # options ACD
-            letters = sorted(notation.plain(item.text) for item in one.items)
-            return letters == sorted(other.text.lower())
-        if one.kind == "set" and other.kind == "tuple" and other.marks == "()":
-            named = all(item.kind == "assign" for item in one.items)
-            if named and len(one.items) == len(other.items):
-                pairs = zip(one.items, other.items, strict=True)
-                return all(match(x, y, numbers) for x, y in pairs)
-        if one.kind == "matrix" and other.kind == "tuple" and other.marks == "()":
-            column = all(len(row.items) == 1 for row in one.items)
-            flat = [row.items[0] for row in one.items] if column else one.items[0].items
-            if (column or len(one.items) == 1) and len(flat) == len(other.items):
-                return all(
-                    match(x, y, numbers) for x, y in zip(flat, other.items, strict=True)
-                )
+            return numbers.proportional(_difference(a), _difference(b), True)
+        case ("leaf", "set") if re.fullmatch("[A-H]{2,}", a.text):  # options ACD
+            letters = sorted(notation.plain(item.text) for item in b.items)
+            return letters == sorted(a.text.lower())
+        case ("set", "tuple") if b.marks == "()" and len(a.items) == len(b.items):
+            if all(item.kind == "assign" for item in a.items):
+                return _same_items(a.items, b.items, numbers)
+        case ("matrix", "tuple") if b.marks == "()":
+            rows = [row.items for row in a.items]
+            if len(rows) > 1 and all(len(row) == 1 for row in rows):
+                rows = [[row[0] for row in rows]]
+            if len(rows) == 1 and len(rows[0]) == len(b.items):
+                return _same_items(rows[0], b.items, numbers)
     kinds = {a.kind, b.kind}
     structured = "leaf" not in kinds and kinds & {"chain", "equation", "matrix"}
     if structured or (kinds == {"set", "tuple"} and RELATION.search(a.text + b.text)):
@@ -156,14 +145,10 @@ def _same_family(a: Node, b: Node, numbers: Exact) -> bool:
     if b.kind != "family":
         a, b = b, a
     letter = b.marks[0]
-    if a.kind != "family":
-        known = family_of(a, letter)
-        if known is None:
-            return False
-        a = known
-    if a.marks[1:] != b.marks[1:]:
+    family = a if a.kind == "family" else family_of(a, letter)
+    if family is None or family.marks[1:] != b.marks[1:]:
         return False
-    return any(match(form, b.items[0], numbers) for form in members(a, letter))
+    return any(match(form, b.items[0], numbers) for form in members(family, letter))
 
 
 def _difference(node: Node) -> str:
@@ -171,7 +156,13 @@ def _difference(node: Node) -> str:
     return f"({left.text})-({right.text})"
 
 
-def _same_members(left: list[Node], right: list[Node], numbers: Exact) -> bool:
+def _same_items(left: Sequence[Node], right: Sequence[Node], numbers: Exact) -> bool:
+    return len(left) == len(right) and all(
+        match(*pair, numbers) for pair in zip(left, right, strict=True)
+    )
+
+
+def _same_members(left: Sequence[Node], right: Sequence[Node], numbers: Exact) -> bool:
     """Returns whether each member of either list has an equal in the other."""
     if max(len(left), len(right)) > MAX_MEMBERS:
         return False
@@ -189,10 +180,8 @@ def match_leaves(a: str, b: str, numbers: Exact) -> bool:
     """
     if notation.plain(a) == notation.plain(b):
         return True
-    if changes_value(a) or changes_value(b):
-        return False
     kinds = {notation.leaf_kind(a), notation.leaf_kind(b)}
-    if kinds == {"text"}:
+    if changes_value(a) or changes_value(b) or kinds == {"text"}:
         return False
     for one, other in ((a, b), (b, a)):
         if begins := _BEGINNING.fullmatch(one):
@@ -214,11 +203,10 @@ def match_leaves(a: str, b: str, numbers: Exact) -> bool:
         return False
     if "ratio" in kinds:
         return _same_ratio(x.split(":"), y.split(":"), numbers)
-    if (unit_x == "%") == (unit_y == "%"):
-        return numbers.same(x, y)
-    if unit_x == "%":
-        return numbers.same(x, y) or numbers.same(f"({x})/100", y)
-    return numbers.same(x, y) or numbers.same(x, f"({y})/100")
+    if numbers.same(x, y):
+        return True
+    shares = [f"({n})/100" if unit == "%" else n for n, unit in quantities]
+    return (unit_x == "%") != (unit_y == "%") and numbers.same(*shares)
 
 
 def _same_ratio(a: list[str], b: list[str], numbers: Exact) -> bool:
@@ -247,19 +235,23 @@ def compare_strict(prediction: str, reference: str, numbers: Exact) -> bool:
         return bool(reference)
     if max(len(prediction), len(reference)) > MAX_CHARS:
         return False
-    numerals = [_PLAIN.fullmatch(text.strip("$")) for text in (prediction, reference)]
-    if numerals[0] and numerals[1]:  # most of GSM8K
-        x, y = (Fraction(m[1] + m[2].replace(",", "")) for m in numerals if m)
-        return x == y
+    x, y = (_PLAIN.fullmatch(text.strip("$")) for text in (prediction, reference))
+    if x and y:  # most of GSM8K
+        return _fraction(x) == _fraction(y)
     p, r = clean(prediction), clean(reference)
     if not p or not r:
         return False
     try:
         a, b = read(p), read(r)
-        if match(a, b, numbers):
-            return True
-        if (a.kind == "set") != (b.kind == "set"):  # 100,200,300 may be three numbers
-            return match(read(p, thousands=False), read(r, thousands=False), numbers)
+        # 100,200,300 may be three numbers.
+        grouped = (a.kind == "set") != (b.kind == "set")
+        return match(a, b, numbers) or (
+            grouped
+            and match(read(p, thousands=False), read(r, thousands=False), numbers)
+        )
     except RecursionError:  # hundreds of nested brackets
-        pass
-    return False
+        return False
+
+
+def _fraction(plain: re.Match[str]) -> Fraction:
+    return Fraction(plain[1] + plain[2].replace(",", ""))

@@ -6,6 +6,7 @@ runs in a grading worker. `f(x)` is an unknown function. Everything outside the 
 raises `Unreadable`.
 """
 
+import functools
 import hashlib
 import math
 import re
@@ -19,21 +20,18 @@ _TOKEN = re.compile(
     r"\\begin|\\[A-Za-z]+|\\[{}|%]"
     r"|\d*\.\d*\\overline\{\d+\}|\d+(?:\.\d+)?|\.\d+|[A-Za-z]|\S"
 )
+_INVERTIBLE = "sin cos tan cot sec csc".split()
 _FUNCTIONS = {
-    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh",
-    "cosh", "tanh", "ln", "log", "lg", "exp",
-}  # fmt: skip
-_INVERSE = {name: f"a{name}" for name in ("sin", "cos", "tan", "cot", "sec", "csc")}
-_GREEK = {
-    "alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta",
-    "theta", "vartheta", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau",
-    "phi", "varphi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda",
-    "Sigma", "Phi", "Psi", "Omega", "ell",
-}  # fmt: skip
+    *_INVERTIBLE,
+    *"arcsin arccos arctan sinh cosh tanh ln log lg exp".split(),
+}
+_GREEK = set(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu "
+    "nu xi rho sigma tau phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi "
+    "Psi Omega ell".split()
+)
 _NAMED = {"vec", "hat", "bar", "overline", "mathbf", "overrightarrow", "mathbb"}
-_CLOSING = {"lfloor": "rfloor", "lceil": "rceil", "lvert": "rvert"}
-_TIMES = {r"\cdot", r"\times", "*"}
-_OVER = {"/", r"\div"}
+_NO_FACTOR = {"cdot", "times", "div", "rfloor", "rceil", "}", "|", "%"}
 POINTS = 4  # points at which expressions are compared; names are negative at the last
 
 
@@ -66,12 +64,16 @@ class _Reader:
     def peek(self) -> str:
         return self.tokens[self.at] if self.at < len(self.tokens) else ""
 
-    def take(self, expected: str | None = None) -> str:
+    def take(self, expected: str = "") -> str:
         token = self.peek()
-        if not token or (expected is not None and token != expected):
+        if not token or (expected and token != expected):
             raise Unreadable(f"expected {expected or 'more'}, found {token!r}")
         self.at += 1
         return token
+
+    def accept(self, *tokens: str) -> str:
+        """Takes the next token if it is one of these; else returns ""."""
+        return self.take() if self.peek() in tokens else ""
 
     def descend(self) -> None:
         self.depth += 1
@@ -86,51 +88,44 @@ class _Reader:
     def sum(self):
         self.descend()
         total = self.product()
-        while self.peek() in ("+", "-"):
-            sign = self.take()
+        while sign := self.accept("+", "-"):
             term = self.product()
-            total = _apply(lambda a, b: a + b, total, term if sign == "+" else -term)
+            total = total + (term if sign == "+" else -term)
         self.depth -= 1
         return total
 
     def product(self):
         total = self.signed()
         while True:
-            token = self.peek()
-            if token in _TIMES:
-                self.take()
-                total = _apply(lambda a, b: a * b, total, self.signed())
-            elif token in _OVER:
-                self.take()
+            if self.accept(r"\cdot", r"\times", "*"):
+                total = total * self.signed()
+            elif self.accept("/", r"\div"):
                 total = _divide(total, self.signed())
-            elif self.starts_factor(token):
-                total = _apply(lambda a, b: a * b, total, self.power())
+            elif self.starts_factor():
+                total = total * self.power()
             else:
                 return total
 
-    def starts_factor(self, token: str) -> bool:
+    def starts_factor(self) -> bool:
+        token = self.peek()
         if token == "|":
             return self.bars == 0
         if token[:1] == "\\":
-            name = token[1:]
-            return name in _CLOSING or name not in (
-                *_CLOSING.values(), "cdot", "times", "div", "}", "|", "%",
-            )  # fmt: skip
-        return bool(token) and (token[0].isalnum() or token[0] in "({[.")
+            return token[1:] not in _NO_FACTOR
+        return token[:1].isalnum() or token[:1] in set("({[.")
 
     def signed(self):
-        if self.peek() in ("+", "-"):
+        if sign := self.accept("+", "-"):
             self.descend()
-            value = self.signed() if self.take() == "+" else -self.signed()
+            value = self.signed()
             self.depth -= 1
-            return value
+            return value if sign == "+" else -value
         return self.power()
 
     def power(self):
         base = self.postfix(self.atom())
-        if self.peek() != "^":
+        if not self.accept("^"):
             return base
-        self.take()
         degree = {r"\circ": 1, "{": 3}.get(self.peek(), 0)
         if r"\circ" in self.tokens[self.at : self.at + degree]:
             self.at += degree
@@ -164,9 +159,8 @@ class _Reader:
         return mp.power(base, exponent)
 
     def postfix(self, value):
-        while self.peek() == "!":
-            self.take()
-            if not isinstance(value, Fraction) or value.denominator != 1 or value < 0:
+        while self.accept("!"):
+            if not _is_whole(value) or value < 0:
                 raise Unreadable("factorial")
             if value > 3000:
                 raise TooLarge("factorial too large")
@@ -176,27 +170,19 @@ class _Reader:
     def argument(self):
         """Reads one braced group or one character, as after \\frac."""
         token = self.peek()
-        if token == "{":
-            return self.group()
-        if token.isdigit() and len(token) > 1:  # \frac43 is four thirds
+        if token.isdigit():  # \frac43 is four thirds
             self.tokens[self.at : self.at + 1] = list(token)
         return self.atom()
-
-    def group(self):
-        self.take("{")
-        value = self.sum()
-        self.take("}")
-        return value
 
     def atom(self):
         token = self.take()
         if token[0].isdigit() or token[0] == ".":
             return _decimal(token)
-        if token in ("(", "[", "{"):
+        if closing := {"(": ")", "[": "]", "{": "}"}.get(token):
             bars, self.bars = self.bars, 0
             value = self.sum()
             self.bars = bars
-            self.take({"(": ")", "[": "]", "{": "}"}[token])
+            self.take(closing)
             return value
         if token == "|":
             self.bars += 1
@@ -206,27 +192,24 @@ class _Reader:
             return abs(value)
         if token.isalpha() and token.isascii():
             return self.letter(token)
-        if token[0] == "\\" and len(token) > 1:
+        if token[0] == "\\":
             return self.command(token[1:])
         raise Unreadable(f"unexpected {token!r}")
 
     def command(self, name: str):
-        if name in ("frac", "dfrac", "tfrac", "cfrac"):
+        if name == "frac":
             top = self.argument()
             return _divide(top, self.argument())
         if name == "binom":
             return _binomial(self.argument(), self.argument())
         if name == "sqrt":
             return self.root()
-        if name in _CLOSING:
+        if name in ("lfloor", "lceil"):
             value = self.sum()
-            self.take("\\" + _CLOSING[name])
-            if name == "lvert":
-                return abs(value)
-            if isinstance(value, Fraction):
-                floor = math.floor(value) if name == "lfloor" else math.ceil(value)
-                return Fraction(floor)
-            return self.mp().floor(value) if name == "lfloor" else self.mp().ceil(value)
+            self.take("\\r" + name[1:])
+            module = math if isinstance(value, Fraction) else self.mp()
+            rounded = getattr(module, name[1:])(value)
+            return rounded * Fraction(1)
         if name == "pi":
             return +self.mp().pi
         if name == "infty":
@@ -236,19 +219,21 @@ class _Reader:
         if name in _GREEK:
             return self.letter("\\" + name)
         if name in _NAMED:
-            self.take("{")
-            inner = ""
-            while self.peek() not in ("}", ""):
-                inner += self.take()
-            self.take("}")
-            return self.unknown(f"{name}{{{inner}}}")
+            return self.unknown(f"{name}{{{self.braced_text()}}}")
         raise Unreadable(f"unknown command \\{name}")
+
+    def braced_text(self) -> str:
+        self.take("{")
+        text = ""
+        while self.peek() not in ("}", ""):
+            text += self.take()
+        self.take("}")
+        return text
 
     def root(self):
         self.mp()
         degree = Fraction(2)
-        if self.peek() == "[":
-            self.take()
+        if self.accept("["):
             degree = self.sum()
             self.take("]")
         radicand = self.argument()  # \sqrt57 is 7\sqrt5
@@ -258,16 +243,11 @@ class _Reader:
         mp = self.mp()
         base = exponent = None
         for _ in range(2):
-            if self.peek() == "_":
-                self.take()
+            if self.accept("_"):
                 base = self.argument()
-            elif self.peek() == "^":
-                self.take()
+            elif self.accept("^"):
                 exponent = self.argument() if self.peek() != "-" else self.signed()
         x = mp.convert(self.function_argument())
-        inverse = exponent == -1 and name in _INVERSE
-        if inverse:
-            exponent = None
         if name in ("ln", "log", "lg"):
             y = mp.log(x)
             if base is not None:
@@ -276,9 +256,10 @@ class _Reader:
                 y /= mp.log(10)
         elif name == "exp" and abs(x) > 1e6:
             raise TooLarge("power too large")
+        elif exponent == -1 and name in _INVERTIBLE:
+            return getattr(mp, f"a{name}")(x)
         else:
-            python = _INVERSE[name] if inverse else name.replace("arc", "a")
-            y = getattr(mp, python)(x)
+            y = getattr(mp, name.replace("arc", "a"))(x)
         return y if exponent is None else self.raise_to(y, exponent)
 
     def function_argument(self):
@@ -287,41 +268,30 @@ class _Reader:
         if self.peek() in ("+", "-"):
             return self.signed()
         value = self.power()
-        while self.starts_factor(self.peek()) and self.peek()[1:] not in _FUNCTIONS:
+        while self.starts_factor() and self.peek()[1:] not in _FUNCTIONS:
             if self.peek() in ("(", "["):
                 break
             value = value * self.power()
         return value
 
     def letter(self, name: str):
-        if self.peek() == "_":
-            self.take()
-            name += "_"
-            if self.peek() == "{":
-                self.take()
-                while self.peek() not in ("}", ""):
-                    name += self.take()
-                self.take("}")
-            else:
-                name += self.take()
-        while self.peek() == "'":
-            name += self.take()
+        if self.accept("_"):
+            name += "_" + (self.braced_text() if self.peek() == "{" else self.take())
+        while prime := self.accept("'"):
+            name += prime
         if name == "i":
             return self.mp().mpc(0, 1)
         if name == "e":
             return +self.mp().e
-        if name[0] in "fghFGHP" and self.peek() == "(":
-            self.take()
-            mp = self.mp()
-            total = mp.convert(_random(name, 7))
-            for k in range(2, 9):
-                total += mp.convert(self.sum()) / k
-                if self.peek() != ",":
-                    break
-                self.take()
-            self.take(")")
-            return mp.cos(total)
-        return self.unknown(name)
+        if name[0] not in "fghFGHP" or not self.accept("("):
+            return self.unknown(name)
+        total = self.mp().convert(_random(name, 7))
+        for k in range(2, 9):
+            total += self.sum() / Fraction(k)
+            if not self.accept(","):
+                break
+        self.take(")")
+        return self.mp().cos(total)
 
     def unknown(self, name: str):
         self.mp()
@@ -330,30 +300,27 @@ class _Reader:
         return -value if self.point == POINTS - 1 else value
 
 
+def _is_whole(value) -> bool:
+    return isinstance(value, Fraction) and value.denominator == 1
+
+
 def _decimal(token: str) -> Fraction:
-    if r"\overline" not in token:
-        return Fraction(token)
-    head, cycle = token[:-1].split(r"\overline{")
-    scale = 10 ** len(head.partition(".")[2])
-    repeat = Fraction(int(cycle), 10 ** len(cycle) - 1) / scale
-    return Fraction(head if head not in (".", "") else "0") + repeat
-
-
-def _apply(operation, a, b):
-    if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
-        a, b = context().convert(a), context().convert(b)
-    return operation(a, b)
+    head, _, cycle = token.rstrip("}").partition(r"\overline{")
+    value = Fraction("0" if cycle and head in ("", ".") else head)
+    if cycle:
+        digits = len(head.partition(".")[2])
+        value += Fraction(int(cycle), (10 ** len(cycle) - 1) * 10**digits)
+    return value
 
 
 def _divide(a, b):
     if b == 0:
         raise Unreadable("division by zero")
-    return _apply(lambda x, y: x / y, a, b)
+    return a * (1 / b)
 
 
 def _binomial(n, k) -> Fraction:
-    exact = isinstance(n, Fraction) and isinstance(k, Fraction)
-    if not exact or n.denominator != 1 or k.denominator != 1 or not 0 <= k <= n <= 2000:
+    if not (_is_whole(n) and _is_whole(k) and 0 <= k <= n <= 2000):
         raise Unreadable("binomial")
     return Fraction(math.comb(int(n), int(k)))
 
@@ -364,18 +331,14 @@ def _random(name: str, point: int) -> Fraction:
     return Fraction(3, 10) + Fraction(int.from_bytes(digest[:6], "big"), 2**47)
 
 
-_mp = None
-
-
+@functools.cache
 def context():
     """Returns mpmath's arithmetic with 40 digits, imported at the first call."""
-    global _mp
-    if _mp is None:
-        import mpmath
+    import mpmath
 
-        _mp = mpmath.mp.clone()
-        _mp.dps = 40
-    return _mp
+    mp = mpmath.mp.clone()
+    mp.dps = 40
+    return mp
 
 
 def rational(text: str) -> Fraction:

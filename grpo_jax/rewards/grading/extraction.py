@@ -30,6 +30,7 @@ _END_TOKENS = re.compile(
 _NOTES = re.compile(r"<<[^<>\n]{0,99}>>")  # GSM8K's calculator annotations
 
 # ---- where an answer is stated -------------------------------------------------------
+_TAGGED = re.compile(r".*<answer>(.*?)(?:</answer>|\Z)", re.S | re.I)  # the last one
 _I_HOPE = re.compile(r"\$\.? I hope")
 _HASHES = re.compile(r"####[ \t]{0,99}([^\n]+)")
 _OUTPUT = re.compile(r"```output[ \t]{0,99}\n(.*?)(?:\n?```|\Z)", re.S)
@@ -56,14 +57,13 @@ _COLON = re.compile(
     re.I,
 )
 _HEADING = re.compile(r"(?:#|\*\*)\s?(?:final |correct )?$", re.I)
-_ELSEWHERE = {
-    "de": r"(?:antwort|lösung)\b[^.:=\n]{0,30}?(?:\b(?:ist|lautet|beträgt)\b|:)",
-    "es": r"respuesta\b[^.:=\n]{0,30}?(?:\bes\b|\s?:)",
-    "fr": r"réponse\b[^.:=\n]{0,30}?(?:\best\b|\s?:)",
-}
 _IS_ELSEWHERE = {
     language: re.compile(rf"{words}{_MARK}\s?:?{_MARK}", re.I)
-    for language, words in _ELSEWHERE.items()
+    for language, words in (
+        ("de", r"(?:antwort|lösung)\b[^.:=\n]{0,30}?(?:\b(?:ist|lautet|beträgt)\b|:)"),
+        ("es", r"respuesta\b[^.:=\n]{0,30}?(?:\bes\b|\s?:)"),
+        ("fr", r"réponse\b[^.:=\n]{0,30}?(?:\best\b|\s?:)"),
+    )
 }
 _KEYWORDS = ("answer", "ans", "答", "antwort", "lösung", "respuesta", "réponse")
 _NO_ANSWER = re.compile(
@@ -105,6 +105,7 @@ _FORMULA = re.compile(
 _EQUALS = re.compile(
     r"=|≈|\\(?:approx|sim|Right[a-z]*arrow|right[a-z]*arrow|implies|iff|to)(?![A-Za-z])"
 )
+_LAST_DIGIT = re.compile(r".*\d", re.S)
 _WIDE = str.maketrans("０１２３４５６７８９，．－％／", "0123456789,.-%/")
 # How other languages group digits: 1.234,5 and 1 234,5.
 _GROUPED = re.compile(
@@ -172,13 +173,12 @@ def stated(text: str, language: str = "en") -> str | None:
     ('4', None, '')
     """
     text = _plain(final_part(text))
-    tagged = _tagged(text)
-    if tagged is not None:
-        text = tagged
+    tagged = _TAGGED.match(text)
+    text = tagged[1] if tagged else text
     if (hoped := _hoped(text)) is not None:
-        return _localized(_trim(hoped), language)
+        return _finished(hoped, language)
     if boxes := [box for box in boxed(text) if box.strip()]:
-        return _localized(_trim(boxes[-1]), language)
+        return _finished(boxes[-1], language)
     hashes = "####" in text
     for end, spoken, sure in _statements(text):
         if hashes and not sure:
@@ -188,9 +188,9 @@ def stated(text: str, language: str = "en") -> str | None:
             return said
     for at in _last_places(text, "####"):
         if found := _HASHES.match(text, at):
-            return _localized(_trim(found[1]), language)
-    if tagged and _looks_like_answer(tagged.strip()):
-        return _localized(_trim(tagged), language)
+            return _finished(found[1], language)
+    if tagged and text and _looks_like_answer(text.strip()):
+        return _finished(text, language)
     return None
 
 
@@ -200,9 +200,8 @@ def printed(text: str) -> str | None:
     >>> printed("```output\\n1\\n2\\n```"), printed("```output\\nRuntime errors: x")
     ('2', None)
     """
-    found = _OUTPUT.findall(text)
-    lines = [line.strip() for line in found[-1].splitlines()] if found else []
-    lines = [line for line in lines if line]
+    outputs = _OUTPUT.findall(text) or [""]
+    lines = [line.strip() for line in outputs[-1].splitlines() if line.strip()]
     if not lines or re.match(r"Runtime errors?:|Traceback|Timeout", lines[0]):
         return None
     return lines[-1]
@@ -220,15 +219,9 @@ def last_number(text: str, language: str = "en") -> str | None:
     >>> last_number("an area of 12 m^2"), last_number("1 234 Eier", "de")
     ('12', '1234')
     """
-    digits = re.compile(r"\d")
-    last = -1
-    for at in range(len(text) - 1, -1, -_WINDOW):
-        begin = max(0, at - _WINDOW + 1)
-        if found := list(digits.finditer(text, begin, at + 1)):
-            last = found[-1].end()
-            break
-    if last < 0:
+    if not (digits := _LAST_DIGIT.match(text)):
         return None
+    last = digits.end()
     # A window bounds the time; a number that exceeds it is no real answer.
     window = text[max(0, last - _WINDOW) : last + 300]
     window = window.translate(_WIDE)
@@ -239,7 +232,7 @@ def last_number(text: str, language: str = "en") -> str | None:
         return None
     number = numbers[-1]
     for found in _FORMULA.finditer(window):
-        inside = next(group for group in found.groups() if group is not None)
+        inside = found[found.lastindex or 0]
         holds = found.start() <= number.start() and number.end() <= found.end()
         inside = _EQUALS.split(inside)[-1].strip()
         if holds and re.search(r"\\(?!text|mathrm|quad|[,;!% ])|\^", inside):
@@ -248,17 +241,6 @@ def last_number(text: str, language: str = "en") -> str | None:
 
 
 # ---- statements ----------------------------------------------------------------------
-def _tagged(text: str) -> str | None:
-    """Returns the content of the last <answer>…</answer>."""
-    low = text.lower()
-    start = low.rfind("<answer>")
-    if start < 0:
-        return None
-    start += len("<answer>")
-    end = low.find("</answer>", start)
-    return text[start : end if end >= 0 else None]
-
-
 def _hoped(text: str) -> str | None:
     """Returns the last `final answer is $…$. I hope`, from Minerva's prompt."""
     words = "final answer is $"
@@ -314,11 +296,11 @@ def _statement(text: str, language: str, sure: bool) -> str | None:
     line = next((part for part in text.splitlines() if part.strip(" :：*$#>")), "")
     line = line.strip().lstrip(":：").strip().strip("*").strip()
     if several := _SEVERAL.match(line):
-        return _localized(_trim(several.group().replace("$", "")), language)
+        return _finished(several.group().replace("$", ""), language)
     if formula := re.match(r"\$\$?([^$]+)\$", line) or re.match(
         r"\\[(\[](.+?)\\[)\]]", line
     ):
-        return _localized(_trim(formula.group(1)), language) or None
+        return _finished(formula[1], language) or None
     if language[:2] in COMMA_LANGUAGES:
         line = _to_points(line)
     clause = re.split(r"(?<!\b[ap])(?<!\.[am])(?<!\.)[.!](?:\s|\*|$)|。|！", line)[0]
@@ -365,11 +347,11 @@ def _trim(text: str) -> str:
 
 
 # ---- numbers of other languages ------------------------------------------------------
-def _localized(text: str, language: str) -> str:
-    """Returns an answer with its numbers in English notation."""
-    if language[:2] not in COMMA_LANGUAGES or len(text) > MAX_CHARS:
-        return text
-    return _to_points(text)
+def _finished(text: str, language: str) -> str:
+    """Returns an answer without its punctuation, with numbers in English notation."""
+    text = _trim(text)
+    local = language[:2] in COMMA_LANGUAGES and len(text) <= MAX_CHARS
+    return _to_points(text) if local else text
 
 
 def _to_points(text: str) -> str:

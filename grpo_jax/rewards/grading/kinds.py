@@ -21,6 +21,7 @@ from grpo_jax.rewards.grading.notation import clean
 from grpo_jax.rewards.grading.paper import AND
 from grpo_jax.rewards.grading.units import quantity
 
+LETTERS = "ABCDEFGH"  # of options
 _COMMA = re.compile("[,，、和]")
 _STYLE = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|rm|bf)\b|[{}$*\\]")
 # Text that may follow a letter that is the answer: "B) 12", "B: 12", "B because …".
@@ -91,27 +92,29 @@ def grade(
     [True, True, True]
     """
     right = [False] * len(examples)
-    pairs: list[tuple[int, str, str]] = []  # (example, prediction, reference)
+    pairs: list[tuple[str, str]] = []  # (prediction, reference)
+    owners: list[int] = []  # the example of each pair
     for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
         options, tolerance = options_of(example), tolerance_of(example)
         if prediction is None:
             continue
+        given, wanted = [prediction], [example.answer]
         if options:
+            spelled = [clean(option) for option in options]
             if is_letters(prediction, len(options)):
                 right[i] = prediction == example.answer
-            elif len(example.answer) == 1:
-                spelled = [clean(option) for option in options]
-                if spelled.count(clean(prediction)) == 1:
-                    right[i] = "ABCDEFGH"[spelled.index(clean(prediction))] == (
-                        example.answer
-                    )
-                else:
-                    pairs += [(i, prediction, option) for option in options]
+                continue
+            if len(example.answer) > 1:
+                continue
+            if spelled.count(clean(prediction)) == 1:
+                chosen = spelled.index(clean(prediction))
+                right[i] = LETTERS[chosen] == example.answer
+                continue
+            given, wanted = [prediction] * len(options), options
         elif blanks_of(example) > 1:
-            wanted = split_blanks(example.answer)
-            given = split_blanks(prediction)
-            if len(given) == len(wanted):
-                pairs += [(i, *pair) for pair in zip(given, wanted, strict=True)]
+            given, wanted = split_blanks(prediction), split_blanks(example.answer)
+            if len(given) != len(wanted):
+                continue
         elif tolerance and (x := number(prediction)) is not None:
             y = number(example.answer)
             absolute, relative = tolerance
@@ -119,20 +122,18 @@ def grade(
                 within = relative * abs(y)
                 within = within if absolute is None else min(within, absolute)
                 right[i] = abs(x - y) <= within
-            if not right[i] and rule != "strict":
-                pairs.append((i, prediction, example.answer))
-        else:
-            pairs.append((i, prediction, example.answer))
-    same = worker_pool.grade([p for _, p, _ in pairs], [r for _, _, r in pairs], rule)
+            if right[i] or rule == "strict":
+                continue
+        pairs += zip(given, wanted, strict=True)
+        owners += [i] * len(given)
+    lists = [p for p, _ in pairs], [r for _, r in pairs]
     equal: dict[int, list[bool]] = {}
-    for (i, _, _), is_same in zip(pairs, same, strict=True):
-        equal.setdefault(i, []).append(is_same)
+    for i, same in zip(owners, worker_pool.grade(*lists, rule), strict=True):
+        equal.setdefault(i, []).append(same)
     for i, found in equal.items():
+        right[i] = all(found)
         if options_of(examples[i]):  # exactly one option must have that value
-            at = "ABCDEFGH".index(examples[i].answer)
-            right[i] = found[at] and sum(found) == 1
-        else:
-            right[i] = all(found)
+            right[i] = found[LETTERS.index(examples[i].answer)] and sum(found) == 1
     return right
 
 
@@ -163,7 +164,7 @@ def tolerance_of(example: Example) -> tuple[float | None, float] | None:
 
 def is_letters(text: str, options: int) -> bool:
     """Returns whether a text consists of letters of the first `options` options."""
-    return bool(text) and set(text) <= set("ABCDEFGH"[:options])
+    return bool(text) and set(text) <= set(LETTERS[:options])
 
 
 def choice(text: str, options: int) -> str | None:
@@ -181,32 +182,25 @@ def choice(text: str, options: int) -> str | None:
     >>> choice(r"\boxed{12}", 4), choice("A dog has (D) four legs; 故选：C", 4)
     ('12', 'C')
     """
-    known = "ABCDEFGH"[:options]
-    said = extraction.stated(text)
-    if said:
-        marked = set(re.findall(rf"(?<![A-Za-z])\(([{known}])\)", said))
+    known = LETTERS[:options]
+    if said := extraction.stated(text):
         if letters := _letters(said, known) or _hinted(said, known):
             return letters
+        marked = set(re.findall(rf"(?<![A-Za-z])\(([{known}])\)", said))
         return marked.pop() if len(marked) == 1 else said
-    text = extraction.final_part(text)
+    text = extraction.final_part(text).strip()
     if hinted := _hinted(text, known):
         return hinted
-    marks = re.findall(rf"\(([{known}])\)", text)
-    if marks:
+    if marks := re.findall(rf"\(([{known}])\)", text):
         return marks[-1]
-    last = text.strip().splitlines()[-1:] or [""]
-    return _letters(last[0], known)
+    return _letters(text.rpartition("\n")[2], known)
 
 
 def _hinted(text: str, known: str) -> str | None:
     """Returns the last letters called right, or else the last called an option."""
     for pattern in (_RIGHT, _HINT):
-        found = [
-            "".join(group for group in match.groups() if group)
-            for match in pattern.finditer(text)
-        ]
-        found = [letters for letters in found if set(letters) <= set(known)]
-        if found:
+        found = ["".join(filter(None, m.groups())) for m in pattern.finditer(text)]
+        if found := [letters for letters in found if set(letters) <= set(known)]:
             return "".join(sorted(set(found[-1])))
     return None
 
@@ -231,14 +225,12 @@ def blanks(text: str, count: int) -> str | None:
     ('1; (2, 3)', '5; 10')
     """
     text = extraction.final_part(text)
-    boxes = [box for box in boxed(text) if box.strip()]
-    if boxes:
+    if boxes := [box for box in boxed(text) if box.strip()]:
         parts = split_blanks(boxes[-1])
         parts = parts if len(parts) == count else boxes[-count:]
     else:
         clause = re.split(r"(?:答案|answers?)\s*(?:are|is|[是为為])?\s*[:：]?", text)
-        lines = clause[-1].strip().splitlines()
-        parts = split_blanks(lines[0] if lines else "")
+        parts = split_blanks(clause[-1].strip().partition("\n")[0])
     return "; ".join(parts) if len(parts) == count else None
 
 

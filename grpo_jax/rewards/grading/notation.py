@@ -12,7 +12,7 @@ import unicodedata
 
 from grpo_jax.data.brackets import unwrap
 from grpo_jax.rewards.grading.units import TEXT, UNIT_NAMES
-from grpo_jax.rewards.grading.wording import NUMERALS, spell
+from grpo_jax.rewards.grading.wording import NUMERALS, compile_rules, spell
 
 _CJK = r"\u3040-\u30ff\u3400-\u9fff"
 _DIGITS = "零一二三四五六七八九十"
@@ -21,7 +21,7 @@ ROW = "\ue000"  # the end of a matrix row; LaTeX writes \\
 APART = "\ue001"  # follows a comma that does not group thousands: 3, 141
 OR = r"\lor"  # separates alternative answers or inequalities
 
-_SYMBOLS = {
+_SYMBOLS = str.maketrans({
     "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "∙": r"\cdot ", "⋅": r"\cdot ",
     "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≦": r"\le ", "≧": r"\ge ",
     "≠": r"\ne ", "∞": r"\infty ", "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ",
@@ -31,7 +31,7 @@ _SYMBOLS = {
     "‐": "-", "ℝ": r"\mathbb{R}", "、": ", ", "。": ".", "∶": ":", "′": "'", "’": "'",
     "⟨": "(", "⟩": ")", "¥": r"\text{yuan}", "€": r"\text{euro}", "∠": r"\angle ",
     "£": r"\text{pound}", "△": r"\triangle ",
-}  # fmt: skip
+})  # fmt: skip
 _SUPER = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _SUB = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _SCALE = {
@@ -130,34 +130,20 @@ def _merged(match: re.Match) -> str:
     return re.sub(r"\} ?\\text\{", " ", match.group())
 
 
-def _at(match: re.Match, first: int = 1) -> str:
-    return match[first] or match[first + 1]
-
-
-def _mixed(match: re.Match) -> str:
-    top, bottom = (group for group in match.groups()[1:] if group is not None)
-    return rf"({match[1]}+\frac{{{top}}}{{{bottom}}})"
-
-
-def rules(*rules):
-    """Returns (pattern, replacement) pairs with compiled patterns."""
-    return [(re.compile(pattern), replacement) for pattern, replacement in rules]
-
-
 _STYLE = r"(text(?:bf|it|rm|normal|sf|tt|up|sc)?|mathrm|mathbf|mathit|mathsf|mbox|hbox)"
 _CR = r"\\cr(?![A-Za-z])"
 _CHOOSE_C, _CHOOSE_A = (
     rf"(?<![A-Za-z\\}}])(?:{x}|\\(?:mathrm|text|rm) ?\{{{x}\}}) ?" for x in "CA"
 )  # C_5^2 and A_5^2, as Chinese textbooks write combinations and permutations
 _ONE = r"(?:(\d)|\{ ?(\d+) ?\})"
-_RULES = rules(
+_RULES = compile_rules(
     # Unicode to LaTeX, where NFKC would lose the meaning
     ("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒]", _vulgar),
     ("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda m: f"^{{{m.group().translate(_SUPER)}}}"),
     ("[₀-₉]+", lambda m: f"_{{{m.group().translate(_SUB)}}}"),
     ("[①-⑳][①-⑳、,， ]*", _circled),
     (r"([√∛∜]) ?(\d+|[a-z]|(?=\())", _root),
-), rules(
+), compile_rules(
     # wrappers
     (r"^(\*\*|`)([^*`]*)\1$", r"\2"),
     (r"^ ?(?:\\(?:approx|sim|simeq)(?![A-Za-z])|≈|~)", ""),
@@ -206,9 +192,8 @@ _RULES = rules(
     (r"\\operatorname\*?\{(\w+)\}", r" \1 "),
     (r"\{([^{}\\]*)\\choose([^{}\\]*)\}", r"\\binom{\1}{\2}"),
     (r"\\[dt]binom" + END, r"\\binom"),
-    (rf"{_CHOOSE_C}_{_ONE}\^{_ONE}", lambda m: rf"\binom{{{_at(m)}}}{{{_at(m, 3)}}}"),
-    (rf"{_CHOOSE_A}_{_ONE}\^{_ONE}",
-     lambda m: rf"\frac{{{_at(m)}!}}{{({_at(m)}-{_at(m, 3)})!}}"),
+    (rf"{_CHOOSE_C}_{_ONE}\^{_ONE}", r"\\binom{\1\2}{\3\4}"),
+    (rf"{_CHOOSE_A}_{_ONE}\^{_ONE}", r"\\frac{\1\2!}{(\1\2-\3\4)!}"),
     (r"\\" + _STYLE + r" ?\{ ?([A-Za-z\d]) ?\}", _styled),
     (r"\\" + _STYLE + r" ?\{([^{}]*)\}", r"\\text{\2}"),
     (r"\\(?:over(?:line|(?:left)?rightarrow)|vec)\{([A-Z]+)\}", r"\1"),
@@ -224,7 +209,7 @@ _RULES = rules(
     (rf"([\d{_DIGITS}]{{1,9}})分之([\d{_DIGITS}]{{1,9}})", _ratio),
     (r"(?i)\\text\{[^{}]*(?:答案|answer) ?(?:is|是|为|:)+ ?([^{}]*)\}", r" \1 "),
     (r"(?i)^[^=<>]{,200}?(?:答案|answer) ?(?:is|是|为|:)+", ""),
-), rules(
+), compile_rules(
     # and, or, 或 between answers
     (r",? ?\\text\{ ?(?:or|或者?) ?\}|,? ?(?<=[\d} )\],]) ?(?:\bor\b|或者?) ?",
      r"\\lor "),
@@ -249,8 +234,10 @@ _RULES = rules(
     (r"([\^_]) ?(\d) (?=\d)", r"\1{\2}"),  # \int_0^1 2x
     (r"(?<=\d) ?[eE]([+-]?\d+)(?![\d.])", r"\\times10^{\1}"),
     (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)", lambda m: m.group().replace(" ", "")),
-    (rf"(?<![\d.^_}}\\A-Za-z])(\d+) ?\\frac ?{_ONE} ?{_ONE}", _mixed),
-    (r"(?<![\d.^_/])(\d+)(?: |\\text\{又\} ?)(\d+) ?/ ?(\d+)(?!\d)", _mixed),
+    (rf"(?<![\d.^_}}\\A-Za-z])(\d+) ?\\frac ?{_ONE} ?{_ONE}",
+     r"(\1+\\frac{\2\3}{\4\5})"),
+    (r"(?<![\d.^_/])(\d+)(?: |\\text\{又\} ?)(\d+) ?/ ?(\d+)(?!\d)",
+     r"(\1+\\frac{\2}{\3})"),
     (r"(?<=\d) (?=\d)", ","),  # 3 4 is two numbers
     # decimals that repeat
     (r"(?<!\d)(?=\.\d*\\(?:dot|bar|overline))", "0"),
@@ -280,11 +267,8 @@ def clean(text: str) -> str:
     unicode, then, last = _RULES
     if not text.isascii():
         text = _apply(unicode, text)
-        for symbol, kept in (("º", "°"), ("′", "'"), ("，", ", ")):
-            text = text.replace(symbol, kept)
-        text = unicodedata.normalize("NFKC", text)
-        for symbol, latex in _SYMBOLS.items():
-            text = text.replace(symbol, latex)
+        text = text.translate(str.maketrans({"º": "°", "′": "'", "，": ", "}))
+        text = unicodedata.normalize("NFKC", text).translate(_SYMBOLS)
     text = text.replace(r"\\", ROW if "matrix" in text or r"\begin" in text else " ")
     text = re.sub(r"\s+", " ", text).strip()  # the rules expect single spaces
     text = _apply(last, spell(_apply(then, text)))
@@ -309,47 +293,35 @@ def plain(text: str) -> str:
         text = re.sub(r"[\s.,;:!?'\"]+$|^the\s+|(?<=.)条件[.]?$", "", text.strip())
     word = re.sub(r"(?<!\\)\{(\w)\}", r"\1", re.sub(r"\s+", "", text))
     word = NUMERALS.get(word.lower(), word)
-    lone = re.fullmatch(r"\(?([A-Ja-j])\)?", word)
-    if lone:
-        return lone.group(1).lower()
+    if lone := re.fullmatch(r"\(?([A-Ja-j])\)?", word):
+        return lone[1].lower()
     return word.lower() if re.fullmatch(rf"[A-Za-z{_CJK}\s]{{2,}}", word) else word
 
 
 def leaf_kind(text: str) -> str:
     """Returns the kind of a leaf by its spelling: text, time, base, ratio or number."""
-    bare = re.sub(r"\\text\{[^{}]*\}", "", text)
+    bare = re.sub(TEXT, "", text)
     if not re.search(r"[\dA-Za-z]", bare) and r"\text" in text:
         return "text"
-    if re.fullmatch(r"\d{1,2}:\d{2}(:\d{2})?(\\text\{[ap]\.?m\.?\})?", text.lower()):
-        minutes = int(re.split(r"\D", text)[1])
-        return "time" if minutes < 60 else "ratio"
-    if re.fullmatch(r"-?[\dA-Z.]+_(\{.*\}|\d)", text) and re.search(
-        r"\d", text.partition("_")[0]
-    ):
+    if re.fullmatch(r"\d{1,2}:[0-5]\d(:\d{2})?(\\text\{[ap]\.?m\.?\})?", text.lower()):
+        return "time"
+    if re.fullmatch(r"-?[A-Z.]*\d[\dA-Z.]*_(\{.*\}|\d)", text):
         return "base"
     return "ratio" if ":" in bare else "number"
 
 
 def same_time(a: str, b: str) -> bool:
     """Returns whether two times are equal; am or pm may be missing in one of them."""
-    both = []
-    for text in (a, b):
-        found = re.fullmatch(
-            r"(\d+:\d+(?::\d+)?)(?:\\text\{([ap])\.?m\.?\})?", text.lower()
-        )
-        if not found:
-            return False
-        both.append((found.group(1).lstrip("0"), found.group(2)))
-    (t, half_t), (u, half_u) = both
-    return t == u and (half_t == half_u or not (half_t and half_u))
+    pattern = re.compile(r"0*(\d*:\d+(?::\d+)?)(?:\\text\{([ap])\.?m\.?\})?")
+    found, other = (pattern.fullmatch(text.lower()) for text in (a, b))
+    if not found or not other or found[1] != other[1]:
+        return False
+    return found[2] == other[2] or not (found[2] and other[2])
 
 
 def same_base(a: str, b: str) -> bool:
     """Returns whether two numbers such as 1011_2 are equal; one base may be missing."""
-    digits, bases = [], []
-    for text in (a, b):
-        digit, _, base = text.partition("_")
-        base = re.sub(r"\\text|[{}\s]", "", base).lower()
-        digits.append(digit)
-        bases.append(NUMERALS.get(base, base))
-    return digits[0] == digits[1] and (bases[0] == bases[1] or not all(bases))
+    (digits, _, base), (others, _, other) = (text.partition("_") for text in (a, b))
+    bases = [re.sub(r"\\text|[{}\s]", "", name).lower() for name in (base, other)]
+    base, other = (NUMERALS.get(name, name) for name in bases)
+    return digits == others and (base == other or not (base and other))

@@ -12,8 +12,8 @@ module uses the package's own algebra, and accepts everything that the strict ru
 """
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 from grpo_jax.data.brackets import split, unwrap
 from grpo_jax.rewards.grading import equality
@@ -45,7 +45,7 @@ def compare_leniently(prediction: str, reference: str, numbers: Exact) -> bool:
     if max(len(prediction), len(reference)) > equality.MAX_CHARS:
         return prediction == reference
     tests = (equality.compare_strict, _lenient)
-    return _any(lambda test: test(prediction, reference, numbers), tests)
+    return _any(*(partial(test, prediction, reference, numbers) for test in tests))
 
 
 def _lenient(prediction: str, reference: str, numbers: Exact) -> bool:
@@ -63,9 +63,9 @@ def _is_list(text: str) -> bool:
 
 def _list(text: str) -> list[str]:
     """Returns the distinct answers in a text, in order."""
-    parts = [text] if _number(text) is not None else text.split(AND)
-    if len(parts) == 1 and _number(text) is None:
-        parts = split(text, ",")
+    if _number(text) is not None:
+        return [text.strip()]
+    parts = text.split(AND) if AND in text else split(text, ",")
     return list(dict.fromkeys(part.strip() for part in parts))
 
 
@@ -74,20 +74,16 @@ def _same_members(given: list[str], wanted: list[str], numbers: Exact) -> bool:
     if max(len(given), len(wanted)) > equality.MAX_MEMBERS:
         return False
     return all(
-        _any(
-            lambda y, x=x, swap=swap: _same(*((y, x) if swap else (x, y)), numbers), ys
-        )
-        for xs, ys, swap in ((given, wanted, False), (wanted, given, True))
-        for x in xs
-    )
+        _any(*(partial(_same, x, y, numbers) for y in wanted)) for x in given
+    ) and all(_any(*(partial(_same, x, y, numbers) for x in given)) for y in wanted)
 
 
-def _any(test: Callable[[Any], bool], items: Sequence[Any]) -> bool:
-    """Like any(…), but raises `Undecided` only if no other item passes."""
+def _any(*tests: Callable[[], bool]) -> bool:
+    """Returns whether a test passes; raises `Undecided` only if no other one does."""
     undecided = None
-    for item in items:
+    for test in tests:
         try:
-            if test(item):
+            if test():
                 return True
         except Undecided as error:
             undecided = error
@@ -98,9 +94,8 @@ def _any(test: Callable[[Any], bool], items: Sequence[Any]) -> bool:
 
 def _number(text: str) -> float | None:
     text = text.replace(",", "").strip()
-    percent = text.endswith("%")
     try:
-        return float(text.rstrip("%\\")) / (100 if percent else 1)
+        return float(text.rstrip("%\\")) / (100 if text.endswith("%") else 1)
     except ValueError:
         return None
 
@@ -126,30 +121,26 @@ def _same(prediction: str, reference: str, numbers: Exact) -> bool:
     if r"\cup" in p and r"\cup" in r:
         return _same_members(p.split(r"\cup"), r.split(r"\cup"), numbers)
     if re.fullmatch(r"[(\[].+[)\]]", p) and re.fullmatch(r"[(\[].+[)\]]", r):
-        parts = split(p[1:-1], ","), split(r[1:-1], ",")
-        if len(parts[0]) == len(parts[1]) > 1:
-            return all(_same(a, b, numbers) for a, b in zip(*parts, strict=True))
+        given, wanted = split(p[1:-1], ","), split(r[1:-1], ",")
+        if len(given) == len(wanted) > 1:
+            return _same_entries(given, wanted, numbers)
     a, b = read(p), read(r)
     if a.kind == b.kind == "matrix":
-        rows = list(zip(a.items, b.items, strict=False))
-        same = len(a.items) == len(b.items) and all(
-            len(one.items) == len(other.items) for one, other in rows
-        )
-        return same and all(
-            _same(x.text, y.text, numbers)
-            for one, other in rows
-            for x, y in zip(one.items, other.items, strict=True)
-        )
+        shape, other_shape = ([len(row.items) for row in m.items] for m in (a, b))
+        cells, others = ([x.text for row in m.items for x in row.items] for m in (a, b))
+        return shape == other_shape and _same_entries(cells, others, numbers)
     for one, other in ((p, r), (r, p)):
         left, equals, right = one.partition("=")
         if equals and "=" not in right + other and len(left) <= 2:
-            sides = (right, other) if one is p else (other, right)
-            return _same(*sides, numbers)
-    tests = (
+            return _same(right, other, numbers)
+    return _any(
         lambda: equality.compare_strict(prediction, reference, numbers),
         lambda: numbers.close(p, r, WITHIN),
     )
-    return _any(lambda test: test(), tests)
+
+
+def _same_entries(given: list[str], wanted: list[str], numbers: Exact) -> bool:
+    return all(_same(*pair, numbers) for pair in zip(given, wanted, strict=True))
 
 
 RULES = {"strict": equality.compare_strict, "paper": compare_leniently}

@@ -5,6 +5,8 @@ spans in order. Adjacent spans are joined, so (1,2]\cup(2,3) and 1<x<3 give the 
 list.
 """
 
+import functools
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -43,17 +45,17 @@ def region(node: Node, value: Value) -> list[Span] | None:
         return None
     if node.marks == "{}" and any(item.kind == "tuple" for item in node.items):
         return None  # a set of points in the plane
-    parts = [region(item, value) for item in node.items]
-    if any(part is None for part in parts):
-        return None
-    found = [part for part in parts if part is not None]
+    parts = []
+    for item in node.items:
+        part = region(item, value)
+        if part is None:
+            return None
+        parts.append(part)
     if node.marks in ("and", "either"):
-        common = ALL
-        for part in found:
-            common = _common(common, part)
+        common = functools.reduce(_common, parts, ALL)
         if common or node.marks == "and":
             return common
-    return _union([span for part in found for span in part])
+    return _union([span for part in parts for span in part])
 
 
 def _interval(node: Node, value: Value) -> list[Span] | None:
@@ -76,23 +78,22 @@ def _bound(text: str, value: Value) -> Bound | None:
 
 def _union(spans: list[Span]) -> list[Span]:
     joined: list[Span] = []
-    for span in sorted(spans, key=lambda s: (s[0], not s[1])):
+    for low, in_low, high, in_high in sorted(spans, key=lambda s: (s[0], not s[1])):
         if joined:
-            low, in_low, high, in_high = joined[-1]
-            if span[0] < high or (span[0] == high and (in_high or span[1])):
-                end = max((high, in_high), (span[2], span[3]))
-                joined[-1] = (low, in_low, *end)
+            first, in_first, last, in_last = joined[-1]
+            if low < last or (low == last and (in_last or in_low)):
+                end = max((last, in_last), (high, in_high))
+                joined[-1] = (first, in_first, *end)
                 continue
-        joined.append(span)
+        joined.append((low, in_low, high, in_high))
     return joined
 
 
 def _common(left: list[Span], right: list[Span]) -> list[Span]:
     found = []
-    for a in left:
-        for b in right:
-            low, not_low = max((a[0], not a[1]), (b[0], not b[1]))
-            high, in_high = min((a[2], a[3]), (b[2], b[3]))
-            if low < high or (low == high and not not_low and in_high):
-                found.append((low, not not_low, high, in_high))
+    for a, b in itertools.product(left, right):
+        low, not_low = max((a[0], not a[1]), (b[0], not b[1]))
+        high, in_high = min(a[2:], b[2:])
+        if low < high or (low == high and not not_low and in_high):
+            found.append((low, not not_low, high, in_high))
     return _union(found)

@@ -5,11 +5,13 @@ becomes its interval, and ± becomes two answers.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from grpo_jax.data.brackets import closes, outside, split, unwrap
-from grpo_jax.rewards.grading.notation import APART, END, OR, ROW, rules
+from grpo_jax.rewards.grading.notation import APART, END, OR, ROW
 from grpo_jax.rewards.grading.units import TEXT
+from grpo_jax.rewards.grading.wording import compile_rules
 
 RELATION = re.compile(r"[<>]|\\(?:[lgn]e)(?![a-z])")
 _REALS = (
@@ -55,7 +57,7 @@ def read(text: str, *, thousands: bool = True) -> Node:
     if re.fullmatch(r"\\(emptyset|varnothing)|\\\{\\\}", text):
         return Node("set", r"\emptyset")
     if text in _REALS:
-        return Node("tuple", text, (leaf(r"-\infty"), leaf(r"\infty")), "()")
+        return _interval(r"-\infty", r"\infty", text=text)
     if family := _family(text):
         return family
     if inner := re.fullmatch(r"(?:[A-Za-z](?:_\w)?)\\in(?![a-z])(.+)", text):
@@ -67,7 +69,7 @@ def read(text: str, *, thousands: bool = True) -> Node:
         if parts and parts != [text]:
             return _list(text, parts, separator, thousands)
     if len(parts := split(text, r"\cup")) > 1:
-        nodes = tuple(read(part) for part in parts)
+        nodes = tuple(map(read, parts))
         if all(node.marks == "{}" for node in nodes):
             members = {item.text: item for node in nodes for item in node.items}
             return Node("set", text, tuple(members.values()), "{}")
@@ -85,19 +87,19 @@ def read(text: str, *, thousands: bool = True) -> Node:
         parts = parts if len(parts) > 1 else split(text[1:-1], ",")
         if len(parts) > 1:
             inside = tuple(read(part, thousands=False) for part in parts)
-            if text[0] == "[" and (rows := _rows_of_lists(inside)):
-                return Node("matrix", text, rows)
+            lists = all(item.kind == "tuple" and item.marks == "[]" for item in inside)
+            even = len({len(item.items) for item in inside}) == 1
+            if text[0] == "[" and lists and even:  # [[1,2],[3,4]]
+                return Node("matrix", text, inside)
             return Node("tuple", text, inside, text[0] + text[-1])
         if text[0] == "(" and text[-1] == ")":
             return read(text[1:-1], thousands=thousands)
     if sides := relation_sides(text):
         return _relation(text, *sides)
     if _SIGN.search(text):
-        swap = {r"\pm": r"\mp", r"\mp": r"\pm"}
-        plus = text.replace(r"\pm", "+").replace(r"\mp", "-")
-        minus = re.sub(r"\\pm|\\mp", lambda m: swap[m.group()], text)
-        minus = minus.replace(r"\pm", "+").replace(r"\mp", "-")
-        return Node("set", text, (leaf(plus), leaf(minus)))
+        signs = {r"\pm": "+-", r"\mp": "-+"}
+        both = (_SIGN.sub(lambda m, n=n: signs[m[0]][n], text) for n in (0, 1))
+        return Node("set", text, tuple(map(leaf, both)))
     return leaf(text)
 
 
@@ -128,11 +130,10 @@ def _braces(inner: str) -> Node:
     builder = re.match(r"[A-Za-z](?:\\in\\mathbb\{[RCZ]\})?(?:\\mid|\||:)", inner)
     if builder:
         return read(inner[builder.end() :])
-    text = rf"\{{{inner}\}}"
     inside = read(inner, thousands=False)
-    if inside.kind == "set" and not inside.marks:
-        return Node("set", text, inside.items, "{}")
-    return Node("set", text, (inside,), "{}")
+    plain = inside.kind == "set" and not inside.marks
+    members = inside.items if plain else (inside,)
+    return Node("set", rf"\{{{inner}\}}", members, "{}")
 
 
 def leaf(text: str) -> Node:
@@ -140,30 +141,35 @@ def leaf(text: str) -> Node:
     return Node("leaf", text)
 
 
+def _interval(low: str, high: str, marks: str = "()", text: str = "") -> Node:
+    return Node("tuple", text, (leaf(low), leaf(high)), marks)
+
+
+def _outside(low: str, high: str, marks: str, text: str) -> Node:
+    """Returns the numbers up to `low` and from `high` on."""
+    below = _interval(r"-\infty", low, "(" + marks[0])
+    above = _interval(high, r"\infty", marks[1] + ")")
+    return Node("set", text, (below, above), "or")
+
+
 def _all_but(text: str, holes: str) -> Node:
     node = read(holes, thousands=False)
-    gaps = []
-    for hole in node.items if node.kind == "set" else (node,):
-        low = Node("tuple", "", (leaf(r"-\infty"), hole), "()")
-        high = Node("tuple", "", (hole, leaf(r"\infty")), "()")
-        gaps.append(Node("set", text, (low, high), "or"))
+    texts = [hole.text for hole in (node.items if node.kind == "set" else (node,))]
+    gaps = [_outside(hole, hole, ")(", text) for hole in texts]
     return gaps[0] if len(gaps) == 1 else Node("set", text, tuple(gaps), "and")
 
 
 def _absolute(text: str, parts: list[str], marks: str) -> Node | None:
     """Parses |x-1| < 2 as (-1, 3), and |x| > 3 as the two half-lines outside."""
     outside = re.fullmatch(r"\|[^|]*\|", parts[-1])
-    size, limit = (parts[-1], parts[0]) if outside else (parts[0], parts[-1])
+    size, limit = parts[::-1] if outside else parts
     found = re.fullmatch(r"\|[A-Za-z]((?:[-+][^|]+)?)\|", size)
-    if len(parts) != 2 or not found or has_unknown(limit + found[1]):
+    if not found or has_unknown(limit + found[1]):
         return None
-    closed = marks == "l"
-    low, high = (leaf(f"{sign}({limit})-(0{found[1]})") for sign in ("-", ""))
-    if not outside:
-        return Node("tuple", text, (low, high), "[]" if closed else "()")
-    left = Node("tuple", "", (leaf(r"-\infty"), low), "(]" if closed else "()")
-    right = Node("tuple", "", (high, leaf(r"\infty")), "[)" if closed else "()")
-    return Node("set", text, (left, right), "or")
+    low, high = (f"{sign}({limit})-(0{found[1]})" for sign in ("-", ""))
+    if outside:
+        return _outside(low, high, "][" if marks == "l" else ")(", text)
+    return _interval(low, high, "[]" if marks == "l" else "()", text)
 
 
 # ---- families: x = k\pi, k an integer ------------------------------------------------
@@ -193,22 +199,18 @@ def _family(text: str) -> Node | None:
         return None
     name, *sets, counted, worded, words, words_before, before = found.groups()
     letter = name or counted or worded or before
-    domain = sets[0] or sets[1] or "Z"
-    if sets[2] or sets[3] or (words or words_before) in ("positive", "正"):
+    words, rest = words or words_before, text[: found.start()]
+    domain = sets[0] or sets[1] or ("N" if words else "Z")
+    if sets[2] or sets[3] or words in ("positive", "正"):
         domain = "N+"
-    elif words or words_before:
-        domain = "N"
-    rest = text[: found.start()]
-    if (
-        letter not in _letters(rest)
-        or rest.count("(") != rest.count(")")
-        and "[" not in rest
-    ):
+    uneven = rest.count("(") != rest.count(")") and "[" not in rest
+    if letter not in letters_of(rest) or uneven:
         return None
     return Node("family", text, (read(rest),), letter + domain)
 
 
-def _letters(text: str) -> set[str]:
+def letters_of(text: str) -> set[str]:
+    """Returns the letters of a text that belong to no LaTeX command."""
     return set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
 
 
@@ -237,21 +239,20 @@ def family_of(node: Node, letter: str) -> Node | None:
 
     Returns None if the letter is not k, n or m, or not in the answer.
     """
-    usual = letter in "knm" and letter in _letters(node.text)
+    usual = letter in "knm" and letter in letters_of(node.text)
     return Node("family", node.text, (node,), letter + "Z") if usual else None
 
 
 def _relation(text: str, parts: list[str], signs: list[str]) -> Node:
     names = [is_name(part) for part in parts]
     if set(signs) == {"="}:
+        if not names[0] and names[-1] and len(parts) == 2:
+            parts, names = parts[::-1], names[::-1]
         if names[0]:
             return Node("assign", text, (leaf(unwrap(parts[0])), read(parts[-1])))
-        if names[-1] and len(parts) == 2:
-            return Node("assign", text, (leaf(unwrap(parts[1])), read(parts[0])))
-        if not re.search(r"[A-Za-z]", re.sub(r"\\[a-z]+", "", text)):
-            return read(parts[-1])  # 3+4=7 states 7
-        if len(parts) > 2 and not any(map(has_unknown, parts[-2:])):
-            return read(parts[-1])  # b^a = 3^5 = 243 states 243
+        states = not re.search(r"[A-Za-z]", re.sub(r"\\[a-z]+", "", text))
+        if states or (len(parts) > 2 and not any(map(has_unknown, parts[-2:]))):
+            return read(parts[-1])  # 3+4=7 states 7, and b^a = 3^5 = 243 states 243
         return Node("equation", text, (leaf(parts[0]), leaf(parts[-1])))
     if signs == [r"\ne"]:
         if names[0] and not names[1]:
@@ -261,23 +262,21 @@ def _relation(text: str, parts: list[str], signs: list[str]) -> Node:
     marks = "".join(short.get(sign, "?") for sign in signs)
     if set(marks) <= set(">g"):
         parts, names = parts[::-1], names[::-1]
-        marks = marks[::-1].replace(">", "<").replace("g", "l")
+        marks = marks[::-1].translate(str.maketrans(">g", "<l"))
     if not set(marks) <= set("<l"):
         return Node("chain", text, tuple(map(leaf, parts)), marks)
-    if (inside := _absolute(text, parts, marks)) is not None:
+    if len(parts) == 2 and (inside := _absolute(text, parts, marks)) is not None:
         return inside
-    closing, opening = {"<": ")", "l": "]"}, {"<": "(", "l": "["}
     constant = [not has_unknown(part) for part in parts]
-    if len(parts) == 3 and names[1] and constant[0] and constant[2]:
-        bracket = opening[marks[0]] + closing[marks[1]]
-        return Node("tuple", text, (leaf(parts[0]), leaf(parts[2])), bracket)
+    ends, within = parts, marks
     if len(parts) == 2 and names[0] and constant[1]:
-        ends = (leaf(r"-\infty"), leaf(parts[1]))
-        return Node("tuple", text, ends, "(" + closing[marks])
-    if len(parts) == 2 and names[1] and constant[0]:
-        ends = (leaf(parts[0]), leaf(r"\infty"))
-        return Node("tuple", text, ends, opening[marks] + ")")
-    return Node("chain", text, tuple(map(leaf, parts)), marks)
+        ends, within = [r"-\infty", *parts], "<" + marks
+    elif len(parts) == 2 and names[1] and constant[0]:
+        ends, within = [*parts, r"\infty"], marks + "<"
+    elif len(parts) != 3 or not (constant[0] and names[1] and constant[2]):
+        return Node("chain", text, tuple(map(leaf, parts)), marks)
+    bracket = {"<": "(", "l": "["}[within[0]] + {"<": ")", "l": "]"}[within[1]]
+    return _interval(ends[0], ends[2], bracket, text)
 
 
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
@@ -306,8 +305,7 @@ def _matrix(text: str) -> Node | None:
     if listed := re.fullmatch(r"([(\[].*[)\]])\^\{?(?:T|\\text\{T\}|\\top)\}?", text):
         row = read(listed[1])
         if row.kind == "tuple" and closes(listed[1]):
-            cells = tuple(Node("tuple", "", (item,), "[]") for item in row.items)
-            return Node("matrix", text, cells)
+            return Node("matrix", text, tuple(_row([item]) for item in row.items))
     found = r"\begin" in text and _MATRIX.fullmatch(text)
     if not found or r"\begin" in found[1] + found[3]:
         return None
@@ -322,8 +320,11 @@ def _matrix(text: str) -> Node | None:
         cells = [[f"({factor})({cell})" for cell in row] for row in cells]
     if transposed and len({len(row) for row in cells}) == 1:
         cells = [list(column) for column in zip(*cells, strict=True)]
-    rows = tuple(Node("tuple", "", tuple(map(read, row)), "[]") for row in cells)
-    return Node("matrix", text, rows)
+    return Node("matrix", text, tuple(_row(map(read, row)) for row in cells))
+
+
+def _row(items: Iterable[Node]) -> Node:
+    return Node("tuple", "", tuple(items), "[]")
 
 
 def _determinant(cells: list[list[str]]) -> str:
@@ -338,13 +339,6 @@ def _determinant(cells: list[list[str]]) -> str:
     return "".join(terms)
 
 
-def _rows_of_lists(items: tuple[Node, ...]) -> tuple[Node, ...] | None:
-    """Returns the rows of a list of lists such as [[1,2],[3,4]], or None."""
-    lists = all(item.kind == "tuple" and item.marks == "[]" for item in items)
-    same = len({len(item.items) for item in items}) == 1
-    return items if lists and same else None
-
-
 def relation_sides(text: str) -> tuple[list[str], list[str]] | None:
     """Returns the sides and the signs of an equation or inequality, or None."""
     signs = [match.group() for match in outside(text, _SIDES)]
@@ -353,7 +347,7 @@ def relation_sides(text: str) -> tuple[list[str], list[str]] | None:
 
 
 _NAME = r"(?<!\\)(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
-_NAME_LIKE = rules(
+_NAME_LIKE = compile_rules(
     (TEXT + r"|\\(?:angle|triangle|mathbf|vec)" + END, "w"),
     (r"_(?:\{[^{}]*\}|\w)|\^\{-1\}(?=\()", ""),
     (r"\\frac\{[A-Za-z]+\}\{[A-Za-z]+\}|\b[A-Z]+/[A-Z]+\b|\|[A-Z]{2}\|", "w"),

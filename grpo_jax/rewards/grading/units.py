@@ -50,7 +50,7 @@ def quantity(text: str) -> tuple[str, str]:
             break
         units.insert(0, re.sub(r"\\text\{([^{}]*)\}", r"\1", end.group()))
         rest = rest[: end.start()]
-    if units and any(unit.startswith("/") for unit in units):
+    if any(unit.startswith("/") for unit in units):
         units = ["".join(units)]
     if word := re.fullmatch(r"\\text\{(.*)\}", rest):
         rest = NUMERALS.get(word.group(1).lower(), rest)
@@ -59,11 +59,11 @@ def quantity(text: str) -> tuple[str, str]:
 
 
 def _unit(words: str) -> str:
-    words = words.lower().replace("{", "").replace("}", "").strip(" .")
+    words = re.sub("[{}]", "", words.lower()).strip(" .")
     power = ""
-    if found := re.search(r"\^?([23])$", words):
-        power, words = found.group(1), words[: found.start()].strip()
     for pattern, n in (
+        (r"\^?2$", "2"),
+        (r"\^?3$", "3"),
         (r"^(square|sq\.?|平方)\s*|\s*squared$", "2"),
         (r"^(cubic|cu\.?|立方)\s*|\s*cubed$", "3"),
     ):

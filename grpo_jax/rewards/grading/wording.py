@@ -64,8 +64,9 @@ _LESS = r"less|fewer|below|lower|smaller|under|down|shorter|earlier"
 _FOLDS = {"twice": "2", "double": "2", "triple": "3", "thrice": "3"}
 
 
-def _sub(pattern: str, replacement, flags=re.I):
-    return re.compile(pattern, flags), replacement
+def compile_rules(*rules, flags: int = 0):
+    """Returns (pattern, replacement) pairs with compiled patterns."""
+    return [(re.compile(pattern, flags), replacement) for pattern, replacement in rules]
 
 
 def _spelled(word: str) -> str:
@@ -103,81 +104,82 @@ def _power(match: re.Match[str]) -> str:
     return f"{base}^{{{degree if degree.isascii() else _spelled(degree)}}}"
 
 
-_RULES = [
+_RULES = compile_rules(
     # signs
-    _sub(rf"({_NUMBER})([^\d<>=]{{,30}}?)\bbelow zero\b", r"-\1\2"),
-    _sub(r"(?:plus ?(?:or|/) ?minus|(?:positive|plus) (?:or|and) (?:negative|minus)"
+    (rf"({_NUMBER})([^\d<>=]{{,30}}?)\bbelow zero\b", r"-\1\2"),
+    (r"(?:plus ?(?:or|/) ?minus|(?:positive|plus) (?:or|and) (?:negative|minus)"
          rf"|正负|^ ?\+ ?/? ?-){_N}", r"\\pm "),
-    _sub(rf"(?<![A-Za-z\\])(?:negative|minus|负|零下) ?({_SPELLED})",
+    (rf"(?<![A-Za-z\\])(?:negative|minus|负|零下) ?({_SPELLED})",
          lambda m: f"-{_spelled(m[1])}"),
-    _sub(rf"^ ?({'|'.join(_ONES[1:10])})[- ]hundred(?:(?: and|-)? ({_SPELLED}))? ?$",
+    (rf"^ ?({'|'.join(_ONES[1:10])})[- ]hundred(?:(?: and|-)? ({_SPELLED}))? ?$",
          lambda m: str(100 * _ENGLISH[m[1].lower()] + int(_spelled(m[2] or "zero")))),
-    _sub(rf"^ ?({_SPELLED})(?= ?$|{_COUNTED})", lambda m: _spelled(m[1])),
-    _sub(rf"百分之([{''.join(_CHINESE)}十百]+)", lambda m: f"{_spelled(m[1])}%"),
-    _sub(r"^ ?(\d+)(个|天|年|小时)?半", r"\1.5\2"),
-    _sub(r"^(?:.{0,12}(?:方程|不等式))?(?:no (?:real )?solutions?(?: exists?)?"
+    (rf"^ ?({_SPELLED})(?= ?$|{_COUNTED})", lambda m: _spelled(m[1])),
+    (rf"百分之([{''.join(_CHINESE)}十百]+)", lambda m: f"{_spelled(m[1])}%"),
+    (r"^ ?(\d+)(个|天|年|小时)?半", r"\1.5\2"),
+    (r"^(?:.{0,12}(?:方程|不等式))?(?:no (?:real )?solutions?(?: exists?)?"
          r"|(?:the )?empty set|无(?:实数?)?解|无实根|空集)$", r"\\emptyset "),
-    _sub(r"(?:负|negative |minus )(?:无穷大?|infinity)", r"-\\infty "),
-    _sub(r"(?:正|positive )?(?:无穷大?|infinity)", r"\\infty "),
-    _sub(r"(?<![A-Za-z\\])(?:negative |minus )(?=negative |minus )", "-"),
-    _sub(rf"(?<![A-Za-z\\])(?:negative|minus) ?{_N}|(?:负|零下) ?{_N}", "-"),
-    _sub(rf"(?<![A-Za-z\\])positive {_N}|^ ?正(?=[\d.\\])", ""),
-    _sub(rf"(?<=[\d)}}]) ?\bplus {_N}", "+"),
-    _sub(rf"^ ?({_NUMBER}) ?\( ?negative ?\) ?$", r"-\1"),
-    _sub(rf"({_NUMBER}) and (?:a|one) half\b", r"(\1+1/2)"),
+    (r"(?:负|negative |minus )(?:无穷大?|infinity)", r"-\\infty "),
+    (r"(?:正|positive )?(?:无穷大?|infinity)", r"\\infty "),
+    (r"(?<![A-Za-z\\])(?:negative |minus )(?=negative |minus )", "-"),
+    (rf"(?<![A-Za-z\\])(?:negative|minus) ?{_N}|(?:负|零下) ?{_N}", "-"),
+    (rf"(?<![A-Za-z\\])positive {_N}|^ ?正(?=[\d.\\])", ""),
+    (rf"(?<=[\d)}}]) ?\bplus {_N}", "+"),
+    (rf"^ ?({_NUMBER}) ?\( ?negative ?\) ?$", r"-\1"),
+    (rf"({_NUMBER}) and (?:a|one) half\b", r"(\1+1/2)"),
     # powers, roots and other operations
-    _sub(rf"(?:the )?(?:(?:positive|principal) )?square root of ({_TERM})"
+    (rf"(?:the )?(?:(?:positive|principal) )?square root of ({_TERM})"
          rf"|根号 ?({_TERM})|({_TERM})的算术平方根",
          lambda m: rf"\sqrt{{{m[1] or m[2] or m[3]}}}"),
-    _sub(rf"(?:the )?(?:cube|cubic|third) root of ({_TERM})|三次根号({_TERM})"
+    (rf"(?:the )?(?:cube|cubic|third) root of ({_TERM})|三次根号({_TERM})"
          rf"|({_TERM})的立方根", lambda m: rf"\sqrt[3]{{{m[1] or m[2] or m[3]}}}"),
-    _sub(rf"({_BASE}) ?(?:squared(?! ?[A-Za-z\\])|的平方(?![根米厘分千公]))",
+    (rf"({_BASE}) ?(?:squared(?! ?[A-Za-z\\])|的平方(?![根米厘分千公]))",
          r"\1^{2}"),
-    _sub(rf"({_BASE}) ?(?:cubed(?! ?[A-Za-z\\])|的立方(?![根米厘分]))", r"\1^{3}"),
-    _sub(rf"({_BASE}) ?(?:(?:raised )?to the (?:power(?: of)? ?({_NUMBER}|[a-z])"
+    (rf"({_BASE}) ?(?:cubed(?! ?[A-Za-z\\])|的立方(?![根米厘分]))", r"\1^{3}"),
+    (rf"({_BASE}) ?(?:(?:raised )?to the (?:power(?: of)? ?({_NUMBER}|[a-z])"
          r"|(\d+)(?:st|nd|rd|th)(?: power)?)|的(\d+|[二三四五六七八九十])次方)",
          _power),
-    _sub(rf"({_BASE}) ?to the (third|fourth|fifth|sixth|seventh|eighth|ninth|tenth)"
+    (rf"({_BASE}) ?to the (third|fourth|fifth|sixth|seventh|eighth|ninth|tenth)"
          r"(?: power)?\b", lambda m: rf"{m[1]}^{{{_PARTS[m[2].lower()]}}}"),
-    _sub(rf"(?:the )?square of ({_TERM})", r"(\1)^{2}"),
-    _sub(rf"(?:the )?cube of ({_TERM})", r"(\1)^{3}"),
-    _sub(r"(\d+) choose (\d+)", r"\\binom{\1}{\2}"),
-    _sub(rf"({_TERM}) ?(?:factorial\b|的阶乘)", r"\1!"),
-    _sub(rf"(?:the )?reciprocal of ({_TERM})|({_TERM})的倒数", r"1/(\1\2)"),
-    _sub(rf"(?:the )?(?:opposite|negation) of ({_TERM})|({_TERM})的相反数", r"-(\1\2)"),
-    _sub(rf"(?:one )?half (?:of )?({_TERM})|({_TERM})的一半", r"(\1\2)/2"),
-    _sub(rf"\b({'|'.join(_FOLDS)}) ({_TERM})",
+    (rf"(?:the )?square of ({_TERM})", r"(\1)^{2}"),
+    (rf"(?:the )?cube of ({_TERM})", r"(\1)^{3}"),
+    (r"(\d+) choose (\d+)", r"\\binom{\1}{\2}"),
+    (rf"({_TERM}) ?(?:factorial\b|的阶乘)", r"\1!"),
+    (rf"(?:the )?reciprocal of ({_TERM})|({_TERM})的倒数", r"1/(\1\2)"),
+    (rf"(?:the )?(?:opposite|negation) of ({_TERM})|({_TERM})的相反数", r"-(\1\2)"),
+    (rf"(?:one )?half (?:of )?({_TERM})|({_TERM})的一半", r"(\1\2)/2"),
+    (rf"\b({'|'.join(_FOLDS)}) ({_TERM})",
          lambda m: rf"{_FOLDS[m[1].lower()]}\times {m[2]}"),
-    _sub(rf"({_TERM})的(\d+|[一二两三四五六七八九十])倍",
+    (rf"({_TERM})的(\d+|[一二两三四五六七八九十])倍",
          lambda m: rf"{m[1]}\times {_digits(m[2])}"),
-    _sub(r"(?<![\d.])(\d+)[- ](halves|(?:third|fourth|fifth|sixth|seventh|eighth|ninth"
+    (r"(?<![\d.])(\d+)[- ](halves|(?:third|fourth|fifth|sixth|seventh|eighth|ninth"
          r"|tenth|hundredth|thousandth)s?)\b", _part),
-    _sub(rf"{_AFTER}(?:times|multiplied by|乘以?){_BEFORE}", r"\\times "),
-    _sub(rf"{_AFTER}(?:divided by|over|除以){_BEFORE}", "/"),
-    _sub(r"(?<=\d) ?‰", r"\\times10^{-3}"),
+    (rf"{_AFTER}(?:times|multiplied by|乘以?){_BEFORE}", r"\\times "),
+    (rf"{_AFTER}(?:divided by|over|除以){_BEFORE}", "/"),
+    (r"(?<=\d) ?‰", r"\\times10^{-3}"),
     # comparisons
-    _sub(rf"^ ?([a-z]?) ?(?:的值)? ?(?:约?等于|(?<=的值)[是为]) ?{_N}",
+    (rf"^ ?([a-z]?) ?(?:的值)? ?(?:约?等于|(?<=的值)[是为]) ?{_N}",
          lambda m: f"{m[1]}=" if m[1] else ""),
-    _sub(r"\bbetween (.{1,40}?) and (.{1,40})$", r"\1<x<\2"),
-    _sub(rf"(?:在|介于)? ?(-?{_NUMBER}) ?(?:和|与|到|至|~) ?(-?{_NUMBER}) ?之间",
+    (r"\bbetween (.{1,40}?) and (.{1,40})$", r"\1<x<\2"),
+    (rf"(?:在|介于)? ?(-?{_NUMBER}) ?(?:和|与|到|至|~) ?(-?{_NUMBER}) ?之间",
          r"\1<x<\2"),
-    _sub(rf"^ ?(?:从|from )?(-?{_NUMBER}) ?(?:到|至|~) ?(-?{_NUMBER})(?!.*[\d:])",
+    (rf"^ ?(?:从|from )?(-?{_NUMBER}) ?(?:到|至|~) ?(-?{_NUMBER})(?!.*[\d:])",
          r"\1\\le x\\le \2"),
-    _sub(r"^ ?(\d+) to (\d+) ?$", r"\1:\2"),
-    _sub(rf"^ ?(.{{1,60}}?) ?(?:\b(?:or|and) (?:{_MORE})\b.*|[及或]?以上.*)$",
+    (r"^ ?(\d+) to (\d+) ?$", r"\1:\2"),
+    (rf"^ ?(.{{1,60}}?) ?(?:\b(?:or|and) (?:{_MORE})\b.*|[及或]?以上.*)$",
          r"x\\ge \1"),
-    _sub(rf"^ ?(.{{1,60}}?) ?(?:\b(?:or|and) (?:{_LESS})\b.*|[及或]?以[下内].*)$",
+    (rf"^ ?(.{{1,60}}?) ?(?:\b(?:or|and) (?:{_LESS})\b.*|[及或]?以[下内].*)$",
          r"x\\le \1"),
-    _sub(rf"^ ?({_NUMBER}) ?\+$", r"x\\ge \1"),
-    _sub(r"^ ?(?:the set of )?all (?:real numbers|reals)(?: x)?,? (?:except|other than|"
+    (rf"^ ?({_NUMBER}) ?\+$", r"x\\ge \1"),
+    (r"^ ?(?:the set of )?all (?:real numbers|reals)(?: x)?,? (?:except|other than|"
          r"excluding|but)(?: for| not)? ?(.+)$", r"x\\ne \1"),
-    _sub(r"^ ?除了?(.+?)以?外的?(?:所有|全体|一切|任意)?(?:的)?实数$", r"x\\ne \1"),
+    (r"^ ?除了?(.+?)以?外的?(?:所有|全体|一切|任意)?(?:的)?实数$", r"x\\ne \1"),
     *(
-        _sub(rf"(?<![A-Za-z\\])(?:(?:is|are|be|must be) )?(?:{words}) ?{_N}",
+        (rf"(?<![A-Za-z\\])(?:(?:is|are|be|must be) )?(?:{words}) ?{_N}",
              operator.replace("\\", r"\\"))
         for operator, words in _OPERATORS.items()
     ),
-]  # fmt: skip
+    flags=re.I,
+)  # fmt: skip
 _WORDS = re.compile(
     r"negative|minus|plus|positive|below zero|root|square|cubed|power|to the|factorial"
     r"|cube|choose|hundred|reciprocal|opposite|negation|half|halves|twice|double|triple|thrice|ths?\b|third"
