@@ -87,7 +87,7 @@ def check_shapes(
 
 
 def check_groups(name: str, x: Array, axes: str, group_size: int) -> None:
-    """Raises ValueError unless x has these axes, as "N T", and N whole groups of rows."""
+    """Raises ValueError unless x has axes such as "N T", and N whole groups."""
     shape = jnp.shape(x)
     if len(shape) != len(axes.split()) or group_size < 1 or shape[0] % group_size:
         raise ValueError(
