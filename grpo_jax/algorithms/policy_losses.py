@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.algorithms.preference_losses import dpo_loss as dpo_loss
 from grpo_jax.algorithms.reductions import (
     advantages_by_token,
     aggregate_tokens,
