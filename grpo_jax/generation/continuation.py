@@ -18,7 +18,7 @@ from jaxtyping import Array, ArrayLike, Int
 from grpo_jax.arguments import check_request, check_token_ids
 from grpo_jax.errors import GrpoError
 from grpo_jax.generation.decode_loop import Ends, Rollouts, append, decode, start
-from grpo_jax.generation.kv_cache import Cache
+from grpo_jax.generation.kv_cache import Cache, grow
 from grpo_jax.generation.rollout_shapes import as_ids, as_stops, bucket, ragged
 from grpo_jax.generation.sampler import first_rows
 from grpo_jax.generation.token_sampling import Sampling
@@ -57,8 +57,8 @@ def continue_tokens(
     max_new_tokens = ends.limit
     rows, width = tokens.shape
     live, lengths = lengths >= 0, jnp.maximum(lengths, 0)
-    room = width + max_new_tokens
-    cache = append(model, params, cache, tokens, lengths, room)
+    cache = grow(cache, width + max_new_tokens)
+    cache = append(model, params, cache, tokens, lengths)
     row = jnp.where(live, jnp.arange(rows, dtype=jnp.int32), rows)
     state = decode(
         model,
@@ -72,7 +72,7 @@ def continue_tokens(
         widths=(rows,),
         stop_table=stop_table,
     )
-    at = jnp.arange(room)[None] - lengths[:, None]
+    at = jnp.arange(width + max_new_tokens)[None] - lengths[:, None]
     given = at < 0
 
     def behind(sampled: Array) -> Array:  # [W, C] -> [W, T + C], padded with 0

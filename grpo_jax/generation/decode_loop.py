@@ -23,9 +23,8 @@ from grpo_jax.distributed import sharding
 from grpo_jax.generation.cache_attention import TOGETHER, seeing
 from grpo_jax.generation.kv_cache import Cache, joined, next_column, of_slots, parted
 from grpo_jax.generation.token_sampling import Sampling
-from grpo_jax.models.decoder import Decoder, Params, Product, Rotation
+from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.models.kernels.decode import decode_kernels
-from grpo_jax.models.kernels.products import linear
 from grpo_jax.models.kernels.xla import dense_attention, marked
 
 
@@ -58,6 +57,9 @@ class State:
     out: Rollouts
 
 
+_OF_ROW = ("row", "recent", "matched")
+
+
 @dataclasses.dataclass(frozen=True)
 class Ends:
     """What ends a row: an EOS token, a stop sequence of token ids, or the limit.
@@ -83,31 +85,6 @@ def _layers(model: Decoder, params: Params) -> list[Params]:
         jax.tree.map(lambda x, i=i: x[i], params["layers"])
         for i in range(model.config.layers)
     ]
-
-
-def _apply_layers(
-    model: Decoder,
-    layers: Sequence[Params],
-    cache: Cache,
-    x: Array,
-    rotation: Rotation,
-    see: Callable[..., tuple[Array, Any]],
-    product: Product = linear,
-) -> tuple[Array, Any]:
-    """Returns the last layer's output and the new `layers` of the cache.
-
-    `see` takes queries, keys and values, the layer's prompts and its blocks.
-    """
-    new = []
-    tables = zip(layers, cache.layers, cache.prefixes.layers, strict=True)
-    for layer, blocks, prefix in tables:
-
-        def attend(q, k, v, blocks=blocks, prefix=prefix):
-            return see(q, *marked(k, v), prefix, blocks)
-
-        x, blocks = model.block(layer, x, rotation, attend, product)
-        new.append(blocks)
-    return x, tuple(new)
 
 
 def decode(
@@ -171,9 +148,16 @@ def decode(
             see = seeing(cache, live, together, window)
         else:
             see = functools.partial(attention, cache=cache, live=live, window=window)
-        x = model.embed(params, cache.token[:, None])
+        x, new = model.embed(params, cache.token[:, None]), []
         rotation = jax.tree.map(lambda x: x[0, cache.position, None], rotations)
-        x, new = _apply_layers(model, layers, cache, x, rotation, see, product)
+        tables = zip(layers, cache.layers, prefixes.layers, strict=True)
+        for layer, blocks, prefix in tables:
+
+            def look(q, k, v, blocks=blocks, prefix=prefix):
+                return see(q, *marked(k, v), prefix, blocks)
+
+            x, blocks = model.block(layer, x, rotation, look, product)
+            new.append(blocks)
         hidden = model.finish(params, x)[:, 0]
         logits = product(hidden, model.unembed(params).T)
         # With a matrix split by vocabulary, each device computes some logits of every
@@ -204,10 +188,10 @@ def decode(
             lengths=out.lengths.at[row].add(1, mode="drop"),
             finished=out.finished.at[row].set(ended, mode="drop"),
         )
-        return dataclasses.replace(
-            state,
+        return State(
             offered=state.offered + live.size,
             used=state.used + live.sum(),
+            queue=state.queue,
             row=jnp.where(ended | (at + 1 >= ends.limit), none, row),
             recent=recent,
             matched=matched,
@@ -216,7 +200,7 @@ def decode(
                 turn=cache.turn + 1,
                 token=token,
                 position=cache.position + live,
-                layers=new,
+                layers=tuple(new),
             ),
             out=out,
         )
@@ -224,9 +208,8 @@ def decode(
     for width, least in zip(widths, (*widths[1:], 0), strict=True):
         state = _narrow(state, width)
 
-        def go_on(state, least=least):  # rows wait, or more slots than `least` are live
-            live = (state.row < none).sum()
-            return any_group((live > least) | (state.queue < rows))
+        def go_on(state, least=least):
+            return any_group(_more(state, rows, least))
 
         with jax.named_scope("turns" if width == widths[0] else "last_turns"):
             state = jax.lax.while_loop(go_on, step, state)
@@ -235,18 +218,19 @@ def decode(
     return dataclasses.replace(state, out=out)
 
 
+def _more(state: State, rows: Array, least: int) -> Bool[Array, ""]:
+    """Whether rows are waiting, or more than `least` slots still decode one."""
+    live = (state.row < state.out.tokens.shape[0]).sum()
+    return (live > least) | (state.queue < rows)
+
+
 def _narrow(state: State, width: int) -> State:
     """Moves the slots that decode a row into a state of `width` slots."""
     if width == len(state.row):
         return state
     order = jnp.argsort(state.row, stable=True)[:width]  # slots without a row are last
-    return dataclasses.replace(
-        state,
-        row=state.row[order],
-        recent=state.recent[order],
-        matched=state.matched[order],
-        cache=of_slots(state.cache, order),
-    )
+    of_row = {name: getattr(state, name)[order] for name in _OF_ROW}
+    return dataclasses.replace(state, cache=of_slots(state.cache, order), **of_row)
 
 
 def start(cache: Cache, row: Array, rows: int, ends: Ends) -> State:
@@ -279,22 +263,16 @@ def start(cache: Cache, row: Array, rows: int, ends: Ends) -> State:
 
 
 def append(
-    model: Decoder,
-    params: Params,
-    cache: Cache,
-    tokens: Array,
-    lengths: Array,
-    room: int,
+    model: Decoder, params: Params, cache: Cache, tokens: Array, lengths: Array
 ) -> Cache:
     """Prefills tokens behind those that the slots hold, and returns the new cache.
 
     Args:
       model: the decoder.
       params: its parameters.
-      cache: a cache whose columns were written once.
+      cache: a cache whose columns were written once and have room for T more (`grow`).
       tokens: [W, T] int32, padded on the right.
       lengths: [W] int32, how many of a slot's tokens are real.
-      room: how many further columns the new cache has, T or more.
     """
     tokens = jnp.concatenate([cache.token[:, None], tokens], 1)
     token = jnp.take_along_axis(tokens, lengths[:, None], 1)[:, 0]
@@ -302,9 +280,8 @@ def append(
     columns = cache.turn + step
     positions = cache.position[:, None] + step[None]
     at = jnp.where(step[None] < lengths[:, None], positions, -1)
-    count = len(cache.places) + -(-room // cache.block)
-    turn = cache.turn + len(step)
-    places = joined(cache.places, count, cache.turn, 1).at[:, columns].set(at)
+    count, turn = len(cache.places), cache.turn + len(step)
+    places = joined(cache.places, cache.turn, 1).at[:, columns].set(at)
     prefixes, own = cache.prefixes, cache.prompt
     distance = positions[:, :, None] - places[:, None]  # [W, T, X·B]
     allowed = (places[:, None] >= 0) & (distance >= 0)
@@ -317,25 +294,27 @@ def append(
         allowed &= distance < model.config.sliding_window
         seen &= of_prompt < model.config.sliding_window
     allowed = jnp.concatenate([seen, allowed], 2)
-
-    def see(q, k, v, prefix, blocks):
-        keys, values = zip(*blocks, strict=True)
-        keys = joined(keys, count, cache.turn, 3)
-        values = joined(values, count, cache.turn, 2)
-        k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # from [W, T, K, H]
-        keys = keys.at[..., columns].set(k.astype(keys.dtype))
-        values = values.at[:, :, columns].set(v.astype(values.dtype))
-        keys_of = jnp.concatenate([prefix[0][own], keys], 3).transpose(0, 3, 1, 2)
-        values_of = jnp.concatenate([prefix[1][own], values], 2).swapaxes(1, 2)
-        out = dense_attention(
-            q, keys_of.astype(q.dtype), values_of.astype(q.dtype), allowed
-        )
-        back = parted(keys, count, turn, 3), parted(values, count, turn, 2)
-        return out, tuple(zip(*back, strict=True))
-
-    x = model.embed(params, tokens[:, :-1])
+    x, new = model.embed(params, tokens[:, :-1]), []
     rotation = model.rotation(positions)
-    _, new = _apply_layers(model, _layers(model, params), cache, x, rotation, see)
+    tables = zip(_layers(model, params), cache.layers, prefixes.layers, strict=True)
+    for layer, blocks, prefix in tables:
+
+        def look(q, k, v, blocks=blocks, prefix=prefix):
+            keys, values = zip(*blocks, strict=True)
+            keys, values = joined(keys, cache.turn, 3), joined(values, cache.turn, 2)
+            k, v = marked(k, v)
+            k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # from [W, T, K, H]
+            keys = keys.at[..., columns].set(k.astype(keys.dtype))
+            values = values.at[:, :, columns].set(v.astype(values.dtype))
+            keys_of = jnp.concatenate([prefix[0][own], keys], 3).transpose(0, 3, 1, 2)
+            values_of = jnp.concatenate([prefix[1][own], values], 2).swapaxes(1, 2)
+            back = parted(keys, count, turn, 3), parted(values, count, turn, 2)
+            seen_by_all = keys_of.astype(q.dtype), values_of.astype(q.dtype)
+            out = dense_attention(q, *seen_by_all, allowed)
+            return out, tuple(zip(*back, strict=True))
+
+        x, blocks = model.block(layer, x, rotation, look)
+        new.append(blocks)
     *others, last = parted(places, count, turn, 1)
     number = jnp.maximum(turn - 1, 0) // cache.block  # the last block's place
     others = [jnp.where(number == i, -1, x) for i, x in enumerate(others)]
@@ -345,5 +324,5 @@ def append(
         token=token,
         position=cache.position + lengths,
         places=(*others, last),
-        layers=new,
+        layers=tuple(new),
     )

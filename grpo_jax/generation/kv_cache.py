@@ -152,25 +152,35 @@ def of_slots(cache: Cache, index: Int[Array, "V"]) -> Cache:
     return dataclasses.replace(cache, **chosen)
 
 
-def joined(blocks: Sequence[Array], count: int, turn: Array, axis: int) -> Array:
-    """Concatenates the blocks in the order of their columns, and appends free ones.
+def grow(cache: Cache, tokens: int) -> Cache:
+    """Adds blocks for so many further tokens.
 
     The ring buffer must not have wrapped around: no column was written twice.
+    """
+    more = -(-tokens // cache.block)
+    *others, last = cache.places
+    layers = tuple((*blocks[:-1], *blocks[-1:] * (more + 1)) for blocks in cache.layers)
+    places = (*others, *(jnp.full_like(last, -1),) * more, last)
+    return dataclasses.replace(cache, places=places, layers=layers)
+
+
+def joined(blocks: Sequence[Array], turn: Array, axis: int) -> Array:
+    """Concatenates the blocks in the order of their columns.
+
+    The ring buffer must not have wrapped around.
 
     Args:
-      blocks: keys, values or places of each of X + 1 blocks.
-      count: how many blocks the result has, X + 1 or more.
+      blocks: keys, values or places of each block.
       turn: [] int32, the cache's turn.
       axis: the axis of the columns.
 
     Returns:
-      One array with count·B columns, -1 in those that are free.
+      One array with (X + 1)·B columns.
     """
     *others, last = blocks
     size = last.shape[axis]
     at = jnp.maximum(turn - 1, 0) // size * size
-    free = (jnp.full_like(last, -1),) * (count - len(others))
-    flat = jnp.concatenate((*others, *free), axis)
+    flat = jnp.concatenate((*others, jnp.full_like(last, -1)), axis)
     return jax.lax.dynamic_update_slice_in_dim(flat, last, at, axis)
 
 
