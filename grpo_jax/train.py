@@ -156,6 +156,7 @@ def opened(config: Config, workdir: Path, *, accept_changes: bool) -> Iterator[R
 
     from grpo_jax.distributed import processes, sharding
     from grpo_jax.distributed.folder_lock import lock_folder
+    from grpo_jax.generation.reshard import decoding_mesh
     from grpo_jax.training import setup
     from grpo_jax.training.metrics_writer import Recorder
     from grpo_jax.training.run import Run
@@ -166,13 +167,13 @@ def opened(config: Config, workdir: Path, *, accept_changes: bool) -> Iterator[R
     processes.agree("config", flatten(config) | versions)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     # Impossible settings fail here, not at the first rollout after the SFT stage.
-    sharding.regroup(mesh, config.mesh.decode_tensor or mesh.shape["tensor"])
     there = sharding.to_devices(0.0, jax.NamedSharding(mesh, sharding.P()))
     sharding.move(there, config.model.reference_memory)
     if config.model.path and config.model.vocab_size:  # print a large model's size
         processes.say(setup.describe_state(config, mesh))
     setup.agree_on_files(config)
     model, tokenizer = setup.make_model(config)
+    decoding_mesh(model, mesh)
     several = f" of {processes.count()} processes" if processes.count() > 1 else ""
     processes.say(
         f"{config.name}: {setup.describe_size(model)} on {mesh.size} "

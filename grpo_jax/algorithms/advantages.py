@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.algorithms.reductions import check_choice, check_shapes, jitted, weight_of
+from grpo_jax.algorithms.reductions import (
+    check_choice,
+    check_groups,
+    check_shapes,
+    jitted,
+    weight_of,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float, Num
@@ -62,11 +68,7 @@ def group_advantages(
     if baseline == "batch" and scale == "group":
         raise ValueError("baseline='batch' has no group: scale='batch' or 'none'")
     rewards = jnp.asarray(rewards)
-    if rewards.ndim != 1 or group_size < 1 or rewards.shape[0] % group_size:
-        raise ValueError(
-            f"rewards has shape {rewards.shape}; [N] with N a multiple of "
-            f"group_size={group_size} is needed"
-        )
+    check_groups("rewards", rewards, "N", group_size)
     r = rewards.astype(jnp.promote_types(rewards.dtype, jnp.float32))
     r = r.reshape(-1, max(len(r), 1) if baseline == "batch" else group_size)
     scored = jnp.isfinite(r)
@@ -147,11 +149,7 @@ def decoupled_advantages(
     [-0.5774, -0.5774, 1.1547]
     """
     rewards = jnp.asarray(rewards)
-    if rewards.ndim != 2 or group_size < 1 or rewards.shape[0] % group_size:
-        raise ValueError(
-            f"rewards has shape {rewards.shape}; [N, F] with N a multiple of "
-            f"group_size={group_size} is needed"
-        )
+    check_groups("rewards", rewards, "N F", group_size)
     if weights is None:
         weights = jnp.ones(rewards.shape[1], rewards.dtype)
     if jnp.shape(weights) != rewards.shape[1:]:
@@ -209,17 +207,12 @@ def process_advantages(
     [[2.0, 2.0, 1.0, 1.0], [-2.0, -1.0, -1.0, 0.0]]
     """
     check_shapes(step_rewards, dict(step_mask=step_mask), "step_rewards")
+    check_groups("step_rewards", step_rewards, "N T", group_size)
     shape = jnp.shape(step_rewards)
-    if group_size < 1 or shape[0] % group_size:
-        raise ValueError(
-            f"step_rewards has shape {shape}; [N, T] with N a multiple of "
-            f"group_size={group_size} is needed"
-        )
     mask, clean = weight_of(step_mask, step_rewards)
     r = clean(step_rewards)
     group = (shape[0] // group_size, group_size * shape[1])
-    scored = jnp.isfinite(r) & (mask != 0)
-    scored = scored.reshape(group)
+    scored = (jnp.isfinite(r) & (mask != 0)).reshape(group)
     r, counts = _comparable(r.reshape(group), scored)
     mean, std = _moments(r, scored, counts, ddof)
     normalized = jnp.where(counts, (r - mean) / (std + eps), 0).reshape(shape)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.algorithms.reductions import (
+    advantages_by_token,
+    at_least_1,
     check_choice,
     check_shapes,
     is_off,
@@ -112,7 +114,7 @@ def gradient_coefficient(
         if len(logp) % 2:
             raise ValueError(f"dpo has {len(logp)} rows: o+ and o- must alternate")
         length = m.sum(-1)
-        divisor = jnp.maximum(length, 1) if length_normalized else 1
+        divisor = at_least_1(length) if length_normalized else 1
         ratio = (m * (logp - clean(ref_logps))).sum(-1) / divisor
         strength = beta * jax.nn.sigmoid(beta * (ratio[1::2] - ratio[0::2]))
         both = (length[0::2] > 0) & (length[1::2] > 0)
@@ -124,12 +126,7 @@ def gradient_coefficient(
 
     if advantages is None:
         raise ValueError(f"advantages is None: {method} needs them")
-    if jnp.shape(advantages) not in (logps.shape[:1], logps.shape):
-        raise ValueError(
-            f"advantages has shape {jnp.shape(advantages)}; [B] or [B, T] of logps' "
-            f"{logps.shape} is needed"
-        )
-    a = advantages[:, None] if advantages.ndim == 1 else advantages
+    a = advantages_by_token(advantages, logps)
     gc = clean(jnp.broadcast_to(a, logp.shape))
     if method in ("rft", "online_rft"):
         return gc
@@ -139,7 +136,7 @@ def gradient_coefficient(
             raise ValueError("rloo takes one step from π_old: it has no old_logps")
         log_rho = logp - clean(old_logps)
         if method == "gspo":
-            log_rho = (m * log_rho).sum(-1, keepdims=True) / jnp.maximum(length, 1)
+            log_rho = (m * log_rho).sum(-1, keepdims=True) / at_least_1(length)
         rho = clean(jnp.exp(jnp.minimum(log_rho, _MAX_EXPONENT)) + 0 * logp)
         high = clip_low if clip_high is None else clip_high
         if method == "cispo":
@@ -153,7 +150,7 @@ def gradient_coefficient(
         from_ref = jnp.expm1(jnp.minimum(clean(ref_logps) - logp, _MAX_EXPONENT))
         gc = gc + kl_coef * clean(from_ref)
     if method in _BY_TOKEN:
-        gc = gc * length * len(logp) / jnp.maximum(m.sum(), 1)
+        gc = gc * length * len(logp) / at_least_1(m.sum())
     elif method == "rloo":
         gc = gc * length
     elif method == "dr_grpo":

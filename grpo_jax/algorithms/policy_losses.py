@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.algorithms.preference_losses import dpo_loss as dpo_loss
 from grpo_jax.algorithms.reductions import (
+    advantages_by_token,
     aggregate_tokens,
     at_least_1,
     check_choice,
@@ -31,6 +31,8 @@ from grpo_jax.algorithms.reductions import (
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float, Int, Num
+
+    from grpo_jax.algorithms.reductions import LossAndMetrics
 
 # Above this exponent, exp continues along its tangent. Otherwise one token that became
 # very unlikely could make the loss, or Adam's second moment, infinite.
@@ -82,7 +84,7 @@ def grpo_loss(
     max_length: ArrayLike | None = None,
     importance: str = "token",
     surrogate: str = "clip",
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> LossAndMetrics:
     """Returns the GRPO loss (DeepSeekMath, section 4.1, equations 3 and 4).
 
         loss = - mean_i 1/|o_i| Σ_t { min[ρ_it Â_it, clip(ρ_it, 1-ε_low, 1+ε_high) Â_it]
@@ -141,11 +143,7 @@ def grpo_loss(
     arrays = dict(mask=mask, old_logps=old_logps, ref_logps=ref_logps, weights=weights)
     arrays |= dict(sampler_logps=sampler_logps, entropy=entropy)
     check_shapes(logps, {**arrays, "segment_ids": segment_ids})
-    if jnp.shape(advantages) not in (logps.shape[:1], logps.shape):
-        raise ValueError(
-            f"advantages has shape {jnp.shape(advantages)}; [B] or [B, T] of logps' "
-            f"{logps.shape} is needed"
-        )
+    a = advantages_by_token(advantages, logps)
     if segment_ids is not None and jnp.ndim(advantages) == 1:
         raise ValueError("packed rows (segment_ids) need advantages of shape [B, T]")
     if ref_logps is None and not is_off(kl_coef):
@@ -159,8 +157,7 @@ def grpo_loss(
     clip_high = clip_low if clip_high is None else clip_high
 
     m, clean = weight_of(mask, logps)
-    a = clean(advantages[:, None] if advantages.ndim == 1 else advantages)
-    logps = clean(logps)
+    a, logps = clean(a), clean(logps)
     old = jax.lax.stop_gradient(logps if old_logps is None else clean(old_logps))
 
     log_ratio = logps - old
@@ -186,7 +183,13 @@ def grpo_loss(
         w = jax.lax.stop_gradient(_exp(old - clean(sampler_logps)))
         w = jnp.minimum(w, importance_cap)
         policy = policy * w
-        metrics = _importance_metrics(w, m)
+        name, valid = "sampling/importance_sampling_ratio", m > 0
+        lowest = jnp.where(valid, w, jnp.inf).min()
+        metrics = {
+            f"{name}/min": jnp.where(valid.any(), lowest, 0),
+            f"{name}/mean": token_mean(w, m),
+            f"{name}/max": jnp.where(valid, w, 0).max(),
+        }
 
     divide = functools.partial(
         aggregate_tokens,
@@ -197,8 +200,7 @@ def grpo_loss(
         normalizer=normalizer,
         max_length=max_length,
     )
-    loss = policy_loss = divide(policy)
-    metrics["policy_loss"] = policy_loss
+    loss = metrics["policy_loss"] = divide(policy)
     if ref_logps is not None:
         difference = jax.lax.stop_gradient(clean(ref_logps)) - logps  # log π_ref/π_θ
         if kl_estimator == "k1":
@@ -215,24 +217,10 @@ def grpo_loss(
         h = clean(entropy)
         loss = loss - entropy_coef * divide(h)
         metrics["entropy"] = token_mean(h, m)
-    metrics |= {
-        "clip_ratio/low_mean": token_mean(low.astype(m.dtype), m),
-        "clip_ratio/high_mean": token_mean(high.astype(m.dtype), m),
-        "clip_ratio/region_mean": token_mean((low | high).astype(m.dtype), m),
-        "num_tokens": m.sum(),
-    }
+    for name, clipped in {"low": low, "high": high, "region": low | high}.items():
+        metrics[f"clip_ratio/{name}_mean"] = token_mean(clipped.astype(m.dtype), m)
+    metrics["num_tokens"] = m.sum()
     return loss, jax.lax.stop_gradient(metrics)
-
-
-def _importance_metrics(w: Array, m: Array) -> dict[str, Array]:
-    """Returns min, mean and max of the unmasked weights, 0 if there are none."""
-    valid, name = m > 0, "sampling/importance_sampling_ratio"
-    lowest = jnp.where(valid, w, jnp.inf).min()
-    return {
-        f"{name}/min": jnp.where(valid.any(), lowest, 0),
-        f"{name}/mean": token_mean(w, m),
-        f"{name}/max": jnp.where(valid, w, 0).max(),
-    }
 
 
 def ppo_loss(
@@ -240,12 +228,8 @@ def ppo_loss(
     old_logps: Float[Array, "B T"] | None,
     advantages: Float[Array, "B T"],
     mask: Num[Array, "B T"],
-    *,
-    clip_low: ArrayLike = 0.2,
-    clip_high: ArrayLike | None = None,
-    aggregate: str = "sequence_mean",
     **options: Any,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> LossAndMetrics:
     """Returns PPO's clipped loss (Schulman et al. 2017; DeepSeekMath, section 4.1.1).
 
         loss = - mean_i 1/|o_i| Σ_t min[ρ_it A_it, clip(ρ_it, 1-ε_low, 1+ε_high) A_it]
@@ -259,9 +243,7 @@ def ppo_loss(
       old_logps: log π_old, [B, T]; None: π_old = π_θ.
       advantages: A, [B, T].
       mask: 1 where a token counts, [B, T].
-      clip_low, clip_high: ε_low and ε_high (None: ε_low).
-      aggregate: as in `grpo_loss`.
-      options: other options of `grpo_loss`, such as weights and segment_ids.
+      options: options of `grpo_loss`, such as clip_low, aggregate and segment_ids.
 
     Returns:
       The loss and metrics, as `grpo_loss` does.
@@ -276,15 +258,7 @@ def ppo_loss(
     -1.0
     """
     return grpo_loss(
-        logps,
-        advantages,
-        mask,
-        old_logps=old_logps,
-        kl_coef=0.0,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        aggregate=aggregate,
-        **options,
+        logps, advantages, mask, old_logps=old_logps, kl_coef=0.0, **options
     )
 
 
@@ -355,7 +329,7 @@ def sft_loss(
     num_segments: int | None = None,
     normalizer: ArrayLike | None = None,
     aggregate: str = "sequence_mean",
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> LossAndMetrics:
     """Returns the supervised fine-tuning loss (DeepSeekMath, appendix A.1.1; GC = 1).
 
         loss = - mean_i 1/|o_i| Σ_t log π_θ(o_it)

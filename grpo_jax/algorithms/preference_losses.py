@@ -16,11 +16,14 @@ from grpo_jax.algorithms.reductions import (
     check_shapes,
     jitted,
     nonzero,
+    token_mean,
     weight_of,
 )
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float, Num
+
+    from grpo_jax.algorithms.reductions import LossAndMetrics
 
 
 @jitted("length_normalized")
@@ -35,7 +38,7 @@ def dpo_loss(
     beta: ArrayLike = 0.1,
     length_normalized: bool = False,
     normalizer: ArrayLike | None = None,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> LossAndMetrics:
     """Returns the DPO loss (Rafailov et al. 2023; DeepSeekMath, appendix A.1.4).
 
         loss = - mean log σ(β Δ),   Δ = Σ_t log π_θ/π_ref(o+) - Σ_t log π_θ/π_ref(o-)
@@ -91,13 +94,10 @@ def dpo_loss(
     pairs = len(counts) if normalizer is None else normalizer
     loss = -(counts * jax.nn.log_sigmoid(beta * (better - worse))).sum()
 
-    def mean(x):
-        return (counts * x).sum() / at_least_1(counts.sum())
-
     metrics = {
-        "rewards/chosen": mean(beta * better),
-        "rewards/rejected": mean(beta * worse),
-        "rewards/margins": mean(beta * (better - worse)),
-        "rewards/accuracies": mean(better > worse),
+        "rewards/chosen": token_mean(beta * better, counts),
+        "rewards/rejected": token_mean(beta * worse, counts),
+        "rewards/margins": token_mean(beta * (better - worse), counts),
+        "rewards/accuracies": token_mean(better > worse, counts),
     }
     return loss / nonzero(pairs), jax.lax.stop_gradient(metrics)

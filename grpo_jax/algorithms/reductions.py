@@ -16,7 +16,10 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from jaxtyping import Array, ArrayLike
+    from jaxtyping import Array, ArrayLike, Float
+
+    Metrics = dict[str, Float[Array, ""]]
+    LossAndMetrics = tuple[Float[Array, ""], Metrics]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,6 +86,31 @@ def check_shapes(
             )
 
 
+def check_groups(name: str, x: Array, axes: str, group_size: int) -> None:
+    """Raises ValueError unless x has axes such as "N T", and N whole groups."""
+    shape = jnp.shape(x)
+    if len(shape) != len(axes.split()) or group_size < 1 or shape[0] % group_size:
+        raise ValueError(
+            f"{name} has shape {shape}; [{axes.replace(' ', ', ')}] with N a multiple "
+            f"of group_size={group_size} is needed"
+        )
+
+
+def advantages_by_token(advantages: Array, logps: Array) -> Array:
+    """Returns advantages [B] or [B, T] as [B, 1] or [B, T].
+
+    Raises:
+      ValueError: they have neither of these shapes of `logps`.
+    """
+    shape = jnp.shape(advantages)
+    if shape not in (logps.shape[:1], logps.shape):
+        raise ValueError(
+            f"advantages has shape {shape}; [B] or [B, T] of logps' {logps.shape} is "
+            "needed"
+        )
+    return advantages[:, None] if len(shape) == 1 else advantages
+
+
 def weight_of(mask: Array, *arrays: Array) -> tuple[Array, Callable[[Array], Array]]:
     """Returns the mask as weights m, and a function `clean` that zeroes masked values.
 
@@ -109,10 +137,15 @@ def sequence_sums(x: Array, segment_ids: Array | None) -> Array:
     """Returns, at each token, the sum of x over the token's sequence, [B, T]."""
     if segment_ids is None:
         return jnp.broadcast_to(x.sum(-1, keepdims=True), x.shape)
-    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
-    run = jnp.cumsum(jnp.pad(starts, ((0, 0), (1, 0))), axis=-1)  # number of the run
+    run = _runs(segment_ids)
     sums = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=x.shape[1]))
     return jnp.take_along_axis(sums(x, run), run, axis=-1)
+
+
+def _runs(segment_ids: Array) -> Array:
+    """Numbers each row's sequences 0, 1, 2, … in their order, [B, T]."""
+    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.cumsum(jnp.pad(starts, ((0, 0), (1, 0))), axis=-1)
 
 
 def count_sequences(
@@ -131,8 +164,7 @@ def count_sequences(
     if num_segments is not None:
         return num_segments
     # A run counts if any of its tokens is unmasked.
-    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
-    run = jnp.cumsum(jnp.pad(starts, ((0, 0), (1, 0))), axis=-1)
+    run = _runs(segment_ids)
     seen = jax.vmap(functools.partial(jax.ops.segment_max, num_segments=run.shape[1]))
     return jnp.maximum(seen(valid.astype(jnp.int32), run), 0).sum()
 
@@ -167,22 +199,22 @@ def aggregate_tokens(
     check_choice("aggregate", aggregate, AGGREGATES)
     if num_segments is not None and segment_ids is None:
         raise ValueError("num_segments counts packed sequences: pass segment_ids")
-    if aggregate == "token_mean":
-        count = at_least_1(weight.sum()) if normalizer is None else normalizer
-        return (weight * per_token).sum() / nonzero(count)
-    if normalizer is None:
+    terms = weight * per_token
+    if normalizer is None and aggregate == "token_mean":
+        normalizer = at_least_1(weight.sum())
+    elif normalizer is None:
         normalizer = count_sequences(weight > 0, segment_ids, num_segments)
+    divisor = nonzero(normalizer)
     if aggregate == "constant":
         if max_length is None:
             raise ValueError("aggregate='constant' needs max_length")
-        return (weight * per_token).sum() / (nonzero(normalizer) * max_length)
-    if aggregate == "sequence_sum":
-        return (weight * per_token).sum() / nonzero(normalizer)
-    length = sequence_sums(weight, segment_ids)
-    return (weight * per_token / at_least_1(length)).sum() / nonzero(normalizer)
+        divisor = divisor * max_length
+    if aggregate == "sequence_mean":
+        terms = terms / at_least_1(sequence_sums(weight, segment_ids))
+    return terms.sum() / divisor
 
 
-def at_least_1(length: Array) -> Array:
+def at_least_1(length: ArrayLike) -> Array:
     """Returns max(length, 1), a safe divisor.
 
     An empty sequence then has mean 0, and a length below 1 does not scale terms up.
@@ -195,6 +227,6 @@ def nonzero(count: ArrayLike) -> Array:
     return jnp.where(jnp.asarray(count) > 0, count, 1)
 
 
-def token_mean(x: Array, weight: Array) -> Array:
+def token_mean(x: ArrayLike, weight: Array) -> Array:
     """Returns the weighted mean Σ m x / max(Σ m, 1) over all tokens."""
     return (weight * x).sum() / at_least_1(weight.sum())

@@ -11,10 +11,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
+
+from grpo_jax.algorithms.reductions import (
+    at_least_1,
+    check_shapes,
+    token_mean,
+    weight_of,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float, Num
+
+    from grpo_jax.algorithms.reductions import LossAndMetrics
 
 
 @jax.jit
@@ -24,7 +32,7 @@ def reward_loss(
     mask: Num[Array, "B T"],
     *,
     normalizer: ArrayLike | None = None,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> LossAndMetrics:
     """Returns the binary cross-entropy of a reward model.
 
         loss = - mean_t [ y_t log σ(s_t) + (1 - y_t) log σ(-s_t) ]
@@ -45,30 +53,25 @@ def reward_loss(
     Raises:
       ValueError: shapes that differ.
 
+    >>> import jax.numpy as jnp
     >>> scores = jnp.array([[9.0, 0.0, jnp.log(3.0)]])
     >>> loss, metrics = reward_loss(scores, jnp.array([[0, 0, 1]]),
     ...                             jnp.array([[0, 1, 1]]))
     >>> round(float(loss), 4) == round(float((jnp.log(2) + jnp.log(4 / 3)) / 2), 4)
     True
     """
-    for name, x in {"labels": labels, "mask": mask}.items():
-        if x.shape != scores.shape:
-            raise ValueError(f"{name} has shape {x.shape}, scores {scores.shape}")
-    dtype = jnp.promote_types(scores.dtype, jnp.float32)
-    valid = mask != 0
-    m = valid.astype(dtype)
-    s = jnp.where(valid, scores.astype(dtype), 0)
-    y = jnp.where(valid, labels.astype(dtype), 0)
-    count = jnp.maximum(m.sum(), 1)
-    divisor = count if normalizer is None else jnp.maximum(normalizer, 1)
+    check_shapes(scores, dict(labels=labels, mask=mask), "scores")
+    m, clean = weight_of(mask != 0, scores)
+    s, y = clean(scores), clean(labels)
+    divisor = at_least_1(m.sum() if normalizer is None else normalizer)
     # -y log σ(s) - (1 - y) log σ(-s). The form log(1 + e^s) - y s would lose digits
     # where the model is confident.
     loss = (m * (y * jax.nn.softplus(-s) + (1 - y) * jax.nn.softplus(s))).sum()
     loss = loss / divisor
     metrics = {
-        "accuracy": (m * ((s > 0) == (y > 0.5))).sum() / count,
-        "score": (m * s).sum() / count,
-        "label": (m * y).sum() / count,
+        "accuracy": token_mean((s > 0) == (y > 0.5), m),
+        "score": token_mean(s, m),
+        "label": token_mean(y, m),
         "num_tokens": m.sum(),
     }
     return loss, jax.lax.stop_gradient(metrics)

@@ -254,7 +254,8 @@ def together(
 def _start(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
     """Starts jax.distributed; returns False if this process is alone."""
     given = [coordinator, processes, number]
-    if given != [None] * 3:
+    without_flags = given == [None] * 3
+    if not without_flags:
         if None in given:
             raise GrpoError(
                 "--coordinator, --num_processes and --process_id go together; give all "
@@ -287,11 +288,11 @@ def _start(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
             cluster_detection_method="deactivate" if coordinator else None,
         )
     except ValueError as error:
-        if given == [None] * 3 and "coordinator_address" in str(error):
+        if without_flags and "coordinator_address" in str(error):
             return False  # jax knows of no cluster here
         raise GrpoError(f"processes: {error}") from None
     except RuntimeError as error:
-        if given == [None] * 3 and "before any JAX" in str(error):
+        if without_flags and "before any JAX" in str(error):
             return False  # called by a program that uses jax already
         line = (str(error).splitlines() or [""])[0]
         raise GrpoError(f"processes: they could not be started ({line})") from error

@@ -55,9 +55,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
     if bad or len(free) > 1:
         raise GrpoError(f"mesh: {sizes}: sizes are 1 or more, one of them may be -1")
     if free:
-        known = int(np.prod([size for size in sizes.values() if size != -1]))
+        known = math.prod(size for size in sizes.values() if size != -1)
         sizes[free[0]] = max(1, len(devices) // known)
-    if int(np.prod(list(sizes.values()))) != len(devices):
+    if math.prod(sizes.values()) != len(devices):
         raise GrpoError(
             f"mesh: data {sizes['data']} × fsdp {sizes['fsdp']} × tensor "
             f"{sizes['tensor']} is not the number of devices, {len(devices)}"
@@ -151,8 +151,13 @@ def size_of(mesh: Mesh | AbstractMesh, axes: Any) -> int:
 
     Axes of a surrounding shard_map do not count: the program sees one part only.
     """
+    return math.prod(mesh.shape[name] for name in _free_axes(axes, mesh))
+
+
+def _free_axes(axes: Any, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Returns those of a spec's axes (a name, several or None) that are `free`."""
     names = (axes,) if isinstance(axes, str) else (axes or ())
-    return math.prod(mesh.shape[name] for name in names if name in free(mesh))
+    return tuple(name for name in names if name in free(mesh))
 
 
 def free(mesh: Mesh | AbstractMesh) -> set[str]:
@@ -215,22 +220,15 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     Without a mesh, or if an axis does not divide, it returns x as it is.
     """
     mesh = mesh_in_use()
-    if mesh is None:
+    sizes = zip(x.shape, spec, strict=False)
+    if mesh is None or any(n % size_of(mesh, axes) for n, axes in sizes):
         return x
-    for n, axes in zip(x.shape, spec, strict=False):
-        if n % size_of(mesh, axes):
-            return x
     return jax.lax.with_sharding_constraint(x, within(spec, mesh))
 
 
 def within(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Returns the spec without the axes of a surrounding shard_map."""
-
-    def left(axes):
-        names = (axes,) if isinstance(axes, str) else (axes or ())
-        return tuple(name for name in names if name in free(mesh)) or None
-
-    return P(*map(left, spec))
+    return P(*(_free_axes(axes, mesh) or None for axes in spec))
 
 
 def rows_of_table(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -249,9 +247,8 @@ def rows_of_table(table: jax.Array, tokens: jax.Array) -> jax.Array:
     """
     mesh = mesh_in_use()
     width = size_of(mesh, "fsdp") if mesh else 1
-    if mesh is None or width == 1 or table.shape[1] % width:
-        return constrain(table, P("tensor", None))[tokens]
-    if tokens.shape[0] % rows_multiple(mesh):
+    whole = mesh is None or width == 1 or table.shape[1] % width
+    if mesh is None or whole or tokens.shape[0] % rows_multiple(mesh):
         return constrain(table, P("tensor", None))[tokens]
 
     def look_up(table, tokens):
@@ -320,24 +317,23 @@ def to_hosts(tree: Any) -> Any:
     """Returns a tree of arrays as whole NumPy arrays; every process must call it."""
 
     def whole(x):
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            if not x.is_fully_replicated:
-                x = multihost_utils.process_allgather(x, tiled=True)
-        return x
+        here = not isinstance(x, jax.Array) or x.is_fully_addressable
+        if here or x.is_fully_replicated:
+            return x
+        return multihost_utils.process_allgather(x, tiled=True)
 
     return jax.device_get(jax.tree.map(whole, tree))
 
 
-def batch_placer(mesh: Mesh):
-    """Returns a function that places a packed batch [A, B, T] on the mesh.
+def packed_shardings(batch: Any, mesh: Mesh) -> Any:
+    """Returns the shardings of a packed batch [A, B, T], a tree of arrays.
 
     Rows B are split over `BATCH`; arrays of another rank are replicated.
     """
     rows, whole = batch_sharding(mesh, leading=1), NamedSharding(mesh, P())
+    return jax.tree.map(lambda x: rows if np.ndim(x) == 3 else whole, batch)
 
-    def place(batch: Any) -> Any:
-        return jax.tree.map(
-            lambda x: to_devices(x, rows if np.ndim(x) == 3 else whole), batch
-        )
 
-    return place
+def batch_placer(mesh: Mesh):
+    """Returns a function that places a packed batch as `packed_shardings` says."""
+    return lambda batch: jax.tree.map(to_devices, batch, packed_shardings(batch, mesh))

@@ -7,25 +7,40 @@ For decoding, each group of devices holds all parameters, in the compute dtype
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from grpo_jax.distributed import sharding
+from grpo_jax.errors import GrpoError
 from grpo_jax.models.decoder import Decoder, Params
 
 
-def relaid(model: Decoder, params: Params, layout: Mesh) -> Params:
-    """Returns the parameters on the mesh `layout`, in the model's compute dtype."""
-    return relay(model, params, layout)(params)
+def decoding_mesh(model: Decoder, mesh: Mesh) -> Mesh:
+    """Returns the mesh of the same devices, in groups, on which the model decodes.
+
+    Raises:
+      GrpoError: `decode_tensor` does not divide the number of devices; or it does not
+        divide the heads, on TPUs, whose compiler would abort the process.
+    """
+    tensor, heads = model.decode_tensor or mesh.shape["tensor"], model.config.heads
+    layout = sharding.regroup(mesh, tensor)
+    if heads % tensor and mesh.devices.flat[0].platform == "tpu":
+        raise GrpoError(
+            f"mesh.decode_tensor: {tensor} does not divide the model's heads, {heads}, "
+            f"as TPUs need; set it to {math.gcd(tensor, heads)}"
+        )
+    return layout
 
 
 def relay(model: Decoder, params: Params, layout: Mesh) -> Any:
-    """Returns the compiled function behind `relaid`, for parameters of these shapes.
+    """Returns the compiled function that moves parameters of these shapes to `layout`.
 
-    It moves them in two steps, each of which XLA partitions well: an exchange of rows
-    for columns within the groups of devices, and then an all-gather between groups.
+    It casts them to the model's compute dtype. They move in two steps, each of which
+    XLA partitions well: an exchange of rows for columns within the groups of devices,
+    and then an all-gather between groups.
 
     Args:
       model: the decoder, which gives the dtype.
@@ -51,13 +66,11 @@ def _relay(dtype: str, layout: Mesh, tree: Any, shapes: tuple) -> Any:
 
 def is_laid_out(model: Decoder, params: Params, layout: Mesh) -> bool:
     """Returns whether the parameters have this layout and the compute dtype already."""
-    where = sharding.shardings(params, layout)
-
-    def here(x, sharding) -> bool:
-        same = x.sharding.is_equivalent_to(sharding, len(x.shape))
-        return same and x.dtype == model.dtype
-
-    return all(jax.tree.leaves(jax.tree.map(here, params, where)))
+    trees = params, sharding.shardings(params, layout)
+    return all(
+        x.dtype == model.dtype and x.sharding.is_equivalent_to(place, len(x.shape))
+        for x, place in zip(*map(jax.tree.leaves, trees), strict=True)
+    )
 
 
 def laid_out(model: Decoder, params: Params) -> tuple[Mesh | None, Params]:
@@ -68,7 +81,7 @@ def laid_out(model: Decoder, params: Params) -> tuple[Mesh | None, Params]:
     mesh = sharding.mesh_of(params)
     if mesh is None or mesh.size == 1:
         return None, params
-    layout = sharding.regroup(mesh, model.decode_tensor or mesh.shape["tensor"])
-    if is_laid_out(model, params, layout):
-        return layout, params
-    return layout, relaid(model, params, layout)
+    layout = decoding_mesh(model, mesh)
+    if not is_laid_out(model, params, layout):
+        params = relay(model, params, layout)(params)
+    return layout, params

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from grpo_jax.errors import GrpoError
-from grpo_jax.generation.decode_loop import Rollouts as Rollouts
 
 
 @dataclasses.dataclass(frozen=True)

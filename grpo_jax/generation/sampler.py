@@ -164,7 +164,6 @@ def spread_tokens(
     mask: Array,
     *,
     key: Array,
-    samples: int = 1,
     stop_table: Array | None = None,
     **options: Any,
 ) -> Rollouts:
@@ -175,8 +174,8 @@ def spread_tokens(
     matrices and heads.
 
     Args:
-      model, params, tokens, mask, key, samples, stop_table: as in `generate_tokens`; P
-        is a multiple of the number of groups.
+      model, params, tokens, mask, key, stop_table: as in `generate_tokens`; P is a
+        multiple of the number of groups.
       **options: further options of `generate_tokens`; `slots` counts one group's slots.
 
     Returns:
@@ -190,7 +189,6 @@ def spread_tokens(
             tokens,
             mask,
             key=key,
-            samples=samples,
             groups=groups,
             stop_table=stop_table,
             **options,

@@ -108,7 +108,8 @@ class Block(nn.Module):
         if a is not None:
             y += self.lora.delta(x, a, self.get_variable("params", name + B))
         if bias:
-            y += over(y, self.weight(name + "_bias", out).astype(x.dtype))
+            bias_vector = self.weight(name + "_bias", out).astype(x.dtype)
+            y += bias_vector.reshape(1, 1, out)
         return y
 
     def norm(self, x: Array, name: str) -> Array:
@@ -136,11 +137,6 @@ class Block(nn.Module):
         gate, up = (checkpoint_name(x, "ffn") for x in (gate, up))
         h = nn.silu(gate) * up
         return x + self.linear(h, "down_proj", c.width, c.mlp_bias), cache
-
-
-def over(x: Array, vector: Array) -> Array:
-    """Reshapes a vector to broadcast over the last axis of x, at the rank of x."""
-    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from grpo_jax.plan.loop_trip_counts import conditional_share, loop_trip_count
 
-_BYTES = {"pred": 1, "c64": 8, "c128": 16}
+_BITS = {"pred": 8, "c64": 64, "c128": 128}  # of types that do not end in theirs
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b([a-z]+(\d*)\w*)\[([\d,]*)\]")
 _CALLS = re.compile(
     r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)"
 )
@@ -41,39 +41,36 @@ class Instruction:
     name: str
     shape: str  # as written, with its layout
     op: str
-    operands: tuple[str, ...]
+    inside: str  # the operands, or the value of a constant
     text: str  # what follows the operands
-    root: bool
-    literal: str = ""  # of a constant or a parameter
+
+    @property
+    def operands(self) -> list[str]:
+        """The names of the operands."""
+        return re.findall(r"%([\w.\-]+)", self.inside)
+
+    def find(self, pattern: str) -> str:
+        """The first group of a pattern in the text; "" if it is not there."""
+        found = re.search(pattern, self.text)
+        return found.group(1) if found else ""
 
     def attribute(self, name: str) -> str:
         """The value of `name=value`; "" if it is absent."""
-        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.text)
-        return found.group(1) if found else ""
+        return self.find(rf"\b{name}=%?([\w.\-]+)")
 
     @property
     def scope(self) -> str:
         """The path of `jax.named_scope`s that it was traced in."""
-        found = re.search(r'op_name="([^"]*)"', self.text)
-        return found.group(1) if found else ""
+        return self.find(r'op_name="([^"]*)"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
     """A program: named computations, and the name of the one that is its entry."""
 
-    computations: dict[str, list[Instruction]]
+    computations: dict[str, dict[str, Instruction]]  # each by its instructions' names
+    roots: dict[str, Instruction]  # of each computation, the one whose value it returns
     entry: str
-
-    def find_instruction(self, computation: str, name: str) -> Instruction | None:
-        """The instruction of this name; None if there is none."""
-        lines = self.computations.get(computation, ())
-        return next((i for i in lines if i.name == name), None)
-
-    def root_instruction(self, computation: str) -> Instruction | None:
-        """The instruction whose value the computation returns."""
-        lines = self.computations.get(computation, ())
-        return next((i for i in lines if i.root), None)
 
 
 def parse_module(text: str) -> Module:
@@ -84,29 +81,31 @@ def parse_module(text: str) -> Module:
     ...   %x = f32[8]{0} parameter(0)
     ...   ROOT %y = f32[8]{0} add(%x, %x)
     ... }''')
-    >>> module.entry, [i.op for i in module.computations["main"]]
+    >>> module.entry, [i.op for i in module.computations["main"].values()]
     ('main', ['parameter', 'add'])
     """
-    computations: dict[str, list[Instruction]] = {}
-    entry, current = "", None
+    module = Module({}, {}, "")
+    current = entry = ""
     for line in text.splitlines():
-        head = _HEAD.match(line)
-        if head:
-            current = computations.setdefault(head.group(2), [])
-            entry = head.group(2) if head.group(1) else entry
-        elif current is not None and (found := _LINE.match(line)):
-            current.append(_parse_instruction(*found.groups()))
-    return Module(computations, entry)
+        if head := _HEAD.match(line):
+            current = head.group(2)
+            module.computations[current] = {}
+            entry = current if head.group(1) else entry
+        elif current and (found := _LINE.match(line)):
+            root, name, rest = found.groups()
+            instruction = _parse_instruction(name, rest)
+            module.computations[current][name] = instruction
+            if root:
+                module.roots[current] = instruction
+    return dataclasses.replace(module, entry=entry)
 
 
-def _parse_instruction(root: str | None, name: str, rest: str) -> Instruction:
+def _parse_instruction(name: str, rest: str) -> Instruction:
     end = _closing_bracket(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     op, _, _ = rest.partition("(")
     close = _closing_bracket(rest, len(op))
-    inside = rest[len(op) + 1 : close]
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    return Instruction(name, shape, op, operands, rest[close:], bool(root), inside)
+    return Instruction(name, shape, op, rest[len(op) + 1 : close], rest[close:])
 
 
 def _closing_bracket(text: str, start: int) -> int:
@@ -125,17 +124,14 @@ def array_sizes(shape: str) -> list[int]:
     >>> array_sizes("(bf16[4,128]{1,0:T(8,128)(2,1)}, u32[])")
     [1024, 4]
     """
-    found = []
-    for kind, numbers in _SHAPE.findall(shape):
-        digits = re.search(r"\d+", kind)
-        bits = (
-            8 * _BYTES[kind] if kind in _BYTES else int(digits.group()) if digits else 0
-        )
-        count = 1
-        for n in filter(None, numbers.split(",")):
-            count *= int(n)
-        found.append(-(-count * bits // 8))
-    return found
+    return [
+        -(-math.prod(map(int, filter(None, sizes.split(",")))) * _bits(*kind) // 8)
+        for *kind, sizes in _SHAPE.findall(shape)
+    ]
+
+
+def _bits(kind: str, digits: str) -> int:
+    return _BITS.get(kind, int(digits or 0))
 
 
 def count_runs(module: Module, trips: Mapping[str, float]) -> dict[str, float]:
@@ -163,7 +159,7 @@ def _called_computations(
     module: Module, name: str, times: float, trips: Mapping[str, float]
 ) -> Iterator[tuple[str, float]]:
     yield name, times
-    for i in module.computations.get(name, ()):
+    for i in module.computations[name].values():
         if i.op == "while":
             inner = times * loop_length(module, name, i, trips)
         elif i.op == "conditional":
@@ -185,9 +181,9 @@ def loop_length(
     Raises:
       KeyError: neither of the first two is there, and `trips` lacks its scope.
     """
-    known = re.search(r'known_trip_count[":{\s]+n[":\s]+(\d+)', loop.text)
+    known = loop.find(r'known_trip_count[":{\s]+n[":\s]+(\d+)')
     if known:
-        return float(known.group(1))
+        return float(known)
     counted = _length_of_range(module, computation, loop)
     if counted is not None:
         return counted
@@ -202,45 +198,44 @@ def _length_of_range(
     A start or a step that is not found counts as 0 or 1.
     """
     condition, body = loop.attribute("condition"), loop.attribute("body")
-    test = module.root_instruction(condition)
+    test = module.roots.get(condition)
     if test is None or test.op != "compare" or "direction=LT" not in test.text:
         return None
-    index = stop = None
-    for operand in test.operands:
-        where = module.find_instruction(condition, operand)
-        if where is not None and where.op == "constant":
-            stop = int(where.literal)
-        elif where is not None and where.op == "get-tuple-element":
-            index = int(where.attribute("index"))
+    sides = _operands(module, condition, test)
+    stop = _constant(sides)
+    index = next((i.attribute("index") for i in sides if i.attribute("index")), None)
     if index is None or stop is None:
         return None
-    start = _start_of_range(module, computation, loop.operands[0], index)
-    step = _step_of_range(module, body, index)
+    start = step = None
+    for made in _operands(module, computation, loop):
+        first = _element(module, computation, made, int(index))
+        while first and first[0].op in ("copy", "bitcast"):
+            first = _operands(module, computation, first[0])
+        start = _constant(first)
+    for added in _element(module, body, module.roots[body], int(index)):
+        if added.op == "add":
+            step = _constant(_operands(module, body, added))
     return float(max(0, -(-(stop - (start or 0)) // (step or 1))))
 
 
-def _start_of_range(module: Module, computation: str, tuple_name: str, index: int):
-    made = module.find_instruction(computation, tuple_name)
-    if made is None or made.op != "tuple":
-        return None
-    value = module.find_instruction(computation, made.operands[index])
-    while value is not None and value.op in ("copy", "bitcast"):
-        value = module.find_instruction(computation, value.operands[0])
-    return int(value.literal) if value is not None and value.op == "constant" else None
+def _operands(
+    module: Module, computation: str, instruction: Instruction
+) -> list[Instruction]:
+    lines = module.computations[computation]
+    return [lines[name] for name in instruction.operands if name in lines]
 
 
-def _step_of_range(module: Module, body: str, index: int) -> int | None:
-    root = module.root_instruction(body)
-    if root is None or root.op != "tuple":
-        return None
-    value = module.find_instruction(body, root.operands[index])
-    if value is None or value.op != "add":
-        return None
-    for operand in value.operands:
-        added = module.find_instruction(body, operand)
-        if added is not None and added.op == "constant":
-            return int(added.literal)
-    return None
+def _element(
+    module: Module, computation: str, made: Instruction, index: int
+) -> list[Instruction]:
+    """The element of a tuple, alone in a list; an empty list if it is no tuple."""
+    operands = _operands(module, computation, made) if made.op == "tuple" else []
+    return operands[index : index + 1]
+
+
+def _constant(instructions: Iterable[Instruction]) -> int | None:
+    """The value of the first constant among these instructions."""
+    return next((int(i.inside) for i in instructions if i.op == "constant"), None)
 
 
 def group_size(instruction: Instruction, devices: int) -> int:
@@ -289,8 +284,8 @@ def collective_bytes(
     module = parse_module(text)
     times = count_runs(module, trips or {})
     sent: dict[str, float] = {}
-    for name, instructions in module.computations.items():
-        for i in instructions:
+    for name, computation in module.computations.items():
+        for i in computation.values():
             kind = i.op.removesuffix("-start")
             if kind in COLLECTIVES and times[name]:
                 moved = bytes_sent(i, kind, group_size(i, devices))

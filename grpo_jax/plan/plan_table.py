@@ -101,18 +101,13 @@ def format_plan(summary: dict[str, Any]) -> str:
             cells += [f"{p['seconds']:.3g} s", p["bound_by"]]
         rows.append(cells)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [_padded_line(row, widths) for row in rows]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+        for row in rows
+    ]
     lines.insert(1, "  ".join("-" * n for n in widths))
     lines += ["", *_notes(summary)]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _padded_line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = (
-        cell.ljust(n) if not i else cell.rjust(n)
-        for i, (cell, n) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join([first, *rest])
 
 
 def _notes(summary: dict[str, Any]) -> list[str]:

@@ -44,13 +44,9 @@ class PlannedProgram:
     mesh: jax.sharding.Mesh  # in use while it runs
     arguments: Any  # its parameters or state
     trips: dict[str, float] = dataclasses.field(default_factory=dict)
-    memory_traffic_bytes: float = (
-        0.0  # bytes of memory that it reads and writes, at least
-    )
+    memory_traffic_bytes: float = 0.0  # that it reads and writes, at least
     runs: int = 1
-    owns_arguments: bool = (
-        False  # the arguments are not among the arrays that the run keeps
-    )
+    owns_arguments: bool = False  # they are not among the arrays that the run keeps
 
 
 def plan_programs(
@@ -94,11 +90,7 @@ def plan_rl(
     programs = make_programs(config, model, optimizer, shardings)
     layout = Layout(config, mesh)
     passes = loop_trip_counts.pass_trip_counts(layout, config, lengths)
-    weights = bytes_per_device(_compute_shapes(model, state.params, mesh))
-    gathered_bytes = (
-        weights * mesh.shape["fsdp"]
-    )  # a pass reads them gathered over fsdp
-    batches = passes["micro_batches"]
+    traffic_bytes = passes["micro_batches"] * _gathered_bytes(model, state.params, mesh)
     reference = _reference_shapes(config, model, state, mesh)
     scored_batch = _packed_shapes(
         layout, Sample(tokens=[0, 0], mask=[0, 1], logps=[0.0] * 2)
@@ -119,16 +111,10 @@ def plan_rl(
 
     def plan_pass(name, program, params, fetched=False):
         trace = functools.partial(program.trace, params, scored_batch)
-        traffic_bytes = 2 * batches * gathered_bytes
+        sizes: Any = dict(memory_traffic_bytes=2 * traffic_bytes)
         planned.append(
             PlannedProgram(
-                name,
-                trace,
-                mesh,
-                params,
-                passes,
-                memory_traffic_bytes=traffic_bytes,
-                owns_arguments=fetched,
+                name, trace, mesh, params, passes, owns_arguments=fetched, **sizes
             )
         )
 
@@ -140,19 +126,9 @@ def plan_rl(
         plan_pass("old policy", programs.score, state.params)
     if critic:
         plan_pass("values", programs.value, state.params["value"])
-    planned.append(
-        PlannedProgram(
-            "update",
-            lambda: programs.update.trace(state, None, update_batch),
-            mesh,
-            state,
-            passes,
-            memory_traffic_bytes=6 * batches * gathered_bytes
-            + 2 * bytes_per_device(state),
-            runs=updates,
-        )
-    )
-    return planned, (state, None if on_host else reference)
+    update = _plan_update(model, programs.update, state, update_batch, mesh, passes)
+    update = dataclasses.replace(update, runs=updates)
+    return [*planned, update], (state, None if on_host else reference)
 
 
 def plan_rollout(
@@ -164,7 +140,7 @@ def plan_rollout(
 ) -> list[PlannedProgram]:
     """The rollout of an RL step, and the transfer of the weights to its layout."""
     tensor = model.decode_tensor or mesh.shape["tensor"]
-    layout = sharding.regroup(mesh, tensor) if mesh.size > 1 else None
+    layout = reshard.decoding_mesh(model, mesh) if mesh.size > 1 else None
     groups = sharding.rows_multiple(layout) if layout else 1
     shape = rollout_shapes.shape_of(
         config.questions_per_step,
@@ -178,13 +154,8 @@ def plan_rollout(
         spread=layout is not None,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
         eos_id=(0,),
-        stop=(),
         cache_dtype=config.model.cache_dtype or None,
-        keep=False,
     )
     rows = sharding.batch_sharding(layout or mesh)
     tokens, mask = (
@@ -243,25 +214,35 @@ def plan_sft(
     sample = Sample(tokens=[0, 0], mask=[0, 1])
     batch = _batch_shapes(sft.lay_out(config, mesh, [sample]), mesh)
     capacity = batch.tokens.shape[0]
-    gathered_bytes = (
-        bytes_per_device(_compute_shapes(model, state.params, mesh))
-        * mesh.shape["fsdp"]
-    )
-    planned = PlannedProgram(
+    pairs = loop_trip_counts.block_pairs(config.sft.micro_rows, config.sft.row_length)
+    trips = {"micro_batches": capacity, "pairs": pairs}
+    return [_plan_update(model, update, state, batch, mesh, trips)], state
+
+
+def _plan_update(
+    model: Decoder,
+    update: Any,
+    state: Any,
+    batch: Batch,
+    mesh: jax.sharding.Mesh,
+    trips: dict[str, float],
+) -> PlannedProgram:
+    """The update of a stage: three passes over the batch, and a new state."""
+    passes = trips["micro_batches"] * _gathered_bytes(model, state.params, mesh)
+    return PlannedProgram(
         "update",
         lambda: update.trace(state, None, batch),
         mesh,
         state,
-        {
-            "micro_batches": capacity,
-            "pairs": loop_trip_counts.block_pairs(
-                config.sft.micro_rows, config.sft.row_length
-            ),
-        },
-        memory_traffic_bytes=6 * capacity * gathered_bytes
-        + 2 * bytes_per_device(state),
+        trips,
+        memory_traffic_bytes=6 * passes + 2 * bytes_per_device(state),
     )
-    return [planned], state
+
+
+def _gathered_bytes(model: Decoder, params: Any, mesh: jax.sharding.Mesh) -> float:
+    """Bytes of the weights that a device reads in a pass, gathered over "fsdp"."""
+    shapes = _compute_shapes(model, params, mesh)
+    return bytes_per_device(shapes) * mesh.shape["fsdp"]
 
 
 def _shortest_sample(config: Config) -> Sample:
@@ -281,14 +262,10 @@ def _packed_shapes(layout: Layout, sample: Sample) -> Batch:
 
 
 def _batch_shapes(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
-    rows = sharding.batch_sharding(mesh, leading=1)
-    whole = jax.sharding.NamedSharding(mesh, sharding.P())
-
-    def abstract_array(x):
-        place = rows if np.ndim(x) == 3 else whole
+    def abstract_array(x, place):
         return jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=place)
 
-    return jax.tree.map(abstract_array, batch)
+    return jax.tree.map(abstract_array, batch, sharding.packed_shardings(batch, mesh))
 
 
 def _reference_shapes(config: Config, model: Decoder, state: Any, mesh) -> Any:

@@ -37,13 +37,7 @@ def find_smallest_slice(
         if name == topology.name:
             fits = all(p.total_bytes <= memory for p in programs)
         else:
-            fits = fits_on_slice(
-                config,
-                name,
-                memory,
-                lengths,
-                lambda program, name=name: progress(f"{name}: {program}"),
-            )
+            fits = fits_on_slice(config, name, memory, lengths, progress)
         if fits:
             return name
     return ""
@@ -69,7 +63,7 @@ def fits_on_slice(
     if bytes_per_device(resident) > memory_bytes:
         return False
     for one in reversed(planned):  # the update is the fastest to compile, and large
-        progress(one.name)
+        progress(f"{name}: {one.name}")
         compiled = compile_program(one, resident, len(topology.devices))
         if not compiled.total_bytes <= memory_bytes:  # also where it is NaN
             return False

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.algorithms.policy_losses import dpo_loss, grpo_loss, sft_loss, value_loss
+from grpo_jax.algorithms.policy_losses import grpo_loss, sft_loss, value_loss
+from grpo_jax.algorithms.preference_losses import dpo_loss
 from grpo_jax.models import lora
 from grpo_jax.models.logprobs import logprobs_from_logits, token_logprobs
 from grpo_jax.training.batch import Batch

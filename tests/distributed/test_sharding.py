@@ -113,7 +113,7 @@ def test_the_samplers_parameters_are_split_within_groups_alone():
     with jax.set_mesh(mesh):
         params = place(MODEL.init(jax.random.key(0)), mesh)
         layout = sharding.regroup(mesh, 4)
-        moved = reshard.relaid(model, params, layout)
+        moved = reshard.relay(model, params, layout)(params)
     assert reshard.is_laid_out(model, moved, layout)
     assert not reshard.is_laid_out(model, params, layout)
     for name, shape in (("q_proj", (2, 8, 32)), ("down_proj", (2, 32, 16))):

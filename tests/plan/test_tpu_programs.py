@@ -9,6 +9,7 @@ import pytest
 from abstract_meshes import mesh_of
 from small_runs import small_config
 
+from grpo_jax.errors import GrpoError
 from grpo_jax.generation.sampler import generate_tokens, spread_tokens
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
@@ -61,10 +62,15 @@ def test_the_sampler_calls_the_kernel_on_every_mesh(sizes, spread):
 
 DEFAULT: dict[str, Any] = {}
 MESHES: dict[str, dict[str, Any]] = {
-    "tensor 2": {"mesh.tensor": 2},
     "data 2, tensor 2": {"mesh.data": 2, "mesh.tensor": 2},
     "tensor 2, decode_tensor 1": {"mesh.tensor": 2, "mesh.decode_tensor": 1},
     "decode_tensor 4": {"mesh.decode_tensor": 4, "model.heads": 4},
+    "decode_tensor 2, 6 heads": {
+        "mesh.decode_tensor": 2,
+        "model.heads": 6,
+        "model.kv_heads": 2,
+        "model.width": 96,
+    },
 }
 
 
@@ -93,6 +99,15 @@ def test_another_generation_compiles_the_rollout_by_default():
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_slice_compiles_the_rollout_of_other_meshes(mesh):
     compile_for("v5e:2x4", MESHES[mesh], "rollout")
+
+
+@pytest.mark.parametrize("heads, works", [(2, 2), (6, 2)])
+def test_heads_that_a_group_cannot_share_are_refused(heads, works):
+    """Before the compiler sees them: it would abort the process."""
+    sizes = {"model.heads": heads, "model.kv_heads": 2, "model.width": 16 * heads}
+    message = f"mesh.decode_tensor: 4 does not .* heads, {heads}, .* set it to {works}$"
+    with pytest.raises(GrpoError, match=message):
+        compile_for("v5e:2x4", {**sizes, "mesh.decode_tensor": 4}, "rollout")
 
 
 def test_a_slice_compiles_reference_and_update_of_matrices_split_twice():

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.algorithms.policy_losses import dpo_loss, value_loss
+from grpo_jax.algorithms.policy_losses import value_loss
+from grpo_jax.algorithms.preference_losses import dpo_loss
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.value_head import RewardModel
