@@ -142,7 +142,7 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> Generator[dict]:
     from grpo_jax.data.example import Example
     from grpo_jax.data.prompts import encode_prompt
     from grpo_jax.data.tokenizer import Tokenizer
-    from grpo_jax.generation.rollout_shapes import bucket
+    from grpo_jax.generation.rollout_shapes import bucket_length
     from grpo_jax.training.packing import fitting_length
 
     model, params = load_pretrained(flags.model, dtype=flags.dtype)
@@ -173,7 +173,9 @@ def measure(flags: argparse.Namespace, questions: list[str]) -> Generator[dict]:
         prompts[start : start + flags.questions]
         for start in range(0, len(prompts), flags.questions)
     ]
-    for asked in {bucket(max(map(len, asked))): asked for asked in by_step}.values():
+    for asked in {
+        bucket_length(max(map(len, asked))): asked for asked in by_step
+    }.values():
         sample(asked, jax.random.key(flags.seed))
     steps: dict[int, Any] = {}
     for step, asked in enumerate(by_step):

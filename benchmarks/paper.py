@@ -209,8 +209,8 @@ def collect(runs: dict[str, list[Path]], flags: argparse.Namespace) -> Json:
 
 def pass_and_majority(workdir: Path, flags: argparse.Namespace) -> Json:
     """pass@K and maj@K of a run's newest model at temperature 1."""
-    from grpo_jax.evaluation.comparison import measure
-    from grpo_jax.evaluation.generate_answers import Settings
+    from grpo_jax.evaluation.comparison import measure_set
+    from grpo_jax.evaluation.generate_answers import AnswerSettings
     from grpo_jax.training.run import load_run
     from grpo_jax.training.work_directory import read_config
 
@@ -219,7 +219,7 @@ def pass_and_majority(workdir: Path, flags: argparse.Namespace) -> Json:
         return json.loads(file.read_text())
     model, params, tokenizer = load_run(workdir)
     config = read_config(workdir)
-    settings = Settings(
+    settings = AnswerSettings(
         template=config.data.template,
         instruction=config.data.instruction,
         max_new_tokens=config.max_new_tokens,
@@ -227,7 +227,7 @@ def pass_and_majority(workdir: Path, flags: argparse.Namespace) -> Json:
         samples=flags.samples,
         batch=128,
     )
-    measured = measure(model, params, tokenizer, SET, settings)
+    measured = measure_set(model, params, tokenizer, SET, settings)
     sampled = measured.result["sampled"]
     result = {"pass@k": sampled["pass@k"], "maj@k": sampled["maj@k"]}
     file.write_text(json.dumps(result))

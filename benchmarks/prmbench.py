@@ -36,12 +36,16 @@ from grpo_jax.errors import GrpoError, Preempted
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.metrics_writer import Recorder
-from grpo_jax.training.reward_model.labels import Solution, encode, read_rows
+from grpo_jax.training.reward_model.labels import Solution, encode_solution, read_rows
 from grpo_jax.training.reward_model.scoring import score_samples
-from grpo_jax.training.reward_model.training import Settings, load_reward_model, train
+from grpo_jax.training.reward_model.training import (
+    RewardModelTraining,
+    load_reward_model,
+    train_reward_model,
+)
 from grpo_jax.training.run import Run
 from grpo_jax.training.setup import declared_config
-from grpo_jax.training.work_directory import Claim
+from grpo_jax.training.work_directory import WorkDirectoryClaim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +155,7 @@ def scorer(
     """The score at the last token of each step."""
 
     def score(solutions: Sequence[Solution]) -> list[np.ndarray]:
-        items = [encode(tokenizer.encode, solution) for solution in solutions]
+        items = [encode_solution(tokenizer.encode, solution) for solution in solutions]
         # Long solutions would make rows long for all of them: by length, in chunks.
         order = sorted(range(len(items)), key=lambda i: len(items[i].tokens))
         found: list[np.ndarray] = [np.zeros(0)] * len(items)
@@ -184,7 +188,7 @@ def train_small(
     solutions = [*bench.original, *bench.modified]
     texts = ("\n".join((s.question, *s.steps)) for s in solutions)
     tokenizer = learn_tokenizer(texts, vocab_size)
-    items = [encode(tokenizer.encode, solution) for solution in solutions]
+    items = [encode_solution(tokenizer.encode, solution) for solution in solutions]
     items = [item for item in items if len(item.tokens) <= longest]
     config = Config(
         name="prmbench",
@@ -195,7 +199,7 @@ def train_small(
     mesh = sharding.make_mesh(fsdp=-1)
     decoder = Decoder(declared_config(config, tokenizer.vocab_size))
     model = RewardModel(decoder)
-    settings = Settings(
+    settings = RewardModelTraining(
         steps=steps,
         batch_size=16,
         learning_rate=1e-3,
@@ -207,14 +211,18 @@ def train_small(
     )
     workdir.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(mesh), Recorder(workdir, config) as recorder:
-        claim = Claim(config, workdir)
+        claim = WorkDirectoryClaim(config, workdir)
         run = Run(config, workdir, mesh, decoder, tokenizer, recorder, claim)
 
         def start() -> Params:
             policy = decoder.init(run.key("init", 0))
             return run.new_reward_model(run.key("reward", 0), policy)
 
-        return model, train(run, "reward", start, items, settings), tokenizer
+        return (
+            model,
+            train_reward_model(run, "reward", start, items, settings),
+            tokenizer,
+        )
 
 
 def learn_tokenizer(texts, vocab_size: int) -> Tokenizer:

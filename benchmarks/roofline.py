@@ -69,7 +69,7 @@ def a_turn(layers, embedding, x):
     from grpo_jax.models.kernels import cpu
     from grpo_jax.models.kernels.decode import few_rows_product
 
-    few_rows = cpu.few_rows if cpu.ready() else few_rows_product
+    few_rows = cpu.few_rows if cpu.library_is_ready() else few_rows_product
     for w in layers:
         aside = few_rows(x, w["k_proj"]) + few_rows(x, w["v_proj"])
         x = few_rows(few_rows(x, w["q_proj"]), w["o_proj"])

@@ -82,7 +82,10 @@ def main() -> None:
 def make_folder(folder: Path, gigabytes: float) -> None:
     """Random weights, written tensor by tensor; layers until it is large enough."""
     from grpo_jax.checkpoints.huggingface import config as hf_config
-    from grpo_jax.checkpoints.huggingface.safetensors_files import Stored, write_folder
+    from grpo_jax.checkpoints.huggingface.safetensors_files import (
+        StoredTensor,
+        write_folder,
+    )
     from grpo_jax.checkpoints.huggingface.weights import tensor_shapes
     from grpo_jax.files import write_json
     from grpo_jax.models.config import ModelConfig
@@ -107,19 +110,23 @@ def make_folder(folder: Path, gigabytes: float) -> None:
         return np.resize(np.roll(noise, number), shape)[index]
 
     tensors = {
-        name: Stored(Path(), noise.dtype, shape, functools.partial(read, i, shape))
+        name: StoredTensor(
+            Path(), noise.dtype, shape, functools.partial(read, i, shape)
+        )
         for i, (name, shape) in enumerate(shapes.items())
     }
     folder.mkdir()
-    write_json(folder / "config.json", hf_config.to_hf(config))
+    write_json(folder / "config.json", hf_config.config_to_hf(config))
     write_folder(folder, tensors, 1_000_000_000)
 
 
 def digests(folder: Path) -> dict[str, str]:
     """A hash of each tensor."""
-    from grpo_jax.checkpoints.huggingface.safetensors_files import read_folder
+    from grpo_jax.checkpoints.huggingface.safetensors_files import (
+        read_safetensors_folder,
+    )
 
-    stored = read_folder(folder)
+    stored = read_safetensors_folder(folder)
     return {n: hashlib.sha256(t[...].tobytes()).hexdigest() for n, t in stored.items()}
 
 
@@ -127,10 +134,12 @@ def measure(flags: argparse.Namespace) -> None:
     """One process: loads its share, and takes part in writing the whole."""
     from grpo_jax.distributed import processes
 
-    with processes.together(flags.coordinator, flags.processes, flags.number):
+    with processes.connect_processes(flags.coordinator, flags.processes, flags.number):
         import jax
 
-        from grpo_jax.checkpoints.huggingface.safetensors_files import read_folder
+        from grpo_jax.checkpoints.huggingface.safetensors_files import (
+            read_safetensors_folder,
+        )
         from grpo_jax.checkpoints.huggingface.weights import (
             load_pretrained,
             save_pretrained,
@@ -139,7 +148,8 @@ def measure(flags: argparse.Namespace) -> None:
 
         folder = Path(flags.folder)
         tensor = max(
-            4 * math.prod(t.shape) for t in read_folder(folder / "in").values()
+            4 * math.prod(t.shape)
+            for t in read_safetensors_folder(folder / "in").values()
         )
         mesh = sharding.make_mesh(fsdp=-1)
         jax.block_until_ready(jax.jit(jax.numpy.zeros, static_argnums=0)(()))

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def take_census(config: Config, workdir: Path, *, accept_changes: bool = False) -> None:
-    """Takes the census of a config's questions; arguments as for `train.train`.
+    """Takes the census of a config's questions; arguments as for `train.train_run`.
 
     Raises:
       GrpoError: the config, the data or the work directory cannot be used, or there is
@@ -42,7 +42,7 @@ def take_census(config: Config, workdir: Path, *, accept_changes: bool = False) 
     from grpo_jax.training.run_census import FOLDER, check_census, run_census
 
     check_census(config)
-    with train.opened(config, workdir, accept_changes=accept_changes) as here:
+    with train.open_run_here(config, workdir, accept_changes=accept_changes) as here:
         if config.sft_steps and here.is_finished("sft"):
             params, who = stage_params(here, "sft"), "the Instruct model"
         elif config.model.path:
@@ -54,11 +54,11 @@ def take_census(config: Config, workdir: Path, *, accept_changes: bool = False) 
                 "config.census to have the run take the census after SFT"
             )
         if who:
-            processes.say(f"census of {who}")
+            processes.print_once(f"census of {who}")
         try:
             run_census(here, params, workdir / FOLDER)
         except Preempted as stopped:
-            processes.say(f"{stopped}; the same command goes on from there")
+            processes.print_once(f"{stopped}; the same command goes on from there")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Fields of a config with choices and bounds.
 
-`one_of` and `number` make dataclass fields, whose metadata are the arguments of
-`arguments.check_value`. For a name that is no field, `other_name` suggests the one that
-was probably meant, from the names in other libraries or from the spelling.
+`choice_field` and `number_field` make dataclass fields, whose metadata are the
+arguments of `arguments.check_value`. For a name that is no field, `suggest_name`
+suggests the one that was probably meant, from the names in other libraries or from the
+spelling.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ COUNT = MOST  # the most steps
 COEFFICIENT = 1e6  # the largest coefficient of a loss in float32
 
 
-def one_of(*choices: str | int, default: Any = ...) -> Any:
+def choice_field(*choices: str | int, default: Any = ...) -> Any:
     """Returns a field with these choices; the first is the default if none is given."""
     default = choices[0] if default is ... else default
     return dataclasses.field(default=default, metadata={"choices": choices})
 
 
-def number(
+def number_field(
     default: Any,
     least: float | None = None,
     most: float | None = None,
@@ -121,14 +122,14 @@ _REMARKS = {
 }
 
 
-def other_name(name: str, known: list[str]) -> str:
+def suggest_name(name: str, known: list[str]) -> str:
     """Returns a suggestion for a name that is no field; "" if there is none.
 
     Args:
       name: dotted, such as "optimizer.lr".
       known: the dotted names of all fields.
 
-    >>> other_name("optimizer.lr", ["learning_rate", "optimizer.b1"])
+    >>> suggest_name("optimizer.lr", ["learning_rate", "optimizer.b1"])
     '; did you mean config.learning_rate?'
     """
     section, _, last = name.rpartition(".")

@@ -16,7 +16,7 @@ from pathlib import Path
 from grpo_jax.arguments import ArgumentParser
 from grpo_jax.checkpoints.formats.gguf import GgufModel
 from grpo_jax.checkpoints.formats.torch_bin import INDEX, read_bin_folder
-from grpo_jax.checkpoints.huggingface.config import from_hf
+from grpo_jax.checkpoints.huggingface.config import config_from_hf
 from grpo_jax.checkpoints.huggingface.folders import find_folder, new_folder
 from grpo_jax.checkpoints.huggingface.safetensors_files import write_folder
 from grpo_jax.checkpoints.huggingface.weights import check_names, model_config
@@ -35,7 +35,7 @@ def convert_gguf(file: Path, out: Path) -> None:
     model = GgufModel(file)
     config = model.config()
     tensors = dict(model.tensors())
-    check_names(file, from_hf(config, str(file)), tensors)
+    check_names(file, config_from_hf(config, str(file)), tensors)
     with new_folder(out) as folder:
         write_json(folder / "config.json", config)
         write_json(folder / "generation_config.json", model.generation_config())

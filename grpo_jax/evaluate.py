@@ -39,14 +39,14 @@ from grpo_jax.evaluation.comparison import (
     Measured,
     Result,
     Scores,
-    add,
-    measure,
+    add_scores,
     measure_name,
+    measure_set,
 )
 from grpo_jax.evaluation.completion_files import Group, Key
-from grpo_jax.evaluation.flags import parse_flags, unique
-from grpo_jax.evaluation.generate_answers import Settings
-from grpo_jax.files import digest, write_json, write_whole
+from grpo_jax.evaluation.flags import parse_flags, without_repeats
+from grpo_jax.evaluation.generate_answers import AnswerSettings
+from grpo_jax.files import file_digest, write_json, write_whole
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.report import try_write_report
 from grpo_jax.report.comparison import (
@@ -71,18 +71,18 @@ def main(arguments: list[str] | None = None) -> None:
     stopped = False
     with (
         errors_as_one_line(),
-        processes.together(*address, wait=wait, heartbeat=heartbeat),
+        processes.connect_processes(*address, wait=wait, heartbeat=heartbeat),
     ):
         try:
-            run(flags)
+            run_with_messages(flags)
         except Preempted as error:
             stopped = True
-            processes.say(f"{error}; the same command goes on from there")
+            processes.print_once(f"{error}; the same command goes on from there")
     if stopped:
         sys.exit(143)  # the exit code of a process that SIGTERM ended
 
 
-def run(flags: argparse.Namespace) -> None:
+def run_with_messages(flags: argparse.Namespace) -> None:
     """Calls `run_command` and prints its report.
 
     Errors that a user can act on end the program with one line.
@@ -102,22 +102,24 @@ def run(flags: argparse.Namespace) -> None:
     )
     try:
         with errors_as_one_line(flags.out, disk=disk, memory=memory):
-            processes.agree("flags", without(flags, PROCESS_FLAGS))
+            processes.check_equal("flags", flags_without(flags, PROCESS_FLAGS))
             with lock_folder(flags.out):
                 report = run_command(flags)
                 try:
-                    processes.say(report)
+                    processes.print_once(report)
                 except BrokenPipeError:  # `| head` closed it; the report is on disk
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         stopped = "stopped; the same command goes on from here"
-        if processes.count() > 1:  # the exit message reaches the other processes
+        if (
+            processes.process_count() > 1
+        ):  # the exit message reaches the other processes
             sys.exit(stopped)
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
 
 
-def without(flags: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+def flags_without(flags: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Returns the flags as a dictionary, without the named ones."""
     return {name: value for name, value in vars(flags).items() if name not in names}
 
@@ -132,26 +134,26 @@ def run_command(flags: argparse.Namespace) -> str:
       GrpoError: a model or a set cannot be used.
     """
     out = Path(flags.out)
-    results: Result = {"models": labels(flags.models), "sets": {}}
-    given = check(flags)
+    results: Result = {"models": model_labels(flags.models), "sets": {}}
+    given = check_inputs(flags)
     others = ("models", "sets", "out", "data_dir", *PROCESS_FLAGS)
-    results["settings"] = without(flags, others)
+    results["settings"] = flags_without(flags, others)
     trained = trained_sets(flags.models)
     for name in flags.sets:
         row = results["sets"].setdefault(name, {})
         if not registry.is_file(name) or name in trained:
-            row["in_domain"] = registry.in_domain(name, trained)
+            row["in_domain"] = registry.is_in_domain(name, trained)
     modes = ["few_shot"] if flags.few_shot else flags.mode
-    results["published"] = published_figures.for_json(flags.sets, modes)
+    results["published"] = published_figures.figures_for_json(flags.sets, modes)
     found: Scores = {}
     for path, label in zip(flags.models, results["models"], strict=True):
         one_by_one = score_file(path, given[path], flags) if path in given else None
-        for name, one in one_by_one or ask(path, label, flags):
+        for name, one in one_by_one or evaluate_model(path, label, flags):
             row = results["sets"][name]
             row[label] = row.get(label, {}) | one.result
-            add(found, name, label, one)
-            results["paired"] = metrics.pairs(found)
-            if processes.first():
+            add_scores(found, name, label, one)
+            results["paired"] = metrics.compare_pairs(found)
+            if processes.is_first_process():
                 write_json(out / "results.json", results)
     published = published_tables(flags.sets, modes).items()
     report = "\n\n".join(
@@ -163,19 +165,19 @@ def run_command(flags: argparse.Namespace) -> str:
         )
         if part
     )
-    if processes.first():
+    if processes.is_first_process():
         write_whole(out / "results.md", report + "\n")
         try_write_report(out)
     return report
 
 
-def labels(models: list[str]) -> list[str]:
+def model_labels(models: list[str]) -> list[str]:
     """Returns short names of the models: the last parts of their paths, if unique.
 
     Raises:
       GrpoError: a model is named twice.
 
-    >>> labels(["runs/a", "hub/b"]), labels(["1/a", "2/a"])
+    >>> model_labels(["runs/a", "hub/b"]), model_labels(["1/a", "2/a"])
     (['a', 'b'], ['1/a', '2/a'])
     """
     if len(set(models)) < len(models):
@@ -185,7 +187,7 @@ def labels(models: list[str]) -> list[str]:
     return short if len(set(short)) == len(short) and not reserved else models
 
 
-def check(flags: argparse.Namespace) -> dict[str, Given]:
+def check_inputs(flags: argparse.Namespace) -> dict[str, Given]:
     """Checks all sets and models before the first one is loaded.
 
     Returns:
@@ -196,18 +198,24 @@ def check(flags: argparse.Namespace) -> dict[str, Given]:
     """
     every, given = {}, {}
     for name in flags.sets:
-        rows = datasets.load(name, "test", data_dir=flags.data_dir, require=("answer",))
+        rows = datasets.load_dataset(
+            name, "test", data_dir=flags.data_dir, require=("answer",)
+        )
         every[name] = list(rows)
-        processes.agree(f"set {name}", {"rows": rows.digest})
+        processes.check_equal(f"set {name}", {"rows": rows.digest})
         if flags.few_shot:
-            few_shot_prompts.prompt(name, Example("?"), data_dir=flags.data_dir)
+            few_shot_prompts.add_few_shot_prompt(
+                name, Example("?"), data_dir=flags.data_dir
+            )
     for path in flags.models:
         if path.endswith(".jsonl"):
             if not Path(path).is_file():
                 raise GrpoError(f"--models: {path}: no such file of completions")
-            read = completion_files.read(Path(path), every, questions=flags.questions)
+            read = completion_files.read_completions(
+                Path(path), every, questions=flags.questions
+            )
             given[path] = {name: (every[name], read[name]) for name in read}
-            processes.agree(path, {"completions": digest(path)})
+            processes.check_equal(path, {"completions": file_digest(path)})
             continue
         if is_workdir(path):
             read_config(Path(path))
@@ -215,7 +223,7 @@ def check(flags: argparse.Namespace) -> dict[str, Given]:
             find_folder(path, only="config.json")
             agree_on_folder(path)
         for mode in flags.mode:
-            generate_answers.find_mode(Settings(mode=mode))
+            generate_answers.find_mode(AnswerSettings(mode=mode))
     return given
 
 
@@ -246,7 +254,7 @@ def score_file(
     for name, (examples, groups) in given.items():
         examples = examples[: flags.questions or None]
         found = {
-            measure_name(mode, kind): metrics.score(
+            measure_name(mode, kind): metrics.score_completions(
                 examples,
                 group.completions,
                 temperature=group.temperature,
@@ -257,20 +265,20 @@ def score_file(
             if mode in flags.mode
         }
         if not found:
-            has = ", ".join(unique([mode for mode, _ in groups]))
+            has = ", ".join(without_repeats([mode for mode, _ in groups]))
             raise GrpoError(f"{path}: set {name}: only {has} completions; add --mode")
         yield name, Measured(len(examples), found)
 
 
-def ask(
+def evaluate_model(
     path: str, label: str, flags: argparse.Namespace
 ) -> Iterator[tuple[str, Measured]]:
     """Yields (set, its scores) while a model answers every set in every mode."""
-    model, params, tokenizer, template, instruction = load(path)
+    model, params, tokenizer, template, instruction = load_model(path)
     if not is_workdir(path):
         tokenizer.now = start_time(Path(flags.out), keep=True)
     folder = Path(flags.out, "completions", re.sub(r"[^A-Za-z0-9_.+-]+", "_", label))
-    fields = {field.name for field in dataclasses.fields(Settings)}
+    fields = {field.name for field in dataclasses.fields(AnswerSettings)}
     given = {name: value for name, value in vars(flags).items() if name in fields}
     given["template"] = flags.template or template
     asked = list(itertools.product(flags.sets, flags.mode))
@@ -279,19 +287,19 @@ def ask(
         given |= {"mode": mode, "instruction": flags.instruction or usual}
         yield (
             name,
-            measure(
+            measure_set(
                 model,
                 params,
                 tokenizer,
                 name,
-                Settings(**given),
+                AnswerSettings(**given),
                 label=f"{label} [{place}/{len(asked)}]",
                 folder=folder,
             ),
         )
 
 
-def load(path: str) -> tuple[Decoder, Params, Tokenizer, str, str]:
+def load_model(path: str) -> tuple[Decoder, Params, Tokenizer, str, str]:
     """Loads a model.
 
     Returns:

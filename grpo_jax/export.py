@@ -30,13 +30,13 @@ def main(arguments: list[str] | None = None) -> None:
     from grpo_jax.checkpoints.huggingface.peft_adapter import save_adapter
     from grpo_jax.training import run
 
-    with processes.together(), errors_as_one_line(flags.out):
+    with processes.connect_processes(), errors_as_one_line(flags.out):
         if flags.adapter:
             save_adapter(*run.load_adapters(flags.workdir), flags.out)
         else:
             model, params, tokenizer = run.load_run(flags.workdir)
             save_pretrained(model, params, flags.out, tokenizer=tokenizer)
-        processes.say(f"{flags.out}: written from {flags.workdir}")
+        processes.print_once(f"{flags.out}: written from {flags.workdir}")
 
 
 if __name__ == "__main__":

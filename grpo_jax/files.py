@@ -64,7 +64,7 @@ def write_json(file: str | os.PathLike[str], value: Any) -> None:
     write_whole(file, to_json(value, indent=2))
 
 
-def digest(file: str | os.PathLike[str], part: int = 1 << 20) -> str:
+def file_digest(file: str | os.PathLike[str], part: int = 1 << 20) -> str:
     """Returns a file's SHA-256 in hexadecimal; "" if there is no such file.
 
     Of a file above 16 × `part` bytes, only its size and its first and last `part` bytes
@@ -74,7 +74,7 @@ def digest(file: str | os.PathLike[str], part: int = 1 << 20) -> str:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     file = Path(folder) / "a"
     ...     write_whole(file, "abc")
-    ...     digest(file)[:8], digest(folder)
+    ...     file_digest(file)[:8], file_digest(folder)
     ('ba7816bf', '')
     """
     if not os.path.isfile(file):
@@ -152,7 +152,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return seen
 
 
-def read_whole(file: Path) -> bytes:
+def read_small_file(file: Path) -> bytes:
     """Returns the bytes of a small file of a model folder.
 
     Raises:
@@ -164,7 +164,7 @@ def read_whole(file: Path) -> bytes:
             raw = handle.read(LARGEST + 1)
     except OSError as error:
         raise GrpoError(f"{file}: {error.strerror}") from None
-    refuse_pointer(file, raw[:64])
+    refuse_lfs_pointer(file, raw[:64])
     if len(raw) > LARGEST:
         raise GrpoError(f"{file}: more than {LARGEST} bytes; download it again")
     return raw
@@ -178,11 +178,11 @@ def read_json(file: Path, remedy: str = "download it again") -> dict[str, Any]:
       remedy: what the message says to do if the file is damaged.
 
     Raises:
-      GrpoError: as `read_whole`; or it is not a JSON object, has a repeated key or a
-        lone surrogate, or is nested deeper than `DEEPEST`.
+      GrpoError: as `read_small_file`; or it is not a JSON object, has a repeated key or
+        a lone surrogate, or is nested deeper than `DEEPEST`.
     """
     try:
-        value = parse_json(read_whole(file), unique=True)
+        value = parse_json(read_small_file(file), unique=True)
         json.dumps(value, ensure_ascii=False).encode()
     except GrpoError:
         raise
@@ -196,7 +196,7 @@ def read_json(file: Path, remedy: str = "download it again") -> dict[str, Any]:
     return value
 
 
-def refuse_pointer(file: Path, head: bytes) -> None:
+def refuse_lfs_pointer(file: Path, head: bytes) -> None:
     """Raises a GrpoError if a file that starts with `head` is a git-LFS pointer."""
     if head.startswith(b"version https://git-lfs"):
         raise GrpoError(

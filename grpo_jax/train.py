@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from grpo_jax.arguments import PROCESS_FLAGS
-from grpo_jax.config import Config, flatten
+from grpo_jax.config import Config, flatten_config
 from grpo_jax.errors import GrpoError, Preempted, errors_as_one_line
 from grpo_jax.training.command_line import parse_config, print_help
 
@@ -51,7 +51,8 @@ def main(
     Args:
       argv: the program's name and its arguments; by default those of the process.
       usage: the command's own.
-      work: what the command does, with the arguments of `train`; by default `train`.
+      work: what the command does, with the arguments of `train_run`; by default
+        `train_run`.
     """
     argv = sys.argv if argv is None else argv
     print_help(argv, usage, ["workdir", "accept_changes", *PROCESS_FLAGS])
@@ -61,24 +62,24 @@ def main(
 
         values: list[Any] = [flags.FLAGS[name].value for name in PROCESS_FLAGS]
         *address, wait, heartbeat = values
-        with processes.together(*address, wait=wait, heartbeat=heartbeat):
-            run(config, work or train)
+        with processes.connect_processes(*address, wait=wait, heartbeat=heartbeat):
+            run_with_messages(config, work or train_run)
 
 
-def run(config: Config, work: Callable[..., None]) -> None:
+def run_with_messages(config: Config, work: Callable[..., None]) -> None:
     """Calls `work`; errors that a user can act on end the program with one line."""
     workdir = _WORKDIR.value or f"runs/{config.name}"
     disk = (
         "the last checkpoint stands. Make room there; the same command goes on from it"
     )
     try:
-        with errors_as_one_line(workdir, disk=disk, memory=smaller(config)):
-            work(config, folder(workdir), accept_changes=_ACCEPT.value)
+        with errors_as_one_line(workdir, disk=disk, memory=memory_advice(config)):
+            work(config, work_folder(workdir), accept_changes=_ACCEPT.value)
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on from the last checkpoint")
 
 
-def folder(name: str) -> Path:
+def work_folder(name: str) -> Path:
     """Returns the work directory as a path.
 
     Raises:
@@ -92,7 +93,7 @@ def folder(name: str) -> Path:
     return Path(name)
 
 
-def smaller(config: Config) -> str:
+def memory_advice(config: Config) -> str:
     """Returns which fields to lower, with their values, when memory runs out."""
     rows = config.optimizer.micro_rows
     rollout = f"{config.questions_per_step} × {config.group_size} outputs"
@@ -104,7 +105,7 @@ def smaller(config: Config) -> str:
     )
 
 
-def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> None:
+def train_run(config: Config, workdir: Path, *, accept_changes: bool = False) -> None:
     """Runs the stages SFT, RL and comparison; each resumes from its checkpoint.
 
     Args:
@@ -120,33 +121,37 @@ def train(config: Config, workdir: Path, *, accept_changes: bool = False) -> Non
     from grpo_jax.report.tables import to_markdown
     from grpo_jax.training import rl, run_comparison, setup, sft
 
-    with opened(config, workdir, accept_changes=accept_changes) as here:
+    with open_run_here(config, workdir, accept_changes=accept_changes) as here:
         run_comparison.check_sets(here)
         with_rl = config.method != "sft" and config.rl_steps
-        prepared = rl.prepare(here) if with_rl else None
+        prepared = rl.prepare_rl(here) if with_rl else None
         with here.recorder:
             try:
                 with_sft = config.sft_steps > 0
                 start = lambda: setup.initial_params(config, here.model, here.mesh)  # noqa: E731
-                instruct = (lambda: sft.train(here, start)) if with_sft else start
+                instruct = (lambda: sft.train_sft(here, start)) if with_sft else start
                 if prepared:
-                    before, after = rl.train(here, instruct, *prepared)
+                    before, after = rl.train_rl(here, instruct, *prepared)
                     models = {"instruct": before, "rl": after}
                 else:
                     models = {"instruct": instruct()}
-                results = run_comparison.compare(here, models)
+                results = run_comparison.compare_run(here, models)
                 here.recorder.write_report(last=True)
             except Preempted as stopped:
-                processes.say(f"{stopped}; the same command goes on from there")
+                processes.print_once(f"{stopped}; the same command goes on from there")
                 return
-    processes.say(f"\n{to_markdown(accuracy_table(results))}\n\nwritten to {workdir}")
+    processes.print_once(
+        f"\n{to_markdown(accuracy_table(results))}\n\nwritten to {workdir}"
+    )
 
 
 @contextlib.contextmanager
-def opened(config: Config, workdir: Path, *, accept_changes: bool) -> Iterator[Run]:
+def open_run_here(
+    config: Config, workdir: Path, *, accept_changes: bool
+) -> Iterator[Run]:
     """Opens a run: its mesh, its model without weights, and its locked work directory.
 
-    Args: as for `train`.
+    Args: as for `train_run`.
 
     Raises:
       GrpoError: the config, the model or the work directory cannot be used.
@@ -161,28 +166,34 @@ def opened(config: Config, workdir: Path, *, accept_changes: bool) -> Iterator[R
     from grpo_jax.training.metrics_writer import Recorder
     from grpo_jax.training.run import Run
     from grpo_jax.training.start_time import start_time
-    from grpo_jax.training.work_directory import Claim
+    from grpo_jax.training.work_directory import WorkDirectoryClaim
 
     versions = {"jax": jax.__version__, "workdir": str(workdir)}
-    processes.agree("config", flatten(config) | versions)
+    processes.check_equal("config", flatten_config(config) | versions)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     # Impossible settings fail here, not at the first rollout after the SFT stage.
-    there = sharding.to_devices(0.0, jax.NamedSharding(mesh, sharding.P()))
-    sharding.move(there, config.model.reference_memory)
+    there = sharding.place_on_devices(0.0, jax.NamedSharding(mesh, sharding.P()))
+    sharding.move_to_memory(there, config.model.reference_memory)
     if config.model.path and config.model.vocab_size:  # print a large model's size
-        processes.say(setup.describe_state(config, mesh))
+        processes.print_once(setup.describe_state(config, mesh))
     setup.agree_on_files(config)
     model, tokenizer = setup.make_model(config)
     decoding_mesh(model, mesh)
-    several = f" of {processes.count()} processes" if processes.count() > 1 else ""
-    processes.say(
+    several = (
+        f" of {processes.process_count()} processes"
+        if processes.process_count() > 1
+        else ""
+    )
+    processes.print_once(
         f"{config.name}: {setup.describe_size(model)} on {mesh.size} "
         f"{jax.default_backend()} device(s){several}, written to {workdir}"
     )
     with lock_folder(workdir), jax.set_mesh(mesh):
         again = not (workdir / "config.json").exists()  # what is there came to nothing
         tokenizer.now = start_time(workdir, again=again)
-        claim = Claim(config, workdir, tokenizer.now, accept_changes=accept_changes)
+        claim = WorkDirectoryClaim(
+            config, workdir, tokenizer.now, accept_changes=accept_changes
+        )
         claim.check()
         recorder = Recorder(workdir, config, claim.write)
         yield Run(config, workdir, mesh, model, tokenizer, recorder, claim)

@@ -38,8 +38,8 @@ WITHIN = 3600.0  # seconds until a run reaches what it is to be killed in
 TELLING = """
 import os
 from grpo_jax.training import rl_programs, rollout_pipeline, run_comparison, sft
-from grpo_jax.checkpoints.run_checkpoints import Checkpoints
-from grpo_jax.training.rollouts import Experience
+from grpo_jax.checkpoints.run_checkpoints import CheckpointDirectory
+from grpo_jax.training.rollouts import RolloutSource
 from grpo_jax.train import main
 
 def tell(owner, name, phase, when=lambda *a, **k: True):
@@ -50,13 +50,13 @@ def tell(owner, name, phase, when=lambda *a, **k: True):
         return inner(*arguments, **options)
     setattr(owner, name, outer)
 
-tell(sft, "lay_out", "sft")
-tell(Checkpoints, "save", "save",
+tell(sft, "pack_sft_batch", "sft")
+tell(CheckpointDirectory, "save", "save",
      lambda self, step, *_, force=False: force or step % self._every == 0)
-tell(rollout_pipeline.Pipeline, "take", "rollout")
-tell(Experience, "grade", "reward")
-tell(rl_programs.Layout, "__call__", "update")
-tell(run_comparison, "measure", "evaluation")
+tell(rollout_pipeline.RolloutPipeline, "take_rollout", "rollout")
+tell(RolloutSource, "score_rollout", "reward")
+tell(rl_programs.BatchLayout, "__call__", "update")
+tell(run_comparison, "measure_set", "evaluation")
 main()
 """
 # The demo with fewer and smaller steps, and with saves and evaluations that come often.

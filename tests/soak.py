@@ -68,7 +68,7 @@ class Watch:
 
 def soak(folder: Path, steps: int, **changes: Any) -> list[Moment]:
     """The moments of a run's RL steps, in this process."""
-    from grpo_jax.train import train
+    from grpo_jax.train import train_run
     from grpo_jax.training.metrics_writer import Recorder
 
     questions = write_questions(folder / "sums.jsonl")
@@ -83,7 +83,7 @@ def soak(folder: Path, steps: int, **changes: Any) -> list[Moment]:
 
     Recorder.write = watched  # type: ignore[method-assign]
     try:
-        train(config, folder / "run")
+        train_run(config, folder / "run")
     finally:
         Recorder.write = write  # type: ignore[method-assign]
     return watch.moments

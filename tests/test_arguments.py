@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import grpo_jax
-from grpo_jax.environments.tool_rollouts import solve
+from grpo_jax.environments.tool_rollouts import generate_with_tools
 from grpo_jax.errors import GrpoError
 from grpo_jax.generation.token_sampling import Sampling
 from grpo_jax.training.optimizers import make_optimizer
@@ -69,7 +69,9 @@ def tools(**changes):
     given: dict[str, Any] = dict(key=jax.random.key(0), max_new_tokens=2)
     given |= dict(interpreter=None, params=None)
     tokenizer = api.Tokenizer.from_alphabet("`output12345"[:8])
-    return solve(MODEL, tokenizer=tokenizer, prompts=[[1]], **(given | changes))
+    return generate_with_tools(
+        MODEL, tokenizer=tokenizer, prompts=[[1]], **(given | changes)
+    )
 
 
 CASES = [

@@ -11,12 +11,12 @@ from grpo_jax.config import (
     DataSettings,
     EvalSettings,
     ModelSettings,
-    flatten,
+    flatten_config,
     from_dict,
 )
 from grpo_jax.errors import GrpoError
 from grpo_jax.files import to_json
-from grpo_jax.training.config_checks import validate
+from grpo_jax.training.config_checks import validate_config
 
 ROOT = Path(__file__).parent.parent
 GOOD = Config(
@@ -58,9 +58,9 @@ def changed(name, value):
     ],
 )
 def test_a_wrong_value_is_refused_by_name(name, value, message):
-    validate(GOOD)
+    validate_config(GOOD)
     with pytest.raises(GrpoError, match=message) as caught:
-        validate(changed(name, value))
+        validate_config(changed(name, value))
     text = str(caught.value)
     assert text.startswith("config.") and "\n" not in text
 
@@ -70,13 +70,13 @@ def test_what_a_method_would_ignore_is_refused():
         value = {"delta": 2.0, "mask_truncated": True}.get(name, default or 1)
         config = changed(name, value)
         with pytest.raises(GrpoError, match=f"config.{name}: method sft would ignore"):
-            validate(dataclasses.replace(config, method="sft"))
+            validate_config(dataclasses.replace(config, method="sft"))
 
 
 def test_a_methods_own_fields_have_the_papers_values():
-    assert GOOD.kl_coef is None and GOOD.of_method("kl_coef") == 0.04
-    assert changed("kl_coef", 0.0).of_method("kl_coef") == 0.0
-    assert GOOD.of_method("updates_per_rollout") == 1
+    assert GOOD.kl_coef is None and GOOD.method_value("kl_coef") == 0.04
+    assert changed("kl_coef", 0.0).method_value("kl_coef") == 0.0
+    assert GOOD.method_value("updates_per_rollout") == 1
 
 
 def test_config_json_reads_back_as_it_was():
@@ -84,7 +84,7 @@ def test_config_json_reads_back_as_it_was():
 
     config = changed("eval.questions", 7)
     assert from_dict(json.loads(to_json(dataclasses.asdict(config)))) == config
-    assert flatten(config)["eval.questions"] == 7
+    assert flatten_config(config)["eval.questions"] == 7
 
 
 def test_every_config_file_is_valid_with_every_method_it_names():
@@ -92,12 +92,12 @@ def test_every_config_file_is_valid_with_every_method_it_names():
 
     for file in sorted((ROOT / "configs").glob("*.py")):
         config = runpy.run_path(str(file))["get_config"]()
-        assert validate(config) is config, file
+        assert validate_config(config) is config, file
         assert config.name == file.stem
     tiny = runpy.run_path(str(ROOT / "configs/tiny.py"))["get_config"]
     for method in METHODS:
-        validate(dataclasses.replace(tiny(), method=method))
+        validate_config(dataclasses.replace(tiny(), method=method))
 
 
 def test_eval_settings_take_zero_for_all():
-    assert validate(dataclasses.replace(GOOD, eval=EvalSettings(questions=0)))
+    assert validate_config(dataclasses.replace(GOOD, eval=EvalSettings(questions=0)))

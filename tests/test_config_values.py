@@ -19,15 +19,15 @@ from test_config import GOOD, ROOT, changed
 from grpo_jax.algorithms.methods import METHODS
 from grpo_jax.algorithms.policy_losses import grpo_loss
 from grpo_jax.arguments import check_value
-from grpo_jax.config import Config, flatten, from_dict, unknown_field
+from grpo_jax.config import Config, flatten_config, from_dict, unknown_field
 from grpo_jax.config_fields import OTHER_NAMES
 from grpo_jax.errors import GrpoError
 from grpo_jax.models.logprobs import token_logprobs
 from grpo_jax.train import USAGE
 from grpo_jax.training import setup
 from grpo_jax.training.command_line import parse_config
-from grpo_jax.training.config_checks import validate
-from grpo_jax.training.optimizers import adamw
+from grpo_jax.training.config_checks import validate_config
+from grpo_jax.training.optimizers import make_stage_optimizer
 
 
 def kinds(kind: Any = Config, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -87,7 +87,7 @@ def test_every_number_is_refused_or_means_something():
     assert len(CASES) > 400
     for name, value in CASES:
         try:
-            config = validate(with_value(name, value))
+            config = validate_config(with_value(name, value))
         except GrpoError as error:
             assert (name, value) not in PASSES, error
             text = str(error)
@@ -96,9 +96,9 @@ def test_every_number_is_refused_or_means_something():
         else:
             assert (name, value) in PASSES, (name, value)
             # what a run makes of it before the first step
-            setup.key(config.seed, "rl", 1)
+            setup.make_step_key(config.seed, "rl", 1)
             own = dataclasses.replace(config, method=config.method)
-            _, rate = adamw(own.optimizer, own.learning_rate, steps=4)
+            _, rate = make_stage_optimizer(own.optimizer, own.learning_rate, steps=4)
             assert 0 < np.asarray(rate(0)) <= 1
 
 
@@ -109,7 +109,7 @@ def test_every_choice_is_one_of_those_listed():
         if metadata.get("choices"):
             wrong = 7 if isinstance(metadata["choices"][0], int) else "somethink"
             with pytest.raises(GrpoError, match=f"config.{name}: .* is not one of"):
-                validate(with_value(name, wrong))
+                validate_config(with_value(name, wrong))
 
 
 @pytest.mark.parametrize("value", [1.5, "5", True, None, [1], {}, b"1"], ids=repr)
@@ -117,15 +117,15 @@ def test_a_wrong_type_is_refused_and_not_compared(value):
     """A config file writes what it likes: `Config(rl_steps="5")`."""
     for name in ("rl_steps", "model.layers", "eval.batch"):
         with pytest.raises(GrpoError, match=f"config.{name}: .*whole number is needed"):
-            validate(changed(name, value))
+            validate_config(changed(name, value))
     with pytest.raises(GrpoError, match=r"config\.model: .* is not a ModelSettings"):
-        validate(dataclasses.replace(GOOD, model=value))
+        validate_config(dataclasses.replace(GOOD, model=value))
     with pytest.raises(GrpoError, match=r"config\.model: not an object of fields"):
         from_dict({"model": value if value != {} else 3})
 
 
 def test_whole_numbers_are_numbers():
-    assert validate(changed("learning_rate", 1)).learning_rate == 1
+    assert validate_config(changed("learning_rate", 1)).learning_rate == 1
 
 
 def test_extremes_that_pass_stay_finite():
@@ -196,7 +196,7 @@ def test_extremes_that_pass_stay_finite():
 )
 def test_what_does_not_go_together_is_refused(changes, message):
     with pytest.raises(GrpoError, match=message) as caught:
-        validate(all_of({"rl_steps": 4} | changes))
+        validate_config(all_of({"rl_steps": 4} | changes))
     assert "\n" not in str(caught.value)
 
 
@@ -210,7 +210,7 @@ def all_of(changes):
 
 def test_labels_of_a_file_need_no_questions():
     changes = {"method": "grpo_process", "reward_model.labels": "x.jsonl"}
-    validate(all_of(changes | {"reward_model.questions": 1}))
+    validate_config(all_of(changes | {"reward_model.questions": 1}))
 
 
 # -- names -----------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def test_what_has_no_field_is_explained():
 
 
 def test_every_hint_names_a_field_and_no_field_is_explained_away():
-    fields = flatten(Config())
+    fields = flatten_config(Config())
     for typed, meant in OTHER_NAMES.items():
         assert meant in fields and typed not in fields, typed
         assert typed == typed.lower()
@@ -318,7 +318,9 @@ def test_other_flags_are_refused_in_one_line():
         parsed("--config=configs/nothing.py")
 
 
-NAMES = st.sampled_from(sorted(flatten(Config())) + ["model", "mesh.", ".", "x", ""])
+NAMES = st.sampled_from(
+    sorted(flatten_config(Config())) + ["model", "mesh.", ".", "x", ""]
+)
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
 NUMBERS = st.one_of(st.integers(), st.floats()).map(str)
 
@@ -330,7 +332,7 @@ def test_any_value_on_the_command_line_is_taken_or_refused(name, value):
     except GrpoError as error:
         assert "\n" not in str(error)
     else:
-        assert name in flatten(config)
+        assert name in flatten_config(config)
 
 
 FILES = {

@@ -18,15 +18,15 @@ from grpo_jax.algorithms.reductions import (
     check_choice,
     check_groups,
     check_shapes,
-    jitted,
-    weight_of,
+    jit_loss,
+    weights_and_cleaner,
 )
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float, Num
 
 
-@jitted("group_size", "scale", "baseline", "ddof")
+@jit_loss("group_size", "scale", "baseline", "ddof")
 def group_advantages(
     rewards: Num[Array, "N"],
     group_size: int,
@@ -107,7 +107,7 @@ def _moments(r: Array, scored: Array, counts: Array, ddof: int) -> tuple[Array, 
     return mean, jnp.sqrt(jnp.where(counts, variance, 1))  # avoids sqrt's gradient at 0
 
 
-@jitted("group_size", "scale", "baseline", "ddof", "normalize_sum")
+@jit_loss("group_size", "scale", "baseline", "ddof", "normalize_sum")
 def decoupled_advantages(
     rewards: Num[Array, "N F"],
     weights: Float[Array, "F"] | None,
@@ -173,7 +173,7 @@ def decoupled_advantages(
     return jnp.where(moves, total / (jnp.sqrt(jnp.where(moves, variance, 1)) + eps), 0)
 
 
-@jitted("group_size", "ddof")
+@jit_loss("group_size", "ddof")
 def process_advantages(
     step_rewards: Float[Array, "N T"],
     step_mask: Num[Array, "N T"],
@@ -209,7 +209,7 @@ def process_advantages(
     check_shapes(step_rewards, dict(step_mask=step_mask), "step_rewards")
     check_groups("step_rewards", step_rewards, "N T", group_size)
     shape = jnp.shape(step_rewards)
-    mask, clean = weight_of(step_mask, step_rewards)
+    mask, clean = weights_and_cleaner(step_mask, step_rewards)
     r = clean(step_rewards)
     group = (shape[0] // group_size, group_size * shape[1])
     scored = (jnp.isfinite(r) & (mask != 0)).reshape(group)
@@ -219,7 +219,7 @@ def process_advantages(
     return jax.lax.cumsum(normalized, axis=1, reverse=True)
 
 
-@jitted()
+@jit_loss()
 def gae(
     rewards: Float[Array, "B T"],
     values: Float[Array, "B T"],
@@ -250,7 +250,7 @@ def gae(
     ([[0.125, 0.0, 0.75]], [[0.625, 0.0, 1.0]])
     """
     check_shapes(rewards, dict(values=values, mask=mask), "rewards")
-    _, clean = weight_of(mask, rewards, values)
+    _, clean = weights_and_cleaner(mask, rewards, values)
     valid, r, v = jnp.asarray(mask) != 0, clean(rewards), clean(values)
     held = _backward(jnp.where(valid, 0, 1).astype(v.dtype), v)  # V at t or later
     after = jnp.pad(held, ((0, 0), (0, 1)))[:, 1:]

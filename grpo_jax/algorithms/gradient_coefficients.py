@@ -19,8 +19,8 @@ from grpo_jax.algorithms.reductions import (
     check_choice,
     check_shapes,
     is_off,
-    jitted,
-    weight_of,
+    jit_loss,
+    weights_and_cleaner,
 )
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _BY_TOKEN = ("dapo", "cispo", "reinforce_pp")  # mean over the batch's tokens
 _MAX_EXPONENT = 20.0  # no ratio above e^20, as in the losses
 
 
-@jitted("method", "length_normalized", pairs={"kl_coef": "ref_logps"})
+@jit_loss("method", "length_normalized", pairs={"kl_coef": "ref_logps"})
 def gradient_coefficient(
     method: str,
     logps: Float[Array, "B T"],
@@ -104,7 +104,7 @@ def gradient_coefficient(
     """
     check_choice("method", method, METHODS)
     check_shapes(logps, dict(mask=mask, old_logps=old_logps, ref_logps=ref_logps))
-    m, clean = weight_of(mask, logps)
+    m, clean = weights_and_cleaner(mask, logps)
     logp = clean(logps)
     if method == "sft":
         return clean(jnp.ones_like(logp))

@@ -23,10 +23,10 @@ from grpo_jax.algorithms.reductions import (
     check_choice,
     check_shapes,
     is_off,
-    jitted,
+    jit_loss,
     sequence_sums,
     token_mean,
-    weight_of,
+    weights_and_cleaner,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _k3(x: Array) -> Array:
     return jnp.expm1(small) - small + excess * (jnp.exp(_MAX_EXPONENT) - 1.0)
 
 
-@jitted(
+@jit_loss(
     *("num_segments", "kl_estimator", "aggregate", "importance", "surrogate"),
     pairs={"kl_coef": "ref_logps", "entropy_coef": "entropy"},
 )
@@ -156,7 +156,7 @@ def grpo_loss(
         raise ValueError("surrogate='cispo' needs clip_high, the bound on the ratio")
     clip_high = clip_low if clip_high is None else clip_high
 
-    m, clean = weight_of(mask, logps)
+    m, clean = weights_and_cleaner(mask, logps)
     a, logps = clean(a), clean(logps)
     old = jax.lax.stop_gradient(logps if old_logps is None else clean(old_logps))
 
@@ -262,7 +262,7 @@ def ppo_loss(
     )
 
 
-@jitted("num_segments", "aggregate")
+@jit_loss("num_segments", "aggregate")
 def value_loss(
     values: Float[Array, "B T"],
     old_values: Float[Array, "B T"] | None,
@@ -299,7 +299,7 @@ def value_loss(
     arrays = dict(old_values=old_values, returns=returns, mask=mask)
     check_shapes(values, {**arrays, "segment_ids": segment_ids}, "values")
     check_choice("aggregate", aggregate, ("sequence_mean", "token_mean"))
-    m, clean = weight_of(mask, values)
+    m, clean = weights_and_cleaner(mask, values)
     v, target = clean(values), jax.lax.stop_gradient(clean(returns))
     square = jnp.square(v - target)
     if clip is not None:
@@ -319,7 +319,7 @@ def value_loss(
     )
 
 
-@jitted("num_segments", "aggregate")
+@jit_loss("num_segments", "aggregate")
 def sft_loss(
     logps: Float[Array, "B T"],
     mask: Num[Array, "B T"],
@@ -356,7 +356,7 @@ def sft_loss(
         raise ValueError("sft_loss has no aggregate='constant'")
     arrays = dict(mask=mask, weights=weights, segment_ids=segment_ids)
     check_shapes(logps, arrays)
-    m, clean = weight_of(mask, logps)
+    m, clean = weights_and_cleaner(mask, logps)
     nll = -clean(logps)
     if weights is not None:
         nll = nll * clean(weights)

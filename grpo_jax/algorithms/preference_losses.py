@@ -14,10 +14,10 @@ import jax
 from grpo_jax.algorithms.reductions import (
     at_least_1,
     check_shapes,
-    jitted,
-    nonzero,
+    jit_loss,
+    nonzero_divisor,
     token_mean,
-    weight_of,
+    weights_and_cleaner,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from grpo_jax.algorithms.reductions import LossAndMetrics
 
 
-@jitted("length_normalized")
+@jit_loss("length_normalized")
 def dpo_loss(
     chosen_logps: Float[Array, "B T"],
     rejected_logps: Float[Array, "B S"],
@@ -83,7 +83,7 @@ def dpo_loss(
 
     def side(logps, ref_logps, mask):
         """Returns Σ_t (or 1/|o| Σ_t) log π_θ/π_ref, and whether any token counts."""
-        m, clean = weight_of(mask, chosen_logps, rejected_logps)
+        m, clean = weights_and_cleaner(mask, chosen_logps, rejected_logps)
         ratio = clean(logps) - jax.lax.stop_gradient(clean(ref_logps))
         divisor = at_least_1(m.sum(-1)) if length_normalized else 1
         return (m * ratio).sum(-1) / divisor, (m > 0).any(-1)
@@ -100,4 +100,4 @@ def dpo_loss(
         "rewards/margins": token_mean(beta * (better - worse), counts),
         "rewards/accuracies": token_mean(better > worse, counts),
     }
-    return loss / nonzero(pairs), jax.lax.stop_gradient(metrics)
+    return loss / nonzero_divisor(pairs), jax.lax.stop_gradient(metrics)

@@ -1,4 +1,4 @@
-"""Code that the losses share: reductions over tokens, argument checks and `jitted`.
+"""Code that the losses share: reductions over tokens, argument checks and `jit_loss`.
 
 A reduction turns per-token terms ℓ and weights m, [B, T], into one scalar.
 
@@ -26,7 +26,7 @@ R = TypeVar("R")
 AGGREGATES = ("sequence_mean", "token_mean", "constant", "sequence_sum")
 
 
-def jitted(
+def jit_loss(
     *static: str, pairs: Mapping[str, str] | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Returns a decorator like `jax.jit` that keeps the function's signature.
@@ -55,7 +55,7 @@ def jitted(
 
 
 def is_off(coefficient: Any) -> bool:
-    """Returns whether a coefficient is known to be 0 (`jitted` passes 0 as None)."""
+    """Returns whether a coefficient is known to be 0 (`jit_loss` passes 0 as None)."""
     if coefficient is None:
         return True
     return not isinstance(coefficient, jax.core.Tracer) and bool(coefficient == 0)
@@ -111,7 +111,9 @@ def advantages_by_token(advantages: Array, logps: Array) -> Array:
     return advantages[:, None] if len(shape) == 1 else advantages
 
 
-def weight_of(mask: Array, *arrays: Array) -> tuple[Array, Callable[[Array], Array]]:
+def weights_and_cleaner(
+    mask: Array, *arrays: Array
+) -> tuple[Array, Callable[[Array], Array]]:
     """Returns the mask as weights m, and a function `clean` that zeroes masked values.
 
     `clean` keeps masked values out of every exponent, product and gradient.
@@ -204,7 +206,7 @@ def aggregate_tokens(
         normalizer = at_least_1(weight.sum())
     elif normalizer is None:
         normalizer = count_sequences(weight > 0, segment_ids, num_segments)
-    divisor = nonzero(normalizer)
+    divisor = nonzero_divisor(normalizer)
     if aggregate == "constant":
         if max_length is None:
             raise ValueError("aggregate='constant' needs max_length")
@@ -222,7 +224,7 @@ def at_least_1(length: ArrayLike) -> Array:
     return jnp.maximum(length, 1)
 
 
-def nonzero(count: ArrayLike) -> Array:
+def nonzero_divisor(count: ArrayLike) -> Array:
     """Returns the count, or 1 where it is 0, so that an empty batch's loss is 0."""
     return jnp.where(jnp.asarray(count) > 0, count, 1)
 

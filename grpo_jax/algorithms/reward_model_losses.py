@@ -16,7 +16,7 @@ from grpo_jax.algorithms.reductions import (
     at_least_1,
     check_shapes,
     token_mean,
-    weight_of,
+    weights_and_cleaner,
 )
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def reward_loss(
     True
     """
     check_shapes(scores, dict(labels=labels, mask=mask), "scores")
-    m, clean = weight_of(mask != 0, scores)
+    m, clean = weights_and_cleaner(mask != 0, scores)
     s, y = clean(scores), clean(labels)
     divisor = at_least_1(m.sum() if normalizer is None else normalizer)
     # -y log σ(s) - (1 - y) log σ(-s). The form log(1 + e^s) - y s would lose digits

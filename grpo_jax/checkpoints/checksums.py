@@ -49,7 +49,7 @@ def _examine(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def flatten(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: Any) -> dict[str, Any]:
     """Returns a tree's leaves by name, such as `params/layers/q_proj`.
 
     Raises:
@@ -64,26 +64,28 @@ def flatten(tree: Any) -> dict[str, Any]:
     return leaves
 
 
-def describe(leaves: dict[str, Any]) -> tuple[dict[str, list[Any]], list[str]]:
+def checksum_leaves(leaves: dict[str, Any]) -> tuple[dict[str, list[Any]], list[str]]:
     """Returns the kind and checksum of each leaf, and which leaves are not finite.
 
     Args:
-      leaves: jax arrays by name, as of `flatten`.
+      leaves: jax arrays by name, as of `named_leaves`.
 
     Returns:
       {name: [kind, checksum]}, and the names of the leaves that are not finite.
     """
     # One at a time: on forced CPU devices, programs with collectives block each other.
     found = {name: [int(value) for value in _examine(x)] for name, x in leaves.items()}
-    described = {name: [kind(x), found[name][0]] for name, x in leaves.items()}
+    described = {
+        name: [dtype_and_shape(x), found[name][0]] for name, x in leaves.items()
+    }
     return described, [name for name, (_, finite) in found.items() if not finite]
 
 
-def and_more(names: list[str]) -> str:
+def first_and_count(names: list[str]) -> str:
     """Returns the first name and how many more there are, for messages."""
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def kind(x: Any) -> str:
+def dtype_and_shape(x: Any) -> str:
     """Returns an array's dtype and shape as text, such as "float32[2, 3]"."""
     return f"{x.dtype}{list(x.shape)}"

@@ -25,7 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from grpo_jax.checkpoints.checksums import and_more, describe, flatten, kind
+from grpo_jax.checkpoints.checksums import (
+    checksum_leaves,
+    dtype_and_shape,
+    first_and_count,
+    named_leaves,
+)
 from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
 
@@ -45,7 +50,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {ends if len(text) > 300 else text}"
 
 
-class Checkpoints:
+class CheckpointDirectory:
     """A directory of checkpoints, one folder per step; use it in a `with` statement.
 
     Leaving the block finishes a pending save, also after an exception or `sys.exit`.
@@ -65,9 +70,9 @@ class Checkpoints:
     >>> import tempfile
     >>> state = {"w": jnp.arange(3.0), "key": jax.random.key(0)}
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with Checkpoints(folder, every=2) as checkpoints:
+    ...     with CheckpointDirectory(folder, every=2) as checkpoints:
     ...         saved = checkpoints.save(2, state, {"loss": 0.5})
-    ...     with Checkpoints(folder, every=2) as checkpoints:
+    ...     with CheckpointDirectory(folder, every=2) as checkpoints:
     ...         step, state, metadata = checkpoints.restore(state)
     >>> saved, step, state["w"].tolist(), metadata
     (True, 2, [0.0, 1.0, 2.0], {'loss': 0.5})
@@ -93,7 +98,7 @@ class Checkpoints:
         self._preempted = False
         self._old_handler: Any = None
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> CheckpointDirectory:
         from orbax.checkpoint import v1 as ocp  # imported late: it takes half a second
 
         for logger in _LOGGERS:
@@ -108,7 +113,7 @@ class Checkpoints:
         except OSError as error:
             raise self._error(_first_line(error)) from error
         if jax.distributed.is_initialized():  # which has its own SIGTERM handler
-            processes.listen()
+            processes.own_preemption_manager()
         elif threading.current_thread() is threading.main_thread():
             self._old_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         return self
@@ -168,17 +173,18 @@ class Checkpoints:
             return False
         if step < (self._here or 0):
             raise self._error(f"step {step} comes after {self._here}; steps must grow")
-        leaves = flatten(state)
+        leaves = named_leaves(state)
         for name, x in leaves.items():
             if not isinstance(x, jax.Array) or not x.size:
                 raise GrpoError(
                     f"state: {name} is {type(x).__name__} {getattr(x, 'shape', '')}, "
                     "not a jax array with elements; convert it or leave it out"
                 )
-        described, broken = describe(leaves)
+        described, broken = checksum_leaves(leaves)
         if broken:
             raise self._error(
-                f"step {step} is not saved: {and_more(broken)} is not finite; finished "
+                f"step {step} is not saved: {first_and_count(broken)} is not finite; "
+                "finished "
                 f"steps: {self._known() or 'none'}. Lower the learning rate, or "
                 "compute in float32"
             )
@@ -220,7 +226,7 @@ class Checkpoints:
         step = known[-1] if step is None else step
         if step not in known:
             raise self._error(f"no step {step}; there are {known}")
-        record, wanted = self._record(step), flatten(abstract)
+        record, wanted = self._record(step), named_leaves(abstract)
         if why := self._objection(record["metadata"]):
             raise self._error(f"step {step} {why}")
         if lines := _difference(record["leaves"], wanted):
@@ -230,23 +236,23 @@ class Checkpoints:
         loaded = self._read(step, lambda: self._orbax.load(step, targets))
         leaves = {name: _settle(loaded.pop(name), x) for name, x in wanted.items()}
         # Compares types too: a lost file may turn a PRNG key into plain integers.
-        found, broken = describe(leaves)
+        found, broken = checksum_leaves(leaves)
         if bad := [name for name in found if found[name] != record["leaves"][name]]:
-            what = f"the checksum of {and_more(bad)} does not match"
+            what = f"the checksum of {first_and_count(bad)} does not match"
             raise self._damaged(step, what)
         if broken:
-            raise self._damaged(step, f"{and_more(broken)} is not finite")
+            raise self._damaged(step, f"{first_and_count(broken)} is not finite")
         state = jax.tree.unflatten(jax.tree.structure(abstract), leaves.values())
         self._here = step
         return step, state, record["metadata"]
 
-    def preempted(self) -> bool:
+    def is_preempted(self) -> bool:
         """Returns whether to save and exit, because a process was sent SIGTERM.
 
         Call it at every step on every process; all get the same answer at the same
         step. In a run of one process, a second SIGTERM ends it at once.
         """
-        self._preempted |= processes.stopping()
+        self._preempted |= processes.is_preempted()
         return self._preempted
 
     def _on_sigterm(self, number: int, frame: Any) -> None:
@@ -351,7 +357,7 @@ def _difference(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     lines = [f"{n}: only in the checkpoint" for n in saved if n not in wanted]
     lines += [f"{n}: not in the checkpoint" for n in wanted if n not in saved]
     return lines + [
-        f"{n}: {saved[n][0]} in the checkpoint, {kind(x)} in this run"
+        f"{n}: {saved[n][0]} in the checkpoint, {dtype_and_shape(x)} in this run"
         for n, x in wanted.items()
-        if n in saved and saved[n][0] != kind(x)
+        if n in saved and saved[n][0] != dtype_and_shape(x)
     ]

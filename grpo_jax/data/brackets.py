@@ -13,7 +13,7 @@ _OPENING = ("(", "[", "{", r"\{")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?:\{|(\w{1,99}))|\\.|[{}]", re.S)
 
 
-def brackets(text: str) -> Iterator[tuple[int, int, int]]:
+def find_brackets(text: str) -> Iterator[tuple[int, int, int]]:
     """Yields (start, end, depth after it) of each bracket; commands do not count."""
     depth = 0
     for found in _BRACKET.finditer(text):
@@ -22,9 +22,11 @@ def brackets(text: str) -> Iterator[tuple[int, int, int]]:
             yield found.start(), found.end(), depth
 
 
-def outside(text: str, pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
+def matches_outside_brackets(
+    text: str, pattern: re.Pattern[str]
+) -> Iterator[re.Match[str]]:
     """Yields the matches of a pattern that no bracket encloses."""
-    inside, depth = brackets(text), 0
+    inside, depth = find_brackets(text), 0
     start, _, after = next(inside, (len(text), 0, 0))
     for found in pattern.finditer(text):
         while start < found.start():
@@ -34,46 +36,53 @@ def outside(text: str, pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
             yield found
 
 
-def split(text: str, separators: str | re.Pattern[str]) -> list[str]:
+def split_outside_brackets(text: str, separators: str | re.Pattern[str]) -> list[str]:
     r"""Splits a text at the separators that no bracket encloses.
 
     Args:
       text: the text.
       separators: a literal text, or a pattern.
 
-    >>> split(r"1, (2, 3), \{4, 5\}", ",")
+    >>> split_outside_brackets(r"1, (2, 3), \{4, 5\}", ",")
     ['1', ' (2, 3)', ' \\{4, 5\\}']
     """
     if isinstance(separators, str):
         separators = re.compile(re.escape(separators))
     parts, start = [], 0
-    for found in outside(text, separators):
+    for found in matches_outside_brackets(text, separators):
         parts.append(text[start : found.start()])
         start = found.end()
     return [*parts, text[start:]]
 
 
-def closes(text: str) -> bool:
+def is_enclosed(text: str) -> bool:
     """Returns whether the partner of the first bracket is the last character."""
-    return next((end == len(text) for _, end, n in brackets(text) if n == 0), False)
+    return next(
+        (end == len(text) for _, end, n in find_brackets(text) if n == 0), False
+    )
 
 
-def unwrap(text: str) -> str:
+def strip_braces(text: str) -> str:
     """Removes braces that enclose the whole text."""
     text = text.strip()
-    while text[:1] == "{" and text[-1:] == "}" and text[-2:] != r"\}" and closes(text):
+    while (
+        text[:1] == "{"
+        and text[-1:] == "}"
+        and text[-2:] != r"\}"
+        and is_enclosed(text)
+    ):
         text = text[1:-1].strip()
     return text
 
 
-def boxed(text: str) -> list[str]:
+def find_boxed(text: str) -> list[str]:
     r"""Returns the contents of each complete `\boxed{…}` or `\fbox{…}`, in order.
 
     Braces are balanced. Of nested boxes, only the outermost complete one counts.
 
-    >>> boxed(r"\boxed{a_{1}}, \boxed 7, \boxed{2, \boxed{3} ")
+    >>> find_boxed(r"\boxed{a_{1}}, \boxed 7, \boxed{2, \boxed{3} ")
     ['a_{1}', '7', '3']
-    >>> boxed(r"\fbox{\fbox{4}}")
+    >>> find_boxed(r"\fbox{\fbox{4}}")
     ['\\fbox{4}']
     """
     found: list[tuple[int, int]] = []

@@ -1,8 +1,8 @@
 """The procedural task: chain sums with a worked solution, in four variants.
 
-`load` returns a sequence of `Example`. Each example is computed from its index, so the
-task needs no file and no download. "sums/tool-chain" has the questions of "sums/chain",
-solved by a program.
+`load_chain_sums` returns a sequence of `Example`. Each example is computed from its
+index, so the task needs no file and no download. "sums/tool-chain" has the questions of
+"sums/chain", solved by a program.
 
 A hash of a problem's terms decides whether it belongs to train or test. A test problem
 is therefore never trained on in another wording.
@@ -28,7 +28,7 @@ _SIZES = {"train": 20_000, "test": 5_000}
 Terms = tuple[int, ...]
 
 
-def load(name: str, split: str) -> Indexed[Example]:
+def load_chain_sums(name: str, split: str) -> Indexed[Example]:
     """Returns the examples of sums/chain, sums/long, sums/words or sums/zh.
 
     Args:
@@ -38,9 +38,9 @@ def load(name: str, split: str) -> Indexed[Example]:
     Raises:
       GrpoError: there is no such variant or split.
 
-    >>> load("sums/chain", "test")[0].question
+    >>> load_chain_sums("sums/chain", "test")[0].question
     '6+3-2=?'
-    >>> load("sums/tool-chain", "test")[0].question
+    >>> load_chain_sums("sums/tool-chain", "test")[0].question
     '6+3-2=?'
     """
     variant = name.removeprefix("sums/")
@@ -58,7 +58,9 @@ class _Sums:
     def __init__(self, variant: str, split: str):
         self.digest = f"{variant}/{split}"  # determines all rows
         self.variant, self.split = variant.removeprefix("tool-"), split
-        self.solve = solve if variant == self.variant else solve_by_program
+        self.solve = (
+            write_solution if variant == self.variant else write_program_solution
+        )
 
     def __len__(self) -> int:
         return _SIZES[self.split]
@@ -92,10 +94,10 @@ def is_held_out(terms: Terms) -> bool:
     return hashlib.blake2b(repr(terms).encode()).digest()[0] % 10 == 0
 
 
-def solve(terms: Terms) -> str:
+def write_solution(terms: Terms) -> str:
     """Returns the chain of thought: the running sums, then the answer.
 
-    >>> print(solve((12, 7, -5)))
+    >>> print(write_solution((12, 7, -5)))
     12+7=19
     19-5=14
     #### 14
@@ -107,10 +109,10 @@ def solve(terms: Terms) -> str:
     return "\n".join([*lines, f"#### {total}"])
 
 
-def solve_by_program(terms: Terms) -> str:
+def write_program_solution(terms: Terms) -> str:
     """Returns a solution by a program and its output.
 
-    >>> print(solve_by_program((12, -5)))
+    >>> print(write_program_solution((12, -5)))
     ```python
     print(12-5)
     ```

@@ -1,8 +1,8 @@
 """Renders chats with a model's own template, in a process with limits.
 
-`render` returns `Rendered` chats: the text, and the positions that the text alone does
-not tell. These are special tokens that the data itself contains, the ends of the
-assistant's messages, and the {% generation %} blocks.
+`render_marked` returns `Rendered` chats: the text, and the positions that the text
+alone does not tell. These are special tokens that the data itself contains, the ends of
+the assistant's messages, and the {% generation %} blocks.
 
 Marks find these positions. They are noncharacters of Unicode, which no valid text
 contains. The messages carry them through the template, and then they are removed.
@@ -66,7 +66,7 @@ class Rendered:
         return cls("".join(text), quotes, ends, tuple(sorted(blocks)))
 
 
-def quoted(message: Message, special: re.Pattern[str]) -> dict[str, str]:
+def quote_special_tokens(message: Message, special: re.Pattern[str]) -> dict[str, str]:
     """Returns a message whose special tokens are marked as the data's own text.
 
     Args:
@@ -78,15 +78,15 @@ def quoted(message: Message, special: re.Pattern[str]) -> dict[str, str]:
         own = message["role"] == "assistant" and found[0] in _THOUGHTS
         return found[0] if own else _QUOTE + found[0]
 
-    return {**message, "content": special.sub(mark, unmarked(message["content"]))}
+    return {**message, "content": special.sub(mark, remove_marks(message["content"]))}
 
 
-def unmarked(text: str) -> str:
+def remove_marks(text: str) -> str:
     """Returns the text without marks."""
     return _MARKS.sub("", text)
 
 
-def ended(message: Message, *, before_spaces: bool = False) -> dict[str, str]:
+def mark_end(message: Message, *, before_spaces: bool = False) -> dict[str, str]:
     """Returns a message with a mark at its end.
 
     Args:
@@ -98,7 +98,7 @@ def ended(message: Message, *, before_spaces: bool = False) -> dict[str, str]:
     return {**message, "content": content[:end] + _END + content[end:]}
 
 
-def render(
+def render_marked(
     template: str,
     special_tokens: Mapping[str, str],
     chats: Sequence[tuple[Sequence[Message], bool]],

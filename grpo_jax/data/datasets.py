@@ -1,8 +1,8 @@
 """Datasets of questions with answers, and their batches by training step.
 
-`load` opens a public set, the procedural task ("sums/…") or a local JSON-lines file
-as a `Dataset`, a random-access sequence of `Example`. `Batches` returns the examples
-of any training step without reading the steps before it.
+`load_dataset` opens a public set, the procedural task ("sums/…") or a local JSON-lines
+file as a `Dataset`, a random-access sequence of `Example`. `Batches` returns the
+examples of any training step without reading the steps before it.
 
 `prepared_sets.py` finds, downloads and prepares the files.
 """
@@ -77,7 +77,7 @@ class Dataset(Sequence[Example]):
         return f"Dataset({self.name!r}, {len(self)} examples)"
 
 
-def load(
+def load_dataset(
     name: str,
     split: str = "train",
     *,
@@ -103,7 +103,7 @@ def load(
       GrpoError: the set is unknown or empty, or a row is invalid; the message names
         the file and the line.
 
-    >>> load("gms8k", "test")
+    >>> load_dataset("gms8k", "test")
     Traceback (most recent call last):
     ...
     grpo_jax.errors.GrpoError: data 'gms8k': no such set; did you mean 'gsm8k'? ...
@@ -116,11 +116,11 @@ def load(
         if part.startswith("sums/"):
             from grpo_jax.data import chain_sums
 
-            examples: Indexed[Example] = chain_sums.load(part, split)
+            examples: Indexed[Example] = chain_sums.load_chain_sums(part, split)
         else:
             from grpo_jax.data import prepared_sets  # TFDS takes a second
 
-            examples = prepared_sets.load(
+            examples = prepared_sets.load_prepared(
                 part, split, data_dir=data_dir, require=require
             )
         parts.append(examples)

@@ -1,7 +1,7 @@
 """Few-shot prompts, for base models that do not follow instructions.
 
-A prompt consists of worked examples and the question. `cut` removes what a model
-writes after its answer, when it goes on to a question of its own.
+A prompt consists of worked examples and the question. `cut_at_next_question` removes
+what a model writes after its answer, when it goes on to a question of its own.
 
 The worked examples for GSM8K and MATH are drawn from their training files with a fixed
 seed. The other sets use few_shot_examples.json, which was written for this project.
@@ -74,13 +74,13 @@ SEED = 0
 LONGEST = 400  # characters of a drawn worked answer, so that eight fit in a prompt
 
 
-def find(name: str) -> Format:
+def find_format(name: str) -> Format:
     """Returns the format of a set's few-shot prompts.
 
     Raises:
       GrpoError: the set has none.
 
-    >>> find("gsm8k").shots, find("cmath").stop
+    >>> find_format("gsm8k").shots, find_format("cmath").stop
     (8, '\\n问题：')
     """
     if name not in FORMATS:
@@ -91,24 +91,26 @@ def find(name: str) -> Format:
     return FORMATS[name]
 
 
-def prompt(name: str, example: Example, *, data_dir: str | None = None) -> Example:
+def add_few_shot_prompt(
+    name: str, example: Example, *, data_dir: str | None = None
+) -> Example:
     """Returns the example with its few-shot prompt as the question.
 
     Args:
       name: the set's name, a key of `FORMATS`.
       example: the example to ask.
-      data_dir: the folder of the original files; see `datasets.load`.
+      data_dir: the folder of the original files; see `datasets.load_dataset`.
 
     Raises:
       GrpoError: the set has no format, or its training file cannot be read.
 
-    >>> print(prompt("cmath", Example("2加3等于几？")).question[-23:])
+    >>> print(add_few_shot_prompt("cmath", Example("2加3等于几？")).question[-23:])
     答案是 8。
     <BLANKLINE>
     问题： 2加3等于几？
     答案：
     """
-    form = find(name)
+    form = find_format(name)
     blocks = [
         f"{form.question} {question}\n{form.answer} {answer}"
         for question, answer in _shots(form, data_dir)
@@ -117,10 +119,10 @@ def prompt(name: str, example: Example, *, data_dir: str | None = None) -> Examp
     return dataclasses.replace(example, question="\n\n".join(blocks))
 
 
-def cut(text: str, form: Format) -> str:
+def cut_at_next_question(text: str, form: Format) -> str:
     """Returns a completion up to where the model asks itself the next question.
 
-    >>> cut(" It is 3.\\n\\nQ: And 4 + 4?", find("gsm8k"))
+    >>> cut_at_next_question(" It is 3.\\n\\nQ: And 4 + 4?", find_format("gsm8k"))
     ' It is 3.\\n'
     """
     return text.partition(form.stop)[0]
@@ -129,7 +131,8 @@ def cut(text: str, form: Format) -> str:
 def stop_ids(tokenizer: Tokenizer, form: Format) -> list[list[int]]:
     """Returns the token ids of the next question's label after a line break.
 
-    The sampler uses them to end a completion early; `cut` decides what counts.
+    The sampler uses them to end a completion early; `cut_at_next_question` decides what
+    counts.
 
     Returns:
       A list with one sequence of ids, or [] if the label is not a whole number of
@@ -157,7 +160,7 @@ def _shots(form: Format, data_dir: str | None) -> Sequence[Shot]:
         between, examples = " ", [Example(**shot) for shot in written]
     else:
         between, needed = "\n", ("solution",)
-        train = datasets.load(form.source, data_dir=data_dir, require=needed)
+        train = datasets.load_dataset(form.source, data_dir=data_dir, require=needed)
         order = random.Random(SEED).sample(range(len(train)), 50 * form.shots)
         drawn = (train[index] for index in order)
         short = (e for e in drawn if len(e.solution) <= LONGEST)

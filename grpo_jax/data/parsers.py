@@ -1,8 +1,8 @@
 """Parsers for the files of the sets.
 
 Readers (`json_lines`, `json_list`, `tsv`) yield the line number and row of a file.
-Converters (`gsm8k`, `math_`, …) turn a row into an `Example`. They raise KeyError,
-TypeError or ValueError for an invalid row; `registry.examples` adds file and line.
+Converters (`gsm8k`, `parse_math`, …) turn a row into an `Example`. They raise KeyError,
+TypeError or ValueError for an invalid row; `registry.read_examples` adds file and line.
 Columns of the example tell how its answer is graded: `options` (the answer is a
 letter), `blanks` (the number of answers, in order), `tolerance` (a rounded number).
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.data.brackets import boxed
+from grpo_jax.data.brackets import find_boxed
 from grpo_jax.data.example import Example
 from grpo_jax.errors import GrpoError, one_line
 from grpo_jax.files import parse_json
@@ -65,7 +65,7 @@ def json_list(path: Path) -> Iterator[tuple[int, Row]]:
     """Yields (1, item) for each item of a file that holds one JSON list."""
     rows = _parse(path, 1, "\n".join(line for _, line in _lines(path)))
     if not isinstance(rows, list):
-        raise GrpoError(f"{path}:1: expected a JSON list, found {kind(rows)}")
+        raise GrpoError(f"{path}:1: expected a JSON list, found {type_name(rows)}")
     return ((1, row) for row in rows)  # json does not report a row's line
 
 
@@ -95,7 +95,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
 # -- from a row to an example ------------------------------------------------------
 
 
-def kind(value: Any) -> str:
+def type_name(value: Any) -> str:
     """Returns the name of a value's type, for error messages."""
     return type(value).__name__
 
@@ -109,7 +109,7 @@ def _text(row: Row, key: str) -> str:
         return str(int(value) if value.is_integer() else value)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    raise TypeError(f"field {key!r} is {kind(value)}; expected text or a number")
+    raise TypeError(f"field {key!r} is {type_name(value)}; expected text or a number")
 
 
 def _rest(row: Row, *used: str) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def last_boxed(text: str) -> str:
     >>> last_boxed(r"It is $\boxed 9$.")
     '9'
     """
-    boxes = boxed(text[max(0, text.rfind("\\boxed")) :])
+    boxes = find_boxed(text[max(0, text.rfind("\\boxed")) :])
     return " ".join(boxes[0].split()) if boxes else ""  # on one line
 
 
@@ -141,7 +141,7 @@ def last_boxed(text: str) -> str:
 _MATH_BLANKS = ("train/number_theory/7115.json", "train/number_theory/7117.json")
 
 
-def math_(row: Row) -> Example:
+def parse_math(row: Row) -> Example:
     r"""Converts a row of MATH; without an answer field, the last \boxed{} counts."""
     solution = _text(row, "solution")
     name = _text(row, "unique_id" if "unique_id" in row else "id")
@@ -192,15 +192,15 @@ def gsm_hard(row: Row) -> Example:
 
 
 def _computed(question: str, answer: str, columns: dict[str, Any]) -> Example:
-    return Example(question, answer, columns=columns | rounded(answer))
+    return Example(question, answer, columns=columns | tolerance_column(answer))
 
 
-def rounded(answer: str) -> dict[str, Any]:
+def tolerance_column(answer: str) -> dict[str, Any]:
     """Returns the tolerance column for an answer that a program computed.
 
     The tolerance is 0.001 absolute and 1 % relative. Integers get none.
 
-    >>> rounded("6.333333333"), rounded("7")
+    >>> tolerance_column("6.333333333"), tolerance_column("7")
     ({'tolerance': [0.001, 0.01]}, {})
     """
     return {} if re.fullmatch(r"-?\d+", answer) else {"tolerance": [1e-3, 1e-2]}
@@ -296,7 +296,7 @@ def _chat(messages: Any) -> tuple[str, str, dict[str, Any]]:
         "and content"
     )
     if not isinstance(messages, list):
-        raise TypeError(f"field 'messages' is {kind(messages)}; {shape}")
+        raise TypeError(f"field 'messages' is {type_name(messages)}; {shape}")
     turns: list[dict[str, str]] = []
     for message in messages:
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
@@ -315,7 +315,7 @@ def _chat(messages: Any) -> tuple[str, str, dict[str, Any]]:
     return question, solution, columns | ({"messages": turns} if turns else {})
 
 
-def local_row(row: Row) -> Example:
+def parse_local_row(row: Row) -> Example:
     """Converts a row of a user's own file.
 
     Only the documented field names are read; other fields become columns.

@@ -1,9 +1,9 @@
 """Finds or downloads the files of the sets, and prepares them with TFDS.
 
-`load` returns a random-access sequence of `Example`. TFDS writes its array_record
-files once into $GRPO_JAX_CACHE (default ~/.cache/grpo_jax), and Grain reads them. The
-name of a prepared folder contains the SHA-256 of its source, so a changed file is
-prepared again. TensorFlow is not needed.
+`load_prepared` returns a random-access sequence of `Example`. TFDS writes its
+array_record files once into $GRPO_JAX_CACHE (default ~/.cache/grpo_jax), and Grain
+reads them. The name of a prepared folder contains the SHA-256 of its source, so a
+changed file is prepared again. TensorFlow is not needed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,16 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from grpo_jax.data.example import Example
-from grpo_jax.data.registry import GITHUB, Source, examples, find, is_file, local
+from grpo_jax.data.registry import (
+    GITHUB,
+    Source,
+    find_source,
+    is_file,
+    local_source,
+    read_examples,
+)
 from grpo_jax.errors import GrpoError
-from grpo_jax.files import cache_folder, digest
+from grpo_jax.files import cache_folder, file_digest
 
 VERSION = "1.1.0"  # of the prepared rows; raise it when parsers.py changes them
 NAME, SPLIT = "questions", "rows"  # of the TFDS dataset
@@ -51,7 +58,7 @@ def _download(source: Source, data_dir: str) -> Path:
         with os.fdopen(handle, "wb") as file:
             with urllib.request.urlopen(url, timeout=30) as response:
                 shutil.copyfileobj(response, file)
-        found = digest(part, 1 << 60)
+        found = file_digest(part, 1 << 60)
         if found != source.sha256:
             raise OSError(f"its SHA-256 is {found}, expected {source.sha256}")
         os.replace(part, path)
@@ -76,7 +83,7 @@ def _find(source: Source, data_dir: str | None) -> Path:
 def _prepare(source: Source, path: Path) -> Path:
     """Returns the folder of prepared records. Two processes may do this at once."""
     folder = cache_folder("tfds")
-    done = folder / f"{source.slug}-{digest(path, 1 << 60)[:16]}-{VERSION}"
+    done = folder / f"{source.slug}-{file_digest(path, 1 << 60)[:16]}-{VERSION}"
     if done.exists():
         return done
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as part:
@@ -105,7 +112,7 @@ def _write_records(source: Source, path: Path, folder: Path) -> None:
     writer = tfds.core.SequentialWriter(info, 1 << 20, file_format="array_record")
     writer.initialize_splits([SPLIT])
     small = path.stat().st_size < 50e6  # quick, so no progress bar
-    rows = enumerate(tqdm.tqdm(examples(source, path), unit="row", disable=small))
+    rows = enumerate(tqdm.tqdm(read_examples(source, path), unit="row", disable=small))
     while chunk := list(itertools.islice(rows, 1000)):
         written = []
         for index, example in chunk:
@@ -121,7 +128,7 @@ def _write_records(source: Source, path: Path, folder: Path) -> None:
         raise GrpoError(f"{path}: the file has no rows")
 
 
-class Prepared:
+class PreparedDataset:
     """A random-access sequence over prepared records, decoded one by one.
 
     Args:
@@ -147,25 +154,25 @@ class Prepared:
         return Example(**record)
 
 
-def load(
+def load_prepared(
     name: str, split: str, *, data_dir: str | None, require: Sequence[str]
-) -> Prepared:
-    """Returns one set; see `datasets.load` for the arguments.
+) -> PreparedDataset:
+    """Returns one set; see `datasets.load_dataset` for the arguments.
 
     Raises:
       GrpoError: the set or file is unknown, cannot be downloaded, read or prepared, or
         has a row without a required field.
     """
     if is_file(name):
-        source, path = local(name), Path(name)
+        source, path = local_source(name), Path(name)
         if not path.is_file():
             raise GrpoError(f"data {name!r}: no such file")
     else:
-        source = find(name, split)
+        source = find_source(name, split)
         path = _find(source, data_dir)
     folder = _prepare(source, path)
     try:
-        rows = Prepared(name if is_file(name) else f"{name}/{split}", folder)
+        rows = PreparedDataset(name if is_file(name) else f"{name}/{split}", folder)
         rows[len(rows) - 1]
     except Exception as error:
         raise GrpoError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from grpo_jax.data import chat_templates
-from grpo_jax.data.chat_templates import Message, Rendered, quoted
+from grpo_jax.data.chat_templates import Message, Rendered, quote_special_tokens
 from grpo_jax.data.example import Example
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
@@ -112,7 +112,9 @@ def chat_messages(
 
 
 def chat_message(tokenizer: Tokenizer, role: str, text: str) -> Message:
-    return quoted({"role": role, "content": text}, tokenizer.special_pattern)
+    return quote_special_tokens(
+        {"role": role, "content": text}, tokenizer.special_pattern
+    )
 
 
 def split_parts(
@@ -150,6 +152,6 @@ def render_chats(
         )
     how = tokenizer.chat_template, tokenizer.special_tokens
     try:
-        return chat_templates.render(*how, chats, tokenizer.now)
+        return chat_templates.render_marked(*how, chats, tokenizer.now)
     except GrpoError as error:
         raise GrpoError(f"{error} (data {row!r})" if row else str(error)) from None

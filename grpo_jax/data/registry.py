@@ -1,8 +1,8 @@
 """Registry of the known sets of questions.
 
-`find` returns the `Source` of a set: its file, public URL, SHA-256, reader and
-converter. `local` does so for a user's JSON-lines file. `examples` converts a file to
-`Example`s, or raises an error that names the file, line and row.
+`find_source` returns the `Source` of a set: its file, public URL, SHA-256, reader and
+converter. `local_source` does so for a user's JSON-lines file. `read_examples` converts
+a file to `Example`s, or raises an error that names the file, line and row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from grpo_jax.data import parsers
 from grpo_jax.data.example import Example
-from grpo_jax.data.parsers import Row, check_text, kind
+from grpo_jax.data.parsers import Row, check_text, type_name
 from grpo_jax.errors import GrpoError
 
 
@@ -51,9 +51,9 @@ _TABLE: dict[tuple[str, str], tuple] = {
         f"{_GSM8K}/grade_school_math/data/test.jsonl",
         "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
     ),
-    ("math", "train"): ("math/train.jsonl", parsers.math_),
-    ("math", "test"): ("math/test.jsonl", parsers.math_),
-    ("math500", "test"): ("math/math500.jsonl", parsers.math_),
+    ("math", "train"): ("math/train.jsonl", parsers.parse_math),
+    ("math", "test"): ("math/test.jsonl", parsers.parse_math),
+    ("math500", "test"): ("math/math500.jsonl", parsers.parse_math),
     ("cmath", "test"): (
         "cmath/test.jsonl",
         parsers.cmath,
@@ -133,10 +133,12 @@ SOURCES = {
 PAPER = ("gsm8k", "math")  # the RL training sets of DeepSeekMath (section 4.2)
 
 
-def in_domain(name: str, trained_on: Sequence[str] = PAPER) -> bool:
+def is_in_domain(name: str, trained_on: Sequence[str] = PAPER) -> bool:
     """Returns whether a set is in the domain of the sets that RL trained on.
 
-    >>> in_domain("math500"), in_domain("gsm_hard"), in_domain("svamp", ["svamp"])
+    >>> (is_in_domain("math500"),
+    ...  is_in_domain("gsm_hard"),
+    ...  is_in_domain("svamp", ["svamp"]))
     (True, False, True)
     """
     whole = {"math500": "math"}  # subsets of another set
@@ -148,12 +150,12 @@ def is_file(name: str) -> bool:
     return name.endswith(".jsonl")
 
 
-def local(name: str) -> Source:
+def local_source(name: str) -> Source:
     """Returns the source for a user's own JSON-lines file."""
-    return Source("jsonl", name, parsers.local_row)
+    return Source("jsonl", name, parsers.parse_local_row)
 
 
-def find(name: str, split: str) -> Source:
+def find_source(name: str, split: str) -> Source:
     """Returns the source of a known set.
 
     Raises:
@@ -175,7 +177,7 @@ def find(name: str, split: str) -> Source:
     )
 
 
-def examples(source: Source, path: Path) -> Iterator[Example]:
+def read_examples(source: Source, path: Path) -> Iterator[Example]:
     """Yields every row of a file as an example.
 
     Raises:
@@ -185,7 +187,7 @@ def examples(source: Source, path: Path) -> Iterator[Example]:
         where = f"{path}:{number}: row {index}"
         try:
             if not isinstance(row, dict):
-                raise TypeError(f"is {kind(row)}; expected an object with fields")
+                raise TypeError(f"is {type_name(row)}; expected an object with fields")
             check_text(row)
             example = source.convert(row)
             if not example.question:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from grpo_jax.data.chat_templates import Rendered, ended, unmarked
+from grpo_jax.data.chat_templates import Rendered, mark_end, remove_marks
 from grpo_jax.data.example import Example
 from grpo_jax.data.prompt_parts import (
     Part,
@@ -57,12 +57,12 @@ def split_answer(
         prompt = written_prompt(tokenizer, example, template, instruction)
         answer = " " + target if template == "deepseekmath" else target
         return prompt, Answer([(answer, False)], _tool_outputs(answer), [], False)
-    target = unmarked(target)
+    target = remove_marks(target)
     messages = chat_messages(tokenizer, example, instruction)
     said = chat_message(tokenizer, "assistant", target)
-    turns = [said, ended(said)]
+    turns = [said, mark_end(said)]
     if target != target.rstrip():  # a template may trim an answer
-        turns.append(ended(said, before_spaces=True))
+        turns.append(mark_end(said, before_spaces=True))
     chats = [(messages, True), *(([*messages, turn], False) for turn in turns)]
     opened, whole, *marked = render_chats(tokenizer, chats, row=example.id)
     start = len(opened.text)

@@ -15,7 +15,7 @@ from grpo_jax.data import chat_templates
 from grpo_jax.errors import GrpoError
 
 
-def pattern(
+def special_token_pattern(
     tokenizer: tokenizers.Tokenizer, *, special: bool = True
 ) -> re.Pattern[str]:
     """Returns a pattern that matches the text of any special token.
@@ -57,7 +57,7 @@ def flag_special(
             tokenizer.add_special_tokens([token])
 
 
-def turn_end(
+def end_of_turn_ids(
     tokenizer: tokenizers.Tokenizer,
     template: str | None,
     special_tokens: Mapping[str, str],
@@ -79,19 +79,21 @@ def turn_end(
     """
     if template is None:
         return []
-    answer = chat_templates.ended({"role": "assistant", "content": "2"})
+    answer = chat_templates.mark_end({"role": "assistant", "content": "2"})
     chat = [{"role": "user", "content": "1+1=?"}, answer]
     try:
-        (told,) = chat_templates.render(template, special_tokens, [(chat, False)], now)
+        (told,) = chat_templates.render_marked(
+            template, special_tokens, [(chat, False)], now
+        )
     except GrpoError:  # raised again when a chat is rendered
         return []
     after = told.text[told.ends[-1] :] if told.ends else ""
-    for found in pattern(tokenizer, special=False).finditer(after):
+    for found in special_token_pattern(tokenizer, special=False).finditer(after):
         name = found[0]
         # An added token that is not special may be any word, so it counts only
         # directly after the answer.
         first = name.strip() and not after[: found.start()].strip()
-        if first or pattern(tokenizer).fullmatch(name):
+        if first or special_token_pattern(tokenizer).fullmatch(name):
             flag_special(tokenizer, [name])
             return [i for i in [tokenizer.token_to_id(name)] if i is not None]
     return []

@@ -20,7 +20,11 @@ from typing import Any
 
 import tokenizers
 
-from grpo_jax.data.special_tokens import flag_special, pattern, turn_end
+from grpo_jax.data.special_tokens import (
+    end_of_turn_ids,
+    flag_special,
+    special_token_pattern,
+)
 from grpo_jax.data.tokenizer_files import (
     open_tokenizer,
     read_chat_template,
@@ -29,7 +33,7 @@ from grpo_jax.data.tokenizer_files import (
     special_token_texts,
 )
 from grpo_jax.errors import GrpoError, one_line
-from grpo_jax.files import read_whole
+from grpo_jax.files import read_small_file
 
 FILES = (  # the tokenizer's files in a Hugging Face folder
     "tokenizer.json",
@@ -97,12 +101,12 @@ class Tokenizer:
         self.now = datetime.datetime.now()
         flag_special(tokenizer, special.values())
         flag_special(tokenizer, map(tokenizer.id_to_token, eos_ids), added_only=True)
-        ends = [*eos_ids, *turn_end(tokenizer, chat_template, special, self.now)]
+        ends = [*eos_ids, *end_of_turn_ids(tokenizer, chat_template, special, self.now)]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
         self.bos_id: int | None = self.token_id(special.get("bos_token"))
         pad_id = self.token_id(special.get("pad_token"))
         self.pad_id: int = self.eos_id if pad_id is None else pad_id
-        self.special_pattern = pattern(tokenizer)
+        self.special_pattern = special_token_pattern(tokenizer)
         first = tokenizer.encode("").ids[:1]  # the special tokens that the file adds
         by_file = self.bos_id is not None and first == [self.bos_id]
         self.adds_bos: bool = by_file if adds_bos is None else adds_bos
@@ -191,7 +195,7 @@ class Tokenizer:
             eos_ids=eos_ids,
             adds_bos=adds_bos,
             chat_template=read_chat_template(folder, config),
-            files={name: read_whole(folder / name) for name in present},
+            files={name: read_small_file(folder / name) for name in present},
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -277,14 +281,14 @@ class Tokenizer:
             ids.pop()
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
+    def text_pieces(self, ids: Sequence[int]) -> list[str]:
         """Returns what each id adds to the text, special tokens included.
 
         The pieces joined are the text. A character of several ids belongs to the last
         of them; the others get "".
 
         >>> tokenizer = Tokenizer.from_alphabet("12+")
-        >>> tokenizer.pieces([3, 5, 4, tokenizer.eos_id])
+        >>> tokenizer.text_pieces([3, 5, 4, tokenizer.eos_id])
         ['1', '+', '2', '<eos>']
         """
         found, before, start, shown = [], 0, 0, ""
@@ -298,12 +302,12 @@ class Tokenizer:
                 shown = self.decode(ids[before:end], skip_special=False)
         return found
 
-    def texts(self) -> list[str]:
+    def token_texts(self) -> list[str]:
         """Returns what each id adds in the middle of a text; "" for special tokens.
 
         The list has `vocab_size` entries.
 
-        >>> Tokenizer.from_alphabet("1+").texts()
+        >>> Tokenizer.from_alphabet("1+").token_texts()
         ['', '', '', '1', '+']
         """
         # Decode after another token, as some decoders drop a text's leading space.

@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 
 from grpo_jax.errors import GrpoError, one_line
-from grpo_jax.files import read_json, read_whole
+from grpo_jax.files import read_json, read_small_file
 
 
 def open_tokenizer(file: Path) -> tokenizers.Tokenizer:
@@ -17,7 +17,7 @@ def open_tokenizer(file: Path) -> tokenizers.Tokenizer:
     Raises:
       GrpoError: the file cannot be read, is a git-LFS pointer, or is no tokenizer file.
     """
-    raw = read_whole(file)
+    raw = read_small_file(file)
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(raw)
         tokenizer.no_truncation()  # some files set it, and it loses text silently
@@ -68,7 +68,7 @@ def read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
-            return read_whole(file).decode("utf-8").replace("\r\n", "\n")
+            return read_small_file(file).decode("utf-8").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise GrpoError(f"{file}: not UTF-8 ({error.reason})") from None
     template = config.get("chat_template")

@@ -6,8 +6,8 @@ and be right for many; with one process they cost nothing.
 
 Every process runs the same program on the same data: a step's questions, outputs and
 rewards. Slow host work is divided: each process decodes and grades its share of the
-outputs (`share`), and all get the results (`exchange`). Only process 0 writes files. An
-error in one process ends all of them, with its message.
+outputs (`share_of_process`), and all get the results (`all_gather`). Only process 0
+writes files. An error in one process ends all of them, with its message.
 
 Messages go through jax's coordinator and not through the devices. They may be text, and
 do not wait for a running program.
@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from grpo_jax.distributed.rendezvous import meet
+from grpo_jax.distributed.rendezvous import wait_for_processes
 from grpo_jax.errors import GrpoError
 
 T = TypeVar("T")
@@ -47,45 +47,45 @@ def _state() -> Any:
     return distributed.global_state
 
 
-def count() -> int:
+def process_count() -> int:
     """Returns the number of processes."""
     return _state().num_processes
 
 
-def index() -> int:
+def process_index() -> int:
     """Returns the number of this process, from 0."""
     return _state().process_id
 
 
-def first() -> bool:
+def is_first_process() -> bool:
     """Returns whether this is process 0, which writes and prints."""
-    return index() == 0
+    return process_index() == 0
 
 
-def say(text: str) -> None:
+def print_once(text: str) -> None:
     """Prints a line, on process 0 only."""
-    if first():
+    if is_first_process():
         print(text, flush=True)
 
 
-def share(items: int, group: int = 1) -> slice:
+def share_of_process(items: int, group: int = 1) -> slice:
     """Returns the slice of `items` items that is this process's share.
 
     Groups of `group` consecutive items are kept whole if every process gets one.
 
-    >>> share(10)
+    >>> share_of_process(10)
     slice(0, 10, None)
     """
-    return part(items, group, index(), count())
+    return share_of(items, group, process_index(), process_count())
 
 
-def part(items: int, group: int, number: int, of: int) -> slice:
+def share_of(items: int, group: int, number: int, of: int) -> slice:
     """Returns share `number` of `of` as a slice.
 
     Shares differ by at most one item, or by one group. Groups of `group` consecutive
     items are kept whole if there are at least `of` groups.
 
-    >>> [part(12, 4, i, 2) for i in (0, 1)], [part(4, 4, i, 2) for i in (0, 1)]
+    >>> [share_of(12, 4, i, 2) for i in (0, 1)], [share_of(4, 4, i, 2) for i in (0, 1)]
     ([slice(0, 4, None), slice(4, 12, None)], [slice(0, 2, None), slice(2, 4, None)])
     """
     if items % group or items // group < of:
@@ -94,22 +94,22 @@ def part(items: int, group: int, number: int, of: int) -> slice:
     return slice(start, stop)
 
 
-def exchange(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Returns the values of all processes, in the order of their numbers.
 
     All processes must call it, in the same order. Values are those of JSON.
 
-    >>> exchange({"reward": 0.5})
+    >>> all_gather({"reward": 0.5})
     [{'reward': 0.5}]
     """
     client = _state().client
     if client is None:
         return [value]
     turn = next(_turns)
-    client.key_value_set(f"grpo_jax/{turn}/{index()}", json.dumps(value))
-    found = [json.loads(_get(f"grpo_jax/{turn}/{i}")) for i in range(count())]
+    client.key_value_set(f"grpo_jax/{turn}/{process_index()}", json.dumps(value))
+    found = [json.loads(_get(f"grpo_jax/{turn}/{i}")) for i in range(process_count())]
     if turn:  # all have read the turn before
-        client.key_value_delete(f"grpo_jax/{turn - 1}/{index()}")
+        client.key_value_delete(f"grpo_jax/{turn - 1}/{process_index()}")
     return found
 
 
@@ -123,28 +123,30 @@ def _get(key: str) -> str:
                 raise
 
 
-def from_first(make: Callable[[], T]) -> T:
+def broadcast(make: Callable[[], T]) -> T:
     """Calls `make` on process 0 and returns its result (JSON) on all processes."""
-    told: list[Any] = exchange(make() if first() else None)
+    told: list[Any] = all_gather(make() if is_first_process() else None)
     return told[0]
 
 
-def divide(work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R]:
+def map_divided(
+    work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]
+) -> list[R]:
     """Returns work(items), of which each process computes its share.
 
     Args:
       work: returns one result (JSON) for each of the items that it is given.
       items: the items, the same on all processes.
 
-    >>> divide(lambda texts: [len(t) for t in texts], ["a", "bcd"])
+    >>> map_divided(lambda texts: [len(t) for t in texts], ["a", "bcd"])
     [1, 3]
     """
-    mine = items[share(len(items))]
-    parts = exchange(list(work(mine)) if mine else [])
+    mine = items[share_of_process(len(items))]
+    parts = all_gather(list(work(mine)) if mine else [])
     return [result for part in parts for result in part]
 
 
-def agree(what: str, values: Mapping[str, Any]) -> None:
+def check_equal(what: str, values: Mapping[str, Any]) -> None:
     """Checks that all processes have the same values, by the hashes of their reprs.
 
     Args:
@@ -157,7 +159,9 @@ def agree(what: str, values: Mapping[str, Any]) -> None:
     if _state().client is None:
         return
     texts = {name: repr(value).encode() for name, value in values.items()}
-    told = exchange({name: hashlib.sha256(t).hexdigest() for name, t in texts.items()})
+    told = all_gather(
+        {name: hashlib.sha256(t).hexdigest() for name, t in texts.items()}
+    )
     for number, other in enumerate(told):
         names = [n for n in told[0] | other if told[0].get(n) != other.get(n)]
         if names:
@@ -168,7 +172,7 @@ def agree(what: str, values: Mapping[str, Any]) -> None:
             )
 
 
-def stopping() -> bool:
+def is_preempted() -> bool:
     """Returns whether a process was sent SIGTERM; all learn it at the same call.
 
     Call it at every step of long work, on all processes. In a run of one process it
@@ -176,13 +180,13 @@ def stopping() -> bool:
     """
     global _stop
     if _state().client is not None and not _stop:
-        listen()
+        own_preemption_manager()
         _stop = _state().preemption_sync_manager.reached(next(_polls))
     return _stop
 
 
 class _OwnCounter:
-    """Wraps jax's preemption manager, so that only `stopping` can ask it.
+    """Wraps jax's preemption manager, so that only `is_preempted` can ask it.
 
     On SIGTERM the manager lets all processes stop at a call whose number is one above
     the highest that any process has reached. The numbers must therefore only grow.
@@ -199,15 +203,15 @@ class _OwnCounter:
         return False
 
 
-def listen() -> None:
-    """Makes `stopping` the only caller of jax's preemption manager."""
+def own_preemption_manager() -> None:
+    """Makes `is_preempted` the only caller of jax's preemption manager."""
     state = _state()
     if not isinstance(state.preemption_sync_manager, _OwnCounter):
         state.preemption_sync_manager = _OwnCounter(state.preemption_sync_manager)
 
 
 @contextlib.contextmanager
-def together(
+def connect_processes(
     coordinator: str | None = None,
     processes: int | None = None,
     number: int | None = None,
@@ -271,7 +275,7 @@ def _start(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
         local = coordinator.startswith(("127.0.0.1:", "localhost:"))
         own = coordinator if local else f"[::]:{coordinator.rpartition(':')[2]}"
         bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", own)
-        meet(coordinator, processes, number, bind=bind, wait=wait)
+        wait_for_processes(coordinator, processes, number, bind=bind, wait=wait)
     late = threading.Timer(wait, _nobody_came, (wait,))
     late.daemon = True
     late.start()
@@ -332,7 +336,7 @@ def _end(line: str) -> None:
         time.sleep(2.5)
     first_line = _failure()
     if first_line is None:
-        line = f"process {index()} of {count()}: {line}"
+        line = f"process {process_index()} of {process_count()}: {line}"
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _state().client.key_value_set(_FAILED, line)
     _leave(first_line or line)
@@ -343,6 +347,6 @@ def _leave(line: str) -> None:
         time.sleep(60)  # another thread is about to end this process
     print(line, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    if first():
+    if is_first_process():
         time.sleep(3)  # the others still ask process 0 for the message
     os._exit(1)

@@ -10,7 +10,7 @@ import tqdm
 from grpo_jax.distributed import processes
 
 
-def progress(stage: str, start: int, steps: int, unit: str = "step") -> tqdm.tqdm:
+def progress_bar(stage: str, start: int, steps: int, unit: str = "step") -> tqdm.tqdm:
     """Returns a bar on stderr with the time left.
 
     If stderr is no terminal, it prints a line every ten seconds and one at the end.
@@ -27,7 +27,7 @@ def progress(stage: str, start: int, steps: int, unit: str = "step") -> tqdm.tqd
         initial=start,
         total=steps,
         unit=unit,
-        disable=not processes.first(),
+        disable=not processes.is_first_process(),
         dynamic_ncols=screen,
         mininterval=0.2 if screen else 10.0,
         delay=0 if screen else 1e-9,  # no line at 0 %

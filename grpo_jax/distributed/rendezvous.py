@@ -18,7 +18,7 @@ from grpo_jax.errors import GrpoError
 _OURS = "grpo_jax"  # first word of every message, to recognise our own processes
 
 
-def meet(
+def wait_for_processes(
     coordinator: str, processes: int, number: int, *, bind: str, wait: float
 ) -> None:
     """Returns when all processes are there.

@@ -66,7 +66,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def regroup(mesh: Mesh, tensor: int, *, fsdp: bool = False) -> Mesh:
+def regroup_devices(mesh: Mesh, tensor: int, *, fsdp: bool = False) -> Mesh:
     """Returns a mesh of the same devices in groups of `tensor`, for decoding.
 
     Each group holds all parameters, split over its devices, so that no weights are
@@ -127,7 +127,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def abstract(tree: Any, mesh: Mesh) -> Any:
+def abstract_arrays(tree: Any, mesh: Mesh) -> Any:
     """Returns ShapeDtypeStructs with shardings, for a state that does not exist yet."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -155,18 +155,18 @@ def size_of(mesh: Mesh | AbstractMesh, axes: Any) -> int:
 
 
 def _free_axes(axes: Any, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """Returns those of a spec's axes (a name, several or None) that are `free`."""
+    """Returns those of a spec's axes (a name, several or None) that are `free_axes`."""
     names = (axes,) if isinstance(axes, str) else (axes or ())
-    return tuple(name for name in names if name in free(mesh))
+    return tuple(name for name in names if name in free_axes(mesh))
 
 
-def free(mesh: Mesh | AbstractMesh) -> set[str]:
+def free_axes(mesh: Mesh | AbstractMesh) -> set[str]:
     """Returns the axes that XLA's partitioner splits: all but those of a shard_map."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name for name, kind in kinds if kind != AxisType.Manual}
 
 
-def one_at_a_time(mesh: Mesh, x: Any) -> Any:
+def wait_on_cpu_mesh(mesh: Mesh, x: Any) -> Any:
     """Returns x, and waits for it first on a CPU mesh of several devices.
 
     On such a mesh two programs that both need all devices can deadlock. Accelerators
@@ -205,10 +205,10 @@ def layout_is_known() -> bool:
     With several devices and none of our meshes set by `jax.set_mesh` it does not. Then
     only XLA's own operations can be used, as XLA cannot partition a custom kernel.
     """
-    return mesh_in_use() is not None or alone()
+    return mesh_in_use() is not None or is_one_device()
 
 
-def alone() -> bool:
+def is_one_device() -> bool:
     """Returns whether all arrays of this program are certain to be on one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return (jax.device_count() if mesh.empty else size_of(mesh, mesh.axis_names)) == 1
@@ -223,10 +223,12 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     sizes = zip(x.shape, spec, strict=False)
     if mesh is None or any(n % size_of(mesh, axes) for n, axes in sizes):
         return x
-    return jax.lax.with_sharding_constraint(x, within(spec, mesh))
+    return jax.lax.with_sharding_constraint(x, without_manual_axes(spec, mesh))
 
 
-def within(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+def without_manual_axes(
+    spec: PartitionSpec, mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     """Returns the spec without the axes of a surrounding shard_map."""
     return P(*(_free_axes(axes, mesh) or None for axes in spec))
 
@@ -256,12 +258,12 @@ def rows_of_table(table: jax.Array, tokens: jax.Array) -> jax.Array:
         x = table[everywhere]  # [fsdp · B, T, D / fsdp]
         return jax.lax.all_to_all(x, "fsdp", split_axis=0, concat_axis=2, tiled=True)
 
-    rows = within(BATCH, mesh)
+    rows = without_manual_axes(BATCH, mesh)
     return jax.shard_map(
         look_up,
         in_specs=(P(None, "fsdp"), rows),
         out_specs=rows,
-        axis_names=free(mesh) - {"tensor"},
+        axis_names=free_axes(mesh) - {"tensor"},
     )(table, tokens)
 
 
@@ -276,7 +278,7 @@ def mesh_of(tree: Any) -> Mesh | None:
     return None
 
 
-def move(tree: Any, memory: str) -> Any:
+def move_to_memory(tree: Any, memory: str) -> Any:
     """Moves a tree's arrays to device memory or to pinned host memory.
 
     Args:
@@ -300,20 +302,20 @@ def move(tree: Any, memory: str) -> Any:
         ) from None
 
 
-def to_devices(x: Any, sharding: NamedSharding) -> jax.Array:
+def place_on_devices(x: Any, sharding: NamedSharding) -> jax.Array:
     """Returns a sharded array of NumPy data that is the same on every host.
 
     Each host sends only the parts of its own devices.
 
     >>> mesh = make_mesh(devices=jax.devices()[:1])
-    >>> to_devices([1, 2], NamedSharding(mesh, P())).tolist()
+    >>> place_on_devices([1, 2], NamedSharding(mesh, P())).tolist()
     [1, 2]
     """
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def to_hosts(tree: Any) -> Any:
+def fetch_to_hosts(tree: Any) -> Any:
     """Returns a tree of arrays as whole NumPy arrays; every process must call it."""
 
     def whole(x):
@@ -336,4 +338,6 @@ def packed_shardings(batch: Any, mesh: Mesh) -> Any:
 
 def batch_placer(mesh: Mesh):
     """Returns a function that places a packed batch as `packed_shardings` says."""
-    return lambda batch: jax.tree.map(to_devices, batch, packed_shardings(batch, mesh))
+    return lambda batch: jax.tree.map(
+        place_on_devices, batch, packed_shardings(batch, mesh)
+    )

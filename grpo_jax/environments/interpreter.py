@@ -26,28 +26,28 @@ OUTPUT_TOKENS = 160  # most tokens of an output with its fences
 # -- programs in a text ----------------------------------------------------------------
 
 
-def blocks_of(text: str) -> list[str]:
+def python_blocks(text: str) -> list[str]:
     """Returns the programs in a text's closed ```python blocks, without empty ones."""
     parts = text.split(PROGRAM)[1:]
     blocks = [part.partition(FENCE)[0].strip("\n") for part in parts if FENCE in part]
     return [block for block in blocks if block.strip()]
 
 
-def program_of(before: Sequence[str], text: str) -> str | None:
+def program_to_run(before: Sequence[str], text: str) -> str | None:
     r"""Returns the program that a text asks to run, or None if it ends without one.
 
     Args:
       before: the model's earlier turns, whose programs run first.
       text: the model's last turn.
 
-    >>> print(program_of(["```python\nx = 2\nprint(x)\n```\n"],
+    >>> print(program_to_run(["```python\nx = 2\nprint(x)\n```\n"],
     ...                  "Again:\n```python\nprint(x + 1)\n```\n"))
     x = 2
     print(x + 1)
     """
-    if not text.rstrip().endswith(FENCE) or not (own := blocks_of(text)):
+    if not text.rstrip().endswith(FENCE) or not (own := python_blocks(text)):
         return None
-    earlier = [block for part in before for block in blocks_of(part)] + own[:-1]
+    earlier = [block for part in before for block in python_blocks(part)] + own[:-1]
     lines = [line for block in earlier for line in block.split("\n")]
     return "\n".join([*filter(_stays, lines), own[-1]])
 
@@ -61,7 +61,7 @@ def _stays(line: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class ProgramCall:
     """A program that was run, the output given to the model, and whether it failed."""
 
     program: str
@@ -73,7 +73,7 @@ class Interpreter:
     """Runs programs in a sandbox, in parallel; equal programs run once.
 
     With several processes all must call it with the same programs: each process runs
-    its share of them, and all get every `Call`.
+    its share of them, and all get every `ProgramCall`.
 
     Args:
       timeout: limit in seconds on each program's wall time and on its CPU time.
@@ -90,11 +90,11 @@ class Interpreter:
     def __init__(self, timeout: float = 10.0, sandbox: Sandbox | None = None):
         self.timeout, self.sandbox = timeout, sandbox or shared_sandbox()
 
-    def __call__(self, programs: Sequence[str]) -> list[Call]:
-        """Runs the programs and returns a `Call` for each of them."""
+    def __call__(self, programs: Sequence[str]) -> list[ProgramCall]:
+        """Runs the programs and returns a `ProgramCall` for each of them."""
         once = list(dict.fromkeys(programs))
-        told = processes.divide(self._run, once)
-        calls = {p: Call(p, *one) for p, one in zip(once, told, strict=True)}
+        told = processes.map_divided(self._run, once)
+        calls = {p: ProgramCall(p, *one) for p, one in zip(once, told, strict=True)}
         return [calls[program] for program in programs]
 
     def _run(self, programs: Sequence[str]) -> list[tuple[str, bool]]:
@@ -104,22 +104,22 @@ class Interpreter:
             found = self.sandbox.run_programs(programs, **limits)
         except SandboxError as fault:
             raise GrpoError(f"tools: {fault}; no output was counted as wrong") from None
-        return [(said(result), result.status != "ok") for result in found]
+        return [(output_text(result), result.status != "ok") for result in found]
 
 
-def said(result: ProgramResult) -> str:
+def output_text(result: ProgramResult) -> str:
     """Returns the output given to the model: what was printed, or the error."""
     if result.status in ("ok", "output_limit") and (text := result.stdout.strip()):
-        return shortened(text)
+        return shorten_text(text)
     fault = result.stderr.strip().rpartition("\n")[2]
     fault = "Timeout Error" if result.status == "timeout" else fault
-    return f"Runtime errors: {shortened(fault)}".strip()
+    return f"Runtime errors: {shorten_text(fault)}".strip()
 
 
-def shortened(text: str, kept: int = KEPT) -> str:
+def shorten_text(text: str, kept: int = KEPT) -> str:
     """Returns the first and last `kept` characters of a text longer than both.
 
-    >>> shortened("1" * 200) == "1" * 50 + "..." + "1" * 50
+    >>> shorten_text("1" * 200) == "1" * 50 + "..." + "1" * 50
     True
     """
     return text if len(text) <= 2 * kept else f"{text[:kept]}...{text[-kept:]}"
@@ -128,7 +128,7 @@ def shortened(text: str, kept: int = KEPT) -> str:
 # -- outputs as tokens -----------------------------------------------------------------
 
 
-def encoded(tokenizer: Tokenizer, before: str, text: str) -> list[int]:
+def encode_after(tokenizer: Tokenizer, before: str, text: str) -> list[int]:
     """Encodes a text that follows another one.
 
     Args:
@@ -171,8 +171,8 @@ def output_tokens(tokenizer: Tokenizer, end: str, output: str) -> list[int]:
         opening += f"{STOP}\n"
     kept, fits = KEPT, output
     while True:
-        ids = encoded(tokenizer, end, f"{opening}{fits}\n{FENCE}\n")
+        ids = encode_after(tokenizer, end, f"{opening}{fits}\n{FENCE}\n")
         if len(ids) <= OUTPUT_TOKENS or kept == 0:
             return ids[:OUTPUT_TOKENS]
         kept //= 2
-        fits = shortened(output, kept)
+        fits = shorten_text(output, kept)

@@ -33,17 +33,17 @@ from grpo_jax.environments.interpreter import (
     FENCE,
     OUTPUT_TOKENS,
     STOP,
-    Call,
     Interpreter,
+    ProgramCall,
     output_tokens,
-    program_of,
+    program_to_run,
 )
 from grpo_jax.generation.continuation import continue_rollouts
-from grpo_jax.generation.kv_cache import of_slots
-from grpo_jax.generation.reshard import laid_out
-from grpo_jax.generation.rollout_shapes import bucket
+from grpo_jax.generation.kv_cache import select_slots
+from grpo_jax.generation.reshard import reshard_for_decoding
+from grpo_jax.generation.rollout_shapes import bucket_length
 from grpo_jax.generation.sampler import Rollouts, generate
-from grpo_jax.generation.stop_strings import stop_table
+from grpo_jax.generation.stop_strings import make_stop_table
 from grpo_jax.models.decoder import Decoder, Params
 
 
@@ -57,7 +57,7 @@ class Solutions:
     lengths: np.ndarray  # [N] int32
     finished: np.ndarray  # [N] bool, ended with EOS
     occupancy: float  # of the slots in the first generation
-    calls: list[list[Call]]  # of each row, in order
+    calls: list[list[ProgramCall]]  # of each row, in order
 
 
 class _Row:
@@ -68,7 +68,7 @@ class _Row:
         self.logps: list[float] = []
         self.mask: list[bool] = []
         self.texts: list[str] = []  # of the model's turns, without "```output"
-        self.calls: list[Call] = []
+        self.calls: list[ProgramCall] = []
         self.told: list[int] = []  # tokens of the interpreter's last turn
         self.program: str | None = None  # that the last turn asks to run
         self.end = ""  # end of the text that asks to run it
@@ -86,21 +86,21 @@ class _Row:
         self.add(tokens, logps)
         text = tokenizer.decode(tokens)
         before, found, rest = text.partition(STOP)
-        program = program_of(self.texts, before)
+        program = program_to_run(self.texts, before)
         self.texts.append(before)
         self.finished = tokens[-1] in tokenizer.eos_ids
         ends = self.finished or rest.strip()
         self.program = None if ends else program
         self.end = STOP + rest if found else FENCE + before[len(before.rstrip()) :]
 
-    def tell(self, tokenizer: Tokenizer, call: Call) -> None:
+    def tell(self, tokenizer: Tokenizer, call: ProgramCall) -> None:
         """Adds a turn of the interpreter."""
         self.calls.append(call)
         self.told = output_tokens(tokenizer, self.end, call.output)
         self.add(self.told)
 
 
-def solve(
+def generate_with_tools(
     model: Decoder,
     params: Params,
     tokenizer: Tokenizer,
@@ -145,17 +145,17 @@ def solve(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         eos_id=tokenizer.eos_ids,
-        stop_table=stop_table(tokenizer, (STOP,), model.config.vocab_size),
+        stop_table=make_stop_table(tokenizer, (STOP,), model.config.vocab_size),
     )
-    check_whole("solve", generations=generations)
-    check_whole("solve", least=0, rows=rows)
+    check_whole("generate_with_tools", generations=generations)
+    check_whole("generate_with_tools", least=0, rows=rows)
     size = max(1, rows // samples) if rows else len(prompts)
-    layout, params = laid_out(model, params)
+    layout, params = reshard_for_decoding(model, params)
     multiple = 1
     if layout is not None:
         multiple = sharding.rows_multiple(layout)
         everywhere = jax.NamedSharding(layout, sharding.P())
-        bits = sharding.to_devices(jax.random.key_data(key), everywhere)
+        bits = sharding.place_on_devices(jax.random.key_data(key), everywhere)
         key = jax.random.wrap_key_data(bits, impl=jax.random.key_impl(key))
     every, occupancy = [], []
     with jax.set_mesh(layout) if layout else contextlib.nullcontext():
@@ -178,7 +178,7 @@ def solve(
             for turn in range(1, generations + 1):
                 while not out.tokens.is_ready():  # sleep here, so that Ctrl-C works
                     time.sleep(0.002)
-                got = sharding.to_hosts((out.tokens, out.logps, out.lengths))
+                got = sharding.fetch_to_hosts((out.tokens, out.logps, out.lengths))
                 for row, tokens, logps, n in zip(seats, *got, strict=True):
                     new = slice(len(row.told), n)
                     row.write(tokenizer, tokens[new].tolist(), logps[new].tolist())
@@ -198,15 +198,15 @@ def solve(
                     key=jax.random.fold_in(own, (1 << 29) + turn),
                     **options,
                 )
-    return _gathered(every, float(np.mean(sharding.to_hosts(occupancy))))
+    return _gathered(every, float(np.mean(sharding.fetch_to_hosts(occupancy))))
 
 
 def _only(out: Rollouts, rows: Sequence[int], multiple: int) -> Rollouts:
     """Selects rows and moves them into fewer slots, so that the others cost nothing."""
-    size = -(-bucket(len(rows), smallest=8) // multiple) * multiple
+    size = -(-bucket_length(len(rows), smallest=8) // multiple) * multiple
     size = min(out.cache.token.shape[0], size)
     index = np.array([*rows, *[rows[0]] * (size - len(rows))])
-    cache = of_slots(out.cache, index)
+    cache = select_slots(out.cache, index)
     return dataclasses.replace(out, tokens=out.tokens[index[: len(rows)]], cache=cache)
 
 
@@ -230,12 +230,12 @@ def _gathered(rows: Sequence[_Row], occupancy: float) -> Solutions:
     )
 
 
-def most_tokens(generations: int, max_new_tokens: int) -> int:
+def max_output_tokens(generations: int, max_new_tokens: int) -> int:
     """Returns the most tokens that an output can have, the interpreter's included.
 
     `generations` = 0 means no tools: the output is one generation.
 
-    >>> most_tokens(0, 1024), most_tokens(2, 1024)
+    >>> max_output_tokens(0, 1024), max_output_tokens(2, 1024)
     (1024, 2368)
     """
     if not generations:
@@ -246,7 +246,9 @@ def most_tokens(generations: int, max_new_tokens: int) -> int:
 # -- the text of an output -------------------------------------------------------------
 
 
-def text_of(tokenizer: Tokenizer, tokens: Sequence[int], mask: Sequence[Any]) -> str:
+def decode_output(
+    tokenizer: Tokenizer, tokens: Sequence[int], mask: Sequence[Any]
+) -> str:
     """Decodes an output.
 
     If the model opened an "```output" without a program before it, the text ends there.

@@ -2,8 +2,8 @@
 
 k outputs of each question are graded. GRPO learns from a group of G outputs only if
 some are right and some are wrong, so questions that are never or always right cost time
-and teach nothing. `take_census` returns the counts, `summarize` the figures of a set,
-and `give_advice` what to do first.
+and teach nothing. `take_census` returns the counts, `summarize_counts` the figures of a
+set, and `give_advice` what to do first.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def take_census(
         flat = np.stack([right, [f is not None for f in found], lengths], -1)
         return flat.astype(int).reshape(len(indices), -1, 3).tolist()
 
-    table = np.array(processes.divide(judge, range(len(examples))))  # [Q, k, 3]
+    table = np.array(processes.map_divided(judge, range(len(examples))))  # [Q, k, 3]
     return Counts(
         np.array([len(ids) for ids in prompts]),
         table[..., 0].astype(bool),
@@ -114,7 +114,7 @@ def chance_of_signal(right: np.ndarray, samples: int, group_size: int) -> np.nda
     return 1 - np.array(tied, float) / math.comb(samples, group_size)
 
 
-def summarize(counts: Counts, group_size: int) -> list[Figures]:
+def summarize_counts(counts: Counts, group_size: int) -> list[Figures]:
     """Returns the figures of all questions, then of each class of prompt length.
 
     Args:
@@ -157,7 +157,7 @@ def give_advice(
     """Returns what the census says to change, the most urgent first.
 
     Args:
-      sets: set → figures of `summarize`.
+      sets: set → figures of `summarize_counts`.
       max_new_tokens: the limit of the outputs.
     """
     lines = []

@@ -16,7 +16,7 @@ from typing import Any
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.evaluation import completion_files, generate_answers, metrics
 from grpo_jax.evaluation.completion_files import KINDS
-from grpo_jax.evaluation.generate_answers import Settings
+from grpo_jax.evaluation.generate_answers import AnswerSettings
 from grpo_jax.evaluation.metrics import Score
 from grpo_jax.models.decoder import Decoder, Params
 
@@ -37,12 +37,12 @@ class Measured:
         return {"n": self.n} | {m: s.result for m, s in self.by_measure.items()}
 
 
-def measure(
+def measure_set(
     model: Decoder,
     params: Params,
     tokenizer: Tokenizer,
     name: str,
-    settings: Settings,
+    settings: AnswerSettings,
     *,
     sampled: bool = True,
     label: str = "",
@@ -70,7 +70,9 @@ def measure(
     found = {}
     for kind in KINDS[: 2 if sampled and settings.samples else 1]:
         key = measure_name(settings.mode, kind)
-        file = folder and folder / completion_files.file_name(name, settings.mode, kind)
+        file = folder and folder / completion_files.completions_file_name(
+            name, settings.mode, kind
+        )
         answered = generate_answers.answer_all(
             model,
             params,
@@ -82,7 +84,7 @@ def measure(
             file=file,
             restart=restart,
         )
-        found[key] = metrics.score(
+        found[key] = metrics.score_completions(
             asked.examples,
             answered,
             temperature=0.0 if kind == "greedy" else settings.temperature,
@@ -97,7 +99,7 @@ def measure_name(mode: str, kind: str) -> str:
     return kind if mode == "cot" else f"{mode}_{kind}"
 
 
-def add(found: Scores, name: str, model: str, measured: Measured) -> None:
+def add_scores(found: Scores, name: str, model: str, measured: Measured) -> None:
     """Adds a model's scores on a set to those that were found before."""
     for key, score in measured.by_measure.items():
         found.setdefault((name, key), {})[model] = score

@@ -14,8 +14,9 @@ A file has one JSON object a line:
     temperature   0 is greedy; without it, one completion is greedy and several are
                   samples
 
-Other fields are ignored. The files that `Log` writes begin with a line {"settings": …},
-which readers skip, and also hold question and answer; they may be concatenated.
+Other fields are ignored. The files that `CompletionLog` writes begin with a line
+{"settings": …}, which readers skip, and also hold question and answer; they may be
+concatenated.
 """
 
 from __future__ import annotations
@@ -55,16 +56,16 @@ Rows = dict[int, list[Completion]]  # by the question's place in its set
 _Lines = dict[tuple[int, ...], list[list[Completion]]]
 
 
-def file_name(name: str, mode: str, kind: str) -> str:
+def completions_file_name(name: str, mode: str, kind: str) -> str:
     """Returns the name of the file of a set's completions.
 
-    >>> file_name("data/my questions.jsonl", "cot", "greedy")
+    >>> completions_file_name("data/my questions.jsonl", "cot", "greedy")
     'data_my_questions.jsonl.cot.greedy.jsonl'
     """
     return f"{re.sub(r'[^A-Za-z0-9_.+-]+', '_', name)}.{mode}.{kind}.jsonl"
 
 
-class Log:
+class CompletionLog:
     """One model's completions of one set, appended a batch at a time.
 
     A line that a kill cut off at the end of the file is dropped. If there are several
@@ -88,9 +89,9 @@ class Log:
         self.file = file
         self.rows: Rows = {}
         self.settings = json.loads(json.dumps(settings))
-        if processes.first():
+        if processes.is_first_process():
             self._open(restart)
-        if processes.count() > 1:
+        if processes.process_count() > 1:
             self._share()
 
     def _open(self, restart: bool) -> None:
@@ -101,12 +102,13 @@ class Log:
         write_whole(file, to_json({"settings": self.settings}))
 
     def _share(self) -> None:
-        there = processes.from_first(lambda: sorted(self.rows))
-        if there and not processes.first() and self.file.exists():
+        there = processes.broadcast(lambda: sorted(self.rows))
+        if there and not processes.is_first_process() and self.file.exists():
             self._read(restart=False)
         if sorted(self.rows) != there:
             raise GrpoError(
-                f"{self.file}: process {processes.index()} does not see what process 0 "
+                f"{self.file}: process {processes.process_index()} does not see what "
+                "process 0 "
                 "wrote there; choose a folder on a disk that all of them share"
             )
 
@@ -152,7 +154,7 @@ class Log:
             row |= {"cut_off": [c.cut_off for c in completions]}
             lines.append(to_json(more | row))
             self.rows[index] = list(completions)
-        if not processes.first():
+        if not processes.is_first_process():
             return
         with open(self.file, "ab") as file:
             file.write(b"".join(lines))
@@ -161,7 +163,7 @@ class Log:
 
 
 def _own(row: Any) -> tuple[int, list[Completion]] | None:
-    """The place and completions of a line of `Log.append`; None if it is not one."""
+    """The place and completions of a line that `CompletionLog` wrote, or None."""
     try:
         index, completions = row["index"], _completions(row)
     except (KeyError, TypeError, ValueError):
@@ -188,7 +190,7 @@ def _difference(before: Any, now: Mapping[str, Any]) -> str:
 # -- files made elsewhere --------------------------------------------------------------
 
 
-def read(
+def read_completions(
     file: Path, sets: Mapping[str, Sequence[Example]], *, questions: int = 0
 ) -> dict[str, dict[Key, Group]]:
     """Reads a file of completions.

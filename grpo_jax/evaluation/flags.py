@@ -70,7 +70,10 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
         kind = float if isinstance(default, float) else int
         add(f"--{name}", type=kind, default=default, help=text)
     flags = parser.parse_args(arguments)
-    flags.mode, flags.sets = unique(flags.mode or ["cot"]), unique(flags.sets)
+    flags.mode, flags.sets = (
+        without_repeats(flags.mode or ["cot"]),
+        without_repeats(flags.sets),
+    )
     for name, (_, least, most, _) in numbers.items():
         value = getattr(flags, name)
         if value is not None and not least <= value <= most:  # NaN is neither
@@ -82,6 +85,6 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     return flags
 
 
-def unique(names: list[str]) -> list[str]:
+def without_repeats(names: list[str]) -> list[str]:
     """Returns the names without repetitions, in order."""
     return list(dict.fromkeys(names))

@@ -28,11 +28,11 @@ from grpo_jax.data.example import Example
 from grpo_jax.data.prompts import encode_prompts
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.distributed import processes, sharding
-from grpo_jax.distributed.progress import progress
+from grpo_jax.distributed.progress import progress_bar
 from grpo_jax.environments.interpreter import Interpreter
-from grpo_jax.environments.tool_rollouts import solve, text_of
+from grpo_jax.environments.tool_rollouts import decode_output, generate_with_tools
 from grpo_jax.errors import Preempted
-from grpo_jax.evaluation.completion_files import Completion, Log
+from grpo_jax.evaluation.completion_files import Completion, CompletionLog
 from grpo_jax.files import to_json
 from grpo_jax.generation.sampler import generate
 from grpo_jax.models.decoder import Decoder, Params
@@ -44,7 +44,7 @@ PARTS = 4  # a set has about this many, to show progress and to lose little in a
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class AnswerSettings:
     """How a set is asked and answered."""
 
     template: str = "chat"
@@ -65,7 +65,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptedSet:
     """A set's questions with their prompts; None for a prompt that is too long."""
 
     name: str
@@ -86,18 +86,25 @@ class Asked:
         return sha.hexdigest()[:16]
 
 
-def load_prompts(tokenizer: Tokenizer, name: str, settings: Settings) -> Asked:
+def load_prompts(
+    tokenizer: Tokenizer, name: str, settings: AnswerSettings
+) -> PromptedSet:
     """Returns a set's questions, with prompts as the settings define them.
 
     Raises:
       GrpoError: the set cannot be read, or processes read different ones.
     """
     limit, where = settings.questions or None, settings.data_dir
-    rows = datasets.load(name, "test", data_dir=where, limit=limit, require=("answer",))
+    rows = datasets.load_dataset(
+        name, "test", data_dir=where, limit=limit, require=("answer",)
+    )
     examples = list(rows)
     shown, template, instruction = examples, settings.template, settings.instruction
     if settings.few_shot:
-        shown = [few_shot_prompts.prompt(name, e, data_dir=where) for e in examples]
+        shown = [
+            few_shot_prompts.add_few_shot_prompt(name, e, data_dir=where)
+            for e in examples
+        ]
         template, instruction = "plain", "none"
     kept, _ = encode_prompts(
         tokenizer,
@@ -107,8 +114,10 @@ def load_prompts(tokenizer: Tokenizer, name: str, settings: Settings) -> Asked:
         instruction=instruction,
     )
     found = {id(example): ids for example, ids in kept}
-    asked = Asked(name, examples, [found.get(id(example)) for example in shown])
-    processes.agree(f"set {name}", {"rows": rows.digest, "prompts": asked.digest()})
+    asked = PromptedSet(name, examples, [found.get(id(example)) for example in shown])
+    processes.check_equal(
+        f"set {name}", {"rows": rows.digest, "prompts": asked.digest()}
+    )
     return asked
 
 
@@ -159,7 +168,9 @@ def chain_of_thought(
     )
     while not out.tokens.is_ready():  # waits in Python, so that Ctrl-C works
         time.sleep(0.005)
-    tokens, lengths, done = sharding.to_hosts((out.tokens, out.lengths, out.finished))
+    tokens, lengths, done = sharding.fetch_to_hosts(
+        (out.tokens, out.lengths, out.finished)
+    )
     rows = [
         Completion(tokenizer.decode(ids[:n]), not end)
         for ids, n, end in zip(tokens, lengths.tolist(), done.tolist(), strict=True)
@@ -180,13 +191,17 @@ def with_programs(
     """Returns completions by tool-integrated reasoning; a sandbox runs their programs.
 
     Arguments as in `chain_of_thought`; `stop` must be empty, and `options` are those of
-    `tool_rollouts.solve`.
+    `tool_rollouts.generate_with_tools`.
     """
     assert not stop
-    found = solve(model, params, tokenizer, prompts, rows=slots, **options)
+    found = generate_with_tools(
+        model, params, tokenizer, prompts, rows=slots, **options
+    )
     arrays = found.tokens, found.mask, found.lengths, found.finished
     rows = [
-        Completion(text_of(tokenizer, ids[:n].tolist(), mask[:n].tolist()), not end)
+        Completion(
+            decode_output(tokenizer, ids[:n].tolist(), mask[:n].tolist()), not end
+        )
         for ids, mask, n, end in zip(*arrays, strict=True)
     ]
     samples = options["samples"]
@@ -196,7 +211,7 @@ def with_programs(
 MODES: dict[str, Mode] = {"cot": chain_of_thought, "tool": with_programs}
 
 
-def find_mode(settings: Settings) -> Mode:
+def find_mode(settings: AnswerSettings) -> Mode:
     """Returns the function of the settings' mode.
 
     Raises:
@@ -218,8 +233,8 @@ def answer_all(
     model: Decoder,
     params: Params,
     tokenizer: Tokenizer,
-    asked: Asked,
-    settings: Settings,
+    asked: PromptedSet,
+    settings: AnswerSettings,
     *,
     kind: str,
     label: str = "",
@@ -248,20 +263,25 @@ def answer_all(
     if kind == "sampled":
         temperature, samples = settings.temperature, settings.samples
     ask = find_mode(settings)
-    form = few_shot_prompts.find(asked.name) if settings.few_shot else None
+    form = few_shot_prompts.find_format(asked.name) if settings.few_shot else None
     stop = few_shot_prompts.stop_ids(tokenizer, form) if form else []
     size = questions_at_once(len(asked.order), samples, settings.batch)
     log = None
     if file is not None:
-        header = describe(asked, settings, kind, size)
-        header |= {"weights": fingerprint(params), "dtype": str(jnp.dtype(model.dtype))}
-        log = Log(file, header, restart=restart)
+        header = describe_generation(asked, settings, kind, size)
+        header |= {
+            "weights": weights_digest(params),
+            "dtype": str(jnp.dtype(model.dtype)),
+        }
+        log = CompletionLog(file, header, restart=restart)
     found = {} if log is None else dict(log.rows)
     if all(i in found for i in asked.order):  # nothing to do: show no progress bar
         return [found.get(i) for i in range(len(asked.examples))]
     key = jax.random.fold_in(jax.random.key(settings.seed), round(1000 * temperature))
     done = sum(i in found for i in asked.order)
-    with progress(label or asked.name, done, len(asked.order), unit="question") as bar:
+    with progress_bar(
+        label or asked.name, done, len(asked.order), unit="question"
+    ) as bar:
         for start in range(0, len(asked.order), size):
             batch = asked.order[start : start + size]
             left = [i for i in batch if i not in found]
@@ -289,13 +309,13 @@ def answer_all(
                 new = {i: log.rows[i] for i in batch}
             found |= new
             bar.update(len(left))
-            if processes.stopping():
+            if processes.is_preempted():
                 raise Preempted(f"{label or asked.name}: stopped")
     return [found.get(i) for i in range(len(asked.examples))]
 
 
 def _cut(completion: Completion, form: few_shot_prompts.Format) -> Completion:
-    text = few_shot_prompts.cut(completion.text, form)
+    text = few_shot_prompts.cut_at_next_question(completion.text, form)
     went_on = len(text) < len(completion.text)
     return Completion(text, completion.cut_off and not went_on)
 
@@ -315,7 +335,9 @@ def questions_at_once(questions: int, samples: int, batch: int) -> int:
     return max(1, min(max(part, batch), QUEUE * batch) // samples)
 
 
-def describe(asked: Asked, settings: Settings, kind: str, size: int) -> dict[str, Any]:
+def describe_generation(
+    asked: PromptedSet, settings: AnswerSettings, kind: str, size: int
+) -> dict[str, Any]:
     """Returns everything that completions depend on, except the model itself."""
     how = dataclasses.asdict(settings)
     unused = ["data_dir", "grader"]
@@ -334,12 +356,12 @@ def describe(asked: Asked, settings: Settings, kind: str, size: int) -> dict[str
     }
 
 
-def fingerprint(params: Params) -> str:
+def weights_digest(params: Params) -> str:
     """Returns a checksum of all weights, which does not depend on their sharding.
 
-    >>> one = fingerprint({"a": jnp.ones(3), "b": jnp.zeros(2)})
-    >>> one == fingerprint({"a": jnp.ones(3), "b": -jnp.zeros(2)}), len(one)
+    >>> one = weights_digest({"a": jnp.ones(3), "b": jnp.zeros(2)})
+    >>> one == weights_digest({"a": jnp.ones(3), "b": -jnp.zeros(2)}), len(one)
     (False, 16)
     """
-    described, _ = checksums.describe(checksums.flatten(params))
+    described, _ = checksums.checksum_leaves(checksums.named_leaves(params))
     return hashlib.sha256(to_json(described)).hexdigest()[:16]

@@ -21,8 +21,8 @@ from grpo_jax.evaluation import statistics
 from grpo_jax.evaluation.completion_files import Completion
 from grpo_jax.rewards import answers
 from grpo_jax.rewards.grading import equality, kinds
-from grpo_jax.rewards.grading.expressions import Unreadable, rational
-from grpo_jax.rewards.grading.notation import clean
+from grpo_jax.rewards.grading.expressions import Unreadable, evaluate_rational
+from grpo_jax.rewards.grading.notation import normalize_notation
 
 Result = dict[str, Any]
 
@@ -35,7 +35,7 @@ class Score:
     right: np.ndarray  # [questions, samples], 0 or 1
 
 
-def score(
+def score_completions(
     examples: Sequence[Example],
     completions: Sequence[Sequence[Completion] | None],
     *,
@@ -54,7 +54,7 @@ def score(
         tool-integrated reasoning.
 
     >>> two = [Example("1+1", "2"), Example("1+2", "3")]
-    >>> found = score(two, [[Completion("It is 2.")], [Completion("It is 2.")]])
+    >>> found = score_completions(two, [[Completion("It is 2.")]] * 2)
     >>> found.result["accuracy"], found.right.tolist()
     (0.5, [[1.0], [0.0]])
     """
@@ -70,15 +70,15 @@ def score(
             given = [
                 None
                 if (text := texts[place]) is None
-                else answers.printed(text)
+                else answers.printed_answer(text)
                 if output
-                else kinds.predict(text, flat[place], rule)
+                else kinds.extract_prediction(text, flat[place], rule)
                 for place in places
             ]
-            right = kinds.grade([flat[place] for place in places], given, rule)
+            right = kinds.grade_examples([flat[place] for place in places], given, rule)
             return list(zip(given, right, strict=True))
 
-        judged = processes.divide(judge, range(len(flat)))
+        judged = processes.map_divided(judge, range(len(flat)))
         right = np.array([same for _, same in judged], float).reshape(shape)
         return [said for said, _ in judged], right
 
@@ -94,15 +94,15 @@ def score(
         result["program"] = _accuracy(graded("strict", True)[1])
     if samples > 1:
         result["samples"] = samples
-        result |= _at_k(votes(examples, given, right), right)
+        result |= _at_k(assign_votes(examples, given, right), right)
     return Score(result, right)
 
 
 def _accuracy(right: np.ndarray) -> Result:
     accuracy, (n, samples) = float(right.mean()), right.shape
     if samples == 1:
-        return {"accuracy": accuracy, "ci95": statistics.wilson(accuracy, n)}
-    return {"accuracy": accuracy, "ci95": statistics.interval(right.mean(1))}
+        return {"accuracy": accuracy, "ci95": statistics.wilson_interval(accuracy, n)}
+    return {"accuracy": accuracy, "ci95": statistics.bootstrap_interval(right.mean(1))}
 
 
 def _at_k(votes: Sequence[Sequence[int | None]], right: np.ndarray) -> Result:
@@ -111,7 +111,9 @@ def _at_k(votes: Sequence[Sequence[int | None]], right: np.ndarray) -> Result:
     powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     pairs = list(zip(votes, (right > 0).tolist(), strict=True))
     each = {
-        "pass@k": {k: statistics.each_pass_at_k(counts, samples, k) for k in powers},
+        "pass@k": {
+            k: statistics.pass_at_k_by_question(counts, samples, k) for k in powers
+        },
         "maj@k": {
             k: [statistics.maj_at_k(*pair, k) for pair in pairs]
             for k in dict.fromkeys([*powers, samples])
@@ -120,7 +122,9 @@ def _at_k(votes: Sequence[Sequence[int | None]], right: np.ndarray) -> Result:
     result: Result = {}
     for name, by_k in each.items():
         result[name] = {str(k): float(np.mean(x)) for k, x in by_k.items()}
-        intervals = {str(k): statistics.interval(np.array(x)) for k, x in by_k.items()}
+        intervals = {
+            str(k): statistics.bootstrap_interval(np.array(x)) for k, x in by_k.items()
+        }
         result[f"{name}_ci95"] = intervals
     return result
 
@@ -128,7 +132,7 @@ def _at_k(votes: Sequence[Sequence[int | None]], right: np.ndarray) -> Result:
 MOST_ANSWERS = 64  # the most different wrong answers of a question that are compared
 
 
-def votes(
+def assign_votes(
     examples: Sequence[Example], given: Sequence[str | None], right: np.ndarray
 ) -> list[list[int | None]]:
     """Returns the number of the answer that each prediction votes for in maj@k.
@@ -145,7 +149,7 @@ def votes(
       For each question its samples' votes; None for no vote.
 
     >>> said = ["5", "3 cm", "5", "x=3", "3", None]
-    >>> votes([Example("?", "3")], said, np.array([[0, 1, 0, 1, 1, 0]]))
+    >>> assign_votes([Example("?", "3")], said, np.array([[0, 1, 0, 1, 1, 0]]))
     [[1, 0, 1, 0, 0, None]]
     """
     samples = right.shape[1]
@@ -175,7 +179,7 @@ def votes(
             )
         return found
 
-    return processes.divide(vote, range(len(examples)))
+    return processes.map_divided(vote, range(len(examples)))
 
 
 def _equal(asked: Sequence[tuple[Example, str, str]]) -> list[bool]:
@@ -187,21 +191,21 @@ def _equal(asked: Sequence[tuple[Example, str, str]]) -> list[bool]:
             a, b = b, a
         references.append(dataclasses.replace(example, answer=a))
         predictions.append(b)
-    return kinds.grade(references, predictions)
+    return kinds.grade_examples(references, predictions)
 
 
 def _spelled(prediction: str) -> str:
     """A common spelling of equal numbers, such as 1/2, 0.5 and $0.50."""
     if len(prediction) > equality.MAX_CHARS:
         return prediction
-    text = clean(prediction)
+    text = normalize_notation(prediction)
     try:
-        return str(rational(text))
+        return str(evaluate_rational(text))
     except (Unreadable, RecursionError):
         return prediction
 
 
-def paired(first: Score, second: Score) -> Result:
+def compare_pair(first: Score, second: Score) -> Result:
     """Tests whether two models differ on the same questions.
 
     With one completion a question, p is the exact McNemar test's. With several, it is
@@ -215,15 +219,17 @@ def paired(first: Score, second: Score) -> Result:
     low, high, p = statistics.paired_bootstrap(a, b)
     test = "paired bootstrap"
     if first.right.shape[1] == second.right.shape[1] == 1:
-        test, p = "exact McNemar", statistics.mcnemar(a > 0, b > 0)
+        test, p = "exact McNemar", statistics.mcnemar_p_value(a > 0, b > 0)
     difference = float((b - a).mean())
     return {"difference": difference, "ci95": (low, high), "p": p, "test": test}
 
 
-def pairs(scores: Mapping[tuple[str, str], Mapping[str, Score]]) -> list[Result]:
+def compare_pairs(
+    scores: Mapping[tuple[str, str], Mapping[str, Score]],
+) -> list[Result]:
     """Returns the tests between every two models of scores[set, measure][model]."""
     return [
-        {"set": name, "measure": measure, "models": [a, b], **paired(x, y)}
+        {"set": name, "measure": measure, "models": [a, b], **compare_pair(x, y)}
         for (name, measure), models in scores.items()
         for (a, x), (b, y) in itertools.combinations(models.items(), 2)
         if len(x.right) == len(y.right)

@@ -68,14 +68,14 @@ TITLES = {
 }
 
 
-def figures(sets: Sequence[str], modes: Sequence[str]) -> dict[str, Figures]:
+def find_figures(sets: Sequence[str], modes: Sequence[str]) -> dict[str, Figures]:
     """Returns mode → model → set → accuracy in %, for sets that have published figures.
 
     Args:
       sets: names of sets.
       modes: of "cot", "tool" and "few_shot".
 
-    >>> figures(["ocw", "svamp"], ["cot", "few_shot"])
+    >>> find_figures(["ocw", "svamp"], ["cot", "few_shot"])
     {'few_shot': {'DeepSeekMath-Base 7B': {'ocw': '15.4'}}}
     """
     found: dict[str, Figures] = {}
@@ -86,7 +86,7 @@ def figures(sets: Sequence[str], modes: Sequence[str]) -> dict[str, Figures]:
     return found
 
 
-def for_json(sets: Sequence[str], modes: Sequence[str]) -> dict[str, Any]:
+def figures_for_json(sets: Sequence[str], modes: Sequence[str]) -> dict[str, Any]:
     """Returns the published figures as results.json holds them; {} if none."""
-    found = figures(sets, modes)
+    found = find_figures(sets, modes)
     return {"note": NOTE, "unit": "%", **found} if found else {}

@@ -12,10 +12,10 @@ import numpy as np
 import scipy.stats
 
 
-def wilson(accuracy: float, n: int) -> tuple[float, float]:
+def wilson_interval(accuracy: float, n: int) -> tuple[float, float]:
     """Returns Wilson's 95 % confidence interval of a proportion measured on n items.
 
-    >>> [round(x, 3) for x in wilson(0.5, 100)]
+    >>> [round(x, 3) for x in wilson_interval(0.5, 100)]
     [0.404, 0.596]
     """
     test = scipy.stats.binomtest(round(accuracy * n), n)
@@ -26,7 +26,7 @@ def wilson(accuracy: float, n: int) -> tuple[float, float]:
 RESAMPLES = 10_000  # draws of a bootstrap; its bounds then vary by a few parts in 1000
 
 
-def bootstrap(values: np.ndarray, *, seed: int = 0) -> np.ndarray:
+def bootstrap_means(values: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """Returns the means [R] of R = `RESAMPLES` bootstrap samples of n values.
 
     Equal values are drawn together, since their counts are multinomial.
@@ -35,7 +35,7 @@ def bootstrap(values: np.ndarray, *, seed: int = 0) -> np.ndarray:
       values: [n].
       seed: of the draws.
 
-    >>> round(float(bootstrap(np.arange(100.0)).std()), 1)  # 28.9 / 10
+    >>> round(float(bootstrap_means(np.arange(100.0)).std()), 1)  # 28.9 / 10
     2.9
     """
     distinct, counts = np.unique(np.asarray(values, float), return_counts=True)
@@ -43,23 +43,24 @@ def bootstrap(values: np.ndarray, *, seed: int = 0) -> np.ndarray:
     return rng.multinomial(n, counts / n, size=RESAMPLES) @ distinct / n
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
     """Returns the 95 % percentile bootstrap interval of a mean over questions.
 
     If every question has the same value, 0 or 1, all samples are equal; the interval is
     then Wilson's.
 
-    >>> interval(np.ones(50))[0] < 0.95, interval(np.arange(2.0).repeat(200))[1] < 0.56
+    >>> (bootstrap_interval(np.ones(50))[0] < 0.95,
+    ...  bootstrap_interval(np.arange(2.0).repeat(200))[1] < 0.56)
     (True, True)
     """
     values = np.asarray(values, float)
     if values.min() == values.max() and values[0] in (0.0, 1.0):
-        return wilson(float(values[0]), len(values))
-    low, high = np.quantile(bootstrap(values), (0.025, 0.975))
+        return wilson_interval(float(values[0]), len(values))
+    low, high = np.quantile(bootstrap_means(values), (0.025, 0.975))
     return float(low), float(high)
 
 
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+def mcnemar_p_value(first: Sequence[bool], second: Sequence[bool]) -> float:
     """Returns p of the exact two-sided McNemar test of two models' accuracies.
 
     Under the null hypothesis, each of the m questions that only one model gets right is
@@ -69,7 +70,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
       first: whether the first model gets each question right.
       second: the same for the second model.
 
-    >>> mcnemar([True] * 5 + [False], [False] * 6)
+    >>> mcnemar_p_value([True] * 5 + [False], [False] * 6)
     0.0625
     """
     a, b = np.asarray(first, bool), np.asarray(second, bool)
@@ -95,13 +96,13 @@ def paired_bootstrap(
     True
     """
     difference = np.asarray(second, float) - np.asarray(first, float)
-    means = bootstrap(difference)
+    means = bootstrap_means(difference)
     low, high = np.quantile(means, (0.025, 0.975))
     beyond = min((means <= 0).sum(), (means >= 0).sum()) + 1
     return float(low), float(high), min(1.0, float(2 * beyond / (RESAMPLES + 1)))
 
 
-def each_pass_at_k(correct: Sequence[int], samples: int, k: int) -> list[float]:
+def pass_at_k_by_question(correct: Sequence[int], samples: int, k: int) -> list[float]:
     """Returns pass@k of every question, 1 - C(n-c, k) / C(n, k).
 
     This estimate from c right ones of n samples is unbiased (Chen et al. 2021).
@@ -111,21 +112,22 @@ def each_pass_at_k(correct: Sequence[int], samples: int, k: int) -> list[float]:
       samples: n.
       k: at most n.
 
-    >>> each_pass_at_k([1, 0], samples=2, k=1), each_pass_at_k([1, 0], samples=2, k=2)
+    >>> (pass_at_k_by_question([1, 0], samples=2, k=1),
+    ...  pass_at_k_by_question([1, 0], samples=2, k=2))
     ([0.5, 0.0], [1.0, 0.0])
     """
     total = math.comb(samples, k)
     return [1 - math.comb(samples - int(c), k) / total for c in correct]
 
 
-def majority(predictions: Sequence[Hashable], right: Sequence[bool]) -> bool:
+def majority_is_right(predictions: Sequence[Hashable], right: Sequence[bool]) -> bool:
     """Returns whether the most frequent answer is right; the first one wins a tie.
 
     Args:
       predictions: the votes; None casts none.
       right: whether each is right.
 
-    >>> majority(["4", "5", "5", None], [True, False, False, False])
+    >>> majority_is_right(["4", "5", "5", None], [True, False, False, False])
     False
     """
     votes = collections.Counter(p for p in predictions if p is not None)
@@ -141,5 +143,7 @@ def maj_at_k(predictions: Sequence[Hashable], right: Sequence[bool], k: int) -> 
     0.5
     """
     starts = range(0, len(predictions) - k + 1, k)
-    votes = [majority(predictions[i : i + k], right[i : i + k]) for i in starts]
+    votes = [
+        majority_is_right(predictions[i : i + k], right[i : i + k]) for i in starts
+    ]
     return float(np.mean(votes))

@@ -21,11 +21,11 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.generation.kv_cache import Cache, Pair
 from grpo_jax.models.kernels.products import einsum
 
-TOGETHER = 8  # most rows R of a prompt that share one matrix product
+ROWS_PER_PRODUCT = 8  # most rows R of a prompt that share one matrix product
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SlotGroups:
     """Slots grouped by prompt: each entry has up to R slots of one prompt."""
 
     prompts: Array  # [E]
@@ -35,7 +35,9 @@ class Plan:
     at_once: int  # e
 
 
-def plan_of(cache: Cache, live: Bool[Array, "W"], together: int) -> Plan:
+def group_slots_by_prompt(
+    cache: Cache, live: Bool[Array, "W"], together: int
+) -> SlotGroups:
     """Groups the slots by prompt, with at most `together` (R) slots per entry."""
     slots, index = len(live), jnp.arange(len(live))
     at_once = max(1, slots // together)
@@ -49,7 +51,7 @@ def plan_of(cache: Cache, live: Bool[Array, "W"], together: int) -> Plan:
     place = entry * together + within % together
     entries = -(-slots // at_once) * at_once
     filled = jnp.full(entries * together, slots).at[place].set(order)
-    return Plan(
+    return SlotGroups(
         prompts=jnp.zeros(entries, jnp.int32).at[entry].set(cache.prompt[order]),
         slots=filled.reshape(entries, together),
         where=jnp.zeros(slots, jnp.int32).at[order].set(place),
@@ -61,12 +63,12 @@ def plan_of(cache: Cache, live: Bool[Array, "W"], together: int) -> Plan:
 Parts = tuple[Array, Array, Array]  # largest score, sum of weights, weighted values
 
 
-def of_prefix(
+def attend_to_prompts(
     q: Float[Array, "W K G H"],
     layer: Pair,
     lengths: Int[Array, "P"],
     position: Int[Array, "W"],
-    plan: Plan,
+    plan: SlotGroups,
     window: int | None,
 ) -> Parts:
     """Returns the part of attention over the prompts, each read once for R rows.
@@ -128,7 +130,7 @@ def of_prefix(
     return top, total, out
 
 
-def attend(
+def attend_to_blocks(
     q: Float[Array, "W 1 Q H"],
     parts: Parts,
     blocks: Sequence[Pair],
@@ -140,11 +142,11 @@ def attend(
 
     Args:
       q: [W, 1, Q, H] queries of this turn.
-      parts: the prompt's terms, from `of_prefix`.
+      parts: the prompt's terms, from `attend_to_prompts`.
       blocks: keys [W, K, H, B] and values [W, K, B, H] of each block in this layer.
       cache: gives the position of each column and of the queries.
       window: the sliding window in tokens, or None.
-      reads: [X] bool, which of the full blocks to read (`reads_of`).
+      reads: [X] bool, which of the full blocks to read (`blocks_to_read`).
 
     Returns:
       [W, 1, Q, H], in the dtype of q.
@@ -177,7 +179,7 @@ def attend(
     return (out / total).astype(q.dtype).reshape(slots, 1, -1, q.shape[-1])
 
 
-def reads_of(cache: Cache, live: Bool[Array, "W"]) -> Bool[Array, "X"]:
+def blocks_to_read(cache: Cache, live: Bool[Array, "W"]) -> Bool[Array, "X"]:
     """Returns [X] bool: which full blocks hold columns of a row still decoded."""
     last = cache.turn // cache.block
     oldest = jnp.min(jnp.where(live, cache.began, cache.turn)) // cache.block
@@ -186,7 +188,9 @@ def reads_of(cache: Cache, live: Bool[Array, "W"]) -> Bool[Array, "X"]:
     return (number >= oldest) & (number >= 0)
 
 
-def written(blocks: Sequence[Pair], keys: Array, values: Array, cache: Cache):
+def write_keys_and_values(
+    blocks: Sequence[Pair], keys: Array, values: Array, cache: Cache
+):
     """Writes this turn's keys and values into the last block.
 
     Args:
@@ -208,7 +212,7 @@ def written(blocks: Sequence[Pair], keys: Array, values: Array, cache: Cache):
     return (*others, (put(old_keys, keys, 3), put(old_values, values, 2)))
 
 
-def seeing(
+def make_attention(
     cache: Cache, live: Bool[Array, "W"], together: int, window: int | None
 ) -> Callable[..., tuple[Array, tuple[Pair, ...]]]:
     """Returns the attention function of this turn, to be called for each layer.
@@ -224,13 +228,16 @@ def seeing(
       prompts and its blocks. It returns the attention output [W, 1, Q, H] and the
       blocks with the new keys and values.
     """
-    plan, reads = plan_of(cache, live, together), reads_of(cache, live)
+    plan, reads = (
+        group_slots_by_prompt(cache, live, together),
+        blocks_to_read(cache, live),
+    )
 
     def see(q, keys, values, prefix, blocks):
-        blocks = written(blocks, keys, values, cache)
+        blocks = write_keys_and_values(blocks, keys, values, cache)
         heads = q.reshape(len(live), keys.shape[2], -1, q.shape[-1])
         lengths = cache.prefixes.lengths
-        parts = of_prefix(heads, prefix, lengths, cache.position, plan, window)
-        return attend(q, parts, blocks, cache, window, reads), blocks
+        parts = attend_to_prompts(heads, prefix, lengths, cache.position, plan, window)
+        return attend_to_blocks(q, parts, blocks, cache, window, reads), blocks
 
     return see

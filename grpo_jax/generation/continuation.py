@@ -17,9 +17,20 @@ from jaxtyping import Array, ArrayLike, Int
 
 from grpo_jax.arguments import check_request, check_token_ids
 from grpo_jax.errors import GrpoError
-from grpo_jax.generation.decode_loop import Ends, Rollouts, append, decode, start
+from grpo_jax.generation.decode_loop import (
+    Rollouts,
+    StopConditions,
+    initial_state,
+    prefill_tokens,
+    run_decode_loop,
+)
 from grpo_jax.generation.kv_cache import Cache, grow
-from grpo_jax.generation.rollout_shapes import as_ids, as_stops, bucket, ragged
+from grpo_jax.generation.rollout_shapes import (
+    as_stop_sequences,
+    as_token_ids,
+    bucket_length,
+    pad_token_lists,
+)
 from grpo_jax.generation.sampler import first_rows
 from grpo_jax.generation.token_sampling import Sampling
 from grpo_jax.models.decoder import Decoder, Params
@@ -34,7 +45,7 @@ def continue_tokens(
     *,
     key: Array,
     sampling: Sampling,
-    ends: Ends,
+    ends: StopConditions,
     stop_table: Array | None = None,
 ) -> Rollouts:
     """Jittable core of `continue_rollouts`.
@@ -48,7 +59,7 @@ def continue_tokens(
       key: PRNG key of this turn's draws.
       sampling: temperature and filters.
       ends: what ends a row, and the limit C on new tokens.
-      stop_table: [V, S] table of `stop_strings.stop_table`, or None.
+      stop_table: [V, S] table of `stop_strings.make_stop_table`, or None.
 
     Returns:
       Rollouts of width T + C with the new cache. A row holds its appended tokens, where
@@ -58,12 +69,12 @@ def continue_tokens(
     rows, width = tokens.shape
     live, lengths = lengths >= 0, jnp.maximum(lengths, 0)
     cache = grow(cache, width + max_new_tokens)
-    cache = append(model, params, cache, tokens, lengths)
+    cache = prefill_tokens(model, params, cache, tokens, lengths)
     row = jnp.where(live, jnp.arange(rows, dtype=jnp.int32), rows)
-    state = decode(
+    state = run_decode_loop(
         model,
         params,
-        start(cache, row, rows, ends),
+        initial_state(cache, row, rows, ends),
         lambda state: state,
         jnp.int32(0),
         key=key,
@@ -164,9 +175,9 @@ def continue_rollouts(
     lists = [[] if ids is None else ids for ids in appended]
     check_token_ids("continue_rollouts", lists, vocab_size, what="row")
     longest = max(map(len, lists))
-    width = bucket(longest) if longest else 0
+    width = bucket_length(longest) if longest else 0
     slots = rollouts.cache.token.shape[0]
-    tokens, mask = ragged(lists, slots, width)
+    tokens, mask = pad_token_lists(lists, slots, width)
     lengths = np.full(slots, -1, np.int32)
     lengths[:rows] = [-1 if ids is None else len(ids) for ids in appended]
     out = _jitted(
@@ -179,7 +190,9 @@ def continue_rollouts(
         sampling=Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
         ),
-        ends=Ends(as_ids(eos_id), as_stops(stop), max_new_tokens),
+        ends=StopConditions(
+            as_token_ids(eos_id), as_stop_sequences(stop), max_new_tokens
+        ),
         stop_table=stop_table,
     )
     return first_rows(out, rows)

@@ -20,12 +20,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from grpo_jax.distributed import sharding
-from grpo_jax.generation.cache_attention import TOGETHER, seeing
-from grpo_jax.generation.kv_cache import Cache, joined, next_column, of_slots, parted
+from grpo_jax.generation.cache_attention import ROWS_PER_PRODUCT, make_attention
+from grpo_jax.generation.kv_cache import (
+    Cache,
+    join_blocks,
+    next_column,
+    select_slots,
+    split_into_blocks,
+)
 from grpo_jax.generation.token_sampling import Sampling
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.models.kernels.decode import decode_kernels
-from grpo_jax.models.kernels.xla import dense_attention, marked
+from grpo_jax.models.kernels.xla import dense_attention, mark_nonfinite
 
 
 @jax.tree_util.register_dataclass
@@ -44,7 +50,7 @@ class Rollouts:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class State:
+class DecodeState:
     """State of the decode loop."""
 
     offered: Array  # [] slots × turns so far
@@ -61,7 +67,7 @@ _OF_ROW = ("row", "recent", "matched")
 
 
 @dataclasses.dataclass(frozen=True)
-class Ends:
+class StopConditions:
     """What ends a row: an EOS token, a stop sequence of token ids, or the limit.
 
     The tokens that end a row belong to it.
@@ -87,21 +93,21 @@ def _layers(model: Decoder, params: Params) -> list[Params]:
     ]
 
 
-def decode(
+def run_decode_loop(
     model: Decoder,
     params: Params,
-    state: State,
-    refill: Callable[[State], State],
+    state: DecodeState,
+    refill: Callable[[DecodeState], DecodeState],
     rows: Array,
     *,
     key: Array,
     sampling: Sampling,
-    ends: Ends,
+    ends: StopConditions,
     widths: Sequence[int],
     first: Any = 0,
     any_group: Callable[[Array], Array] = lambda more: more,
     stop_table: Array | None = None,
-) -> State:
+) -> DecodeState:
     """Decodes until the queue is empty and every row has ended.
 
     When the queue is empty and few slots still have a row, the loop continues with
@@ -123,14 +129,14 @@ def decode(
       any_group: maps "this group has more to do" to "any group has". If devices run
         this loop in groups, all groups take the same number of turns, as a collective
         of one would otherwise wait for another that has left the loop.
-      stop_table: [V, S] table of `stop_strings.stop_table`, or None.
+      stop_table: [V, S] table of `stop_strings.make_stop_table`, or None.
 
     Returns:
       The state after the last turn; its `out` holds the rollouts.
     """
     layers, window = _layers(model, params), model.config.sliding_window
     none, prefixes = state.out.tokens.shape[0], state.cache.prefixes
-    together = max(1, min(TOGETHER, none // len(prefixes.lengths)))
+    together = max(1, min(ROWS_PER_PRODUCT, none // len(prefixes.lengths)))
     product, attention = decode_kernels(
         model.dtype, prefixes.layers, state.cache.layers
     )
@@ -139,13 +145,13 @@ def decode(
     longest = prefixes.layers[0][1].shape[2] + state.cache.columns
     rotations = model.rotation(jnp.arange(longest)[None])
 
-    def step(state: State) -> State:
+    def step(state: DecodeState) -> DecodeState:
         if len(state.row) == widths[0]:  # in narrower loops the queue is empty
             state = refill(state)
         live = state.row < none
         cache = next_column(state.cache, live)
         if attention is None:
-            see = seeing(cache, live, together, window)
+            see = make_attention(cache, live, together, window)
         else:
             see = functools.partial(attention, cache=cache, live=live, window=window)
         x, new = model.embed(params, cache.token[:, None]), []
@@ -154,11 +160,11 @@ def decode(
         for layer, blocks, prefix in tables:
 
             def look(q, k, v, blocks=blocks, prefix=prefix):
-                return see(q, *marked(k, v), prefix, blocks)
+                return see(q, *mark_nonfinite(k, v), prefix, blocks)
 
             x, blocks = model.block(layer, x, rotation, look, product)
             new.append(blocks)
-        hidden = model.finish(params, x)[:, 0]
+        hidden = model.final_norm(params, x)[:, 0]
         logits = product(hidden, model.unembed(params).T)
         # With a matrix split by vocabulary, each device computes some logits of every
         # row, but the draw needs all logits of some rows. With both layouts named, XLA
@@ -188,7 +194,7 @@ def decode(
             lengths=out.lengths.at[row].add(1, mode="drop"),
             finished=out.finished.at[row].set(ended, mode="drop"),
         )
-        return State(
+        return DecodeState(
             offered=state.offered + live.size,
             used=state.used + live.sum(),
             queue=state.queue,
@@ -218,22 +224,24 @@ def decode(
     return dataclasses.replace(state, out=out)
 
 
-def _more(state: State, rows: Array, least: int) -> Bool[Array, ""]:
+def _more(state: DecodeState, rows: Array, least: int) -> Bool[Array, ""]:
     """Whether rows are waiting, or more than `least` slots still decode one."""
     live = (state.row < state.out.tokens.shape[0]).sum()
     return (live > least) | (state.queue < rows)
 
 
-def _narrow(state: State, width: int) -> State:
+def _narrow(state: DecodeState, width: int) -> DecodeState:
     """Moves the slots that decode a row into a state of `width` slots."""
     if width == len(state.row):
         return state
     order = jnp.argsort(state.row, stable=True)[:width]  # slots without a row are last
     of_row = {name: getattr(state, name)[order] for name in _OF_ROW}
-    return dataclasses.replace(state, cache=of_slots(state.cache, order), **of_row)
+    return dataclasses.replace(state, cache=select_slots(state.cache, order), **of_row)
 
 
-def start(cache: Cache, row: Array, rows: int, ends: Ends) -> State:
+def initial_state(
+    cache: Cache, row: Array, rows: int, ends: StopConditions
+) -> DecodeState:
     """Returns the state before the first turn.
 
     Args:
@@ -244,7 +252,7 @@ def start(cache: Cache, row: Array, rows: int, ends: Ends) -> State:
     """
     shape = (rows, ends.limit)
     longest = max([1, *map(len, ends.stop)])
-    return State(
+    return DecodeState(
         offered=jnp.int32(0),
         used=jnp.int32(0),
         queue=jnp.int32(0),
@@ -262,7 +270,7 @@ def start(cache: Cache, row: Array, rows: int, ends: Ends) -> State:
     )
 
 
-def append(
+def prefill_tokens(
     model: Decoder, params: Params, cache: Cache, tokens: Array, lengths: Array
 ) -> Cache:
     """Prefills tokens behind those that the slots hold, and returns the new cache.
@@ -281,7 +289,7 @@ def append(
     positions = cache.position[:, None] + step[None]
     at = jnp.where(step[None] < lengths[:, None], positions, -1)
     count, turn = len(cache.places), cache.turn + len(step)
-    places = joined(cache.places, cache.turn, 1).at[:, columns].set(at)
+    places = join_blocks(cache.places, cache.turn, 1).at[:, columns].set(at)
     prefixes, own = cache.prefixes, cache.prompt
     distance = positions[:, :, None] - places[:, None]  # [W, T, X·B]
     allowed = (places[:, None] >= 0) & (distance >= 0)
@@ -301,21 +309,27 @@ def append(
 
         def look(q, k, v, blocks=blocks, prefix=prefix):
             keys, values = zip(*blocks, strict=True)
-            keys, values = joined(keys, cache.turn, 3), joined(values, cache.turn, 2)
-            k, v = marked(k, v)
+            keys, values = (
+                join_blocks(keys, cache.turn, 3),
+                join_blocks(values, cache.turn, 2),
+            )
+            k, v = mark_nonfinite(k, v)
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # from [W, T, K, H]
             keys = keys.at[..., columns].set(k.astype(keys.dtype))
             values = values.at[:, :, columns].set(v.astype(values.dtype))
             keys_of = jnp.concatenate([prefix[0][own], keys], 3).transpose(0, 3, 1, 2)
             values_of = jnp.concatenate([prefix[1][own], values], 2).swapaxes(1, 2)
-            back = parted(keys, count, turn, 3), parted(values, count, turn, 2)
+            back = (
+                split_into_blocks(keys, count, turn, 3),
+                split_into_blocks(values, count, turn, 2),
+            )
             seen_by_all = keys_of.astype(q.dtype), values_of.astype(q.dtype)
             out = dense_attention(q, *seen_by_all, allowed)
             return out, tuple(zip(*back, strict=True))
 
         x, blocks = model.block(layer, x, rotation, look)
         new.append(blocks)
-    *others, last = parted(places, count, turn, 1)
+    *others, last = split_into_blocks(places, count, turn, 1)
     number = jnp.maximum(turn - 1, 0) // cache.block  # the last block's place
     others = [jnp.where(number == i, -1, x) for i, x in enumerate(others)]
     return dataclasses.replace(

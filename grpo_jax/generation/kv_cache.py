@@ -99,19 +99,19 @@ def block_size(tokens: int) -> int:
     return size
 
 
-def others_for(tokens: int, queue: bool) -> int:
+def ring_blocks(tokens: int, queue: bool) -> int:
     """Returns X for rows of so many tokens.
 
     With a queue a row may start in the middle of a block, and then needs one more.
 
-    >>> others_for(128, queue=False), others_for(128, queue=True)
+    >>> ring_blocks(128, queue=False), ring_blocks(128, queue=True)
     (1, 2)
     """
     size = block_size(tokens)
     return -(-(tokens - 1) // size) if queue else (tokens - 1) // size
 
 
-def empty(slots: int, tokens: int, queue: bool, prefixes: Prefixes) -> Cache:
+def make_empty_cache(slots: int, tokens: int, queue: bool, prefixes: Prefixes) -> Cache:
     """Returns a cache whose slots have no row.
 
     Args:
@@ -122,7 +122,7 @@ def empty(slots: int, tokens: int, queue: bool, prefixes: Prefixes) -> Cache:
     """
     keys, values = prefixes.layers[0]
     heads, width, size = *keys.shape[1:3], block_size(tokens)
-    count = others_for(tokens, queue) + 1
+    count = ring_blocks(tokens, queue) + 1
     rows = sharding.P(*sharding.BATCH, "tensor")
     pair = (
         jnp.zeros((slots, heads, width, size), keys.dtype),
@@ -143,7 +143,7 @@ def empty(slots: int, tokens: int, queue: bool, prefixes: Prefixes) -> Cache:
 
 
 @jax.jit
-def of_slots(cache: Cache, index: Int[Array, "V"]) -> Cache:
+def select_slots(cache: Cache, index: Int[Array, "V"]) -> Cache:
     """Returns the cache of the slots `index` [V], in that order."""
     names = ("token", "position", "began", "prompt", "places", "layers")
     chosen: Any = {
@@ -164,7 +164,7 @@ def grow(cache: Cache, tokens: int) -> Cache:
     return dataclasses.replace(cache, places=places, layers=layers)
 
 
-def joined(blocks: Sequence[Array], turn: Array, axis: int) -> Array:
+def join_blocks(blocks: Sequence[Array], turn: Array, axis: int) -> Array:
     """Concatenates the blocks in the order of their columns.
 
     The ring buffer must not have wrapped around.
@@ -184,8 +184,10 @@ def joined(blocks: Sequence[Array], turn: Array, axis: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(flat, last, at, axis)
 
 
-def parted(flat: Array, count: int, turn: Array, axis: int) -> tuple[Array, ...]:
-    """Splits concatenated columns into `count` blocks; the inverse of `joined`."""
+def split_into_blocks(
+    flat: Array, count: int, turn: Array, axis: int
+) -> tuple[Array, ...]:
+    """Splits concatenated columns into `count` blocks; the inverse of `join_blocks`."""
     size = flat.shape[axis] // count
     at = jnp.maximum(turn - 1, 0) // size * size
     last = jax.lax.dynamic_slice_in_dim(flat, at, size, axis)

@@ -1,7 +1,7 @@
 """Moves parameters from the training mesh to the decoding mesh of the same devices.
 
 For decoding, each group of devices holds all parameters, in the compute dtype
-(`sharding.regroup`).
+(`sharding.regroup_devices`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def decoding_mesh(model: Decoder, mesh: Mesh) -> Mesh:
         divide the heads, on TPUs, whose compiler would abort the process.
     """
     tensor, heads = model.decode_tensor or mesh.shape["tensor"], model.config.heads
-    layout = sharding.regroup(mesh, tensor)
+    layout = sharding.regroup_devices(mesh, tensor)
     if heads % tensor and mesh.devices.flat[0].platform == "tpu":
         raise GrpoError(
             f"mesh.decode_tensor: {tensor} does not divide the model's heads, {heads}, "
@@ -35,7 +35,7 @@ def decoding_mesh(model: Decoder, mesh: Mesh) -> Mesh:
     return layout
 
 
-def relay(model: Decoder, params: Params, layout: Mesh) -> Any:
+def make_resharding(model: Decoder, params: Params, layout: Mesh) -> Any:
     """Returns the compiled function that moves parameters of these shapes to `layout`.
 
     It casts them to the model's compute dtype. They move in two steps, each of which
@@ -54,7 +54,7 @@ def relay(model: Decoder, params: Params, layout: Mesh) -> Any:
 @functools.cache
 def _relay(dtype: str, layout: Mesh, tree: Any, shapes: tuple) -> Any:
     like = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(s, dtype) for s in shapes])
-    within = sharding.regroup(layout, layout.shape["tensor"], fsdp=True)
+    within = sharding.regroup_devices(layout, layout.shape["tensor"], fsdp=True)
     first = sharding.shardings(like, within)
 
     def move(params):
@@ -64,7 +64,7 @@ def _relay(dtype: str, layout: Mesh, tree: Any, shapes: tuple) -> Any:
     return jax.jit(move, out_shardings=sharding.shardings(like, layout))
 
 
-def is_laid_out(model: Decoder, params: Params, layout: Mesh) -> bool:
+def is_resharded(model: Decoder, params: Params, layout: Mesh) -> bool:
     """Returns whether the parameters have this layout and the compute dtype already."""
     trees = params, sharding.shardings(params, layout)
     return all(
@@ -73,7 +73,7 @@ def is_laid_out(model: Decoder, params: Params, layout: Mesh) -> bool:
     )
 
 
-def laid_out(model: Decoder, params: Params) -> tuple[Mesh | None, Params]:
+def reshard_for_decoding(model: Decoder, params: Params) -> tuple[Mesh | None, Params]:
     """Returns the decoding mesh and the parameters on it.
 
     On a single device the mesh is None and the parameters are returned as they are.
@@ -82,6 +82,6 @@ def laid_out(model: Decoder, params: Params) -> tuple[Mesh | None, Params]:
     if mesh is None or mesh.size == 1:
         return None, params
     layout = decoding_mesh(model, mesh)
-    if not is_laid_out(model, params, layout):
-        params = relay(model, params, layout)(params)
+    if not is_resharded(model, params, layout):
+        params = make_resharding(model, params, layout)(params)
     return layout, params

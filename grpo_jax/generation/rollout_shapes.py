@@ -11,7 +11,7 @@ from grpo_jax.errors import GrpoError
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class RolloutShape:
     """The static shape of a request; many numbers of prompts share one program."""
 
     copies: int  # consecutive copies of each prompt
@@ -21,14 +21,14 @@ class Shape:
     slots: int  # W of each group of devices
 
 
-def shape_of(
+def rollout_shape(
     prompts: int,
     longest: int,
     samples: int,
     *,
     groups: int = 1,
     slots: int | None = None,
-) -> Shape:
+) -> RolloutShape:
     """Returns the shape of a request that is split over groups of devices.
 
     If there are fewer prompts than groups, several groups share a prompt's samples.
@@ -40,22 +40,22 @@ def shape_of(
       groups: number of groups of devices.
       slots: rows decoded at a time by all groups together; None for `default_slots`.
 
-    >>> shape_of(16, 100, 64, groups=64)
+    >>> rollout_shape(16, 100, 64, groups=64)
     Shape(copies=4, samples=16, prompts=64, width=128, slots=16)
     """
     fit = [n for n in range(1, samples + 1) if not samples % n]
     copies = max([n for n in fit if n * prompts <= groups], default=1)
     each = -(-prompts * copies // groups)
-    each = bucket(each, smallest=2) if each > 1 else 1
+    each = bucket_length(each, smallest=2) if each > 1 else 1
     samples //= copies
     if slots is None:
         slots = default_slots(each * samples)
     else:
         slots = -(-slots // groups)
-    return Shape(copies, samples, each * groups, bucket(longest), slots)
+    return RolloutShape(copies, samples, each * groups, bucket_length(longest), slots)
 
 
-def as_ids(ids: int | Sequence[int]) -> tuple[int, ...]:
+def as_token_ids(ids: int | Sequence[int]) -> tuple[int, ...]:
     """Returns one token id or several as a tuple of Python integers."""
     return (int(ids),) if isinstance(ids, int | np.integer) else tuple(map(int, ids))
 
@@ -73,10 +73,10 @@ def default_slots(rows: int) -> int:
     return min(rows, max(128, rows // 4))
 
 
-def bucket(length: int, *, smallest: int = 16) -> int:
+def bucket_length(length: int, *, smallest: int = 16) -> int:
     """Rounds up to one of 16, 24, 32, 48, 64, 96, …, so that a run compiles few shapes.
 
-    >>> [bucket(n) for n in (1, 17, 25, 100)]
+    >>> [bucket_length(n) for n in (1, 17, 25, 100)]
     [16, 24, 32, 128]
     """
     size = smallest
@@ -85,7 +85,7 @@ def bucket(length: int, *, smallest: int = 16) -> int:
     return size
 
 
-def ragged(lists: Sequence[Sequence[int]], rows: int, width: int):
+def pad_token_lists(lists: Sequence[Sequence[int]], rows: int, width: int):
     """Pads lists of token ids on the right.
 
     Returns:
@@ -97,7 +97,7 @@ def ragged(lists: Sequence[Sequence[int]], rows: int, width: int):
     return tokens, mask
 
 
-def as_stops(stop: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+def as_stop_sequences(stop: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     """Returns the stop sequences as tuples of token ids.
 
     Raises:
@@ -107,4 +107,4 @@ def as_stops(stop: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
         raise GrpoError("generate: stop holds a text; give token ids, or a stop_table")
     if not all(len(s) for s in stop):
         raise GrpoError("generate: a stop sequence is empty")
-    return tuple(as_ids(s) for s in stop)
+    return tuple(as_token_ids(s) for s in stop)

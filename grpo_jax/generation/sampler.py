@@ -30,22 +30,27 @@ from jaxtyping import Array, ArrayLike, Int
 from grpo_jax.arguments import check_request, check_token_ids
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.generation.decode_loop import Ends, State, decode, start
+from grpo_jax.generation.decode_loop import (
+    DecodeState,
+    StopConditions,
+    initial_state,
+    run_decode_loop,
+)
 from grpo_jax.generation.decode_loop import Rollouts as Rollouts
-from grpo_jax.generation.kv_cache import Prefixes, empty
-from grpo_jax.generation.reshard import laid_out
+from grpo_jax.generation.kv_cache import Prefixes, make_empty_cache
+from grpo_jax.generation.reshard import reshard_for_decoding
 from grpo_jax.generation.rollout_shapes import (
-    Shape,
-    as_ids,
-    as_stops,
+    RolloutShape,
+    as_stop_sequences,
+    as_token_ids,
     default_slots,
-    ragged,
-    shape_of,
+    pad_token_lists,
+    rollout_shape,
 )
 from grpo_jax.generation.token_sampling import Sampling
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.models.kernels.tuning import loop_widths
-from grpo_jax.models.kernels.xla import marked
+from grpo_jax.models.kernels.xla import mark_nonfinite
 
 
 def generate_tokens(
@@ -92,7 +97,7 @@ def generate_tokens(
     request = max_new_tokens, eos_id, samples, slots, cache_dtype
     check_request("generate_tokens", model.config.vocab_size, *request)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    ends = Ends(as_ids(eos_id), stop, max_new_tokens)
+    ends = StopConditions(as_token_ids(eos_id), stop, max_new_tokens)
     mask, total = mask != 0, tokens.shape[0] * samples
     slots = total if keep else min(total, slots or default_slots(total))
     order = jnp.argsort(~mask, axis=1, stable=True)  # padding goes to the right
@@ -100,7 +105,7 @@ def generate_tokens(
     lengths = mask.sum(1, dtype=jnp.int32)
     mask = jnp.arange(mask.shape[1])[None] < lengths[:, None]
     _, kept = model.hidden(params, tokens, mask=mask, keep_cache=True)
-    keys, values = marked(*kept)
+    keys, values = mark_nonfinite(*kept)
     last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[:, None], 1)[:, 0]
 
     def table(x: Array, *axes: int) -> Array:  # of [P, S, K, H]
@@ -117,7 +122,7 @@ def generate_tokens(
     )
     rows = lengths.astype(bool).sum() * samples
 
-    def refill(state: State) -> State:
+    def refill(state: DecodeState) -> DecodeState:
         """Gives the next rows of the queue to the free slots."""
         cache, free = state.cache, state.row == total
         row = state.queue + jnp.cumsum(free) - 1
@@ -139,11 +144,11 @@ def generate_tokens(
             ),
         )
 
-    cache = empty(slots, max_new_tokens, slots < total, prefixes)
-    state = decode(
+    cache = make_empty_cache(slots, max_new_tokens, slots < total, prefixes)
+    state = run_decode_loop(
         model,
         params,
-        start(cache, jnp.full(slots, total, jnp.int32), total, ends),
+        initial_state(cache, jnp.full(slots, total, jnp.int32), total, ends),
         refill,
         rows,
         key=key,
@@ -157,7 +162,7 @@ def generate_tokens(
     return dataclasses.replace(state.out, cache=state.cache if keep else None)
 
 
-def spread_tokens(
+def generate_tokens_on_mesh(
     model: Decoder,
     params: Params,
     tokens: Int[Array, "P S"],
@@ -210,10 +215,12 @@ def spread_tokens(
 _STATIC = ("model", "max_new_tokens", "temperature", "top_k", "top_p", "min_p")
 _STATIC += ("eos_id", "stop", "samples", "slots", "cache_dtype", "keep")
 _jitted = jax.jit(generate_tokens, static_argnames=_STATIC)
-_spread = jax.jit(spread_tokens, static_argnames=_STATIC)
+_spread = jax.jit(generate_tokens_on_mesh, static_argnames=_STATIC)
 
 
-def program(shape: Shape, *, spread: bool, **options: Any) -> functools.partial:
+def make_sampler(
+    shape: RolloutShape, *, spread: bool, **options: Any
+) -> functools.partial:
     """Returns the jitted sampler, a function (model, params, tokens, mask, key=…).
 
     Args:
@@ -270,7 +277,7 @@ def generate(
         by rounding, which in bfloat16 changes the tokens of some rows.
       cache_dtype: dtype of the cached keys and values; the model's if None.
       keep: keep the cache for `continue_rollouts`; every row then has its own slot.
-      stop_table: [V, S] table of `stop_strings.stop_table`, for strings that end a
+      stop_table: [V, S] table of `stop_strings.make_stop_table`, for strings that end a
         completion.
 
     Returns:
@@ -300,24 +307,24 @@ def generate(
         raise GrpoError(f"generate: prompt {empty[0]} is empty")
     # Built here only to check the options before anything is traced.
     Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    stop = as_stops(stop)
+    stop = as_stop_sequences(stop)
     check_token_ids("generate", stop, vocab_size, what="stop sequence")
     if stop_table is not None and np.shape(stop_table)[:-1] != (vocab_size,):
         raise GrpoError(
             f"generate: stop_table has shape {np.shape(stop_table)}; a row for each of "
             f"the {vocab_size} tokens is needed"
         )
-    layout, params = laid_out(model, params)
+    layout, params = reshard_for_decoding(model, params)
     groups = sharding.rows_multiple(layout) if layout else 1
-    shape = shape_of(
+    shape = rollout_shape(
         len(prompts), max(map(len, prompts)), samples, groups=groups, slots=slots
     )
     lists = [ids for ids in prompts for _ in range(shape.copies)]
-    tokens, mask = ragged(lists, shape.prompts, shape.width)
+    tokens, mask = pad_token_lists(lists, shape.prompts, shape.width)
     if layout is not None:
         rows = sharding.batch_sharding(layout)
-        tokens, mask = (sharding.to_devices(x, rows) for x in (tokens, mask))
-    sample = program(
+        tokens, mask = (sharding.place_on_devices(x, rows) for x in (tokens, mask))
+    sample = make_sampler(
         shape,
         # A kept cache must be one cache, not one per group.
         spread=layout is not None and not keep,
@@ -326,7 +333,7 @@ def generate(
         top_k=top_k,
         top_p=float(top_p),
         min_p=float(min_p),
-        eos_id=as_ids(eos_id),
+        eos_id=as_token_ids(eos_id),
         stop=stop,
         cache_dtype=cache_dtype,
         keep=keep,

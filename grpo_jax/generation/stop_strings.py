@@ -19,7 +19,7 @@ from grpo_jax.errors import GrpoError
 
 
 @functools.lru_cache(8)
-def stop_table(
+def make_stop_table(
     tokenizer: Tokenizer, strings: tuple[str, ...], rows: int = 0
 ) -> np.ndarray:
     """Returns the table of the state after a token, for each state before it.
@@ -39,7 +39,7 @@ def stop_table(
       GrpoError: there are no strings, or one is empty.
 
     >>> tokenizer = Tokenizer.from_alphabet("ab")  # 3 and 4, after the special ones
-    >>> stop_table(tokenizer, ("aab",))[3:].tolist()
+    >>> make_stop_table(tokenizer, ("aab",))[3:].tolist()
     [[1, 2, 2, 3], [0, 0, 3, 3]]
     """
     if not strings or not all(strings):
@@ -60,7 +60,7 @@ def stop_table(
             rest = (seen[i:] for i in range(len(seen) + 1))
             steps[c] = next(number[text] for text in rest if text in number)
     firsts = {string[0] for string in strings}
-    texts = tokenizer.texts()
+    texts = tokenizer.token_texts()
     table = np.tile(np.arange(found + 1, dtype=np.int32), (max(rows, len(texts)), 1))
     for i, text in enumerate(texts):
         has_first = not firsts.isdisjoint(text)

@@ -72,7 +72,7 @@ class Sampling:
             token = logits.argmax(-1).astype(jnp.int32)
             best = jnp.take_along_axis(logits, token[:, None], 1)
             return token, -jnp.log(jnp.exp(logits - best).sum(-1))
-        return draw(logits, keys, turns, self.temperature, self.keep)
+        return draw_tokens(logits, keys, turns, self.temperature, self.keep)
 
     def keep(self, weights: Float[Array, "N V"]) -> Float[Array, "N V"]:
         """Sets the weights of filtered-out tokens to 0.
@@ -114,7 +114,7 @@ def _threshold(
     return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
-def draw(
+def draw_tokens(
     logits: Float[Array, "N V"],
     keys: Array,
     turns: Array | int,
@@ -137,7 +137,8 @@ def draw(
       [N] int32 tokens, and their [N] float32 log-probabilities in nats.
 
     >>> logits = jnp.array([[0.0, 50.0, 0.0]])
-    >>> token, logp = draw(logits, jax.random.split(jax.random.key(0), 1), 0, 1.0)
+    >>> keys = jax.random.split(jax.random.key(0), 1)
+    >>> token, logp = draw_tokens(logits, keys, 0, 1.0)
     >>> int(token[0]), float(logp[0])
     (1, 0.0)
     """

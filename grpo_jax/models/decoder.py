@@ -58,7 +58,7 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 Product = Callable[[Array, Array], Array]  # (x [M, D], weight [F, D]) -> [M, F]
 
 
-def rotate(x: Float[Array, "B T N H"], rotation: Rotation) -> Array:
+def apply_rotary_embedding(x: Float[Array, "B T N H"], rotation: Rotation) -> Array:
     """Applies rotary position embedding.
 
     The halves (a, b) of a head become (a cos - b sin, b cos + a sin).
@@ -127,7 +127,7 @@ class Block(nn.Module):
         v = self.linear(h, "v_proj", c.kv_heads * c.head_dim, c.qkv_bias).reshape(heads)
         if c.qk_norm:
             q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k = apply_rotary_embedding(q, rotation), apply_rotary_embedding(k, rotation)
         out, cache = attend(q, k, v)
         out = out.reshape(*x.shape[:2], -1)
         x = x + self.linear(out, "o_proj", c.width, c.out_bias)
@@ -227,12 +227,12 @@ class Decoder:
         """Returns the token embeddings, [B, T, D] in the model's dtype."""
         return sharding.rows_of_table(params["embed"], tokens).astype(self.dtype)
 
-    def finish(self, params: Params, x: Array) -> Array:
+    def final_norm(self, params: Params, x: Array) -> Array:
         """Returns x after the last norm, [B, T, D]."""
         return rms_norm(x, params["norm"], self.config.norm_eps)
 
     def rotation(self, positions: Int[Array, "B T"]) -> Rotation:
-        """Returns the cosines and sines for `rotate`, computed once for all layers."""
+        """Returns cosines and sines for `apply_rotary_embedding`, for all layers."""
         angles = positions[..., None, None].astype(jnp.float32)
         angles = angles * rotary_frequencies(self.config)[None, None, None]
         return jnp.cos(angles), jnp.sin(angles)
@@ -307,7 +307,7 @@ class Decoder:
         x = sharding.constrain(self.embed(params, tokens), sharding.BATCH)
         few = tuning.unrolls_layers(self.config.layers)
         x, cache = jax.lax.scan(layer, x, params["layers"], unroll=few)
-        hidden = self.finish(params, x)
+        hidden = self.final_norm(params, x)
         return (hidden, cache) if keep_cache else hidden
 
     def __call__(
@@ -323,9 +323,11 @@ class Decoder:
         self, params: Params, tokens: Int[Array, "B T"], **kwargs
     ) -> Float[Array, "B T V"]:
         """Returns next-token logits in float32; arguments are as in `hidden`."""
-        return self.project(params, self.hidden(params, tokens, **kwargs))
+        return self.project_to_vocabulary(params, self.hidden(params, tokens, **kwargs))
 
-    def project(self, params: Params, hidden: Array) -> Float[Array, "... V"]:
+    def project_to_vocabulary(
+        self, params: Params, hidden: Array
+    ) -> Float[Array, "... V"]:
         """Returns float32 logits [..., V] of hidden states [..., D]."""
         return einsum("...D,DV->...V", hidden, self.unembed(params))
 

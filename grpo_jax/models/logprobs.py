@@ -101,10 +101,10 @@ def _on_each_device(compute, unembed: Array, mesh: Any):
     The output matrix is then gathered, and its gradient summed over the devices, once.
     XLA's partitioner would do both in every chunk.
     """
-    axes = sharding.free(mesh) - {"tensor"}  # the partitioner splits "tensor" well
+    axes = sharding.free_axes(mesh) - {"tensor"}  # the partitioner splits "tensor" well
     whole = unembed.shape[0] % sharding.size_of(mesh, "fsdp")
     split = None if whole or "fsdp" not in axes else "fsdp"
-    rows, P = sharding.within(sharding.BATCH, mesh), sharding.P
+    rows, P = sharding.without_manual_axes(sharding.BATCH, mesh), sharding.P
 
     def on_one(hidden, unembed, targets, temperature):
         if split:

@@ -62,15 +62,15 @@ class Lora:
         return self.alpha / self.rank
 
 
-def split(params: Any) -> tuple[Any, Any]:
+def split_adapters(params: Any) -> tuple[Any, Any]:
     """Returns (trained, frozen) parts of the parameters.
 
     With adapters, these are the adapters (and PPO's critic, "value") and the base.
     Without, all parameters are trained and the frozen part is empty.
 
-    >>> split({"norm": 1, "layers": {"q_proj": 2, "q_proj_lora_a": 3}})
+    >>> split_adapters({"norm": 1, "layers": {"q_proj": 2, "q_proj_lora_a": 3}})
     ({'layers': {'q_proj_lora_a': 3}}, {'norm': 1, 'layers': {'q_proj': 2}})
-    >>> split({"norm": 1, "layers": {"q_proj": 2}})
+    >>> split_adapters({"norm": 1, "layers": {"q_proj": 2}})
     ({'norm': 1, 'layers': {'q_proj': 2}}, {})
     """
     adapters, base = _divide(params) if isinstance(params, dict) else ({}, params)
@@ -93,27 +93,27 @@ def _divide(tree: Params) -> tuple[Params, Params]:
     return adapters, base
 
 
-def join(trained: Any, frozen: Any) -> Any:
-    """Returns the whole tree from the two parts that `split` returned.
+def join_adapters(trained: Any, frozen: Any) -> Any:
+    """Returns the whole tree from the two parts that `split_adapters` returned.
 
-    >>> join({"layers": {"b": 1}}, {"a": 2, "layers": {"c": 3}})
+    >>> join_adapters({"layers": {"b": 1}}, {"a": 2, "layers": {"c": 3}})
     {'a': 2, 'layers': {'c': 3, 'b': 1}}
     """
     if not isinstance(frozen, dict) or not frozen:
         return trained
     whole = dict(frozen)
     for name, value in trained.items():
-        whole[name] = join(value, frozen[name]) if name in frozen else value
+        whole[name] = join_adapters(value, frozen[name]) if name in frozen else value
     return whole
 
 
-def base(params: Any) -> Any:
+def base_params(params: Any) -> Any:
     """Returns π_ref, the parameters without their adapters; no array is copied.
 
     Raises:
       GrpoError: there are no adapters, so this would be the policy itself.
     """
-    _, frozen = split(params)
+    _, frozen = split_adapters(params)
     if not frozen:
         raise GrpoError(
             "reference: None, and the parameters hold no LoRA adapters to leave out; "
@@ -134,7 +134,7 @@ def merge_lora(lora: Lora, params: Params) -> Params:
     >>> merged["layers"]["o_proj"].tolist()
     [[[3.0, 3.0], [6.0, 6.0]]]
     """
-    adapters, frozen = split(params)
+    adapters, frozen = split_adapters(params)
     if not frozen:
         return params
     layers = dict(frozen["layers"])
@@ -154,7 +154,7 @@ def merge_matrix(
     return (w.astype(jnp.float32) + lora.scale(a) * product).astype(w.dtype)
 
 
-def begin(lora: Lora, params: Params, key: Array) -> Params:
+def begin_stage(lora: Lora, params: Params, key: Array) -> Params:
     """Returns the parameters with which a stage starts.
 
     The previous stage's adapters are merged, and new ones are added unless the rank is
@@ -181,7 +181,7 @@ def begin(lora: Lora, params: Params, key: Array) -> Params:
     return {**params, "layers": layers}
 
 
-def stack(
+def stack_adapters(
     lora: Lora, stages: list[Params]
 ) -> tuple[Lora, dict[str, tuple[Array, Array]]]:
     """Joins the adapters of several stages: B_1 A_1 + B_2 A_2 = [B_1 B_2] [A_1; A_2].

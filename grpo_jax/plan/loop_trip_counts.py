@@ -16,11 +16,11 @@ from collections.abc import Mapping
 
 from grpo_jax.config import Config
 from grpo_jax.distributed import sharding
-from grpo_jax.generation.kv_cache import block_size, others_for
-from grpo_jax.generation.rollout_shapes import Shape
+from grpo_jax.generation.kv_cache import block_size, ring_blocks
+from grpo_jax.generation.rollout_shapes import RolloutShape
 from grpo_jax.models.kernels.tuning import loop_widths
 from grpo_jax.models.kernels.xla import BLOCK
-from grpo_jax.training.rl_programs import Layout
+from grpo_jax.training.rl_programs import BatchLayout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class MeanLengths:
 
 
 def sampler_trip_counts(
-    config: Config, shape: Shape, groups: int, lengths: MeanLengths
+    config: Config, shape: RolloutShape, groups: int, lengths: MeanLengths
 ) -> dict[str, float]:
     """Trip counts of a rollout: slots are full until the end, then one output is left.
 
@@ -70,7 +70,7 @@ def sampler_trip_counts(
 
 
 def pass_trip_counts(
-    layout: Layout, config: Config, lengths: MeanLengths
+    layout: BatchLayout, config: Config, lengths: MeanLengths
 ) -> dict[str, float]:
     """Trip counts of a pass over a batch, whose packed rows are 95 % full."""
     outputs = config.questions_per_step * config.group_size
@@ -102,7 +102,7 @@ def share_of_blocks_read(queue: bool) -> float:
 
 def columns_per_turn(tokens: int, queue: bool) -> float:
     """The mean number of cache columns that a turn reads, of rows of `tokens`."""
-    others = share_of_blocks_read(queue) * others_for(tokens, queue)
+    others = share_of_blocks_read(queue) * ring_blocks(tokens, queue)
     return (others + 1) * block_size(tokens)
 
 

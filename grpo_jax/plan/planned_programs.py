@@ -20,7 +20,7 @@ from grpo_jax.algorithms.methods import METHODS
 from grpo_jax.config import Config
 from grpo_jax.distributed import sharding
 from grpo_jax.generation import reshard, rollout_shapes, sampler
-from grpo_jax.generation.cache_attention import TOGETHER
+from grpo_jax.generation.cache_attention import ROWS_PER_PRODUCT
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.plan import loop_trip_counts
@@ -30,8 +30,8 @@ from grpo_jax.training import setup, sft
 from grpo_jax.training.batch import Batch, Sample
 from grpo_jax.training.objectives import sft_objective
 from grpo_jax.training.optimizers import stage_optimizer
-from grpo_jax.training.rl_programs import Layout, make_programs
-from grpo_jax.training.run import policy
+from grpo_jax.training.rl_programs import BatchLayout, make_programs
+from grpo_jax.training.run import policy_params
 from grpo_jax.training.train_step import make_step
 
 
@@ -84,11 +84,11 @@ def plan_rl(
     lengths: MeanLengths,
 ) -> tuple[list[PlannedProgram], Any]:
     """The programs of an RL step, and the arrays that the step keeps."""
-    own, method = config.own(), METHODS[config.method]
+    own, method = config.method_values(), METHODS[config.method]
     critic = method.coefficient == "critic"
     shardings = sharding.shardings(state, mesh)
     programs = make_programs(config, model, optimizer, shardings)
-    layout = Layout(config, mesh)
+    layout = BatchLayout(config, mesh)
     passes = loop_trip_counts.pass_trip_counts(layout, config, lengths)
     traffic_bytes = passes["micro_batches"] * _gathered_bytes(model, state.params, mesh)
     reference = _reference_shapes(config, model, state, mesh)
@@ -107,7 +107,7 @@ def plan_rl(
         old_logps=per_token if updates > 1 else None,
     )
     sampler = reference if method.source == "instruct" else state.params
-    planned = plan_rollout(config, model, mesh, policy(sampler), lengths)
+    planned = plan_rollout(config, model, mesh, policy_params(sampler), lengths)
 
     def plan_pass(name, program, params, fetched=False):
         trace = functools.partial(program.trace, params, scored_batch)
@@ -120,7 +120,9 @@ def plan_rl(
 
     on_host = config.model.reference_memory == "host"
     if own.get("kl_coef"):
-        reference_params = lora.base(state.params) if reference is None else reference
+        reference_params = (
+            lora.base_params(state.params) if reference is None else reference
+        )
         plan_pass("reference", programs.score, reference_params, fetched=on_host)
     if updates > 1:
         plan_pass("old policy", programs.score, state.params)
@@ -142,14 +144,14 @@ def plan_rollout(
     tensor = model.decode_tensor or mesh.shape["tensor"]
     layout = reshard.decoding_mesh(model, mesh) if mesh.size > 1 else None
     groups = sharding.rows_multiple(layout) if layout else 1
-    shape = rollout_shapes.shape_of(
+    shape = rollout_shapes.rollout_shape(
         config.questions_per_step,
         config.data.max_prompt_tokens,
         config.group_size,
         groups=groups,
         slots=config.mesh.slots or None,
     )
-    rollout = sampler.program(
+    rollout = sampler.make_sampler(
         shape,
         spread=layout is not None,
         max_new_tokens=config.max_new_tokens,
@@ -173,10 +175,10 @@ def plan_rollout(
         config.max_new_tokens, queue=slots < outputs
     )
     # A prompt is read once for several of its rows.
-    cached = slots * (columns + shape.width / TOGETHER)
+    cached = slots * (columns + shape.width / ROWS_PER_PRODUCT)
     planned = []
-    if layout and not reshard.is_laid_out(model, params, layout):
-        relay = reshard.relay(model, params, layout)
+    if layout and not reshard.is_resharded(model, params, layout):
+        relay = reshard.make_resharding(model, params, layout)
         trace = functools.partial(relay.trace, params)
         planned.append(PlannedProgram("weights to sample", trace, mesh, params))
         params = _compute_shapes(model, params, layout)
@@ -212,7 +214,7 @@ def plan_sft(
     shardings = sharding.shardings(state, mesh)
     update: Any = make_step(objective, optimizer, state_shardings=shardings)
     sample = Sample(tokens=[0, 0], mask=[0, 1])
-    batch = _batch_shapes(sft.lay_out(config, mesh, [sample]), mesh)
+    batch = _batch_shapes(sft.pack_sft_batch(config, mesh, [sample]), mesh)
     capacity = batch.tokens.shape[0]
     pairs = loop_trip_counts.block_pairs(config.sft.micro_rows, config.sft.row_length)
     trips = {"micro_batches": capacity, "pairs": pairs}
@@ -256,7 +258,7 @@ def _shortest_sample(config: Config) -> Sample:
     return Sample(tokens=[0, 0], mask=[0, 1], prompt=1, **fields)
 
 
-def _packed_shapes(layout: Layout, sample: Sample) -> Batch:
+def _packed_shapes(layout: BatchLayout, sample: Sample) -> Batch:
     samples = [sample] * layout.together
     return _batch_shapes(layout.pack(samples), layout.mesh)
 
@@ -272,13 +274,13 @@ def _reference_shapes(config: Config, model: Decoder, state: Any, mesh) -> Any:
     """Shapes of π_ref as the run holds it; None if it is the base of a LoRA policy."""
     if model.lora.rank and METHODS[config.method].source == "policy":
         return None
-    return _compute_shapes(model, policy(state.params), mesh)
+    return _compute_shapes(model, policy_params(state.params), mesh)
 
 
 def _compute_shapes(model: Decoder, params: Any, mesh) -> Any:
     """The shapes of the parameters in the dtype of the computation."""
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), params)
-    return sharding.abstract(like, mesh)
+    return sharding.abstract_arrays(like, mesh)
 
 
 def bytes_per_device(tree: Any) -> float:

@@ -118,7 +118,7 @@ def paired_table(results: Results) -> Table:
 def published_tables(sets: Sequence[str], modes: Sequence[str]) -> dict[str, Table]:
     """Title → table of the figures that others have published on these sets."""
     tables = {}
-    for mode, figures in published_figures.figures(sets, modes).items():
+    for mode, figures in published_figures.find_figures(sets, modes).items():
         names = [name for name in sets if any(name in row for row in figures.values())]
         rows = [
             [model, *(row.get(name, "–") for name in names)]

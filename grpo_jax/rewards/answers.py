@@ -4,12 +4,12 @@ r"""Final answers: extraction from a completion, and comparison.
 The implementation is in `grading/`.
 """
 
-from grpo_jax.data.brackets import boxed as boxed
+from grpo_jax.data.brackets import find_boxed as find_boxed
 from grpo_jax.rewards.grading import worker_pool
 from grpo_jax.rewards.grading.extraction import extract as extract
 from grpo_jax.rewards.grading.extraction import final_part as final_part
-from grpo_jax.rewards.grading.extraction import printed as printed
-from grpo_jax.rewards.grading.extraction import stated as stated
+from grpo_jax.rewards.grading.extraction import printed_answer as printed_answer
+from grpo_jax.rewards.grading.extraction import stated_answer as stated_answer
 
 
 def equivalent(prediction: str, reference: str) -> bool:
@@ -24,4 +24,4 @@ def equivalent(prediction: str, reference: str) -> bool:
     >>> equivalent("$12,000", "12000 dollars"), equivalent("3 cm", r"3\text{ cm}^2")
     (True, False)
     """
-    return worker_pool.grade([prediction], [reference])[0]
+    return worker_pool.grade_answers([prediction], [reference])[0]

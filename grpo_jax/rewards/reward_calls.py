@@ -1,8 +1,8 @@
 """Calls of reward functions, which may hang, fail or return anything.
 
 `start_call` runs one function; its future holds N floats, with NaN for no value, or the
-exception that the function raised. `Calls` records the calls of a run, so that the run
-stops if a function keeps failing.
+exception that the function raised. `CallRecord` records the calls of a run, so that the
+run stops if a function keeps failing.
 """
 
 import asyncio
@@ -55,7 +55,7 @@ def start_call(
                 # A little later than the caller gives up, who then calls it late.
                 value = asyncio.run(asyncio.wait_for(value, seconds + 0.5))
             # In this thread, as reading the returned object may run its own code.
-            future.set_result(values_of(name, value, size))
+            future.set_result(rewards_as_array(name, value, size))
         except Exception as error:
             future.set_exception(error)
         except BaseException as error:  # SystemExit and a cancellation are failures too
@@ -66,7 +66,7 @@ def start_call(
 
 
 @dataclass
-class Calls:
+class CallRecord:
     """A run's record of reward calls, used to refuse functions that keep failing.
 
     Attributes:
@@ -78,7 +78,7 @@ class Calls:
     recent: deque[bool] = field(default_factory=lambda: deque(maxlen=100))
     silent: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def hear(self, name: str, values: np.ndarray) -> None:
+    def record_values(self, name: str, values: np.ndarray) -> None:
         """Records the values of a call.
 
         Args:
@@ -105,7 +105,7 @@ class WrongCount(GrpoError):
     """Raised if a function does not return one value per sample."""
 
 
-def values_of(name: str, returned: Any, n: int) -> np.ndarray:
+def rewards_as_array(name: str, returned: Any, n: int) -> np.ndarray:
     """Converts what a reward function returned to an array.
 
     Args:
@@ -134,10 +134,10 @@ def values_of(name: str, returned: Any, n: int) -> np.ndarray:
             f"reward {name}: returned {type(returned).__name__} that says it has {n} "
             f"values and gives {found}"
         )
-    return np.array([number_of(value) for value in values], np.float32)
+    return np.array([reward_as_float(value) for value in values], np.float32)
 
 
-def number_of(value: Any) -> float:
+def reward_as_float(value: Any) -> float:
     """Returns a reward as a float; NaN if it is no number, or beyond ±`LARGEST`."""
     if value is None or isinstance(value, (str, bytes)):
         return math.nan

@@ -1,10 +1,11 @@
-r"""The built-in reward functions, and `score`, which calls reward functions safely.
+r"""The built-in reward functions, and `compute_rewards`, which calls reward functions
+safely.
 
 A reward function has TRL's signature, sync or `async def`:
 `reward(prompts, completions, **columns) -> list[float | None]`. Each argument has N
 values, and the columns are the dataset's other fields. None means that the function
-does not apply to that sample. `score` returns the weighted sum of all functions;
-DeepSeekMath (section 4.1) uses a single reward.
+does not apply to that sample. `compute_rewards` returns the weighted sum of all
+functions; DeepSeekMath (section 4.1) uses a single reward.
 """
 
 import importlib
@@ -25,7 +26,13 @@ from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
 from grpo_jax.rewards import answers
 from grpo_jax.rewards.grading import worker_pool
-from grpo_jax.rewards.reward_calls import LARGEST, Calls, Reward, WrongCount, start_call
+from grpo_jax.rewards.reward_calls import (
+    LARGEST,
+    CallRecord,
+    Reward,
+    WrongCount,
+    start_call,
+)
 
 log = logging.getLogger(__name__)
 RESERVED = ("prompts", "completions")  # names that no data column may have
@@ -56,7 +63,10 @@ def rule_reward(
         answers.extract(_text(completion), name or "en")
         for completion, name in zip(completions, languages, strict=True)
     ]
-    return [float(same) for same in worker_pool.grade(found, [str(a) for a in answer])]
+    return [
+        float(same)
+        for same in worker_pool.grade_answers(found, [str(a) for a in answer])
+    ]
 
 
 def format_reward(prompts: Sequence, completions: Sequence, **columns) -> list[float]:
@@ -68,7 +78,7 @@ def format_reward(prompts: Sequence, completions: Sequence, **columns) -> list[f
     scores = []
     for completion in completions:
         text = answers.final_part(_text(completion))
-        boxes = answers.boxed(text)
+        boxes = answers.find_boxed(text)
         one = text.count(r"\boxed") == text.count(r"\boxed{") == len(boxes) == 1
         scores.append(float(one and bool(boxes[0].strip())))
     return scores
@@ -81,7 +91,7 @@ def _text(completion: Any) -> str:
     return "".join(message["content"] for message in completion)
 
 
-def resolve(name: str) -> Reward:
+def find_reward_function(name: str) -> Reward:
     """Returns the reward function of a name.
 
     Args:
@@ -90,9 +100,10 @@ def resolve(name: str) -> Reward:
     Raises:
       GrpoError: the name has none of these forms, or the import fails.
 
-    >>> resolve("rule") is rule_reward, resolve("math:fsum").__name__
+    >>> (find_reward_function("rule") is rule_reward,
+    ...  find_reward_function("math:fsum").__name__)
     (True, 'fsum')
-    >>> resolve("accuracy")
+    >>> find_reward_function("accuracy")
     Traceback (most recent call last):
     ...
     grpo_jax.errors.GrpoError: reward 'accuracy': not rule, format, module:function ...
@@ -124,8 +135,8 @@ def resolve(name: str) -> Reward:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """The rewards of N samples, as returned by `score`.
+class RewardScores:
+    """The rewards of N samples, as returned by `compute_rewards`.
 
     Attributes:
       rewards: float32 [N], the weighted sum over the functions that returned a value.
@@ -143,7 +154,7 @@ class Scores:
         """The number of samples without a value, by function."""
         return {name: int(np.isnan(x).sum()) for name, x in self.by_function.items()}
 
-    def take(self, indices: Sequence[int]) -> "Scores":
+    def take(self, indices: Sequence[int]) -> "RewardScores":
         """Returns the scores of the samples at `indices`.
 
         `timeouts` remains that of the whole batch.
@@ -153,12 +164,12 @@ class Scores:
         return replace(self, rewards=self.rewards[rows], by_function=by_function)
 
     @staticmethod
-    def join(parts: "Sequence[Scores]") -> "Scores":
+    def join(parts: "Sequence[RewardScores]") -> "RewardScores":
         """Concatenates the scores of several batches.
 
         `timeouts` is the largest of any batch.
         """
-        return Scores(
+        return RewardScores(
             np.concatenate([p.rewards for p in parts]),
             {
                 name: np.concatenate([p.by_function[name] for p in parts])
@@ -167,23 +178,23 @@ class Scores:
             max(p.timeouts for p in parts),
         )
 
-    def gather(self) -> "Scores":
+    def gather(self) -> "RewardScores":
         """Returns the joined scores of all processes; each has graded its share."""
         by_function = {name: x.tolist() for name, x in self.by_function.items()}
         mine = self.rewards.tolist(), by_function, self.timeouts
-        return Scores.join(
+        return RewardScores.join(
             [
-                Scores(
+                RewardScores(
                     np.array(rewards, np.float32),
                     {name: np.array(x, np.float32) for name, x in by.items()},
                     timeouts,
                 )
-                for rewards, by, timeouts in processes.exchange(mine)
+                for rewards, by, timeouts in processes.all_gather(mine)
             ]
         )
 
 
-def score(
+def compute_rewards(
     functions: Sequence[Reward],
     weights: Sequence[float],
     prompts: Sequence,
@@ -192,8 +203,8 @@ def score(
     *,
     timeout: float,
     max_failures: float = 0.5,
-    calls: Calls | None = None,
-) -> Scores:
+    calls: CallRecord | None = None,
+) -> RewardScores:
     r"""Calls all reward functions concurrently, and returns their weighted sum.
 
     None, NaN, infinity, a number beyond ±1e15 and anything that is not a number count
@@ -221,7 +232,7 @@ def score(
 
     >>> def long(prompts, completions, **columns):
     ...     return [len(c) if c else None for c in completions]
-    >>> out = score([long, format_reward], [0.5, 2], ["q"] * 3,
+    >>> out = compute_rewards([long, format_reward], [0.5, 2], ["q"] * 3,
     ...             ["abc", "", r"\boxed{1}"], {}, timeout=10)
     >>> out.rewards, out.failures
     (array([1.5, 0. , 6.5], dtype=float32), {'long': 1, 'format_reward': 0})
@@ -237,7 +248,7 @@ def score(
     if not 0 < timeout <= threading.TIMEOUT_MAX:
         raise GrpoError(f"rewards: timeout {timeout} is no number of seconds to wait")
     n = len(completions)
-    check_calls(functions, columns)
+    check_signatures(functions, columns)
     arguments = {**columns, "prompts": prompts, "completions": completions}
     for column, values in arguments.items():
         if len(values) != n:
@@ -249,7 +260,7 @@ def score(
     futures.wait(running, timeout)
     by_function: dict[str, np.ndarray] = {}
     timeouts = 0
-    calls = Calls() if calls is None else calls
+    calls = CallRecord() if calls is None else calls
     problem = ""
     for name, call in zip(names, running, strict=True):
         late = not call.done()
@@ -263,7 +274,7 @@ def score(
             by_function[name] = np.zeros(n, np.float32)
         elif error is None:
             by_function[name] = call.result()
-            calls.hear(name, by_function[name])
+            calls.record_values(name, by_function[name])
         else:
             problem = f"reward {name}: {type(error).__name__}: {error}"
             problem = " ".join(problem.split())
@@ -285,7 +296,7 @@ def score(
             f"sample {large[0]}, beyond ±{LARGEST:g}; make the rewards or the weights "
             "smaller"
         )
-    return Scores(
+    return RewardScores(
         rewards=np.where(np.isnan(table).all(axis=0), np.nan, total).astype(np.float32),
         by_function=by_function,
         timeouts=timeouts,
@@ -298,7 +309,7 @@ def _names(functions: Sequence[Reward]) -> list[str]:
     return [f"{n}#{k + 1}" if k else n for n, k in zip(names, before, strict=True)]
 
 
-def check_calls(functions: Sequence[Reward], columns: Collection[str]) -> None:
+def check_signatures(functions: Sequence[Reward], columns: Collection[str]) -> None:
     """Checks that the functions can be called with these columns.
 
     Args:

@@ -98,7 +98,7 @@ class Batch:
     sequences: Any = None  # int32 []: samples in the whole batch
     loss_tokens: Any = None  # int32 []: unmasked tokens in the whole batch
 
-    def micro(self, index: Any) -> Batch:
+    def micro_batch(self, index: Any) -> Batch:
         """Returns micro-batch number `index`, whose arrays are [B, T]."""
         return jax.tree.map(lambda x: x[index] if np.ndim(x) == 3 else x, self)
 

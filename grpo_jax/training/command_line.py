@@ -15,9 +15,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from grpo_jax.arguments import ArgumentParser, underscore_flags
-from grpo_jax.config import Config, flatten, unknown_field
+from grpo_jax.config import Config, flatten_config, unknown_field
 from grpo_jax.errors import GrpoError, one_line
-from grpo_jax.training.config_checks import validate
+from grpo_jax.training.config_checks import validate_config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "the run's config file")
 
@@ -39,7 +39,9 @@ def print_help(argv: list[str], usage: str, names: Sequence[str]) -> None:
     parser.add_argument("--config.FIELD", metavar="VALUE", help="any of these fields")
     parser.print_help()
     print("\nfields of the config:")
-    print("\n".join(f"  {name} = {x!r}" for name, x in flatten(Config()).items()))
+    print(
+        "\n".join(f"  {name} = {x!r}" for name, x in flatten_config(Config()).items())
+    )
     sys.exit(0)
 
 
@@ -55,7 +57,7 @@ def parse_config(argv: list[str], usage: str) -> Config:
       GrpoError: any mistake, in one line.
     """
     argv = underscore_flags(argv)
-    file, known = "", flatten(Config())
+    file, known = "", flatten_config(Config())
     for flag, value in itertools.pairwise([*argv[1:], ""]):
         name, equals, inline = flag.lstrip("-").partition("=")
         if name == "config":
@@ -83,7 +85,7 @@ def parse_config(argv: list[str], usage: str) -> Config:
         raise GrpoError(f"{rest[0]!r}: what is this for? ({usage})")
     if not isinstance(_CONFIG.value, Config):
         raise GrpoError("--config: its get_config() must return a grpo_jax Config")
-    return validate(_CONFIG.value)
+    return validate_config(_CONFIG.value)
 
 
 def _in_config_file(error: Exception, file: str) -> str:

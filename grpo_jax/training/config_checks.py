@@ -11,30 +11,30 @@ from grpo_jax.algorithms.methods import METHODS, OWN_FIELDS
 from grpo_jax.arguments import check_value
 from grpo_jax.config import (
     Config,
-    flatten,
-    generations,
+    flatten_config,
     lora_targets,
     reward_names,
     reward_weights,
     set_names,
+    tool_generations,
 )
 from grpo_jax.config_fields import COUNT
 from grpo_jax.errors import GrpoError
 
 
-def validate(config: Config) -> Config:
+def validate_config(config: Config) -> Config:
     """Returns the config if a run can start with it.
 
     Raises:
       GrpoError: a field, which the message names, cannot be used.
 
-    >>> validate(Config(group_size=1))
+    >>> validate_config(Config(group_size=1))
     Traceback (most recent call last):
     ...
     grpo_jax.errors.GrpoError: config.group_size: 1 output a question has no group...
     """
     check_fields(config)
-    flat = flatten(config)
+    flat = flatten_config(config)
     for name in OWN_FIELDS:
         if flat[name] is not None and name not in METHODS[config.method].fields:
             raise GrpoError(
@@ -83,14 +83,14 @@ def validate(config: Config) -> Config:
 def _validate_sizes(config: Config) -> None:
     """Checks products of fields, and fields that bound each other."""
     outputs = config.questions_per_step * config.group_size
-    tokens = outputs * config.max_new_tokens * max(1, generations(config))
+    tokens = outputs * config.max_new_tokens * max(1, tool_generations(config))
     if tokens > COUNT:
         raise GrpoError(
             f"config.max_new_tokens: {config.max_new_tokens} for each of {outputs} "
             f"outputs a step are more than {COUNT:,} tokens; lower it, "
             "questions_per_step or group_size"
         )
-    own, steps = config.own(), config.rl_steps
+    own, steps = config.method_values(), config.rl_steps
     if steps * own.get("updates_per_rollout", 1) > COUNT:
         raise GrpoError(
             f"config.updates_per_rollout: more than {COUNT:,} updates in {steps} steps"
@@ -137,7 +137,7 @@ def _validate_method(config: Config) -> None:
         raise GrpoError(
             f"config.rewards.functions: method {config.method} {reason}; leave it out"
         )
-    own = config.own()
+    own = config.method_values()
     groups = method.coefficient in ("outcome", "process", "pairs")
     if groups and own.get("advantage_baseline") != "batch" and config.group_size < 2:
         raise GrpoError(
@@ -156,13 +156,13 @@ def _validate_method(config: Config) -> None:
             f"config.reward_model.questions: {r.questions} with {r.samples} output(s) "
             f"each are fewer than reward_model.batch_size, {r.batch_size}"
         )
-    if generations(config) and judged:
+    if tool_generations(config) and judged:
         raise GrpoError(
             "config.tools.generations: a reward model is trained on outputs without "
             "programs; set it to 0, or take a method and rewards without the model"
         )
     buffer = own.get("overlong_buffer", 0)
-    longest = config.max_new_tokens * max(1, generations(config))
+    longest = config.max_new_tokens * max(1, tool_generations(config))
     if buffer > longest:
         raise GrpoError(
             f"config.overlong_buffer: {buffer} is more than max_new_tokens allows, "

@@ -30,8 +30,8 @@ from grpo_jax.algorithms.advantages import (
     process_advantages,
 )
 from grpo_jax.data.example import Example
-from grpo_jax.generation.rollout_shapes import bucket
-from grpo_jax.rewards.reward_functions import Scores
+from grpo_jax.generation.rollout_shapes import bucket_length
+from grpo_jax.rewards.reward_functions import RewardScores
 from grpo_jax.training.batch import Sample
 
 
@@ -62,7 +62,9 @@ class Output:
         )
 
 
-def indicator(outputs: Sequence[Output], rewards: np.ndarray) -> list[Sample]:
+def assign_indicator_credit(
+    outputs: Sequence[Output], rewards: np.ndarray
+) -> list[Sample]:
     """Returns samples whose advantage is I(o): 1 if the output is right, else 0.
 
     An output is right if its reward is above 0.
@@ -75,9 +77,9 @@ def indicator(outputs: Sequence[Output], rewards: np.ndarray) -> list[Sample]:
     return [dataclasses.replace(sample, logps=None) for sample in samples]
 
 
-def outcome(
+def assign_outcome_credit(
     outputs: Sequence[Output],
-    scores: Scores,
+    scores: RewardScores,
     weights: Sequence[float],
     group_size: int,
     *,
@@ -108,7 +110,7 @@ def outcome(
     return with_advantages(outputs, np.asarray(advantages).tolist())
 
 
-def process(
+def assign_process_credit(
     outputs: Sequence[Output],
     step_ends: Sequence[Sequence[int]],
     step_rewards: Sequence[np.ndarray],
@@ -124,16 +126,16 @@ def process(
       step_rewards: for each output, the reward of each step.
       group_size: G.
     """
-    rewards, ends = padded(outputs), padded(outputs)
+    rewards, ends = zeros_for_outputs(outputs), zeros_for_outputs(outputs)
     for i, (where, values) in enumerate(zip(step_ends, step_rewards, strict=True)):
         rewards[i, list(where)] = values
         ends[i, list(where)] = 1
     advantages = process_advantages(jnp.asarray(rewards), jnp.asarray(ends), group_size)
     rows = zip(outputs, np.asarray(advantages), strict=True)
-    return with_advantages(outputs, [behind(o, row) for o, row in rows])
+    return with_advantages(outputs, [pad_prompt(o, row) for o, row in rows])
 
 
-def critic(
+def assign_critic_credit(
     outputs: Sequence[Output],
     rewards: np.ndarray,
     values: Sequence[np.ndarray],
@@ -159,7 +161,11 @@ def critic(
       gamma: GAE's discount γ.
       lam: GAE's λ.
     """
-    r, v, mask = padded(outputs), padded(outputs), padded(outputs)
+    r, v, mask = (
+        zeros_for_outputs(outputs),
+        zeros_for_outputs(outputs),
+        zeros_for_outputs(outputs),
+    )
     for i, output in enumerate(outputs):
         n = len(output.tokens)
         v[i, :n] = values[i]
@@ -169,19 +175,19 @@ def critic(
         r[i, np.flatnonzero(output.sampled)[-1]] += rewards[i]
     arrays = (jnp.asarray(x) for x in (r, v, mask))
     advantages, returns = map(np.asarray, gae(*arrays, gamma=gamma, lam=lam))
-    advantages = normalized(advantages, mask)
+    advantages = normalize_masked(advantages, mask)
     return [
         dataclasses.replace(
-            o.sample if np.isfinite(rewards[i]) else masked(o.sample),
-            advantages=behind(o, advantages[i]),
-            returns=behind(o, returns[i]),
-            values=behind(o, v[i]),
+            o.sample if np.isfinite(rewards[i]) else mask_sample(o.sample),
+            advantages=pad_prompt(o, advantages[i]),
+            returns=pad_prompt(o, returns[i]),
+            values=pad_prompt(o, v[i]),
         )
         for i, o in enumerate(outputs)
     ]
 
 
-def returns(
+def assign_return_credit(
     outputs: Sequence[Output],
     rewards: np.ndarray,
     ref_logps: Sequence[np.ndarray] | None,
@@ -191,16 +197,16 @@ def returns(
     """Returns samples with REINFORCE++'s advantages (Hu 2025).
 
     A_t = r - β Σ_{s≥t} log(π_old/π_ref), normalised over the batch's tokens. This is
-    `critic` with V = 0 and γ = λ = 1; its arguments are the same.
+    `assign_critic_credit` with V = 0 and γ = λ = 1; its arguments are the same.
     """
     nothing = [np.zeros(len(o.tokens), np.float32) for o in outputs]
-    samples = critic(
+    samples = assign_critic_credit(
         outputs, rewards, nothing, ref_logps, kl_coef=kl_coef, gamma=1.0, lam=1.0
     )
     return [dataclasses.replace(s, returns=None, values=None) for s in samples]
 
 
-def divergence(
+def log_ratio_sums(
     outputs: Sequence[Output], ref_logps: Sequence[np.ndarray]
 ) -> np.ndarray:
     """Returns log π_old(o|q) - log π_ref(o|q) of each output's sampled tokens, [N]."""
@@ -209,7 +215,7 @@ def divergence(
     return np.array(sums, np.float32)
 
 
-def normalized(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def normalize_masked(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Returns x with mean 0 and variance 1 where the mask is not 0, and 0 elsewhere."""
     # float64 sums float32 numbers exactly, so that equal values become exactly 0.
     held = x[mask > 0].astype(np.float64)
@@ -219,7 +225,7 @@ def normalized(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask > 0, scaled, 0).astype(x.dtype)
 
 
-def pairs(
+def make_preference_pairs(
     outputs: Sequence[Output],
     rewards: np.ndarray,
     group_size: int,
@@ -265,22 +271,22 @@ def with_advantages(outputs: Sequence[Output], values: Sequence[Any]) -> list[Sa
     return [dataclasses.replace(o.sample, advantages=a) for o, a in pairs]
 
 
-def masked(sample: Sample) -> Sample:
+def mask_sample(sample: Sample) -> Sample:
     """Returns the sample with none of its tokens in the loss."""
     return dataclasses.replace(sample, mask=[0] * len(sample.tokens))
 
 
-def teaches(sample: Sample) -> bool:
+def has_gradient(sample: Sample) -> bool:
     """Whether the policy's loss has a gradient on the sample."""
     return any(sample.mask) and bool(np.any(sample.advantages))
 
 
-def padded(outputs: Sequence[Output]) -> np.ndarray:
+def zeros_for_outputs(outputs: Sequence[Output]) -> np.ndarray:
     """Returns zeros [N, C]; C takes few values, so that few shapes are compiled."""
     longest = max(len(o.tokens) for o in outputs)
-    return np.zeros((len(outputs), bucket(longest)), np.float32)
+    return np.zeros((len(outputs), bucket_length(longest)), np.float32)
 
 
-def behind(output: Output, values: np.ndarray) -> list[float]:
+def pad_prompt(output: Output, values: np.ndarray) -> list[float]:
     """Returns an output's values as a list, with zeros for its prompt in front."""
     return [0.0] * len(output.prompt) + values[: len(output.tokens)].tolist()

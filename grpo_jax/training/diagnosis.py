@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.algorithms.methods import METHODS
-from grpo_jax.config import Config, flatten
+from grpo_jax.config import Config, flatten_config
 from grpo_jax.models import lora
-from grpo_jax.training.optimizers import Master
+from grpo_jax.training.optimizers import MasterWeights
 from grpo_jax.training.train_step import TrainState
 
 Row = Mapping[str, Any]
@@ -207,7 +207,7 @@ def kl_runs_away(h: History) -> str:
     return (
         f"the KL to the reference is {h.mean('kl'):.3g} nats a token, and was "
         f"{start:.3g} at first. Lower learning_rate ({h.config.learning_rate:g}), or "
-        f"raise kl_coef ({h.config.of_method('kl_coef'):g})"
+        f"raise kl_coef ({h.config.method_value('kl_coef'):g})"
     )
 
 
@@ -315,8 +315,8 @@ def share_that_moves(opt_state: Any, trained: Any, rate: float) -> float:
     ...  for t in ("float32", "bfloat16")]
     [1.0, 0.5]
     """
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, Master))
-    masters = [node.weights for node in nodes if isinstance(node, Master)]
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, MasterWeights))
+    masters = [node.weights for node in nodes if isinstance(node, MasterWeights)]
     leaves = jax.tree.leaves(masters or trained)
     return float(_share_that_moves(leaves, jnp.float32(rate)))
 
@@ -332,8 +332,10 @@ def find_small_rate(config: Config, stage: str, state: TrainState) -> str:
     """Returns a finding if updates are rounded away, before a stage's first step."""
     names = {"sft": "sft.learning_rate", "rl": "learning_rate"}
     name = names.get(stage, "reward_model.learning_rate")
-    rate = flatten(config)[name]
-    share = share_that_moves(state.opt_state, lora.split(state.params)[0], rate)
+    rate = flatten_config(config)[name]
+    share = share_that_moves(
+        state.opt_state, lora.split_adapters(state.params)[0], rate
+    )
     if share >= 0.1:
         return ""
     remedy = f"Raise {name}"

@@ -63,7 +63,9 @@ class Recorder:
         self._next_report = 0.0
 
     def __enter__(self) -> Recorder:
-        if processes.first() and (project := os.environ.get("WANDB_PROJECT")):
+        if processes.is_first_process() and (
+            project := os.environ.get("WANDB_PROJECT")
+        ):
             self._wandb = _start_wandb(project, self.workdir, self.config)
         return self
 
@@ -78,7 +80,7 @@ class Recorder:
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """Returns the metrics of a stage that are written, on process 0."""
         file = self.workdir / METRICS
-        if not processes.first() or not file.exists():
+        if not processes.is_first_process() or not file.exists():
             return []
         found = (parse_json(line) for line in file.read_text("utf-8").splitlines())
         return [row for row in found if row["stage"] == stage]
@@ -86,9 +88,9 @@ class Recorder:
     def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes a step's metrics; a number that is not finite becomes null."""
         self.begin()
-        if not processes.first():
+        if not processes.is_first_process():
             return
-        values = plain_values(metrics)
+        values = json_values(metrics)
         row = {"step": step, "stage": stage, **values}
         _append(self.workdir / METRICS, to_json(row))
         numbers = {
@@ -108,7 +110,7 @@ class Recorder:
     def write_samples(self, stage: str, step: int, samples: Mapping[str, Any]) -> None:
         """Writes one question with its completions, for a person to read."""
         self.begin()
-        if processes.first():
+        if processes.is_first_process():
             row = {"step": step, "stage": stage, **samples}
             _append(self.workdir / SAMPLES, to_json(row))
 
@@ -119,7 +121,7 @@ class Recorder:
           last: write it in any case.
         """
         begin = time.monotonic()
-        if processes.first() and (last or begin >= self._next_report):
+        if processes.is_first_process() and (last or begin >= self._next_report):
             report.try_write_report(self.workdir)
             self._next_report = begin + 50 * (time.monotonic() - begin)
 
@@ -132,7 +134,7 @@ class Recorder:
         Raises:
           GrpoError: a file cannot be written.
         """
-        for name in (METRICS, SAMPLES) if processes.first() else ():
+        for name in (METRICS, SAMPLES) if processes.is_first_process() else ():
             file = self.workdir / name
             with _written(file):
                 if file.exists():
@@ -186,7 +188,7 @@ def _written(file: Path) -> Iterator[None]:
         ) from error
 
 
-def plain_values(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def json_values(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Returns metrics as JSON has them; a number that is not finite becomes None."""
     return {name: _plain(value) for name, value in metrics.items()}
 

@@ -82,7 +82,7 @@ def grpo_objective(
         logps, entropy = batch_logprobs(apply, params, micro, temperature)
         ref_logps = micro.ref_logps
         if ref_logps is None and kl_coef:
-            frozen = lora.base(params) if reference is None else reference
+            frozen = lora.base_params(params) if reference is None else reference
             ref_logps, _ = batch_logprobs(apply, frozen, micro, temperature)
         loss, metrics = grpo_loss(
             logps,

@@ -87,7 +87,7 @@ def keep_dtype(inner: optax.GradientTransformation) -> optax.GradientTransformat
     return optax.GradientTransformation(inner.init, update)  # type: ignore[bad-argument-type]
 
 
-class Master(NamedTuple):
+class MasterWeights(NamedTuple):
     """Optimiser state with float32 copies of weights too coarse for the updates."""
 
     weights: Any  # float32
@@ -118,20 +118,20 @@ def keep_master(inner: optax.GradientTransformation) -> optax.GradientTransforma
         if all(x.dtype == jnp.float32 for x in jax.tree.leaves(params)):
             return inner.init(params)
         weights = widen(params)
-        return Master(weights, inner.init(weights))
+        return MasterWeights(weights, inner.init(weights))
 
     def update(gradients, state, params=None):
-        if not isinstance(state, Master):
+        if not isinstance(state, MasterWeights):
             return inner.update(gradients, state, params)
         moves, after = inner.update(gradients, state.inner, state.weights)
         weights = optax.apply_updates(state.weights, moves)
         moves = jax.tree.map(jnp.subtract, weights, widen(params))
-        return moves, Master(weights, after)
+        return moves, MasterWeights(weights, after)
 
     return optax.GradientTransformation(init, update)  # type: ignore[bad-argument-type]
 
 
-def adamw(
+def make_stage_optimizer(
     settings: OptimizerSettings, learning_rate: float, **options: Any
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Returns a stage's optimiser and schedule.
@@ -151,14 +151,14 @@ def rl_optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
 
     PPO's critic has its own optimiser in it, with its own rate and its own clipping.
     """
-    o, own = config.optimizer, config.own()
+    o, own = config.optimizer, config.method_values()
     steps = config.rl_steps * own.get("updates_per_rollout", 1)
     options = dict(steps=steps, schedule=o.schedule, warmup_steps=o.warmup_steps)
-    policy, rate = adamw(o, config.learning_rate, **options)
+    policy, rate = make_stage_optimizer(o, config.learning_rate, **options)
     if METHODS[config.method].coefficient != "critic":
         return policy, rate
     own_rate = own["value_learning_rate"] or 10 * config.learning_rate
-    critic, _ = adamw(o, own_rate, **options)
+    critic, _ = make_stage_optimizer(o, own_rate, **options)
 
     def owner(params):
         return {name: "critic" if name == "value" else "policy" for name in params}
@@ -172,7 +172,7 @@ def stage_optimizer(
     """Returns (optimiser, schedule) of a stage, "sft" or "rl"."""
     if stage == "rl":
         return rl_optimizer(config)
-    return adamw(
+    return make_stage_optimizer(
         config.optimizer,
         config.sft.learning_rate,
         steps=config.sft_steps,

@@ -26,7 +26,7 @@ from grpo_jax.training.batch import FROM_SAMPLE, Batch, Sample
 from grpo_jax.training.row_placement import (
     Row,
     group_by_prompt,
-    place,
+    place_in_rows,
     row_lengths,
     shared_positions,
 )
@@ -77,7 +77,7 @@ def pack(
         )
     for i, sample in enumerate(samples):
         _check_lists(i, sample, of[0])
-    placed = place(samples, length, share, share_prompts, together)
+    placed = place_in_rows(samples, length, share, share_prompts, together)
     used = -(-len(placed) // rows)
     spans = _spans(samples, placed, share_prompts)
     arrays = _fill(samples, of[0], spans, (used * rows, length))
@@ -145,7 +145,7 @@ def fitting_length(
             break
         if least and -(-positions // length) * length >= least:
             continue
-        placed = place(samples, length, True, share_prompts, together)
+        placed = place_in_rows(samples, length, True, share_prompts, together)
         size = -(-len(placed) // rows) * rows * length
         if not least or size < least:
             best, least = length, size
@@ -186,7 +186,7 @@ def unpack(
     """
     values = np.asarray(values)
     rows = values.reshape(-1, values.shape[-1])
-    placed = place(samples, rows.shape[1], share, share_prompts, together)
+    placed = place_in_rows(samples, rows.shape[1], share, share_prompts, together)
     found = [np.zeros(len(s.tokens) - 1, values.dtype) for s in samples]
     for span in _spans(samples, placed, share_prompts):
         here = rows[span.row, span.start : span.start + span.stop - span.first]

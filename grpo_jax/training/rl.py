@@ -16,17 +16,17 @@ from grpo_jax.distributed import sharding
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Params
 from grpo_jax.training.optimizers import rl_optimizer
-from grpo_jax.training.reward_model.iterations import Judges
+from grpo_jax.training.reward_model.iterations import RewardModelIterations
 from grpo_jax.training.rl_programs import make_programs
 from grpo_jax.training.rl_step import RlStep, evaluate_now, on_device
-from grpo_jax.training.rollout_pipeline import Pipeline
-from grpo_jax.training.rollouts import Experience
-from grpo_jax.training.run import Run, policy, run_stage
+from grpo_jax.training.rollout_pipeline import RolloutPipeline
+from grpo_jax.training.rollouts import RolloutSource
+from grpo_jax.training.run import Run, policy_params, run_stage
 from grpo_jax.training.run_census import FOLDER, check_census, run_census
 from grpo_jax.training.train_step import TrainState
 
 
-def prepare(run: Run) -> tuple[Experience, Judges]:
+def prepare_rl(run: Run) -> tuple[RolloutSource, RewardModelIterations]:
     """Returns the run's questions and rewards, and its judges, all checked.
 
     Call it before any training, so that bad data or settings fail at the start.
@@ -36,15 +36,15 @@ def prepare(run: Run) -> tuple[Experience, Judges]:
     """
     if run.config.census:
         check_census(run.config)
-    experience = Experience(run)
-    return experience, Judges(run, experience.questions)
+    experience = RolloutSource(run)
+    return experience, RewardModelIterations(run, experience.questions)
 
 
-def train(
+def train_rl(
     run: Run,
     instruct: Callable[[], Params],
-    experience: Experience,
-    judges: Judges,
+    experience: RolloutSource,
+    judges: RewardModelIterations,
 ) -> tuple[Params, Params]:
     """Runs the RL steps that the work directory does not have yet.
 
@@ -52,8 +52,8 @@ def train(
       run: the run.
       instruct: returns π_sft; the RL stage may donate its buffers. If π_ref is the
         base of LoRA's adapters, it is called only where RL has no checkpoint yet.
-      experience: the questions and rewards of `prepare`.
-      judges: the judges of `prepare`.
+      experience: the questions and rewards of `prepare_rl`.
+      judges: the judges of `prepare_rl`.
 
     Returns:
       (π_sft, π_θ) after the last step. π_sft is in the dtype of the computation.
@@ -62,16 +62,16 @@ def train(
       GrpoError: the gradient or the sampling gap is out of bounds.
       Preempted: the run was asked to stop, and its state is saved.
     """
-    config, own = run.config, run.config.own()
+    config, own = run.config, run.config.method_values()
     method = METHODS[config.method]
     optimizer, learning_rate = rl_optimizer(config)
     only_base = run.model.lora.rank and method.source == "policy" and not judges.needed
     initial = None if only_base else instruct()  # until RL has parameters of its own
-    sft = None if initial is None else frozen(run, initial)
+    sft = None if initial is None else freeze_params(run, initial)
     if config.census:
         initial = instruct() if initial is None else initial
         run.recorder.begin()
-        experience.keep(run_census(run, initial, run.workdir / FOLDER))
+        experience.keep_questions(run_census(run, initial, run.workdir / FOLDER))
 
     def start() -> Params:
         nonlocal initial
@@ -96,11 +96,11 @@ def train(
             begins = params or run.load_reference(i)
             if params is not None:
                 run.save_reference(i, params)
-            reference = frozen(run, begins)
+            reference = freeze_params(run, begins)
         judge = judges(i, begins)
         begins = None
         until = config.rl_steps * (i + 1) // iterations
-        pipeline = Pipeline(
+        pipeline = RolloutPipeline(
             experience, staleness=own.get("max_staleness", 0), until=until
         )
 
@@ -120,20 +120,20 @@ def train(
             make_step,
             steps=config.rl_steps,
             until=until,
-            keep=pipeline.keep,
-            resume=pipeline.resume,
+            keep=pipeline.pending_state,
+            resume=pipeline.restore_pending,
             evaluate=evaluate,
         )
     assert params is not None
-    params = policy(params)
-    return lora.base(params) if sft is None else on_device(run, sft), params
+    params = policy_params(params)
+    return lora.base_params(params) if sft is None else on_device(run, sft), params
 
 
-def frozen(run: Run, params: Params) -> Params:
+def freeze_params(run: Run, params: Params) -> Params:
     """Returns a copy of parameters that are only read.
 
     The copy has the dtype of the computation, which would cast it anyway. It is in
     host memory if `model.reference_memory` says so.
     """
     kept = jax.tree.map(lambda x: jnp.array(x, run.model.dtype), params)
-    return sharding.move(kept, run.config.model.reference_memory)
+    return sharding.move_to_memory(kept, run.config.model.reference_memory)

@@ -15,9 +15,9 @@ import jax
 import optax
 
 from grpo_jax.algorithms.methods import METHODS
-from grpo_jax.config import Config, generations
+from grpo_jax.config import Config, tool_generations
 from grpo_jax.distributed import sharding
-from grpo_jax.environments.tool_rollouts import most_tokens
+from grpo_jax.environments.tool_rollouts import max_output_tokens
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.batch import Batch, Sample
@@ -61,7 +61,7 @@ def make_programs(
       transformation: the optimiser.
       shardings: the shardings of the training state.
     """
-    every = teaches_all(config)
+    every = needs_all_outputs(config)
     update = make_step(
         make_objective(config, model),
         transformation,
@@ -72,19 +72,19 @@ def make_programs(
     return Programs(update, score, make_reward_scorer(RewardModel(model)))
 
 
-def teaches_all(config: Config) -> bool:
+def needs_all_outputs(config: Config) -> bool:
     """Whether every output has to be trained on, even one with no advantage.
 
     A KL term or an entropy bonus in the loss has a gradient on every output, and so
     have PPO's and DPO's losses. A KL term in the reward changes the advantages.
     """
-    own, loss = config.own(), METHODS[config.method].loss
+    own, loss = config.method_values(), METHODS[config.method].loss
     return bool(own.get("kl_coef") or own.get("entropy_coef") or loss in ("ppo", "dpo"))
 
 
 def make_objective(config: Config, model: Decoder) -> Objective:
     """Returns the objective of the config's method, on the run's model."""
-    own, temperature = config.own(), config.temperature
+    own, temperature = config.method_values(), config.temperature
     loss = METHODS[config.method].loss
     if loss == "sft":
         return sft_objective(model, temperature=temperature, aggregate=own["aggregate"])
@@ -110,7 +110,7 @@ def make_objective(config: Config, model: Decoder) -> Objective:
 
 def loss_options(config: Config) -> dict[str, Any]:
     """Returns the options of `grpo_loss` that the method and the config set."""
-    own = config.own()
+    own = config.method_values()
     names = ("clip_low", "clip_high", "aggregate", "entropy_coef", "importance_cap")
     names += ("delta", "kl_estimator", "importance", "surrogate", "kl_coef")
     options = {name: own[name] for name in names if name in own}
@@ -119,11 +119,11 @@ def loss_options(config: Config) -> dict[str, Any]:
     if own["max_staleness"] and own["importance_cap"] is None:
         options["importance_cap"] = 2.0
     if own["aggregate"] == "constant":
-        options["max_length"] = config.max_new_tokens * max(1, generations(config))
+        options["max_length"] = config.max_new_tokens * max(1, tool_generations(config))
     return options
 
 
-class Layout:
+class BatchLayout:
     """Packs samples into one batch on the mesh; calling it returns that batch.
 
     All batches of a run have one shape, or one of `optimizer.row_lengths` shapes. DPO's
@@ -137,7 +137,7 @@ class Layout:
     def __init__(self, config: Config, mesh: jax.sharding.Mesh):
         pairs = METHODS[config.method].coefficient == "pairs"
         self.together = together = 2 if pairs else 1
-        longest = most_tokens(generations(config), config.max_new_tokens)
+        longest = max_output_tokens(tool_generations(config), config.max_new_tokens)
         longest += config.data.max_prompt_tokens
         self.length = together * (config.optimizer.row_length or longest)
         rows = max(1, config.optimizer.micro_rows // together)

@@ -26,21 +26,21 @@ import jax
 import numpy as np
 
 from grpo_jax.algorithms.methods import METHODS
-from grpo_jax.config import generations, set_names
+from grpo_jax.config import set_names, tool_generations
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.evaluation.comparison import measure_name
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Params
-from grpo_jax.rewards.reward_functions import Scores
+from grpo_jax.rewards.reward_functions import RewardScores
 from grpo_jax.training import credit, run_comparison
 from grpo_jax.training.batch import Batch, Sample
 from grpo_jax.training.credit import Output
 from grpo_jax.training.packing import unpack
-from grpo_jax.training.reward_model.iterations import Judge
-from grpo_jax.training.rl_programs import Layout, Programs, teaches_all
-from grpo_jax.training.rollout_pipeline import Pipeline
-from grpo_jax.training.rollouts import outcome_metrics, read, show
+from grpo_jax.training.reward_model.iterations import OutputScorer
+from grpo_jax.training.rl_programs import BatchLayout, Programs, needs_all_outputs
+from grpo_jax.training.rollout_pipeline import RolloutPipeline
+from grpo_jax.training.rollouts import outcome_metrics, read_outputs, write_sample_group
 from grpo_jax.training.run import Run
 from grpo_jax.training.train_step import TrainState
 
@@ -85,8 +85,8 @@ class RlStep:
     """
 
     run: Run
-    pipeline: Pipeline
-    judge: Judge | None
+    pipeline: RolloutPipeline
+    judge: OutputScorer | None
     sft: Params | None
     reference: Params | None
     programs: Programs
@@ -95,17 +95,19 @@ class RlStep:
     def __post_init__(self):
         config = self.run.config
         self.method = METHODS[config.method]
-        self.options = config.own()
-        self.layout = Layout(config, self.run.mesh)
+        self.options = config.method_values()
+        self.layout = BatchLayout(config, self.run.mesh)
         self.updates = self.options.get("updates_per_rollout", 1)  # μ
         self.kl_coef = self.options.get("kl_coef", 0.0)  # β
         self.kl_in_reward = bool(self.kl_coef) and self.method.kl == "reward"
         self.has_critic = self.method.coefficient == "critic"
-        self.teaches_all = teaches_all(config)
+        self.needs_all_outputs = needs_all_outputs(config)
         # A batch of all outputs has the same rows whatever their rewards will be. Its
         # forward passes run while the host grades.
         needed = self.kl_coef or self.updates > 1 or self.has_critic
-        first = needed and self.teaches_all and not self.pipeline.experience.replaces
+        first = (
+            needed and self.needs_all_outputs and not self.pipeline.experience.replaces
+        )
         self.passes_come_first = first
 
     def __call__(self, step: int, state: TrainState) -> tuple[TrainState, Metrics]:
@@ -116,21 +118,23 @@ class RlStep:
         if self.method.source == "instruct":
             assert self.sft is not None
             sampler = on_device(self.run, self.sft)
-        drawn, staleness = self.pipeline.take(step, sampler)  # 1, 2, 3
-        outputs = read(drawn)
+        drawn, staleness = self.pipeline.take_rollout(step, sampler)  # 1, 2, 3
+        outputs = read_outputs(drawn)
         clock.stop("time/sample")  # how long the host waited
         passes = ForwardPasses()
         if self.passes_come_first:  # 4
             batch = self.layout([o.sample for o in outputs])
             passes = self.run_passes(state, batch, outputs)
-        self.pipeline.start(step + 1, sampler)
+        self.pipeline.start_rollout(step + 1, sampler)
         judged = self.judge.outcome if self.judge else None
-        outputs, scores, spent = experience.grade(step, outputs, sampler, judged)  # 5
+        outputs, scores, spent = experience.score_rollout(
+            step, outputs, sampler, judged
+        )  # 5
         clock.stop("time/rewards")
         samples = self.assign_credit(step, outputs, scores, passes)  # 6
         if self.options.get("mask_truncated"):
             pairs = zip(samples, outputs, strict=True)
-            samples = [s if o.finished else credit.masked(s) for s, o in pairs]
+            samples = [s if o.finished else credit.mask_sample(s) for s, o in pairs]
         batch, taught = self.pack(samples, outputs)  # 7
         if not self.passes_come_first:
             passes = self.run_passes(state, batch)
@@ -152,7 +156,7 @@ class RlStep:
         if self.kl_in_reward:  # the loss has no KL term to report
             metrics["kl"] = mean_divergence(outputs, known["ref_logps"])
         logps = {name: known.get(name) for name in ("ref_logps", "old_logps")}
-        show(self.run, step, outputs, scores.rewards, samples, **logps)
+        write_sample_group(self.run, step, outputs, scores.rewards, samples, **logps)
         return state, metrics
 
     def run_passes(
@@ -166,13 +170,13 @@ class RlStep:
           outputs: all outputs of the step, if they are what the batch holds.
         """
         programs = self.programs
-        dispatch = functools.partial(sharding.one_at_a_time, self.run.mesh)
+        dispatch = functools.partial(sharding.wait_on_cpu_mesh, self.run.mesh)
         old = ref = values = None
         if self.updates > 1:
             old = dispatch(programs.score(state.params, batch))
         if self.kl_coef:
             if self.reference is None:
-                params = lora.base(state.params)
+                params = lora.base_params(state.params)
             else:
                 params = on_device(self.run, self.reference)
             ref = dispatch(programs.score(params, batch))
@@ -184,23 +188,25 @@ class RlStep:
         self,
         step: int,
         outputs: Sequence[Output],
-        scores: Scores,
+        scores: RewardScores,
         passes: ForwardPasses,
     ) -> list[Sample]:
         """Returns the samples of a step, with Â as the method's row says it."""
         kind, options = self.method.coefficient, self.options
         rewards, group_size = scores.rewards, self.run.config.group_size
         if kind == "indicator":
-            return credit.indicator(outputs, rewards)
+            return credit.assign_indicator_credit(outputs, rewards)
         if kind == "pairs":
             rng = np.random.default_rng([self.run.config.seed, step])
-            return credit.pairs(outputs, rewards, group_size, rng)
+            return credit.make_preference_pairs(outputs, rewards, group_size, rng)
         if kind == "process":
             assert self.judge is not None
-            return credit.process(outputs, *self.judge.steps(outputs), group_size)
+            return credit.assign_process_credit(
+                outputs, *self.judge.steps(outputs), group_size
+            )
         ref = passes.by_output["ref_logps"] if self.kl_in_reward else None
         if kind == "critic":
-            return credit.critic(
+            return credit.assign_critic_credit(
                 outputs,
                 rewards,
                 passes.by_output["values"],
@@ -210,11 +216,13 @@ class RlStep:
                 lam=options["gae_lambda"],
             )
         if kind == "returns":
-            return credit.returns(outputs, rewards, ref, kl_coef=self.kl_coef)
+            return credit.assign_return_credit(
+                outputs, rewards, ref, kl_coef=self.kl_coef
+            )
         if ref is not None:
-            penalty = self.kl_coef * credit.divergence(outputs, ref)
+            penalty = self.kl_coef * credit.log_ratio_sums(outputs, ref)
             scores = dataclasses.replace(scores, rewards=rewards - penalty)
-        return credit.outcome(
+        return credit.assign_outcome_credit(
             outputs,
             scores,
             self.pipeline.experience.rewards.all_weights,
@@ -232,9 +240,9 @@ class RlStep:
         Samples without a gradient cost no pass, but count in the loss's divisor.
         """
         kept = samples
-        if not self.teaches_all:
-            kept = [sample for sample in samples if credit.teaches(sample)]
-        of = samples or [credit.masked(outputs[0].sample)]
+        if not self.needs_all_outputs:
+            kept = [sample for sample in samples if credit.has_gradient(sample)]
+        of = samples or [credit.mask_sample(outputs[0].sample)]
         return self.layout(kept, of=of), len(kept)
 
     def update(
@@ -265,13 +273,13 @@ def on_device(run: Run, params: Params) -> Params:
     """Returns frozen parameters in device memory, where programs can read them."""
     if run.config.model.reference_memory == "device":
         return params
-    return sharding.move(params, "device")
+    return sharding.move_to_memory(params, "device")
 
 
 def mean_divergence(outputs: Sequence[Output], ref: Sequence[np.ndarray]) -> float:
     """Returns Σ log(π_θ/π_ref) over the sampled tokens, per token, in nats."""
     tokens = sum(sum(output.sampled) for output in outputs)
-    return float(credit.divergence(outputs, ref).sum()) / max(tokens, 1)
+    return float(credit.log_ratio_sums(outputs, ref).sum()) / max(tokens, 1)
 
 
 def check_gap(metrics: dict[str, Any], limit: float) -> None:
@@ -307,7 +315,7 @@ def by_output(values: Any, outputs: Sequence[Output]) -> list[np.ndarray]:
       An array [C] for each output, C being the number of its tokens.
     """
     samples = [o.sample for o in outputs]
-    found = unpack(sharding.to_hosts(values), samples, share_prompts=True)
+    found = unpack(sharding.fetch_to_hosts(values), samples, share_prompts=True)
     return [x[-len(o.tokens) :] for o, x in zip(outputs, found, strict=True)]
 
 
@@ -320,7 +328,7 @@ def evaluate_now(run: Run, params: Params) -> dict[str, float]:
     started = time.perf_counter()
     name = set_names(run.config)[0]
     result = run_comparison.evaluate_set(run, params, name)
-    mode = "tool" if generations(run.config) else "cot"
+    mode = "tool" if tool_generations(run.config) else "cot"
     greedy = result[measure_name(mode, "greedy")]
     found = {f"eval/{name}/greedy_accuracy": greedy["accuracy"]}
     if mode == "tool":

@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.config import generations
+from grpo_jax.config import tool_generations
 from grpo_jax.distributed import sharding
 from grpo_jax.models.decoder import Params
-from grpo_jax.training.rollouts import Drawn, Experience
+from grpo_jax.training.rollouts import PendingRollout, RolloutSource
 
 
-class Pipeline:
+class RolloutPipeline:
     """The rollouts of the steps before `until`.
 
     Args:
@@ -38,11 +38,11 @@ class Pipeline:
       until: the first step whose rollout is not sampled ahead.
     """
 
-    def __init__(self, experience: Experience, *, staleness: int, until: int):
+    def __init__(self, experience: RolloutSource, *, staleness: int, until: int):
         self.experience, self.staleness, self.until = experience, staleness, until
-        self.ahead: Drawn | None = None
+        self.ahead: PendingRollout | None = None
 
-    def take(self, step: int, params: Params) -> tuple[Drawn, int]:
+    def take_rollout(self, step: int, params: Params) -> tuple[PendingRollout, int]:
         """Returns (the step's rollout, its staleness).
 
         It is sampled from `params` now, with staleness 0, unless it is under way.
@@ -50,23 +50,23 @@ class Pipeline:
         drawn, self.ahead = self.ahead, None
         if drawn is not None and drawn.step == step:
             return drawn, 1
-        return self.experience.draw(step, params), 0
+        return self.experience.sample_rollout(step, params), 0
 
-    def start(self, step: int, params: Params) -> None:
+    def start_rollout(self, step: int, params: Params) -> None:
         """Dispatches a step's rollout, if it may be sampled ahead."""
         if self.staleness and step < self.until:
-            self.ahead = self.experience.draw(step, params)
+            self.ahead = self.experience.sample_rollout(step, params)
 
-    def keep(self) -> dict[str, Any]:
+    def pending_state(self) -> dict[str, Any]:
         """Waits for the rollout that is under way and returns it as JSON values."""
         if self.ahead is None:
             return {}
         file, step = io.BytesIO(), self.ahead.step
-        np.savez_compressed(file, **sharding.to_hosts(self.ahead.arrays))
+        np.savez_compressed(file, **sharding.fetch_to_hosts(self.ahead.arrays))
         arrays = base64.b64encode(file.getvalue()).decode("ascii")
         return {"ahead": {"step": step, "of": self._asked(step), "arrays": arrays}}
 
-    def resume(self, kept: Mapping[str, Any]) -> None:
+    def restore_pending(self, kept: Mapping[str, Any]) -> None:
         """Restores what `keep` returned, unless the step's prompts have changed."""
         saved = kept.get("ahead")
         if not self.staleness or not saved or saved["step"] >= self.until:
@@ -75,11 +75,16 @@ class Pipeline:
         if saved["of"] == self._asked(step):
             with np.load(io.BytesIO(base64.b64decode(saved["arrays"]))) as arrays:
                 prompts = self.experience.batches[0][step]
-                self.ahead = Drawn(step, prompts, dict(arrays))
+                self.ahead = PendingRollout(step, prompts, dict(arrays))
 
     def _asked(self, step: int) -> int:
         """A checksum of a step's prompts and of the shape of its rollout."""
         config = self.experience.run.config
         ids = [ids for _, ids in self.experience.batches[0][step]]
-        asked = [ids, config.group_size, config.max_new_tokens, generations(config)]
+        asked = [
+            ids,
+            config.group_size,
+            config.max_new_tokens,
+            tool_generations(config),
+        ]
         return zlib.crc32(json.dumps(asked).encode())

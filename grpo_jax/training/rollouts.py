@@ -2,8 +2,9 @@
 
 Samples G outputs o_i of each question and scores them (DeepSeekMath, Algorithm 1,
 lines 6 to 8), with DAPO's dynamic sampling (Yu et al. 2025) on request. There are three
-parts, so that the device has work while the host decodes and grades: `draw` dispatches
-the sampler, `read` waits for the outputs, and `Experience.grade` does the rest.
+parts, so that the device has work while the host decodes and grades:
+`RolloutSource.sample_rollout` dispatches the sampler, `read_outputs` waits for the
+outputs, and `RolloutSource.score_rollout` does the rest.
 """
 
 from __future__ import annotations
@@ -16,18 +17,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo_jax.config import generations
+from grpo_jax.config import tool_generations
 from grpo_jax.data import datasets
 from grpo_jax.data.example import Example
 from grpo_jax.data.prompts import encode_prompts
 from grpo_jax.distributed import processes, sharding
 from grpo_jax.environments.interpreter import Interpreter
-from grpo_jax.environments.tool_rollouts import most_tokens, solve, text_of
+from grpo_jax.environments.tool_rollouts import (
+    decode_output,
+    generate_with_tools,
+    max_output_tokens,
+)
 from grpo_jax.errors import GrpoError
 from grpo_jax.generation.sampler import generate
 from grpo_jax.models.decoder import Params
 from grpo_jax.rewards import answers
-from grpo_jax.rewards.reward_functions import Scores
+from grpo_jax.rewards.reward_functions import RewardScores
 from grpo_jax.training.batch import Sample
 from grpo_jax.training.credit import Output
 from grpo_jax.training.run import Run
@@ -35,7 +40,7 @@ from grpo_jax.training.run_rewards import Rewards
 
 Prompts = list[tuple[Example, list[int]]]
 # outputs → the reward model's score of each, [N]
-Judge = Callable[[Sequence[Output]], np.ndarray]
+OutcomeScorer = Callable[[Sequence[Output]], np.ndarray]
 
 
 def load_questions(run: Run) -> Prompts:
@@ -48,24 +53,24 @@ def load_questions(run: Run) -> Prompts:
       GrpoError: the set cannot be read, or the processes have different ones.
     """
     data = run.config.data
-    examples = datasets.load(
+    examples = datasets.load_dataset(
         data.train, "train", data_dir=data.dir or None, require=("answer",)
     )
     kept, dropped = encode_prompts(
         run.tokenizer, examples, limit=data.max_prompt_tokens, **run.prompt_options
     )
     if dropped:
-        processes.say(
+        processes.print_once(
             f"rl: {dropped} of {dropped + len(kept)} questions are longer than "
             f"data.max_prompt_tokens {data.max_prompt_tokens} and left out"
         )
     asked = [ids for _, ids in kept]
-    processes.agree("data.train", {"rows": examples.digest, "prompts": asked})
+    processes.check_equal("data.train", {"rows": examples.digest, "prompts": asked})
     return kept
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class PendingRollout:
     """A step's G outputs of each question, side by side; they may still be sampled.
 
     Attributes:
@@ -80,9 +85,9 @@ class Drawn:
     arrays: dict[str, Any]
 
 
-def read(drawn: Drawn) -> list[Output]:
+def read_outputs(drawn: PendingRollout) -> list[Output]:
     """Waits for the outputs and returns them, not decoded to text yet."""
-    arrays = sharding.to_hosts(drawn.arrays)
+    arrays = sharding.fetch_to_hosts(drawn.arrays)
     lengths = arrays.pop("lengths")
     samples = len(lengths) // len(drawn.prompts)
     del arrays["occupancy"]
@@ -99,7 +104,7 @@ def read(drawn: Drawn) -> list[Output]:
     return outputs
 
 
-class Experience:
+class RolloutSource:
     """Samples and scores the outputs of a step.
 
     The same step, parameters and seed give the same outputs.
@@ -113,13 +118,13 @@ class Experience:
         config = run.config
         self.run = run
         self.interpreter: Interpreter | None = None
-        if generations(config):  # fails here if no sandbox works
+        if tool_generations(config):  # fails here if no sandbox works
             self.interpreter = Interpreter(config.tools.timeout)
         self.questions = load_questions(run)
         self.rewards = Rewards(config, [example for example, _ in self.questions])
         self._check_rows(max(len(ids) for _, ids in self.questions))
         # DAPO's dynamic sampling: each further rollout of a step asks other questions.
-        self.attempts = 1 + config.own().get("dynamic_sampling", 0)
+        self.attempts = 1 + config.method_values().get("dynamic_sampling", 0)
         self.replaces = self.attempts > 1
         self.batches = self._make_batches()
 
@@ -130,7 +135,7 @@ class Experience:
             for i in range(self.attempts)
         ]
 
-    def keep(self, examples: Sequence[Example]) -> None:
+    def keep_questions(self, examples: Sequence[Example]) -> None:
         """Leaves out all questions but these.
 
         Raises:
@@ -152,8 +157,8 @@ class Experience:
         """Checks that a row holds a prompt of so many tokens and any output."""
         config = self.run.config
         row, most = config.optimizer.row_length, config.max_new_tokens
-        turns = generations(config)
-        longest = prompt + most_tokens(turns, most) - 1
+        turns = tool_generations(config)
+        longest = prompt + max_output_tokens(turns, most) - 1
         if row and row < longest:
             output = f"{turns} generations with their outputs"
             if not turns:
@@ -163,7 +168,9 @@ class Experience:
                 f"{output} may take {longest}; raise it, or set 0"
             )
 
-    def draw(self, step: int, params: Params, round: int = 1) -> Drawn:
+    def sample_rollout(
+        self, step: int, params: Params, round: int = 1
+    ) -> PendingRollout:
         """Dispatches a step's rollout: the first, or a further one.
 
         It does not wait for the outputs, except with tools, whose programs run between
@@ -194,25 +201,29 @@ class Experience:
             arrays = {name: getattr(found, name) for name in names}
         else:
             options |= dict(interpreter=self.interpreter, rows=config.tools.rows)
-            options["generations"] = generations(config)
-            found = solve(run.model, params, run.tokenizer, ids, **options)
+            options["generations"] = tool_generations(config)
+            found = generate_with_tools(
+                run.model, params, run.tokenizer, ids, **options
+            )
             arrays = {n: np.asarray(getattr(found, n)) for n in (*names, "mask")}
             failed = [[call.failed for call in calls] for calls in found.calls]
             arrays["calls"] = np.array([*map(len, failed)])
             arrays["failures"] = np.array([*map(sum, failed)])
-        return Drawn(step, prompts, sharding.one_at_a_time(run.mesh, arrays))
+        return PendingRollout(
+            step, prompts, sharding.wait_on_cpu_mesh(run.mesh, arrays)
+        )
 
-    def text(self, output: Output) -> str:
+    def decode_text(self, output: Output) -> str:
         """Returns an output's text, as the reward functions get it."""
-        return text_of(self.run.tokenizer, output.tokens, output.mask or [])
+        return decode_output(self.run.tokenizer, output.tokens, output.mask or [])
 
-    def grade(
+    def score_rollout(
         self,
         step: int,
         outputs: Sequence[Output],
         params: Params,
-        judge: Judge | None = None,
-    ) -> tuple[list[Output], Scores, dict[str, float]]:
+        judge: OutcomeScorer | None = None,
+    ) -> tuple[list[Output], RewardScores, dict[str, float]]:
         """Scores a step's outputs; with dynamic sampling, replaces tied groups.
 
         A group is tied if all its outputs are right, or none is
@@ -231,10 +242,10 @@ class Experience:
         """
         config = self.run.config
         size, wanted = config.group_size, config.questions_per_step
-        groups: list[tuple[bool, list[Output], Scores]] = []  # (tied, …)
+        groups: list[tuple[bool, list[Output], RewardScores]] = []  # (tied, …)
         rounds = 1
         while True:
-            outputs, scores = self.score(outputs, judge)
+            outputs, scores = self.score_outputs(outputs, judge)
             if not self.replaces:
                 return outputs, scores, {}
             correct = self.rewards.correctness(scores)
@@ -247,30 +258,32 @@ class Experience:
             if len(groups) - ties >= wanted or rounds == len(self.batches):
                 break
             rounds += 1
-            outputs = read(self.draw(step, params, rounds))
+            outputs = read_outputs(self.sample_rollout(step, params, rounds))
         metrics = {
             "dynamic/rollouts": float(rounds),
             "dynamic/tied": ties / len(groups),
         }
         groups = sorted(groups, key=lambda group: group[0])[:wanted]
         outputs = [o for _, group, _ in groups for o in group]
-        return outputs, Scores.join([scores for _, _, scores in groups]), metrics
+        return outputs, RewardScores.join([scores for _, _, scores in groups]), metrics
 
-    def score(
-        self, outputs: Sequence[Output], judge: Judge | None
-    ) -> tuple[list[Output], Scores]:
+    def score_outputs(
+        self, outputs: Sequence[Output], judge: OutcomeScorer | None
+    ) -> tuple[list[Output], RewardScores]:
         """Returns the outputs with their texts, and the scores of all of them.
 
         Each process decodes and grades its own share, so `text` is set only there. The
         reward model runs before that on all outputs, since it needs all devices.
         """
         outputs = list(outputs)
-        mine = processes.share(len(outputs), self.run.config.group_size)
+        mine = processes.share_of_process(len(outputs), self.run.config.group_size)
         judged = None
         if self.rewards.asks_model:
             assert judge is not None  # a run with "model" among its rewards has one
             judged = judge(outputs)[mine]
-        graded = [dataclasses.replace(o, text=self.text(o)) for o in outputs[mine]]
+        graded = [
+            dataclasses.replace(o, text=self.decode_text(o)) for o in outputs[mine]
+        ]
         outputs[mine] = graded
         return outputs, self.rewards(graded, judged).gather()
 
@@ -280,7 +293,7 @@ def _values(rewards: np.ndarray) -> set[float]:
 
 
 def outcome_metrics(
-    outputs: Sequence[Output], scores: Scores, group_size: int
+    outputs: Sequence[Output], scores: RewardScores, group_size: int
 ) -> dict[str, float]:
     """Returns a step's metrics of rewards and lengths, under TRL's names."""
     groups = scores.rewards.reshape(-1, group_size)
@@ -331,7 +344,9 @@ def _mean(values: Any) -> float:
 SHOWN = 8  # how many outputs of a group are written token by token
 
 
-def show(run: Run, step: int, outputs, rewards: np.ndarray, samples, **logps) -> None:
+def write_sample_group(
+    run: Run, step: int, outputs, rewards: np.ndarray, samples, **logps
+) -> None:
     """Writes the first question's group to samples.jsonl, with its advantages.
 
     Only the first `SHOWN` outputs are written token by token, to keep the file small.
@@ -359,7 +374,7 @@ def show(run: Run, step: int, outputs, rewards: np.ndarray, samples, **logps) ->
         if o.calls is not None:
             row |= {"calls": o.calls, "failures": o.failures}
         if i < SHOWN:
-            row["tokens"] = run.tokenizer.pieces(o.tokens)
+            row["tokens"] = run.tokenizer.text_pieces(o.tokens)
             if o.mask is not None:
                 row["mask"] = o.mask
             known = {"logps": o.logps}

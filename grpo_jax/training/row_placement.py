@@ -62,7 +62,7 @@ def group_by_prompt(
     return sorted(found, key=lambda question: -question.units[0][0])
 
 
-def place(
+def place_in_rows(
     samples: Sequence[Sample],
     length: int,
     share: bool = True,

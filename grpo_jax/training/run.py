@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import optax
 
-from grpo_jax.checkpoints.run_checkpoints import Checkpoints
+from grpo_jax.checkpoints.run_checkpoints import CheckpointDirectory
 from grpo_jax.config import Config
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.distributed import processes, sharding
-from grpo_jax.distributed.progress import progress
+from grpo_jax.distributed.progress import progress_bar
 from grpo_jax.errors import GrpoError, Preempted
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder, Params
@@ -29,12 +29,12 @@ from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training import setup
 from grpo_jax.training.batch import Batch
 from grpo_jax.training.diagnosis import Diagnosis, find_small_rate
-from grpo_jax.training.metrics_writer import Recorder, plain_values
+from grpo_jax.training.metrics_writer import Recorder, json_values
 from grpo_jax.training.objectives import Objective
 from grpo_jax.training.optimizers import stage_optimizer
 from grpo_jax.training.start_time import start_time
 from grpo_jax.training.train_step import TrainState, make_step
-from grpo_jax.training.work_directory import Claim, read_config
+from grpo_jax.training.work_directory import WorkDirectoryClaim, read_config
 
 Body = Callable[[int, TrainState], tuple[TrainState, Mapping[str, Any]]]
 STAGES = {"sft": "sft_steps", "rl": "rl_steps"}
@@ -50,11 +50,11 @@ class Run:
     model: Decoder
     tokenizer: Tokenizer
     recorder: Recorder
-    claim: Claim
+    claim: WorkDirectoryClaim
 
     def key(self, stage: str, step: int) -> jax.Array:
-        """Returns the random key of a stage's step; see `setup.key`."""
-        return setup.key(self.config.seed, stage, step)
+        """Returns the random key of a stage's step; see `setup.make_step_key`."""
+        return setup.make_step_key(self.config.seed, stage, step)
 
     @functools.cached_property
     def prompt_options(self) -> dict[str, str]:
@@ -62,9 +62,9 @@ class Run:
         data = self.config.data
         return {"template": data.template, "instruction": data.instruction}
 
-    def checkpoints(self, stage: str, *, clean: bool = True) -> Checkpoints:
+    def checkpoints(self, stage: str, *, clean: bool = True) -> CheckpointDirectory:
         """Returns a stage's checkpoints, as a context manager."""
-        return Checkpoints(
+        return CheckpointDirectory(
             self.workdir / "checkpoints" / stage,
             every=self.config.checkpoint_every,
             keep=self.config.checkpoints_kept,
@@ -80,7 +80,7 @@ class Run:
         if not self.model.lora.rank:
             return params
         key = self.key("init", 1 + list(STAGES).index(stage))
-        make = functools.partial(lora.begin, self.model.lora)
+        make = functools.partial(lora.begin_stage, self.model.lora)
         return setup.make_on_mesh(self.mesh, make, params, key, donate_argnums=0)
 
     def abstract_state(
@@ -116,7 +116,7 @@ class Run:
     def load_reference(self, iteration: int) -> Params:
         """Returns the saved π_ref of an iteration."""
         params = setup.abstract_params(self.config, self.model, "rl")
-        like = sharding.abstract(params, self.mesh)
+        like = sharding.abstract_arrays(params, self.mesh)
         with self.checkpoints(f"reference-{iteration}") as checkpoints:
             return checkpoints.restore(like)[1]
 
@@ -170,13 +170,13 @@ def run_stage(
         """Evaluates and writes a step; returns whether it was evaluated."""
         evaluated = evaluate(step, state)
         seconds = {"step_time": time.perf_counter() - begin}
-        row = plain_values({**metrics, **evaluated, **seconds})
+        row = json_values({**metrics, **evaluated, **seconds})
         found = watch(row)
         if step == 1:
             small = find_small_rate(run.config, stage, state)
             found = "; ".join(filter(None, [small, found]))
         if found:
-            processes.say(f"\n{stage} step {step}: {found}")
+            processes.print_once(f"\n{stage} step {step}: {found}")
             row["diagnosis"] = found
         run.recorder.write(stage, step, row)
         return bool(evaluated)
@@ -187,7 +187,7 @@ def run_stage(
             resume(kept)
             unwritten = kept.get("unwritten", unwritten)
             if until is None or done < end:
-                processes.say(f"{stage}: resumed at step {done} of {steps}")
+                processes.print_once(f"{stage}: resumed at step {done} of {steps}")
         else:
             create = functools.partial(TrainState.create, optimizer=optimizer)
             create = jax.jit(create, out_shardings=shardings, donate_argnums=0)
@@ -201,7 +201,7 @@ def run_stage(
         if done >= end:
             return state.params
         body = make_body(shardings)
-        with progress(stage, done, steps) as bar:
+        with progress_bar(stage, done, steps) as bar:
             for step in range(done, end):
                 begin = time.perf_counter()
                 state, metrics = body(step, state)
@@ -210,12 +210,12 @@ def run_stage(
                 metadata, evaluated = run.claim.origin(stage), False
                 try:
                     evaluated = write(step + 1, begin, metrics)
-                except Preempted:  # `checkpoints.preempted` says so too
-                    kept = plain_values({**metrics, "step_time": seconds})
+                except Preempted:  # `checkpoints.is_preempted` says so too
+                    kept = json_values({**metrics, "step_time": seconds})
                     metadata |= {"unwritten": kept}
                 bar.set_postfix_str(_headline(metrics), refresh=False)
                 bar.update()
-                stop = checkpoints.preempted()
+                stop = checkpoints.is_preempted()
                 force = stop or step + 1 == end
                 saved = force or (step + 1) % run.config.checkpoint_every == 0
                 if saved:
@@ -301,7 +301,7 @@ def open_run(workdir: Path) -> Run:
     model, tokenizer = setup.make_model(config)
     tokenizer.now = start_time(workdir)
     mesh = sharding.make_mesh(fsdp=-1)
-    claim = Claim(config, workdir, accept_changes=True)  # it is only read
+    claim = WorkDirectoryClaim(config, workdir, accept_changes=True)  # it is only read
     return Run(config, workdir, mesh, model, tokenizer, Recorder(workdir), claim)
 
 
@@ -319,11 +319,11 @@ def load_adapters(workdir: str | Path) -> tuple[lora.Lora, list[Params], str]:
         raise GrpoError(f"{workdir}: the run has no adapters (model.lora_rank is 0)")
     names = list(STAGES)[: 1 + list(STAGES).index(newest_stage(run))]
     trained = [name for name in names if getattr(run.config, STAGES[name])]
-    adapters = [lora.split(stage_params(run, name))[0] for name in trained]
+    adapters = [lora.split_adapters(stage_params(run, name))[0] for name in trained]
     return run.model.lora, adapters, run.config.model.path
 
 
-def policy(params: Params) -> Params:
+def policy_params(params: Params) -> Params:
     """Returns the policy's part of a stage's parameters, without PPO's critic."""
     return {name: x for name, x in params.items() if name != "value"}
 
@@ -345,4 +345,4 @@ def stage_params(run: Run, stage: str) -> Params:
     optimizer, _ = stage_optimizer(stage, run.config)
     with run.checkpoints(stage, clean=False) as checkpoints:
         _, state, _ = checkpoints.restore(run.abstract_state(stage, optimizer))
-    return policy(state.params)
+    return policy_params(state.params)

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.config import Config, generations
+from grpo_jax.config import Config, tool_generations
 from grpo_jax.data import datasets
 from grpo_jax.data.example import Example
 from grpo_jax.data.prompts import encode_prompts
 from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
-from grpo_jax.evaluation.census import give_advice, summarize, take_census
-from grpo_jax.evaluation.generate_answers import Asked, answer_all
+from grpo_jax.evaluation.census import give_advice, summarize_counts, take_census
+from grpo_jax.evaluation.generate_answers import PromptedSet, answer_all
 from grpo_jax.files import to_json, write_json, write_whole
 from grpo_jax.models.decoder import Params
 from grpo_jax.report.tables import Column, Table, to_markdown
@@ -31,7 +31,7 @@ from grpo_jax.training.run_comparison import settings_of
 FOLDER, TEACHING = "census", "teaching.jsonl"
 
 
-def census_sets(run: Run) -> dict[str, Asked]:
+def census_sets(run: Run) -> dict[str, PromptedSet]:
     """Returns the questions of each set of `data.train` that a census asks.
 
     They are `census_questions` of each set, drawn with the run's seed.
@@ -44,7 +44,7 @@ def census_sets(run: Run) -> dict[str, Asked]:
     if not Path(names[0]).is_file():
         names = [name.strip() for name in config.data.train.split("+")]
     for name in names:
-        rows = datasets.load(
+        rows = datasets.load_dataset(
             name, "train", data_dir=config.data.dir or None, require=("answer",)
         )
         rng = np.random.default_rng([config.seed, len(rows)])
@@ -61,8 +61,8 @@ def census_sets(run: Run) -> dict[str, Asked]:
                 f"data {name!r}: all questions are longer than data.max_prompt_tokens "
                 f"{config.data.max_prompt_tokens}; raise it"
             )
-        asked = Asked(name, [e for e, _ in kept], [ids for _, ids in kept])
-        processes.agree(f"census of {name}", {"prompts": asked.digest()})
+        asked = PromptedSet(name, [e for e, _ in kept], [ids for _, ids in kept])
+        processes.check_equal(f"census of {name}", {"prompts": asked.digest()})
         found[name] = asked
     return found
 
@@ -106,10 +106,10 @@ def run_census(run: Run, params: Params, folder: Path) -> list[Example]:
         rows = [row for row in found if row is not None]
         prompts = [ids for ids in asked.prompts if ids is not None]
         counts = take_census(run.tokenizer, asked.examples, prompts, rows)
-        figures[name] = summarize(counts, config.group_size)
+        figures[name] = summarize_counts(counts, config.group_size)
         teaching += [asked.examples[i] for i in np.flatnonzero(counts.teaches).tolist()]
     advice = give_advice(figures, config.max_new_tokens)
-    if processes.first():
+    if processes.is_first_process():
         about = {"samples": config.census_samples, "group_size": config.group_size}
         write_json(folder / "census.json", about | {"sets": figures, "advice": advice})
         lines = [to_json(_row(example)) for example in teaching]
@@ -120,7 +120,7 @@ def run_census(run: Run, params: Params, folder: Path) -> list[Example]:
         "which data.train takes"
     )
     listed = "\n".join(f"- {line}" for line in advice)
-    processes.say(f"\n{to_markdown(census_table(figures))}\n\n{listed}\n")
+    processes.print_once(f"\n{to_markdown(census_table(figures))}\n\n{listed}\n")
     return teaching
 
 
@@ -130,7 +130,7 @@ def check_census(config: Config) -> None:
     Raises:
       GrpoError: the run has tools.
     """
-    if generations(config):
+    if tool_generations(config):
         raise GrpoError("census: outputs with tools are not supported; set it to false")
 
 

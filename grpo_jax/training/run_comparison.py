@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from grpo_jax.config import Config, generations, set_names
+from grpo_jax.config import Config, set_names, tool_generations
 from grpo_jax.data import registry
 from grpo_jax.distributed import processes
 from grpo_jax.evaluation import generate_answers, metrics
-from grpo_jax.evaluation.comparison import Result, Scores, add, measure
-from grpo_jax.evaluation.generate_answers import Settings
+from grpo_jax.evaluation.comparison import Result, Scores, add_scores, measure_set
+from grpo_jax.evaluation.generate_answers import AnswerSettings
 from grpo_jax.files import write_json
 from grpo_jax.models.decoder import Params
 from grpo_jax.training.run import Run
 
 
-def settings_of(config: Config) -> Settings:
+def settings_of(config: Config) -> AnswerSettings:
     """Returns the evaluation settings that a run's config defines."""
-    return Settings(
+    return AnswerSettings(
         template=config.data.template,
         instruction=config.data.instruction,
         max_prompt_tokens=config.data.max_prompt_tokens,
@@ -28,8 +28,8 @@ def settings_of(config: Config) -> Settings:
         batch=config.eval.batch,
         seed=config.seed,
         data_dir=config.data.dir or None,
-        mode="tool" if generations(config) else "cot",
-        generations=generations(config),
+        mode="tool" if tool_generations(config) else "cot",
+        generations=tool_generations(config),
         tool_timeout=config.tools.timeout,
     )
 
@@ -58,7 +58,7 @@ def evaluate_set(run: Run, params: Params, name: str) -> Result:
     """
     settings = settings_of(run.config)
     asked = run.model, params, run.tokenizer, name, settings
-    return measure(*asked, sampled=False).result
+    return measure_set(*asked, sampled=False).result
 
 
 def trained_on(config: Config) -> list[str]:
@@ -66,7 +66,7 @@ def trained_on(config: Config) -> list[str]:
     return (config.data.in_domain or config.data.train).split("+")
 
 
-def compare(run: Run, models: Mapping[str, Params]) -> Result:
+def compare_run(run: Run, models: Mapping[str, Params]) -> Result:
     """Compares a run's models on all its sets, and writes results.json.
 
     Completions are kept in the work directory, so that no question is asked again
@@ -91,14 +91,14 @@ def compare(run: Run, models: Mapping[str, Params]) -> Result:
         "settings": settings.__dict__,
         "models": list(models),
         "sets": {
-            name: {"in_domain": registry.in_domain(name, trained_on(config))}
+            name: {"in_domain": registry.is_in_domain(name, trained_on(config))}
             for name in set_names(config)
         },
     }
     found: Scores = {}
     for name, row in results["sets"].items():
         for model, params in models.items():
-            measured = measure(
+            measured = measure_set(
                 run.model,
                 params,
                 run.tokenizer,
@@ -109,8 +109,8 @@ def compare(run: Run, models: Mapping[str, Params]) -> Result:
                 restart=True,
             )
             row[model] = measured.result
-            add(found, name, model, measured)
-        results["paired"] = metrics.pairs(found)
-        if processes.first():
+            add_scores(found, name, model, measured)
+        results["paired"] = metrics.compare_pairs(found)
+        if processes.is_first_process():
             write_json(run.workdir / "results.json", results)
     return results

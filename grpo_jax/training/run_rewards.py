@@ -8,21 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.config import Config, generations, reward_names, reward_weights
+from grpo_jax.config import Config, reward_names, reward_weights, tool_generations
 from grpo_jax.data.example import Example
-from grpo_jax.rewards.reward_calls import Calls
+from grpo_jax.rewards.reward_calls import CallRecord
 from grpo_jax.rewards.reward_functions import (
-    Scores,
-    check_calls,
-    resolve,
+    RewardScores,
+    check_signatures,
+    compute_rewards,
+    find_reward_function,
     rule_reward,
-    score,
 )
 from grpo_jax.training.credit import Output, overlong_punishment
 
 
 class Rewards:
-    """The reward functions of a run; calling it with outputs returns their `Scores`.
+    """The reward functions of a run; called with outputs, it returns `RewardScores`.
 
     Args:
       config: the run's config.
@@ -36,26 +36,30 @@ class Rewards:
         # With a process reward model, the rule's rewards are only reported.
         names = reward_names(config) or ["rule"]
         self.weights = reward_weights(config) or [1.0]
-        self.functions = [None if n == "model" else resolve(n) for n in names]
+        self.functions = [
+            None if n == "model" else find_reward_function(n) for n in names
+        ]
         self.timeout = config.rewards.timeout
-        self.limit = config.max_new_tokens * max(1, generations(config))
-        self.buffer = config.own().get("overlong_buffer", 0)
-        # The weights of `Scores.by_function`, which includes the length punishment.
+        self.limit = config.max_new_tokens * max(1, tool_generations(config))
+        self.buffer = config.method_values().get("overlong_buffer", 0)
+        # The weights of `RewardScores.by_function`, with the length punishment.
         self.all_weights = [*self.weights, 1.0] if self.buffer else self.weights
-        self.calls = Calls()
+        self.calls = CallRecord()
         # The columns of all questions, so that they are the same at every step.
         self.columns = sorted({name for e in questions for name in e.columns})
         # Graders read numbers in the notation of the question's language.
         self.tells_language = any(e.language != "en" for e in questions)
         given = ["answer", *(["language"] if self.tells_language else [])]
-        check_calls([f for f in self.functions if f], [*self.columns, *given])
+        check_signatures([f for f in self.functions if f], [*self.columns, *given])
 
     @property
     def asks_model(self) -> bool:
         """Whether the reward model is one of the functions."""
         return None in self.functions
 
-    def __call__(self, outputs: Sequence[Output], judged: np.ndarray | None) -> Scores:
+    def __call__(
+        self, outputs: Sequence[Output], judged: np.ndarray | None
+    ) -> RewardScores:
         examples = [o.example for o in outputs]
         columns: dict[str, list[Any]] = {
             name: [e.columns.get(name) for e in examples] for name in self.columns
@@ -67,7 +71,7 @@ class Rewards:
         def model(prompts, completions, **columns):
             return judged
 
-        scores = score(
+        scores = compute_rewards(
             [function or model for function in self.functions],
             self.weights,
             [e.question for e in examples],
@@ -86,7 +90,7 @@ class Rewards:
             by_function=scores.by_function | {"overlong": punishment},
         )
 
-    def correctness(self, scores: Scores) -> np.ndarray:
+    def correctness(self, scores: RewardScores) -> np.ndarray:
         """Returns what dynamic sampling compares within a group, [N].
 
         This is the rule's reward if it is one of the functions, else the weighted sum

@@ -16,11 +16,11 @@ import optax
 from jax.sharding import Mesh
 
 from grpo_jax.algorithms.methods import METHODS
-from grpo_jax.config import Config, generations, lora_targets, reward_names
+from grpo_jax.config import Config, lora_targets, reward_names, tool_generations
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.distributed import processes, sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.files import digest
+from grpo_jax.files import file_digest
 from grpo_jax.models import lora
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, Params
@@ -31,7 +31,7 @@ from grpo_jax.training.train_step import TrainState
 _STREAMS = ("init", "sft", "rl", "eval", "reward", "critic")
 
 
-def key(seed: int, stage: str, step: int) -> jax.Array:
+def make_step_key(seed: int, stage: str, step: int) -> jax.Array:
     """Returns a step's random key, which depends on seed, stage and step only.
 
     Args:
@@ -70,7 +70,7 @@ def make_model(config: Config) -> tuple[Decoder, Tokenizer]:
     else:
         from grpo_jax.data.chain_sums import ALPHABET, TOOL_ALPHABET
 
-        alphabet = TOOL_ALPHABET if generations(config) else ALPHABET
+        alphabet = TOOL_ALPHABET if tool_generations(config) else ALPHABET
         tokenizer = Tokenizer.from_alphabet(alphabet)
         if settings.vocab_size not in (0, tokenizer.vocab_size):
             raise GrpoError(
@@ -90,7 +90,7 @@ def agree_on_files(config: Config) -> None:
     Raises:
       GrpoError: a process has other files than process 0.
     """
-    if processes.count() == 1:
+    if processes.process_count() == 1:
         return
     if config.model.path:
         from grpo_jax.checkpoints.huggingface.folders import agree_on_folder
@@ -99,8 +99,8 @@ def agree_on_files(config: Config) -> None:
     files = [name.rpartition(":")[0] for name in reward_names(config)]
     files = [name for name in files if name.endswith(".py")]
     files.append(config.reward_model.labels)
-    found = {name: digest(Path(name).expanduser()) for name in files}
-    processes.agree("rewards", found)
+    found = {name: file_digest(Path(name).expanduser()) for name in files}
+    processes.check_equal("rewards", found)
 
 
 def make_decoder(config: Config, model_config: ModelConfig) -> Decoder:
@@ -147,10 +147,10 @@ def describe_state(config: Config, mesh: Mesh) -> str:
 
 def describe_size(model: Decoder) -> str:
     """Returns how many parameters there are, and with LoRA how many are trained."""
-    init = functools.partial(lora.begin, model.lora)
+    init = functools.partial(lora.begin_stage, model.lora)
     key = jax.random.key(0)
     whole = jax.eval_shape(lambda key: init(model.init(key), key), key)
-    trained, frozen = lora.split(whole)
+    trained, frozen = lora.split_adapters(whole)
     part = f", {_millions(trained):.3g} M of them trained (LoRA)," if frozen else ""
     return f"{_millions(whole):.1f} M parameters{part}"
 
@@ -167,7 +167,7 @@ def abstract_params(config: Config, model: Decoder, stage: str) -> Params:
         value = RewardModel(model).init(key, params)
         if stage.startswith("reward"):
             return value
-        params = lora.begin(model.lora, params, key)
+        params = lora.begin_stage(model.lora, params, key)
         critic = METHODS[config.method].coefficient == "critic"
         return params | {"value": value} if stage == "rl" and critic else params
 
@@ -187,7 +187,7 @@ def abstract_state(
     """
     create = functools.partial(TrainState.create, optimizer=optimizer)
     state = jax.eval_shape(create, abstract_params(config, model, stage))
-    return sharding.abstract(state, mesh)
+    return sharding.abstract_arrays(state, mesh)
 
 
 def initial_params(config: Config, model: Decoder, mesh: Mesh) -> Params:
@@ -204,7 +204,7 @@ def initial_params(config: Config, model: Decoder, mesh: Mesh) -> Params:
         )
         return params
     init = functools.partial(model.init, dtype=settings.param_dtype)
-    return make_on_mesh(mesh, init, key(config.seed, "init", 0))
+    return make_on_mesh(mesh, init, make_step_key(config.seed, "init", 0))
 
 
 def make_on_mesh(

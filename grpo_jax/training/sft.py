@@ -29,7 +29,7 @@ from grpo_jax.training.packing import pack
 from grpo_jax.training.run import Run, run_supervised_stage
 
 
-def train(run: Run, start_params: Callable[[], Params]) -> Params:
+def train_sft(run: Run, start_params: Callable[[], Params]) -> Params:
     """Runs the SFT steps that the work directory does not have yet.
 
     Args:
@@ -45,26 +45,28 @@ def train(run: Run, start_params: Callable[[], Params]) -> Params:
       Preempted: the run was asked to stop, and its state is saved.
     """
     config = run.config
-    examples = datasets.load(
+    examples = datasets.load_dataset(
         config.data.sft,
         "train",
         data_dir=config.data.dir or None,
         require=("solution",),
     )
-    processes.agree("data.sft", {"rows": examples.digest})
-    batches = Samples(run, examples)
+    processes.check_equal("data.sft", {"rows": examples.digest})
+    batches = SftBatches(run, examples)
     return run_supervised_stage(
         run,
         "sft",
         stage_optimizer("sft", config),
         lambda: run.begin("sft", start_params()),
         sft_objective(run.model, aggregate=config.sft.aggregate),
-        lambda step: lay_out(config, run.mesh, batches[step]),
+        lambda step: pack_sft_batch(config, run.mesh, batches[step]),
         steps=config.sft_steps,
     )
 
 
-def lay_out(config: Config, mesh: jax.sharding.Mesh, samples: list[Sample]) -> Batch:
+def pack_sft_batch(
+    config: Config, mesh: jax.sharding.Mesh, samples: list[Sample]
+) -> Batch:
     """Packs samples into a batch on the host; every batch of a run has one shape."""
     settings = config.sft
     rows = settings.micro_rows * sharding.rows_multiple(mesh)
@@ -73,7 +75,7 @@ def lay_out(config: Config, mesh: jax.sharding.Mesh, samples: list[Sample]) -> B
     return batch.with_capacity(capacity)
 
 
-class Samples:
+class SftBatches:
     """The samples of every step, indexed by the step's number.
 
     A step has `sft.batch_size` examples, or, if `sft.batch_rows` is set, that many rows
@@ -85,24 +87,26 @@ class Samples:
         self.run, self.examples = run, examples
         self.batches: datasets.Batches[Any]
         if settings.batch_rows:
-            lengths = [len(encode(run, [e])[0].tokens) - 1 for e in examples]
-            rows = concatenate(lengths, settings.row_length, seed)
+            lengths = [len(encode_examples(run, [e])[0].tokens) - 1 for e in examples]
+            rows = concatenate_into_rows(lengths, settings.row_length, seed)
             self.batches = datasets.Batches(rows, settings.batch_rows, seed=seed)
         else:
             self.batches = datasets.Batches(examples, settings.batch_size, seed=seed)
             # An example that is too long is refused now, not when its step comes.
             epoch = -(-len(examples) // settings.batch_size)
             for step in range(min(run.config.sft_steps, epoch)):
-                encode(run, [e for e in self.batches[step] if may_be_long(run, e)])
+                encode_examples(
+                    run, [e for e in self.batches[step] if may_be_long(run, e)]
+                )
 
     def __getitem__(self, step: int) -> list[Sample]:
         chosen = self.batches[step]
         if self.run.config.sft.batch_rows:
             chosen = [self.examples[i] for row in chosen for i in row]
-        return encode(self.run, chosen)
+        return encode_examples(self.run, chosen)
 
 
-def concatenate(lengths: list[int], size: int, seed: int) -> list[list[int]]:
+def concatenate_into_rows(lengths: list[int], size: int, seed: int) -> list[list[int]]:
     """Concatenates items in random order into rows (DeepSeekMath, section 3).
 
     Args:
@@ -113,7 +117,7 @@ def concatenate(lengths: list[int], size: int, seed: int) -> list[list[int]]:
     Returns:
       The indices of the items in each row.
 
-    >>> rows = concatenate([3, 3, 3, 3], size=6, seed=0)
+    >>> rows = concatenate_into_rows([3, 3, 3, 3], size=6, seed=0)
     >>> [len(row) for row in rows], sorted(i for row in rows for i in row)
     ([2, 2], [0, 1, 2, 3])
     """
@@ -140,7 +144,7 @@ def may_be_long(run: Run, example: Example) -> bool:
     return around + len(text.encode()) > run.config.sft.row_length
 
 
-def encode(run: Run, examples: list[Example]) -> list[Sample]:
+def encode_examples(run: Run, examples: list[Example]) -> list[Sample]:
     """Returns the examples' token ids with their loss masks.
 
     Raises:

@@ -30,7 +30,7 @@ def start_time(
       GrpoError: started.json is damaged.
     """
     return datetime.datetime.fromisoformat(
-        processes.from_first(lambda: _start(folder / FILE, keep, again))
+        processes.broadcast(lambda: _start(folder / FILE, keep, again))
     )
 
 

@@ -69,7 +69,7 @@ class TrainState:
     @classmethod
     def create(cls, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
         """Returns the state at step 0."""
-        trained, _ = lora.split(params)
+        trained, _ = lora.split_adapters(params)
         return cls(params, optimizer.init(trained), jnp.int32(0), jnp.int32(0))
 
 
@@ -86,7 +86,7 @@ def _sum_metrics(total: Metrics, part: Metrics, share: Array) -> Metrics:
     return {name: merge(name, total[name], part[name]) for name in total}
 
 
-def accumulate(
+def accumulate_gradients(
     objective: Objective, params: Any, reference: Any, batch: Batch
 ) -> tuple[Any, Metrics]:
     """Returns (gradients in float32, metrics) of a batch, one micro-batch at a time.
@@ -98,13 +98,13 @@ def accumulate(
       batch: [A, B, T]; only its first `used` micro-batches are computed.
     """
     tokens = batch.mask.sum() if batch.loss_tokens is None else batch.loss_tokens
-    trained, frozen = lora.split(params)
+    trained, frozen = lora.split_adapters(params)
 
     def of_trained(trained, *arguments):
-        return objective(lora.join(trained, frozen), *arguments)
+        return objective(lora.join_adapters(trained, frozen), *arguments)
 
     def micro_gradients(index):
-        micro = batch.micro(index)
+        micro = batch.micro_batch(index)
         (loss, metrics), gradients = jax.value_and_grad(of_trained, has_aux=True)(
             trained, reference, micro, batch.sequences, tokens
         )
@@ -159,11 +159,13 @@ def make_step(
     """
 
     def step(state: TrainState, reference: Any, batch: Batch):
-        gradients, metrics = accumulate(objective, state.params, reference, batch)
+        gradients, metrics = accumulate_gradients(
+            objective, state.params, reference, batch
+        )
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         signal = has_signal(batch)
-        trained, frozen = lora.split(state.params)
+        trained, frozen = lora.split_adapters(state.params)
 
         def apply_update():
             updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
@@ -181,7 +183,7 @@ def make_step(
             "update/padding": batch.padding,
         }
         skipped = jnp.where(finite, 0, state.skipped + 1)
-        params = lora.join(trained, frozen)
+        params = lora.join_adapters(trained, frozen)
         return TrainState(params, opt_state, state.step + 1, skipped), metrics
 
     out_shardings = None if state_shardings is None else (state_shardings, None)
@@ -210,7 +212,7 @@ def make_grpo_step(
 
     Returns:
       step(state, reference, batch) → (state, metrics); the state is donated. If the
-      parameters have LoRA adapters (`lora.begin`), only these are trained, and
+      parameters have LoRA adapters (`lora.begin_stage`), only these are trained, and
       reference None means the base without adapters.
 
     Raises:
@@ -295,7 +297,7 @@ def by_micro_batch(
 
     def scores(params, batch):
         def one(index, found):
-            return found.at[index].set(score(params, batch.micro(index)))
+            return found.at[index].set(score(params, batch.micro_batch(index)))
 
         zero = jnp.zeros(batch.tokens.shape, jnp.float32)
         with jax.named_scope("micro_batches"):

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.config import Config, flatten, from_dict
+from grpo_jax.config import Config, flatten_config, from_dict
 from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
 from grpo_jax.files import read_json, write_json
@@ -57,7 +57,7 @@ def read_config(workdir: Path) -> Config:
     return config
 
 
-class Claim:
+class WorkDirectoryClaim:
     """A run's claim to its work directory.
 
     Every process of a run makes the same calls; only the first one writes.
@@ -91,10 +91,11 @@ class Claim:
         Raises:
           GrpoError: one of the two does not hold.
         """
-        self._accepted, self._orphaned = processes.from_first(self._read)
+        self._accepted, self._orphaned = processes.broadcast(self._read)
         if not (self.workdir / ".lock").exists():
             raise GrpoError(
-                f"workdir {self.workdir}: process {processes.index()} does not see "
+                f"workdir {self.workdir}: process {processes.process_index()} does not "
+                "see "
                 "what process 0 writes there; choose a folder on a disk that all share"
             )
 
@@ -102,7 +103,7 @@ class Claim:
         """Makes the directory this run's; call it before anything else is written."""
         if not self._written:
             self._written = True
-            if processes.first():
+            if processes.is_first_process():
                 if self.started is not None:
                     write_start_time(self.workdir, self.started)
                 values = dataclasses.asdict(self.config)
@@ -111,7 +112,9 @@ class Claim:
 
     def origin(self, stage: str) -> dict[str, Any]:
         """Returns the JSON values that are saved with a checkpoint of a stage."""
-        fields = {n: v for n, v in flatten(self.config).items() if _matters(stage, n)}
+        fields = {
+            n: v for n, v in flatten_config(self.config).items() if _matters(stage, n)
+        }
         return {"stage": stage, "seed": self.config.seed, "config": fields}
 
     def objection(self, stage: str, saved: Mapping[str, Any]) -> str:
@@ -158,7 +161,10 @@ class Claim:
         file = self.workdir / "config.json"
         if not file.exists():
             return self._accepted, True
-        before, now = flatten(read_config(self.workdir)), flatten(self.config)
+        before, now = (
+            flatten_config(read_config(self.workdir)),
+            flatten_config(self.config),
+        )
         changed = dict(_changes(before, now))
         if changed and not self.accept_changes:
             raise GrpoError(
@@ -176,7 +182,7 @@ class Claim:
             self._write_accepted()
 
     def _write_accepted(self) -> None:
-        if self._accepted and processes.first():
+        if self._accepted and processes.is_first_process():
             write_json(self.workdir / "accepted.json", self._accepted)
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer_folders import byte_level, write_folder
 
-from grpo_jax.checkpoints.huggingface.config import from_hf
+from grpo_jax.checkpoints.huggingface.config import config_from_hf
 from grpo_jax.checkpoints.huggingface.weights import load_pretrained
 from grpo_jax.data import datasets, parsers, registry
 from grpo_jax.data.example import Example
@@ -65,7 +65,7 @@ def test_a_config_is_a_model_that_can_be_computed_or_is_refused(kind, changed):
     sound = {"model_type": kind, "hidden_size": 16, "num_attention_heads": 4}
     sound |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "head_dim": 4}
     try:
-        config = from_hf(sound | changed, "dir/config.json")
+        config = config_from_hf(sound | changed, "dir/config.json")
     except GrpoError as error:
         assert str(error).startswith("dir/config.json: ") and one_clear_line(error, "")
         return
@@ -100,7 +100,7 @@ def test_a_config_is_a_model_that_can_be_computed_or_is_refused(kind, changed):
 def test_nonsense_in_a_config_is_refused_by_key_and_value(fields, message):
     sound = {"model_type": "llama", "num_attention_heads": 4, "hidden_size": 16}
     with pytest.raises(GrpoError, match=message):
-        from_hf(sound | fields)
+        config_from_hf(sound | fields)
 
 
 TOKENIZER_FILES: dict[str, Any] = {
@@ -215,7 +215,7 @@ def test_changed_lines_give_what_they_say_or_are_refused(folder, edits):
     file = folder / "changed.jsonl"
     file.write_bytes(raw := mutate(LINES, edits))
     try:
-        found = list(registry.examples(registry.local(str(file)), file))
+        found = list(registry.read_examples(registry.local_source(str(file)), file))
     except GrpoError as error:
         assert one_clear_line(error, f"{file}:")
         return
@@ -236,7 +236,7 @@ def test_a_row_of_a_set_is_an_example_or_is_refused(folder, data):
     file = folder / "row.jsonl"
     file.write_text(json.dumps(row) + "\n")
     try:
-        (example,) = registry.examples(source, file)
+        (example,) = registry.read_examples(source, file)
     except GrpoError as error:
         assert one_clear_line(error, f"{file}:1: row 0")
         return
@@ -247,13 +247,13 @@ def test_a_row_of_a_set_is_an_example_or_is_refused(folder, data):
 
 CONVERTERS = [
     parsers.gsm8k,
-    parsers.math_,
+    parsers.parse_math,
     parsers.cmath,
     parsers.mgsm("zh"),
     parsers.svamp,
 ]
 CONVERTERS += [parsers.mawps, parsers.gsm_hard, parsers.ocw, parsers.mmlu, parsers.sat]
-CONVERTERS += [parsers.gaokao_mathqa, parsers.gaokao_mathcloze, parsers.local_row]
+CONVERTERS += [parsers.gaokao_mathqa, parsers.gaokao_mathcloze, parsers.parse_local_row]
 FIELDS = "question answer solution language id options topic label Answer level subject"
 FIELDS += " type unique_id problem golden Body Question Type Equation input target code"
 FIELDS = (FIELDS + " other").split()
@@ -264,7 +264,10 @@ def test_deep_rows_are_refused_with_file_and_line(deep, tmp_path):
     file = tmp_path / "deep.jsonl"
     good = b'{"question": "1+1?", "answer": "2"}\n'
     file.write_bytes(good + b'{"question": "1", "answer": "2", "x": %s}\n' % deep)
-    readers = [lambda: datasets.load(str(file)), lambda: list(labels.read_rows(file))]
+    readers = [
+        lambda: datasets.load_dataset(str(file)),
+        lambda: list(labels.read_rows(file)),
+    ]
     for read in readers:
         with pytest.raises(GrpoError, match="deep.jsonl:2: not (readable|valid)"):
             read()
@@ -274,7 +277,7 @@ def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(parsers, "LONGEST", 100)
     (tmp_path / "a.jsonl").write_text('{"question": "' + "x" * 1000)
     with pytest.raises(GrpoError, match="a.jsonl:1: longer than 100 bytes"):
-        datasets.load(str(tmp_path / "a.jsonl"))
+        datasets.load_dataset(str(tmp_path / "a.jsonl"))
 
 
 LABELLED = {"tokens": [1, 2, 3], "prompt": 1, "ends": [2], "labels": [1.0], "id": "a"}
@@ -289,7 +292,7 @@ MARKED = {"input": "q Step 1: a ки Step 2: b ки", "label": "q Step 1: a + St
 @pytest.mark.parametrize(
     "read, row",
     [
-        (lambda file: labels.read(file, vocab_size=9), LABELLED),
+        (lambda file: labels.read_labels(file, vocab_size=9), LABELLED),
         (labels.read_math_shepherd, MARKED),
         (prmbench.read, BENCH),
     ],
@@ -315,7 +318,7 @@ def test_a_negative_token_is_refused(tmp_path):
     file = tmp_path / "labels.jsonl"
     file.write_text(json.dumps(LABELLED | {"tokens": [1, -2, 3]}) + "\n")
     with pytest.raises(GrpoError, match="labels.jsonl:1: token -2 is not one"):
-        labels.read(file, vocab_size=9)
+        labels.read_labels(file, vocab_size=9)
 
 
 ANSWERED = {
@@ -332,7 +335,9 @@ def test_completions_made_elsewhere_are_read_or_are_refused(folder, data):
     }
     file.write_text(json.dumps(changed) + "\n")
     try:
-        found = completion_files.read(file, {"mine": [Example("1+1?", "2")]})
+        found = completion_files.read_completions(
+            file, {"mine": [Example("1+1?", "2")]}
+        )
     except GrpoError as error:
         assert one_clear_line(error, file)
         return
@@ -349,4 +354,4 @@ def test_temperatures_of_completions_are_numbers(tmp_path):
         row = json.dumps(ANSWERED | {"temperature": "@"}).replace('"@"', value)
         file.write_text(row + "\n")
         with pytest.raises(GrpoError, match="a.jsonl:1: temperature .* is not a"):
-            completion_files.read(file, {"mine": [Example("1+1?", "2")]})
+            completion_files.read_completions(file, {"mine": [Example("1+1?", "2")]})

@@ -27,8 +27,8 @@ from grpo_jax.checkpoints.formats.gguf_file import read_gguf
 from grpo_jax.checkpoints.formats.torch_bin import read_bin
 from grpo_jax.checkpoints.huggingface.safetensors_files import (
     DTYPES,
-    Stored,
-    read_header,
+    StoredTensor,
+    read_safetensors,
     write_file,
 )
 from grpo_jax.checkpoints.huggingface.weights import load_pretrained
@@ -55,7 +55,7 @@ def test_a_header_of_any_length_is_read(folder):
     for length in [*range(len(header), 400), 640, 896, 1152, 1408, 1664]:
         raw = struct.pack("<Q", length) + header.ljust(length) + numbers.tobytes()
         file.write_bytes(raw)
-        np.testing.assert_array_equal(read_header(file)["w"][...], numbers)
+        np.testing.assert_array_equal(read_safetensors(file)["w"][...], numbers)
 
 
 def test_our_own_files_are_read_whatever_their_names_are(folder):
@@ -65,9 +65,9 @@ def test_our_own_files_are_read_whatever_their_names_are(folder):
     for length in range(30, 340):
         name = "w" * length
         read = numbers.__getitem__
-        write_file(file, {name: Stored(file, numbers.dtype, numbers.shape, read)})
+        write_file(file, {name: StoredTensor(file, numbers.dtype, numbers.shape, read)})
         lengths.add(int.from_bytes(file.read_bytes()[:8], "little"))
-        np.testing.assert_array_equal(read_header(file)[name][1, 1:], [4, 5])
+        np.testing.assert_array_equal(read_safetensors(file)[name][1, 1:], [4, 5])
     assert {128, 384} <= lengths
 
 
@@ -103,7 +103,7 @@ def test_a_changed_header_gives_what_it_says_or_is_refused(folder, edits):
     file.write_bytes(raw := mutate(SHARD.read_bytes(), edits))
     expected = by_the_format(raw)
     try:
-        found = {name: stored[...] for name, stored in read_header(file).items()}
+        found = {name: stored[...] for name, stored in read_safetensors(file).items()}
     except GrpoError as error:
         assert one_clear_line(error, file)
         assert raw != SHARD.read_bytes()

@@ -182,16 +182,17 @@ def test_a_gguf_file_becomes_a_folder(tmp_path):
 
 def test_permutation_keeps_the_rotation():
     """Rotating neighbours, then sorting, is sorting, then rotating halves."""
-    from grpo_jax.checkpoints.formats.gguf import unpermute
+    from grpo_jax.checkpoints.formats.gguf import undo_rotary_permutation
 
     angles = np.random.default_rng(1).normal(size=3)
     x = np.random.default_rng(2).normal(size=6)
     pairs = x.reshape(3, 2) @ np.array([1, 1j]) * np.exp(1j * angles)
     neighbours = np.stack([pairs.real, pairs.imag], 1).reshape(6)
-    a, b = np.split(unpermute(x, 1), 2)
+    a, b = np.split(undo_rotary_permutation(x, 1), 2)
     halves = (a + 1j * b) * np.exp(1j * angles)
     np.testing.assert_allclose(
-        unpermute(neighbours, 1), np.concatenate([halves.real, halves.imag])
+        undo_rotary_permutation(neighbours, 1),
+        np.concatenate([halves.real, halves.imag]),
     )
 
 

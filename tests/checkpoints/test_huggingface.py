@@ -50,7 +50,7 @@ def equal(a, b):
 
 def test_missing_keys_take_the_defaults_of_transformers():
     """As AutoConfig of transformers 5 gives them for {"model_type": …} alone."""
-    llama = hf_config.from_hf({"model_type": "llama"})
+    llama = hf_config.config_from_hf({"model_type": "llama"})
     assert llama == ModelConfig(
         vocab_size=32000,
         width=4096,
@@ -63,14 +63,14 @@ def test_missing_keys_take_the_defaults_of_transformers():
         rope_theta=10000.0,
         max_positions=2048,
     )
-    mistral = hf_config.from_hf({"model_type": "mistral"})
+    mistral = hf_config.config_from_hf({"model_type": "mistral"})
     assert mistral == dataclasses.replace(
         llama, kv_heads=8, ffn=14336, sliding_window=4096, max_positions=131072
     )
-    qwen2 = hf_config.from_hf({"model_type": "qwen2"})
+    qwen2 = hf_config.config_from_hf({"model_type": "qwen2"})
     large = dict(vocab_size=151936, ffn=22016, max_positions=32768)
     assert qwen2 == dataclasses.replace(llama, **large, qkv_bias=True)
-    qwen3 = hf_config.from_hf({"model_type": "qwen3", "hidden_size": 1024})
+    qwen3 = hf_config.config_from_hf({"model_type": "qwen3", "hidden_size": 1024})
     assert qwen3 == dataclasses.replace(llama, **large, width=1024, qk_norm=True)
 
 
@@ -95,9 +95,9 @@ def test_old_and_new_rope_keys_say_the_same(scaling, expected):
     base = {"model_type": "llama"}
     old = base | {"rope_theta": 5e5, "rope_scaling": scaling}
     new = base | {"rope_parameters": {"rope_theta": 5e5} | (scaling or {})}
-    assert hf_config.from_hf(old) == hf_config.from_hf(new)
-    assert hf_config.from_hf(old).rope_theta == 5e5
-    assert hf_config.from_hf(old).rope_scaling == expected
+    assert hf_config.config_from_hf(old) == hf_config.config_from_hf(new)
+    assert hf_config.config_from_hf(old).rope_theta == 5e5
+    assert hf_config.config_from_hf(old).rope_scaling == expected
 
 
 @pytest.mark.parametrize(
@@ -148,13 +148,15 @@ def test_old_and_new_rope_keys_say_the_same(scaling, expected):
 )
 def test_what_the_decoder_cannot_compute_is_refused_by_key_and_value(fields, message):
     with pytest.raises(GrpoError) as error:
-        hf_config.from_hf(fields, "dir/config.json")
+        hf_config.config_from_hf(fields, "dir/config.json")
     assert str(error.value).startswith("dir/config.json: ") and message in str(error)
 
 
 def test_windows_are_read_as_transformers_reads_them():
     def window(**fields):
-        return hf_config.from_hf({"num_hidden_layers": 2} | fields).sliding_window
+        return hf_config.config_from_hf(
+            {"num_hidden_layers": 2} | fields
+        ).sliding_window
 
     assert window(model_type="mistral", sliding_window=None) is None  # v0.2 and later
     assert window(model_type="mistral", sliding_window=7) == 7
@@ -203,8 +205,8 @@ kinds = st.sampled_from(
 @given(configs, kinds)
 def test_a_config_comes_back_from_its_json(config, kind):
     config = dataclasses.replace(config, **kind)
-    fields = json.loads(json.dumps(hf_config.to_hf(config)))
-    assert hf_config.from_hf(fields) == config
+    fields = json.loads(json.dumps(hf_config.config_to_hf(config)))
+    assert hf_config.config_from_hf(fields) == config
 
 
 def test_a_model_without_a_name_in_transformers_is_not_exported():
@@ -213,7 +215,7 @@ def test_a_model_without_a_name_in_transformers_is_not_exported():
     )
     odd = dataclasses.replace(config, qk_norm=True, mlp_bias=True)
     with pytest.raises(GrpoError, match="no architecture of transformers"):
-        hf_config.to_hf(odd)
+        hf_config.config_to_hf(odd)
 
 
 # -- in and out ------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.errors import GrpoError
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
-from grpo_jax.train import train
+from grpo_jax.train import train_run
 
 SHARDS = 3
 
@@ -177,7 +177,7 @@ def test_a_fault_of_the_model_ends_a_run_before_it_trains(fault, sound, tmp_path
     words = fault(folder)
     config = small_config(settings(sound, folder))
     with pytest.raises(GrpoError) as error:
-        train(config, tmp_path / "run")
+        train_run(config, tmp_path / "run")
     message = str(error.value)
     assert "\n" not in message
     for word in words:

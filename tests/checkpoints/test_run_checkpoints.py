@@ -22,8 +22,8 @@ import pytest
 from xla_flags import xla_flags
 
 from grpo_jax.checkpoints import run_checkpoints
-from grpo_jax.checkpoints.checksums import describe
-from grpo_jax.checkpoints.run_checkpoints import Checkpoints
+from grpo_jax.checkpoints.checksums import checksum_leaves
+from grpo_jax.checkpoints.run_checkpoints import CheckpointDirectory
 from grpo_jax.distributed import processes
 from grpo_jax.distributed.folder_lock import lock_folder
 from grpo_jax.errors import GrpoError
@@ -71,14 +71,14 @@ def abstract(tree):
 
 def written(folder, steps=(1,), keep=9):
     """A directory with one checkpoint for each of `steps`; the state is the step's."""
-    with Checkpoints(folder, every=1, keep=keep) as checkpoints:
+    with CheckpointDirectory(folder, every=1, keep=keep) as checkpoints:
         for step in steps:
             assert checkpoints.save(step, make_state(step), {"step": step})
     return folder
 
 
 def restored(folder, step=None):
-    with Checkpoints(folder, every=1) as checkpoints:
+    with CheckpointDirectory(folder, every=1) as checkpoints:
         return checkpoints.restore(abstract(make_state()), step)
 
 
@@ -88,7 +88,7 @@ def restored(folder, step=None):
 def test_a_state_comes_back_bit_for_bit(tmp_path):
     metadata = {"config": {"lr": 1e-6, "sets": ["gsm8k"]}, "2": 3, "text": "数学 ε"}
     state = make_state(5)
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with CheckpointDirectory(tmp_path, every=1) as checkpoints:
         checkpoints.save(5, state, metadata)
         for like in (state, abstract(state)):
             step, again, notes = checkpoints.restore(like)
@@ -101,14 +101,14 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
 
 def test_metadata_is_normalised_to_json_once(tmp_path):
     metadata: dict = {10: (1, 2), 9: float("inf")}
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with CheckpointDirectory(tmp_path, every=1) as checkpoints:
         checkpoints.save(1, {"w": jnp.ones(2)}, metadata)
         metadata = checkpoints.restore({"w": jnp.ones(2)})[2]
     assert metadata == {"10": [1, 2], "9": float("inf")}
 
 
 def test_saves_at_every_nth_step_and_keeps_the_newest(tmp_path):
-    with Checkpoints(tmp_path, every=3, keep=2) as checkpoints:
+    with CheckpointDirectory(tmp_path, every=3, keep=2) as checkpoints:
         did = [checkpoints.save(s, {"w": jnp.float32(s)}, {}) for s in range(1, 11)]
         assert did == [s % 3 == 0 for s in range(1, 11)]
         assert checkpoints.steps() == [6, 9]
@@ -125,7 +125,7 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
         lambda tree: jax.tree.map(lambda x: x * 1.0001 + 1, tree), donate_argnums=0
     )
     state = {str(i): jnp.full((500, 500), i, jnp.float32) for i in range(6)}
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with CheckpointDirectory(tmp_path, every=1) as checkpoints:
         for step in range(1, 5):
             want = bits(state)
             checkpoints.save(step, state, {})
@@ -134,7 +134,7 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
 
 
 def test_leaves_that_cannot_be_kept_are_refused_by_name(tmp_path):
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with CheckpointDirectory(tmp_path, every=1) as checkpoints:
         for bad, why in [
             ({"a": {"n": 3}}, "a/n is int"),
             ({"a": {"n": np.ones(2)}}, "a/n is ndarray"),
@@ -151,7 +151,7 @@ def test_leaves_that_cannot_be_kept_are_refused_by_name(tmp_path):
 def test_numbers_that_are_not_finite_are_not_saved(dtype, bad, tmp_path):
     state = {"a": jnp.ones((3, 5), dtype), "n": jnp.arange(3), "key": jax.random.key(0)}
     broken = state | {"a": state["a"].at[2, 1].set(bad)}
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with CheckpointDirectory(tmp_path, every=1) as checkpoints:
         assert checkpoints.save(1, state, {})
         with pytest.raises(GrpoError) as error:
             checkpoints.save(2, broken, {})
@@ -165,10 +165,14 @@ def test_a_checkpoint_that_is_not_finite_is_not_restored(tmp_path, monkeypatch):
     """As an earlier version may have written it; its checksum is right."""
     state = {"a": jnp.ones(4), "b": jnp.ones(4)}
     broken = state | {"b": jnp.array([1.0, jnp.nan, 1.0, 1.0])}
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with CheckpointDirectory(tmp_path, every=1) as checkpoints:
         checkpoints.save(1, state, {})
         with monkeypatch.context() as patch:
-            patch.setattr(run_checkpoints, "describe", lambda x: (describe(x)[0], []))
+            patch.setattr(
+                run_checkpoints,
+                "checksum_leaves",
+                lambda x: (checksum_leaves(x)[0], []),
+            )
             checkpoints.save(2, broken, {})
         with pytest.raises(GrpoError, match=r"step 2 .*b is not finite\).*: \[1\]"):
             checkpoints.restore(state)
@@ -179,7 +183,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_restored(tmp_path, monkeypatch):
 
 
 def checksum(x):
-    return describe({"x": x})[0]["x"][1]
+    return checksum_leaves({"x": x})[0]["x"][1]
 
 
 def reference_checksum(x):
@@ -239,7 +243,7 @@ def small_state(step=0):
 
 
 def two_steps(folder):
-    with Checkpoints(folder, every=1) as checkpoints:
+    with CheckpointDirectory(folder, every=1) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, small_state(step), {"lr": 0.1, "step": step})
     return folder
@@ -251,7 +255,7 @@ def test_a_flipped_bit_in_any_file_is_refused_or_harmless(tmp_path):
     want = bits(small_state(2))
     rng = random.Random(0)
     refused, harmless, by_leaf, by_metadata = [], [], 0, 0
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with CheckpointDirectory(tmp_path, every=1) as checkpoints:
         for path in files_of(tmp_path / "2"):
             data = path.read_bytes()
             arrays = "ocdbt.process_0/d/" in str(path)
@@ -290,7 +294,7 @@ def test_a_truncated_or_missing_file_is_refused(tmp_path):
         for cut in (lambda p: os.truncate(p, p.stat().st_size // 2), os.unlink):
             cut(path)
             try:
-                with Checkpoints(tmp_path, every=1) as checkpoints:
+                with CheckpointDirectory(tmp_path, every=1) as checkpoints:
                     step, state, _ = checkpoints.restore(small_state())
             except GrpoError as error:
                 assert "[1]" in str(error) and "\n" not in str(error)
@@ -308,7 +312,7 @@ def test_going_back_to_an_older_step_sets_the_newer_ones_aside(tmp_path):
     two_steps(tmp_path)
     data = next(p for p in files_of(tmp_path / "2") if "ocdbt.process_0/d/" in str(p))
     data.write_bytes(b"")
-    with Checkpoints(tmp_path, every=1, keep=2) as checkpoints:
+    with CheckpointDirectory(tmp_path, every=1, keep=2) as checkpoints:
         with pytest.raises(GrpoError, match=r"step 2 is damaged.*explicitly: \[1\]"):
             checkpoints.restore(small_state())
         with pytest.raises(GrpoError, match=r"\[1, 2\] are another run's"):
@@ -318,7 +322,7 @@ def test_going_back_to_an_older_step_sets_the_newer_ones_aside(tmp_path):
         assert checkpoints.save(2, small_state(20), {})
         assert checkpoints.steps() == [1, 2]
     assert (tmp_path / "2.abandoned" / "state").is_dir()
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with CheckpointDirectory(tmp_path, every=1) as checkpoints:
         assert checkpoints.steps() == [1, 2]
         assert bits(checkpoints.restore(small_state())[1]) == bits(small_state(20))
 
@@ -332,7 +336,7 @@ def test_another_structure_is_refused_with_a_short_difference(tmp_path):
     wanted["bias"] = jnp.ones(3)
     del wanted["opt"]["count"]
     many = {f"layer{i}": jnp.ones(1) for i in range(50)}
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with CheckpointDirectory(tmp_path, every=1) as checkpoints:
         with pytest.raises(GrpoError) as error:
             checkpoints.restore(wanted)
         assert str(error.value) == (
@@ -355,7 +359,7 @@ def test_another_structure_is_refused_with_a_short_difference(tmp_path):
 def test_an_exception_finishes_the_pending_save_and_goes_on(tmp_path):
     """Fault 28."""
     with pytest.raises(ZeroDivisionError):
-        with Checkpoints(tmp_path, every=1) as checkpoints:
+        with CheckpointDirectory(tmp_path, every=1) as checkpoints:
             checkpoints.save(4, make_state(4), {})
             1 / 0  # noqa: B018
     assert bits(restored(tmp_path)[1]) == bits(make_state(4))
@@ -370,7 +374,7 @@ def test_a_full_disk_is_loud_and_loses_nothing(tmp_path):
         return not checkpoints._orbax.is_saving_in_progress()
 
     def fill_disk_during(leave):
-        with Checkpoints(tmp_path, every=2) as checkpoints:
+        with CheckpointDirectory(tmp_path, every=2) as checkpoints:
             checkpoints.restore(big)
             resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
             try:
@@ -380,7 +384,7 @@ def test_a_full_disk_is_loud_and_loses_nothing(tmp_path):
                 wait_until(lambda: idle(checkpoints))
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with CheckpointDirectory(tmp_path, every=1) as checkpoints:
         checkpoints.save(1, big, {})
 
     def next_step(checkpoints):  # not one to save at: the failure is raised anyway
@@ -395,14 +399,14 @@ def test_a_full_disk_is_loud_and_loses_nothing(tmp_path):
         raise KeyError("first")
 
     loud = r"step 2 could not be written \(.*\); finished steps: \[1\]"
-    for leave in (Checkpoints.steps, next_step, leave_quietly):
+    for leave in (CheckpointDirectory.steps, next_step, leave_quietly):
         with pytest.raises(GrpoError, match=loud):
             fill_disk_during(leave)
     with pytest.raises(KeyError, match="first") as error:
         fill_disk_during(raise_another)
     assert "step 2 could not be written" in error.value.__notes__[0]
 
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with CheckpointDirectory(tmp_path, every=1) as checkpoints:
         assert bits(checkpoints.restore(big)[1]) == bits(big)
         assert checkpoints.save(4, big, {}) and checkpoints.steps() == [1, 4]
     assert sorted(os.listdir(tmp_path)) == ["1", "4"]  # and no half-written folders
@@ -417,15 +421,15 @@ def wait_until(condition, seconds=60.0):
 
 def test_sigterm_is_noticed_and_the_old_handler_comes_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    with Checkpoints(tmp_path, every=100) as checkpoints:
-        assert not checkpoints.preempted()
+    with CheckpointDirectory(tmp_path, every=100) as checkpoints:
+        assert not checkpoints.is_preempted()
         os.kill(os.getpid(), signal.SIGTERM)
-        wait_until(lambda: checkpoints.preempted())
-        assert checkpoints.preempted()  # it stays so
+        wait_until(lambda: checkpoints.is_preempted())
+        assert checkpoints.is_preempted()  # it stays so
         assert signal.getsignal(signal.SIGTERM) == before  # a second one ends it
         assert checkpoints.save(3, small_state(3), {}, force=True)
     assert signal.getsignal(signal.SIGTERM) == before
-    with Checkpoints(tmp_path, every=100) as checkpoints:
+    with CheckpointDirectory(tmp_path, every=100) as checkpoints:
         assert signal.getsignal(signal.SIGTERM) != before
         assert checkpoints.steps() == [3]
     assert signal.getsignal(signal.SIGTERM) == before
@@ -455,7 +459,7 @@ def train(workdir, out=print):
     advance = jax.jit(advance, donate_argnums=0)
     with (
         lock_folder(workdir),
-        Checkpoints(Path(workdir, "ck"), every=EVERY) as checkpoints,
+        CheckpointDirectory(Path(workdir, "ck"), every=EVERY) as checkpoints,
     ):
         state, start = jax.jit(init)(), 0
         if checkpoints.steps():
@@ -546,7 +550,7 @@ def test_a_run_killed_at_random_ends_with_the_same_bits(tmp_path):
     }
     digests = []
     for workdir in (straight, broken):
-        with Checkpoints(workdir / "ck", every=EVERY) as checkpoints:
+        with CheckpointDirectory(workdir / "ck", every=EVERY) as checkpoints:
             step, state, _ = checkpoints.restore(like)
             assert step == STEPS == int(state["step"])
         digests.append(hashlib.sha256(repr(bits(state)).encode()).hexdigest())
@@ -569,7 +573,7 @@ def test_one_run_at_a_time_and_only_where_it_can_write(tmp_path):
         with lock_folder(tmp_path / "file" / "run"):
             pass
     with pytest.raises(GrpoError, match="file"):
-        with Checkpoints(tmp_path / "file" / "ck", every=1):
+        with CheckpointDirectory(tmp_path / "file" / "ck", every=1):
             pass
 
 
@@ -621,7 +625,7 @@ def on_other_meshes(folder):
         )
 
     state = mesh_state(mesh_of((4, 2)))
-    with Checkpoints(folder, every=1) as checkpoints:
+    with CheckpointDirectory(folder, every=1) as checkpoints:
         checkpoints.save(1, state, {})
         for mesh in (
             mesh_of((1, 2)),
@@ -642,7 +646,7 @@ def test_another_mesh_restores_the_same_bits(tmp_path):
     assert "ok" in finish(launch(f"on_other_meshes({str(tmp_path)!r})", devices=8))
     mesh = jax.make_mesh((1, 1), ("a", "b"), devices=jax.devices()[:1])
     state = mesh_state(mesh)
-    with Checkpoints(tmp_path, every=1) as checkpoints:
+    with CheckpointDirectory(tmp_path, every=1) as checkpoints:
         assert bits(checkpoints.restore(abstract(state))[1]) == bits(state)
         data = next(p for p in files_of(tmp_path / "1") if p.stat().st_size > 4000)
         raw = bytearray(data.read_bytes())
@@ -671,15 +675,18 @@ def as_one_of_two(folder, rank, port):
     )
     advance = jax.jit(lambda s: {"w": s["w"] * 1.5, "step": s["step"] + 1})
     state = init()
-    with lock_folder(folder), Checkpoints(Path(folder, "ck"), every=2) as checkpoints:
+    with (
+        lock_folder(folder),
+        CheckpointDirectory(Path(folder, "ck"), every=2) as checkpoints,
+    ):
         for step in range(1, 100):
             state = advance(state)
-            processes.stopping(), processes.stopping()
+            processes.is_preempted(), processes.is_preempted()
             checkpoints.save(step, state, {"step": step})
             time.sleep(0.3 * (step % 2 == 0))  # signals come after what Orbax asked
             if step == 5:
                 print("\nstep 5", flush=True)
-            if checkpoints.preempted():
+            if checkpoints.is_preempted():
                 checkpoints.save(step, state, {"step": step}, force=True)
                 assert checkpoints.steps()[-1] == step
                 break
@@ -706,7 +713,7 @@ def test_two_processes_save_the_same_step_on_sigterm(signalled, tmp_path):
     steps = {int(finish(process).split()[-1]) for process in ranks}
     assert len(steps) == 1 and steps < set(range(5, 99)), steps
     like = {"w": jnp.ones((8, 8)), "step": jnp.int32(0)}
-    with Checkpoints(tmp_path / "ck", every=1) as checkpoints:
+    with CheckpointDirectory(tmp_path / "ck", every=1) as checkpoints:
         step, state, metadata = checkpoints.restore(like)
     assert metadata == {"step": step} and {step} == steps and state["step"] == step
     # the same recurrence in this process, on one device

@@ -357,7 +357,7 @@ def quick(monkeypatch):
 
 def refusal(template: str) -> str:
     with pytest.raises(GrpoError) as error:
-        chat_templates.render(template, {}, [(HELLO, True)], NOW)
+        chat_templates.render_marked(template, {}, [(HELLO, True)], NOW)
     message = str(error.value)
     assert message.startswith("chat template: ") and "\n" not in message
     assert len(message) < 400
@@ -388,7 +388,7 @@ def test_time_has_a_limit(template, quick):
     assert refusal(template).startswith("it takes too long to render; does it loop?")
     assert time.monotonic() - start < 30
     # The next one has a process of its own.
-    (good,) = chat_templates.render(
+    (good,) = chat_templates.render_marked(
         "{{ messages[0].content }}", {}, [(HELLO, True)], NOW
     )
     assert good.text == "hello"
@@ -399,11 +399,11 @@ def test_a_signal_to_the_process_costs_no_prompt(number):
     """Killed, it is replaced; what stops a run (SIGTERM, Ctrl-C) is not its own."""
     chat = [(HELLO, True)]
     for _ in range(5):
-        chat_templates.render("a", {}, chat, NOW)
+        chat_templates.render_marked("a", {}, chat, NOW)
         _, process = chat_templates._process or (0, None)
         assert process
         os.kill(process.pid, number)
-        assert chat_templates.render("b", {}, chat, NOW)[0].text == "b"
+        assert chat_templates.render_marked("b", {}, chat, NOW)[0].text == "b"
         assert (process.poll() is None) == (number != signal.SIGKILL)
 
 
@@ -415,7 +415,7 @@ def test_a_process_that_cannot_start_is_one_line(monkeypatch, tmp_path):
     with pytest.raises(
         GrpoError, match=f"ends without an answer; try `python {broken}"
     ):
-        chat_templates.render("a", {}, [(HELLO, True)], NOW)
+        chat_templates.render_marked("a", {}, [(HELLO, True)], NOW)
 
 
 def test_many_prompts_are_those_of_one_at_a_time():
@@ -441,7 +441,9 @@ def test_threads_get_their_own_texts():
     def ask(i):
         chat = [([{"role": "user", "content": f"{i}"}], True)]
         for _ in range(20):
-            (got,) = chat_templates.render("{{ messages[0].content }}", {}, chat, NOW)
+            (got,) = chat_templates.render_marked(
+                "{{ messages[0].content }}", {}, chat, NOW
+            )
             found.append(got.text == f"{i}")
 
     found: list[bool] = []
@@ -469,5 +471,5 @@ def test_qwen3_keeps_the_thoughts_of_the_last_answer_alone():
         for turn in turns
         for role, text in (("user", "?"), ("assistant", turn))
     ]
-    (got,) = chat_templates.render(QWEN3, {}, [(chat, False)], NOW)
+    (got,) = chat_templates.render_marked(QWEN3, {}, [(chat, False)], NOW)
     assert got.text.endswith("assistant\n<think>\n\n</think>\n\n3<|im_end|>\n")

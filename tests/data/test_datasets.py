@@ -20,7 +20,7 @@ from grpo_jax.data import datasets, parsers, registry
 from grpo_jax.data.datasets import Batches, Dataset
 from grpo_jax.data.example import Example
 from grpo_jax.errors import GrpoError
-from grpo_jax.files import digest
+from grpo_jax.files import file_digest
 
 DATA = os.environ.get("GRPO_JAX_DATA", "")
 real = pytest.mark.skipif(not DATA, reason="real data: set GRPO_JAX_DATA to its folder")
@@ -65,7 +65,7 @@ ROWS = {
 @real
 @pytest.mark.parametrize(("name", "split"), ROWS)
 def test_real_set_is_whole(name, split):
-    dataset = datasets.load(name, split, require=("answer",))
+    dataset = datasets.load_dataset(name, split, require=("answer",))
     assert len(dataset) == ROWS[name, split]
     rows = dataset[:: 1 if len(dataset) < 3000 else 6]
     for example in rows:
@@ -113,48 +113,48 @@ def test_real_set_is_whole(name, split):
     ],
 )
 def test_real_rows(name, split, index, question, answer):
-    example = datasets.load(name, split)[index]
+    example = datasets.load_dataset(name, split)[index]
     assert example.question.startswith(question) and example.answer == answer
 
 
 @real
 def test_real_fields():
-    gsm8k = datasets.load("gsm8k", "test")[0]
+    gsm8k = datasets.load_dataset("gsm8k", "test")[0]
     assert gsm8k.solution == (
         "Janet sells 16 - 3 - 4 = 9 duck eggs a day.\nShe makes 9 * 2 = $18 every day "
         "at the farmer’s market."
     )
     assert gsm8k.id == "gsm8k/test/0"
-    math = datasets.load("math", "test")[0]
+    math = datasets.load_dataset("math", "test")[0]
     assert math.columns == {"subject": "Algebra", "level": 3}
     assert math.id == "test/algebra/1.json" and "\\boxed{2}" in math.solution
-    assert datasets.load("math500", "test")[0].columns["level"] == 2
-    assert datasets.load("cmath", "test")[0].columns["grade"] == 1
-    svamp = datasets.load("svamp", "test")
+    assert datasets.load_dataset("math500", "test")[0].columns["level"] == 2
+    assert datasets.load_dataset("cmath", "test")[0].columns["grade"] == 1
+    svamp = datasets.load_dataset("svamp", "test")
     assert svamp[1].question == (
         "Dan had $ 3 left with him after he bought a candy bar. If he had $ 4 at the "
         "start. How much did the candy bar cost?"
     )
     # mawps holds floats: whole ones are written without ".0", the others as they are
-    answers = {example.answer for example in datasets.load("mawps", "test")}
+    answers = {example.answer for example in datasets.load_dataset("mawps", "test")}
     assert {"43", "11.5"} <= answers and not any(a.endswith(".0") for a in answers)
 
 
 @real
 def test_sets_are_put_one_after_the_other():
-    both = datasets.load("gsm8k+math", "train")
+    both = datasets.load_dataset("gsm8k+math", "train")
     assert len(both) == 7473 + 7500
     assert both[7472].id == "gsm8k/train/7472"
-    assert both[7473] == datasets.load("math", "train")[0] and both[-1].id.startswith(
-        "train"
-    )
-    few = datasets.load("gsm8k + math", "train", limit=3)
+    assert both[7473] == datasets.load_dataset("math", "train")[0] and both[
+        -1
+    ].id.startswith("train")
+    few = datasets.load_dataset("gsm8k + math", "train", limit=3)
     assert [e.id for e in few[:3]] == [f"gsm8k/train/{i}" for i in range(3)]
     assert len(few) == 6 and few[3] == both[7473]
 
 
 def test_procedural_sets_are_found():
-    sums = datasets.load("sums/chain", "test", limit=10)
+    sums = datasets.load_dataset("sums/chain", "test", limit=10)
     assert len(sums) == 10 and sums[9].question and sums[9].answer
 
 
@@ -163,15 +163,15 @@ def test_procedural_sets_are_found():
 
 def test_unknown_names_are_refused_with_what_there_is():
     with pytest.raises(GrpoError, match="'gsm8': no such set; did you mean 'gsm8k'"):
-        datasets.load("gsm8", "test")
+        datasets.load_dataset("gsm8", "test")
     with pytest.raises(GrpoError, match="'math500': no split 'train'; it has test"):
-        datasets.load("math500", "train")
+        datasets.load_dataset("math500", "train")
     with pytest.raises(GrpoError, match="'gsm8k': no split 'dev'; .* train and test"):
-        datasets.load("gsm8k", "dev")
+        datasets.load_dataset("gsm8k", "dev")
     with pytest.raises(GrpoError, match="'no/such.jsonl': no such file"):
-        datasets.load("no/such.jsonl")
+        datasets.load_dataset("no/such.jsonl")
     with pytest.raises(GrpoError, match="limit 0 is below 1"):
-        datasets.load("gsm8k", limit=0)
+        datasets.load_dataset("gsm8k", limit=0)
 
 
 # -- a user's own file -------------------------------------------------------------
@@ -184,14 +184,14 @@ def test_local_file_keeps_every_field(tmp_path):
         "",
         {"question": "题", "solution": "所以 3。", "language": "zh", "id": "x7"},
     )
-    rows = datasets.load(path)[:]
+    rows = datasets.load_dataset(path)[:]
     assert rows[0] == Example(
         "1+1?", "2", "", id=f"{path}/0", columns={"options": ["1", "2"], "level": None}
     )
     assert rows[1] == Example("题", "", "所以 3。", "zh", "x7")
-    assert len(datasets.load(f"{path}", limit=1)) == 1
+    assert len(datasets.load_dataset(f"{path}", limit=1)) == 1
     path = shutil.copy(path, tmp_path / "c.jsonl")
-    assert len(datasets.load(f"{path}+{path}")) == 4
+    assert len(datasets.load_dataset(f"{path}+{path}")) == 4
 
 
 def test_numbers_become_text(tmp_path):
@@ -199,7 +199,7 @@ def test_numbers_become_text(tmp_path):
     path = write(
         tmp_path / "a.jsonl", *({"question": "q", "answer": n} for n in numbers)
     )
-    assert [e.answer for e in datasets.load(path)] == [
+    assert [e.answer for e in datasets.load_dataset(path)] == [
         "3", "3", "0.1", "-12", "100000000000000000000", "3.0",
     ]  # fmt: skip
 
@@ -216,7 +216,7 @@ def test_chat_messages(tmp_path):
         {"messages": turns[1:]},
         {"messages": turns[1:2], "answer": "2"},
     )
-    rows = datasets.load(path)[:]
+    rows = datasets.load_dataset(path)[:]
     assert [(e.question, e.answer, e.solution) for e in rows] == [
         ("1+1?", "2", "It is 2."),
         ("1+1?", "", "It is 2."),
@@ -237,25 +237,25 @@ def test_chats_of_several_turns(system, tmp_path):
         {"messages": head + said},
         {"messages": head + said[:3], "answer": "4"},
     )
-    for row, solution in zip(datasets.load(path)[:], ["4", ""], strict=True):
+    for row, solution in zip(datasets.load_dataset(path)[:], ["4", ""], strict=True):
         assert (row.question, row.solution) == ("3", solution)
         assert row.columns["messages"] == said[:2]
         assert row.columns.get("system") == ("Be brief." if system else None)
     for i, turns in enumerate([said[1:], said[:1] * 2, [*said, brief], [brief], []]):
         bad = write(tmp_path / f"{i}.jsonl", {"messages": turns, "answer": "4"})
         with pytest.raises(GrpoError, match=r"jsonl:1: row 0 .*roles .*expected \[sys"):
-            datasets.load(bad)
+            datasets.load_dataset(bad)
 
 
 def test_missing_answers_are_refused_where_they_are_needed(tmp_path):
     rows = [{"question": "q", "answer": "1"}, {"question": "q", "solution": "s"}]
     path = write(tmp_path / "a.jsonl", *rows)
-    assert len(datasets.load(path)) == 2
+    assert len(datasets.load_dataset(path)) == 2
     with pytest.raises(GrpoError, match="a.jsonl: row 1 has no 'answer'"):
-        datasets.load(path, require=("answer",))
+        datasets.load_dataset(path, require=("answer",))
     with pytest.raises(GrpoError, match="a.jsonl: row 0 has no 'solution'"):
-        datasets.load(path, require=("solution",))
-    datasets.load(write(tmp_path / "b.jsonl", rows[0]), require=("answer",))
+        datasets.load_dataset(path, require=("solution",))
+    datasets.load_dataset(write(tmp_path / "b.jsonl", rows[0]), require=("answer",))
 
 
 GOOD = b'{"question": "1+1?", "answer": "2"}\n'
@@ -294,7 +294,7 @@ def test_bad_rows_are_refused_with_file_and_line(bad, message, tmp_path, cache):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(GOOD + b"\n" + GOOD + bad + b"\n" + GOOD)  # one line is blank
     with pytest.raises(GrpoError) as error:
-        datasets.load(str(path))
+        datasets.load_dataset(str(path))
     assert str(error.value).startswith(f"{path}:4: ") and message in str(error.value)
     assert "\n" not in str(error.value)
     assert set(cache.glob("*/*")) == before  # nothing half-made is left
@@ -303,14 +303,14 @@ def test_bad_rows_are_refused_with_file_and_line(bad, message, tmp_path, cache):
 def test_windows_files_and_byte_order_marks_are_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") * 2)
-    assert [e.answer for e in datasets.load(str(path))] == ["2", "2"]
+    assert [e.answer for e in datasets.load_dataset(str(path))] == ["2", "2"]
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_empty_file_is_refused(content, tmp_path):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(GrpoError, match="a.jsonl: the file has no rows"):
-        datasets.load(str(tmp_path / "a.jsonl"))
+        datasets.load_dataset(str(tmp_path / "a.jsonl"))
 
 
 def test_bad_rows_of_the_other_formats(tmp_path):
@@ -318,16 +318,16 @@ def test_bad_rows_of_the_other_formats(tmp_path):
         (tmp_path / folder).mkdir()
     (tmp_path / "mgsm/mgsm_zh.tsv").write_text("q\t1\nq 2\n")
     with pytest.raises(GrpoError, match="mgsm_zh.tsv:2: 1 columns; expected question"):
-        datasets.load("mgsm_zh", "test", data_dir=str(tmp_path))
+        datasets.load_dataset("mgsm_zh", "test", data_dir=str(tmp_path))
     (tmp_path / "svamp/SVAMP.json").write_text('[\n{"Body": "b"},\n{"Body": }\n]')
     with pytest.raises(GrpoError, match="SVAMP.json:3: not valid JSON"):
-        datasets.load("svamp", "test", data_dir=str(tmp_path))
+        datasets.load_dataset("svamp", "test", data_dir=str(tmp_path))
     (tmp_path / "svamp/SVAMP.json").write_text('[{"Body": "b", "Question": "q"}]')
     with pytest.raises(GrpoError, match="row 0 has no field 'Type'"):
-        datasets.load("svamp", "test", data_dir=str(tmp_path))
+        datasets.load_dataset("svamp", "test", data_dir=str(tmp_path))
     (tmp_path / "svamp/SVAMP.json").write_bytes(b'[\n"\xe9"]')
     with pytest.raises(GrpoError, match="SVAMP.json:2: not UTF-8"):
-        datasets.load("svamp", "test", data_dir=str(tmp_path))
+        datasets.load_dataset("svamp", "test", data_dir=str(tmp_path))
 
 
 def test_gsm8k_answers_and_annotations(tmp_path):
@@ -335,14 +335,14 @@ def test_gsm8k_answers_and_annotations(tmp_path):
     answer = "2*3=<<2*3=6>>6, 6/4=<<6/4=1.5>>1.5\nso #1 #### -1,080 "
     path = tmp_path / "gsm8k/test.jsonl"
     write(path, {"question": "q", "answer": answer})
-    example = datasets.load("gsm8k", "test", data_dir=str(tmp_path))[0]
+    example = datasets.load_dataset("gsm8k", "test", data_dir=str(tmp_path))[0]
     assert example.answer == "-1,080"
     assert example.solution == "2*3=6, 6/4=1.5\nso #1"
     write(path, {"question": "q", "answer": "18"})
     with pytest.raises(
         GrpoError, match="test.jsonl:1: row 0 field 'answer' has no '##"
     ):
-        datasets.load("gsm8k", "test", data_dir=str(tmp_path))
+        datasets.load_dataset("gsm8k", "test", data_dir=str(tmp_path))
 
 
 @given(st.recursive(st.just("x"), lambda s: st.lists(s, max_size=3).map("".join)))
@@ -362,12 +362,12 @@ def test_last_boxed_without_a_whole_box():
 
 def test_changed_file_is_prepared_anew(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", {"question": "changing", "answer": "1"})
-    assert datasets.load(path)[0].answer == "1"
+    assert datasets.load_dataset(path)[0].answer == "1"
     prepared = set(cache.glob("tfds/*"))
-    assert datasets.load(path)[0].answer == "1"
+    assert datasets.load_dataset(path)[0].answer == "1"
     assert set(cache.glob("tfds/*")) == prepared  # not a second time
     write(tmp_path / "a.jsonl", {"question": "changing", "answer": "2"})
-    assert datasets.load(path)[0].answer == "2"
+    assert datasets.load_dataset(path)[0].answer == "2"
     assert len(set(cache.glob("tfds/*")) - prepared) == 1
 
 
@@ -375,21 +375,21 @@ def test_preparing_leaves_nothing_in_the_temporary_folder(tmp_path, monkeypatch)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     path = write(tmp_path / "a.jsonl", {"question": "new to it", "answer": "1"})
-    assert datasets.load(path)[0].answer == "1"
+    assert datasets.load_dataset(path)[0].answer == "1"
     assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_damaged_prepared_records_name_their_folder(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", {"question": "damaged", "answer": "1"})
     before = set(cache.glob("tfds/*"))
-    datasets.load(path)
+    datasets.load_dataset(path)
     (folder,) = set(cache.glob("tfds/*")) - before
     (records,) = folder.glob("*/*/*.array_record-*")
     records.write_bytes(records.read_bytes()[:100])
     with pytest.raises(GrpoError, match=f"{folder}: .*delete the folder"):
-        datasets.load(path)
+        datasets.load_dataset(path)
     shutil.rmtree(folder)
-    assert datasets.load(path)[0].answer == "1"
+    assert datasets.load_dataset(path)[0].answer == "1"
 
 
 def test_two_processes_prepare_the_same_file(tmp_path):
@@ -397,7 +397,7 @@ def test_two_processes_prepare_the_same_file(tmp_path):
     path = write(tmp_path / "a.jsonl", *rows)
     code = (
         "import sys; from grpo_jax.data import datasets;"
-        " d = datasets.load(sys.argv[1]);"
+        " d = datasets.load_dataset(sys.argv[1]);"
         "print(len(d), d[1999].answer)"
     )
     environment = os.environ | {"GRPO_JAX_CACHE": str(tmp_path / "cache")}
@@ -421,7 +421,7 @@ def test_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("GRPO_JAX_CACHE", str(tmp_path / "file"))
     path = write(tmp_path / "a.jsonl", {"question": "q", "answer": "1"})
     with pytest.raises(GrpoError, match="set GRPO_JAX_CACHE to a folder"):
-        datasets.load(path)
+        datasets.load_dataset(path)
 
 
 # -- downloading -------------------------------------------------------------------
@@ -461,14 +461,15 @@ def test_missing_file_is_downloaded_once_and_checked(server, monkeypatch, cache)
     url, folder, handler = server
     content = (folder / "test.jsonl").read_bytes()
     address(monkeypatch, f"{url}/test.jsonl", content)
-    assert datasets.load("gsm8k", "test")[0].answer == "2"
+    assert datasets.load_dataset("gsm8k", "test")[0].answer == "2"
     assert (
-        datasets.load("gsm8k", "test", data_dir=str(folder))[0].question == "far away"
+        datasets.load_dataset("gsm8k", "test", data_dir=str(folder))[0].question
+        == "far away"
     )
     assert handler.requests == 1
     address(monkeypatch, f"{url}/test.jsonl", b"another file")
     with pytest.raises(GrpoError, match="its SHA-256 is .*, expected .* by hand"):
-        datasets.load("gsm8k", "test")
+        datasets.load_dataset("gsm8k", "test")
     kept = [path.name for path in (cache / "downloads").iterdir()]
     assert kept == [f"{hashlib.sha256(content).hexdigest()[:16]}-test.jsonl"]
 
@@ -480,12 +481,12 @@ def test_failed_download_says_what_to_put_where(server, monkeypatch, tmp_path):
     with pytest.raises(
         GrpoError, match=f"download {url}/none.*404.* put it at {place}"
     ):
-        datasets.load("gsm8k", "test", data_dir=str(tmp_path))
+        datasets.load_dataset("gsm8k", "test", data_dir=str(tmp_path))
     address(monkeypatch, "http://127.0.0.1:9/none.jsonl", b"x")
     with pytest.raises(
         GrpoError, match=r"cannot download .* \$GRPO_JAX_DATA/gsm8k/test"
     ):
-        datasets.load("gsm8k", "test")
+        datasets.load_dataset("gsm8k", "test")
 
 
 def test_math_is_never_downloaded(monkeypatch):
@@ -494,7 +495,7 @@ def test_math_is_never_downloaded(monkeypatch):
         with pytest.raises(
             GrpoError, match="MATH may not be downloaded.*GRPO_JAX_DATA"
         ):
-            datasets.load(name, "test")
+            datasets.load_dataset(name, "test")
 
 
 def test_every_address_is_pinned_and_has_a_checksum():
@@ -509,7 +510,7 @@ def test_every_address_is_pinned_and_has_a_checksum():
 def test_checksums_are_those_of_the_files():
     for source in registry.SOURCES.values():
         if source.sha256:
-            assert digest(Path(DATA, source.file), 1 << 60) == source.sha256
+            assert file_digest(Path(DATA, source.file), 1 << 60) == source.sha256
 
 
 # -- batches -----------------------------------------------------------------------

@@ -88,14 +88,20 @@ def test_pieces_joined_are_the_text(make, data):
     tokenizer = Tokenizer(inner, special={}, eos_ids=[2])
     chosen = st.lists(st.integers(0, inner.get_vocab_size() - 1), max_size=12)
     ids = data.draw(st.text(max_size=6).map(tokenizer.encode) | chosen)
-    pieces = tokenizer.pieces(ids)
+    pieces = tokenizer.text_pieces(ids)
     assert len(pieces) == len(ids)
     assert "".join(pieces) == tokenizer.decode(ids, skip_special=False)
 
 
 def test_a_character_of_several_tokens_stands_with_the_last():
     tokenizer = Tokenizer(byte_level(), special={}, eos_ids=[0])
-    assert tokenizer.pieces(tokenizer.encode("th答 th")) == ["th", "", "", "答", " th"]
+    assert tokenizer.text_pieces(tokenizer.encode("th答 th")) == [
+        "th",
+        "",
+        "",
+        "答",
+        " th",
+    ]
 
 
 def test_unknown_character_is_named():

@@ -25,7 +25,7 @@ from grpo_jax.errors import GrpoError
 
 @pytest.mark.parametrize("items, group, of", [(64, 8, 3), (64, 64, 4), (7, 1, 2)])
 def test_shares_are_everything_once_and_nearly_equal(items, group, of):
-    parts = [processes.part(items, group, i, of) for i in range(of)]
+    parts = [processes.share_of(items, group, i, of) for i in range(of)]
     assert [i for p in parts for i in range(items)[p]] == list(range(items))
     sizes = [p.stop - p.start for p in parts]
     whole = items // group >= of
@@ -40,20 +40,20 @@ asked = []
 def work(items):
     asked.extend(items)
     return [i * i for i in items]
-print(processes.exchange({"n": number, "x": float("nan") if number else 0.1}))
-print(processes.divide(work, list(range(7))), asked)
-print(processes.from_first(lambda: ["of", number]))
+print(processes.all_gather({"n": number, "x": float("nan") if number else 0.1}))
+print(processes.map_divided(work, list(range(7))), asked)
+print(processes.broadcast(lambda: ["of", number]))
 for i in range(50):
-    assert processes.exchange(i * number) == [i * k for k in range(count)]
-processes.agree("data", {"rows": [1, 2], "name": "a"})
-processes.say("once")
-processes.agree("data", {"rows": [1, 2 + (number == 2)], "name": "a"})
+    assert processes.all_gather(i * number) == [i * k for k in range(count)]
+processes.check_equal("data", {"rows": [1, 2], "name": "a"})
+processes.print_once("once")
+processes.check_equal("data", {"rows": [1, 2 + (number == 2)], "name": "a"})
 """
 AWAY = """
-processes.exchange("here")
+processes.all_gather("here")
 if number == 1:
     os.kill(os.getpid(), 9)
-processes.exchange("and now")
+processes.all_gather("and now")
 """
 
 
@@ -77,7 +77,7 @@ def test_processes_exchange_divide_and_agree():
 def test_the_end_of_one_is_the_end_of_all():
     """A process that raises, one that is killed, one that never comes: all at once."""
     began = time.monotonic()
-    raises = talk("processes.exchange(1)\n1 / (1 - number)\nprocesses.exchange(2)", 2)
+    raises = talk("processes.all_gather(1)\n1 / (1 - number)\nprocesses.exchange(2)", 2)
     killed, alone = talk(AWAY, 2), talk("print('started')", 2, numbers=[1])
     waits, divides = finish(raises)
     for process in (waits, divides):
@@ -96,7 +96,14 @@ def test_the_end_of_one_is_the_end_of_all():
 
 def test_a_cluster_says_which_process_is_which():
     """SLURM's own variables, no flags; without them a process is alone."""
-    command = ["-c", TALK, "", "0", "0", "print(processes.exchange(processes.index()))"]
+    command = [
+        "-c",
+        TALK,
+        "",
+        "0",
+        "0",
+        "print(processes.all_gather(processes.process_index()))",
+    ]
     two = [launch(command, 1, ROOT, **one) for one in slurm_of(2)]
     (alone,) = finish([launch(command, devices=1)])
     assert (alone.code, alone.out) == (0, "[0]\n"), alone.err
@@ -106,7 +113,7 @@ def test_a_cluster_says_which_process_is_which():
 
 def test_wrong_counts_and_numbers_end_in_one_line():
     """Two counts, one number twice, two processes 0: none hangs, none ends in C++."""
-    what = "print(processes.exchange(processes.index()))"
+    what = "print(processes.all_gather(processes.process_index()))"
     counts = start_as(what, [(2, 0), (3, 1)])
     twice = start_as(what, [(3, 0), (3, 1), (3, 1)])
     firsts = start_as(what, [(2, 0), (2, 0)])
@@ -128,11 +135,14 @@ def test_an_address_in_parts_is_refused():
     for given in [("h:1", 2, None), ("h:1", None, None), (None, 2, 0)]:
         with (
             pytest.raises(GrpoError, match="give all three"),
-            processes.together(*given),
+            processes.connect_processes(*given),
         ):
             pass
     for given in [("h:1", 2, 2), ("h", 2, 0), ("h:1", 2, -1)]:
-        with pytest.raises(GrpoError, match="host:port"), processes.together(*given):
+        with (
+            pytest.raises(GrpoError, match="host:port"),
+            processes.connect_processes(*given),
+        ):
             pass
 
 
@@ -305,15 +315,15 @@ EVALUATE = """
 import os, signal, time
 from grpo_jax.evaluation import completion_files
 from grpo_jax import evaluate
-from grpo_jax.evaluation.completion_files import Log
-append = Log.append
+from grpo_jax.evaluation.completion_files import CompletionLog
+append = CompletionLog.append
 def and_stop(log, *batch, **about):
     append(log, *batch, **about)
     if os.environ.get("STOP"):
         time.sleep(0.3)
         if len(log.rows) < 10:
             os.kill(os.getpid(), signal.SIGTERM)
-Log.append = and_stop
+CompletionLog.append = and_stop
 evaluate.main()
 """
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from run_processes import free_port
 
-from grpo_jax.distributed.rendezvous import meet
+from grpo_jax.distributed.rendezvous import wait_for_processes
 from grpo_jax.errors import GrpoError
 
 
@@ -23,7 +23,7 @@ def all_of(address: str, told: list[tuple[int, int]], wait: float = 5) -> list[s
 
     def one(count: int, number: int) -> str:
         try:
-            meet(address, count, number, bind=address, wait=wait)
+            wait_for_processes(address, count, number, bind=address, wait=wait)
         except GrpoError as error:
             return str(error)
         return ""

@@ -40,7 +40,7 @@ def run(**other):
 for name in ("same", "middle", "column"):
     refused(rollouts.load_questions, run(data__train=f"{{name}}.jsonl"))
     refused(run_comparison.check_sets, run(data__eval=f"{{name}}.jsonl"))
-refused(sft.train, run(data__sft="middle.jsonl"), None)
+refused(sft.train_sft, run(data__sft="middle.jsonl"), None)
 for settings in (
     {{}},
     {{"rewards__functions": "rule,mine.py:mine", "rewards__weights": "1.0,1.0"}},
@@ -49,7 +49,7 @@ for settings in (
 ):
     refused(setup.agree_on_files, run(**settings).config)
 words = ["--models", "given.jsonl", "--sets", "same.jsonl", "--out", "out"]
-refused(evaluate.check, parse_flags(words))
+refused(evaluate.check_inputs, parse_flags(words))
 """
 SAID = [
     ("fine", ""),  # data.train, the same in both

@@ -16,7 +16,11 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.training.batch import Sample
 from grpo_jax.training.packing import pack
-from grpo_jax.training.train_step import accumulate, grpo_objective, make_scorer
+from grpo_jax.training.train_step import (
+    accumulate_gradients,
+    grpo_objective,
+    make_scorer,
+)
 
 CONFIG = ModelConfig(
     vocab_size=64, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, ffn=64
@@ -51,14 +55,14 @@ def run_on(mesh, prompts):
         params = place(MODEL.init(jax.random.key(0)), mesh)
         reference = place(MODEL.init(jax.random.key(1)), mesh)
         batch = sharding.batch_placer(mesh)(make_batch())
-        step = jax.jit(accumulate, static_argnums=0)
+        step = jax.jit(accumulate_gradients, static_argnums=0)
         gradients, metrics = step(
             grpo_objective(MODEL, kl_coef=0.1), params, reference, batch
         )
         ref_logps = make_scorer(MODEL)(reference, batch)
         out = generate(MODEL, params, prompts, temperature=0, **OPTIONS)
     found = metrics["loss"], gradients, out.tokens, out.logps, ref_logps
-    return sharding.to_hosts(found)
+    return sharding.fetch_to_hosts(found)
 
 
 PROMPTS = [[1, 2, 3], [9] * 14, [5]]
@@ -112,10 +116,10 @@ def test_the_samplers_parameters_are_split_within_groups_alone():
     model = dataclasses.replace(MODEL, dtype="bfloat16")
     with jax.set_mesh(mesh):
         params = place(MODEL.init(jax.random.key(0)), mesh)
-        layout = sharding.regroup(mesh, 4)
-        moved = reshard.relay(model, params, layout)(params)
-    assert reshard.is_laid_out(model, moved, layout)
-    assert not reshard.is_laid_out(model, params, layout)
+        layout = sharding.regroup_devices(mesh, 4)
+        moved = reshard.make_resharding(model, params, layout)(params)
+    assert reshard.is_resharded(model, moved, layout)
+    assert not reshard.is_resharded(model, params, layout)
     for name, shape in (("q_proj", (2, 8, 32)), ("down_proj", (2, 32, 16))):
         leaf = moved["layers"][name]
         assert leaf.addressable_shards[0].data.shape == shape
@@ -125,7 +129,7 @@ def test_the_samplers_parameters_are_split_within_groups_alone():
 
 def test_groups_that_do_not_divide_the_devices_are_refused():
     with pytest.raises(GrpoError, match="decode_tensor: 3 does not divide .* 8"):
-        sharding.regroup(sharding.make_mesh(1, 8, 1), 3)
+        sharding.regroup_devices(sharding.make_mesh(1, 8, 1), 3)
 
 
 def test_the_weights_are_really_split():

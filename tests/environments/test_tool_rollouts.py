@@ -24,14 +24,14 @@ from grpo_jax.distributed import sharding
 from grpo_jax.environments.interpreter import (
     OUTPUT_TOKENS,
     Interpreter,
+    output_text,
     output_tokens,
-    program_of,
-    said,
+    program_to_run,
 )
-from grpo_jax.environments.tool_rollouts import solve, text_of
+from grpo_jax.environments.tool_rollouts import decode_output, generate_with_tools
 from grpo_jax.errors import GrpoError
 from grpo_jax.generation.sampler import generate
-from grpo_jax.generation.stop_strings import stop_table
+from grpo_jax.generation.stop_strings import make_stop_table
 from grpo_jax.models.logprobs import token_logprobs
 from grpo_jax.rewards import answers
 from grpo_jax.sandbox import ProgramResult, Sandbox, SandboxError
@@ -60,7 +60,7 @@ def solved(recital, interpreter):
 def run(recital, interpreter, names="abcdefgh", samples=2, **options: Any):
     model, params = recital
     given: Any = dict(max_new_tokens=64, temperature=0.0) | options
-    return solve(
+    return generate_with_tools(
         model,
         params,
         TOKENIZER,
@@ -116,10 +116,10 @@ class Watched:
         self.ran += programs
         return shared_sandbox().run_programs(programs, **limits)
 port, number, file = sys.argv[1:]
-with processes.together(f"127.0.0.1:{port}", 2, int(number)):
+with processes.connect_processes(f"127.0.0.1:{port}", 2, int(number)):
     model, params = pickle.load(open(file, "rb"))
     where = sharding.shardings(params, sharding.make_mesh(2, 1, 1))
-    params = jax.tree.map(sharding.to_devices, params, where)
+    params = jax.tree.map(sharding.place_on_devices, params, where)
     solved = run((model, params), Interpreter(sandbox=Watched()), generations=3)
     rows = [row_of(solved, i) for i in range(16)]
     calls = [[call.program for call in row] for row in solved.calls]
@@ -216,13 +216,13 @@ def test_rows_kept_a_few_at_a_time_or_on_many_devices_are_the_same(recital, solv
 
 
 def test_what_is_told_of_an_output(solved):
-    texts = [text_of(TOKENIZER, *row_of(solved, i)) for i in range(0, 16, 2)]
+    texts = [decode_output(TOKENIZER, *row_of(solved, i)) for i in range(0, 16, 2)]
     assert texts[0] == f"{P}print(6*7)\n```\n```output\n42\n```\nso 42"
     assert texts[1] == "It is 5.\n"  # a faked output is no part of it
     assert texts[6] == f"{P}print(1)\n```\n"
     assert texts[7].endswith("```output\n5\n```\n")
-    assert [answers.printed(text) for text in texts[:3]] == ["42", None, "7"]
-    assert [answers.printed(text) for text in texts[6:]] == [None, "5"]
+    assert [answers.printed_answer(text) for text in texts[:3]] == ["42", None, "7"]
+    assert [answers.printed_answer(text) for text in texts[6:]] == [None, "5"]
 
 
 # -- the text that stops, however it is tokenised --------------------------------------
@@ -242,10 +242,10 @@ def test_a_stop_string_is_found_in_any_tokenisation_of_a_small_vocabulary():
 
 def check_splits(tokenizer: Tokenizer, count: int) -> None:
     rng, stop = random.Random(0), "```output"
-    table = stop_table(tokenizer, (stop,))
+    table = make_stop_table(tokenizer, (stop,))
     found = table.shape[1] - 1
     by_text: dict[str, list[int]] = {}
-    for i, text in enumerate(tokenizer.texts()):
+    for i, text in enumerate(tokenizer.token_texts()):
         by_text.setdefault(text, []).append(i)
     del by_text[""]
     ways = set()
@@ -269,7 +269,7 @@ def check_splits(tokenizer: Tokenizer, count: int) -> None:
 def test_several_stop_strings_and_tokens_without_a_text():
     tokenizer = Tokenizer.from_alphabet("abc")
     a, b, c, eos = *tokenizer.encode("abc"), tokenizer.eos_id
-    table = stop_table(tokenizer, ("abab", "ba", "cc"), rows=20)
+    table = make_stop_table(tokenizer, ("abab", "ba", "cc"), rows=20)
     assert table.shape == (20, 7)  # "", a, b, c, ab, aba; found
     for ids, stops in (([a, b, a], True), ([a, a, c, c], True), ([a, b, b, c], False)):
         state = 0
@@ -281,7 +281,7 @@ def test_several_stop_strings_and_tokens_without_a_text():
 def test_the_sampler_stops_rows_by_text_and_slots_start_anew(recital):
     """Five rows through two slots: a slot's next row has nothing of the one before."""
     model, params = recital
-    table = stop_table(TOKENIZER, ("```output",), model.config.vocab_size)
+    table = make_stop_table(TOKENIZER, ("```output",), model.config.vocab_size)
     options: Any = dict(
         max_new_tokens=64, temperature=0.0, eos_id=TOKENIZER.eos_ids, stop_table=table
     )
@@ -315,21 +315,23 @@ def test_the_sampler_stops_rows_by_text_and_slots_start_anew(recital):
     ],
 )
 def test_the_program_of_a_text(text, program):
-    assert program_of([], text) == program
+    assert program_to_run([], text) == program
 
 
 def test_what_the_interpreter_says():
     def result(status: Any = "ok", out="", err=""):
         return ProgramResult(status, out, err, 0.1)
 
-    assert said(result(out=" 3\n4\n")) == "3\n4"
-    assert said(result(out="x" * 100)) == "x" * 100
-    assert said(result(out="a" * 60 + "b" * 60)) == "a" * 50 + "..." + "b" * 50
+    assert output_text(result(out=" 3\n4\n")) == "3\n4"
+    assert output_text(result(out="x" * 100)) == "x" * 100
+    assert output_text(result(out="a" * 60 + "b" * 60)) == "a" * 50 + "..." + "b" * 50
     trace = "Traceback (most recent call last):\n  File …\nValueError: no\n"
-    assert said(result("error", "5\n", trace)) == "Runtime errors: ValueError: no"
-    assert said(result("timeout", "5\n")) == "Runtime errors: Timeout Error"
-    assert said(result()) == "Runtime errors:"
-    assert said(result("output_limit", "y" * 999)) == "y" * 50 + "..." + "y" * 50
+    assert (
+        output_text(result("error", "5\n", trace)) == "Runtime errors: ValueError: no"
+    )
+    assert output_text(result("timeout", "5\n")) == "Runtime errors: Timeout Error"
+    assert output_text(result()) == "Runtime errors:"
+    assert output_text(result("output_limit", "y" * 999)) == "y" * 50 + "..." + "y" * 50
 
 
 def test_the_appended_tokens():
@@ -366,13 +368,14 @@ def test_the_embedded_task_is_solved_by_its_programs():
     tokenizer = Tokenizer.from_alphabet(chain_sums.TOOL_ALPHABET)
     for name in ("chain", "long", "words", "zh"):
         plain, tool = (
-            chain_sums.load(f"sums/{k}{name}", "train") for k in ("", "tool-")
+            chain_sums.load_chain_sums(f"sums/{k}{name}", "train")
+            for k in ("", "tool-")
         )
         for i in range(3):
             text = tool[i].solution
             assert tool[i].question == plain[i].question
             asked, _, told = text.partition("```output")
-            (call,) = interpreter([program_of([], asked) or ""])
+            (call,) = interpreter([program_to_run([], asked) or ""])
             assert told.startswith(f"\n{call.output}\n```\n")
             assert call.output == tool[i].answer == plain[i].answer
             assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -11,7 +11,7 @@ from grpo_jax.evaluation.census import (
     Counts,
     chance_of_signal,
     give_advice,
-    summarize,
+    summarize_counts,
     take_census,
 )
 from grpo_jax.evaluation.completion_files import Completion
@@ -58,7 +58,7 @@ def counts_of(right, *, lengths=None, cut_off=0.0, answered=1.0):
 def test_figures_of_a_set_and_of_its_lengths():
     """64 questions; the 16 shortest are right once of twice, the others never."""
     right = [[1, 0]] * 16 + [[0, 0]] * 48
-    whole, *classes = summarize(counts_of(right), group_size=2)
+    whole, *classes = summarize_counts(counts_of(right), group_size=2)
     assert whole["questions"] == 64 and whole["prompt_tokens"] == [0, 63]
     assert (whole["never"], whole["sometimes"], whole["always"]) == (0.75, 0.25, 0)
     assert whole["teaches"] == 0.25 and whole["accuracy"] == 0.125
@@ -67,7 +67,7 @@ def test_figures_of_a_set_and_of_its_lengths():
 
 
 def advice_of(counts):
-    return " ".join(give_advice({"gsm8k": summarize(counts, 2)}, 256))
+    return " ".join(give_advice({"gsm8k": summarize_counts(counts, 2)}, 256))
 
 
 def test_advice_names_what_is_wrong():

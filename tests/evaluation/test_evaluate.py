@@ -26,7 +26,12 @@ from grpo_jax.evaluation import (
     statistics,
 )
 from grpo_jax.evaluation.completion_files import Completion
-from grpo_jax.evaluation.statistics import each_pass_at_k, majority, mcnemar, wilson
+from grpo_jax.evaluation.statistics import (
+    majority_is_right,
+    mcnemar_p_value,
+    pass_at_k_by_question,
+    wilson_interval,
+)
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.report.comparison import (
@@ -49,20 +54,20 @@ def test_pass_at_k_is_the_mean_over_all_choices_of_k():
     for k in (1, 2, 3, 5):
         choices = list(itertools.combinations(right, k))
         by_hand = sum(any(c) for c in choices) / len(choices)
-        assert each_pass_at_k([2], 5, k) == pytest.approx([by_hand])
-    assert each_pass_at_k([0, 5], 5, 3) == [0, 1]
+        assert pass_at_k_by_question([2], 5, k) == pytest.approx([by_hand])
+    assert pass_at_k_by_question([0, 5], 5, 3) == [0, 1]
 
 
 def test_majority_counts_answers_and_not_completions_without_one():
-    assert majority(["7", None, None, None], [True, False, False, False])
-    assert not majority([None, None], [False, False])
-    assert majority(["7", "8"], [True, False])  # a tie: the first
+    assert majority_is_right(["7", None, None, None], [True, False, False, False])
+    assert not majority_is_right([None, None], [False, False])
+    assert majority_is_right(["7", "8"], [True, False])  # a tie: the first
 
 
 def test_the_interval_is_wilsons():
     """Against the values of R's binom.confint(…, method="wilson")."""
-    assert wilson(0.0, 50) == pytest.approx((0.0, 0.07135), abs=1e-4)
-    assert wilson(0.9, 1000) == pytest.approx((0.87984, 0.91711), abs=1e-4)
+    assert wilson_interval(0.0, 50) == pytest.approx((0.0, 0.07135), abs=1e-4)
+    assert wilson_interval(0.9, 1000) == pytest.approx((0.87984, 0.91711), abs=1e-4)
 
 
 @pytest.mark.parametrize("one, other", [(0, 0), (3, 3), (7, 1), (2, 9), (12, 0)])
@@ -73,7 +78,7 @@ def test_mcnemar_counts_all_ways_the_coins_can_fall(one, other):
     falls = [sum(coins) for coins in itertools.product((0, 1), repeat=m)]
     extreme = sum(heads <= fewer or heads >= m - fewer for heads in falls)
     expected = 1.0 if one == other else extreme / len(falls)
-    assert mcnemar(first, second) == pytest.approx(expected)
+    assert mcnemar_p_value(first, second) == pytest.approx(expected)
 
 
 def test_the_bootstrap_is_drawing_questions_again():
@@ -82,7 +87,7 @@ def test_the_bootstrap_is_drawing_questions_again():
     rng = np.random.default_rng(2)
     means = [rng.choice(values, len(values)).mean() for _ in range(20_000)]
     by_hand = np.quantile(means, (0.025, 0.975))
-    assert statistics.interval(values) == pytest.approx(by_hand, abs=0.01)
+    assert statistics.bootstrap_interval(values) == pytest.approx(by_hand, abs=0.01)
     low, high, p = statistics.paired_bootstrap(values, values[::-1] + 0.1)
     difference = values[::-1] + 0.1 - values
     draws = np.array([rng.choice(difference, 60).mean() for _ in range(20_000)])
@@ -100,7 +105,7 @@ TWO = [Example("1+1", "2"), Example("1+2", "3")]
 def test_scores_of_samples_by_hand():
     """Votes are for values: 2, 2.0 and $2 are one; a missing answer is wrong."""
     answered = [said("2", "2.0", "7", "so $2"), said("4", "4", "It is 3.", "?")]
-    result = metrics.score(TWO, answered).result
+    result = metrics.score_completions(TWO, answered).result
     assert result["accuracy"] == (3 + 1) / 8
     assert result["pass@k"] == {"1": 0.5, "2": (1 + 1 / 2) / 2, "4": 1.0}
     assert result["maj@k"] == {"1": 0.5, "2": ((1 + 0) + (0 + 1)) / 4, "4": 0.5}
@@ -127,10 +132,10 @@ def test_scores_of_samples_by_hand():
 def test_a_majority_is_of_equal_answers(boxes, reference, votes, right):
     example = Example("?", reference)
     answered = said(*(f"\\boxed{{{box}}}" for box in boxes))
-    result = metrics.score([example], [answered]).result
+    result = metrics.score_completions([example], [answered]).result
     assert result["maj@k"][str(len(boxes))] == right
     graded = np.array([[vote == 0 for vote in votes]])
-    assert metrics.votes([example], boxes, graded) == [votes]
+    assert metrics.assign_votes([example], boxes, graded) == [votes]
 
 
 def test_an_option_and_its_value_are_one_vote():
@@ -138,7 +143,7 @@ def test_an_option_and_its_value_are_one_vote():
     example = Example("?", "A", columns=options)
     given = ["B", "2.0", "2", "A", "1", "C"]
     right = np.array([[0, 0, 0, 1, 1, 0]])
-    assert metrics.votes([example], given, right) == [[1, 1, 1, 0, 0, 3]]
+    assert metrics.assign_votes([example], given, right) == [[1, 1, 1, 0, 0, 3]]
 
 
 def test_no_votes_are_compared_where_none_is_right(monkeypatch):
@@ -148,23 +153,25 @@ def test_no_votes_are_compared_where_none_is_right(monkeypatch):
         asked.append(len(examples))
         return [False] * len(examples)
 
-    monkeypatch.setattr(kinds, "grade", count)
+    monkeypatch.setattr(kinds, "grade_examples", count)
     given = [str(n) for n in range(100)]
-    (votes,) = metrics.votes([Example("?", "no")], given, np.zeros((1, 100)))
+    (votes,) = metrics.assign_votes([Example("?", "no")], given, np.zeros((1, 100)))
     assert votes == list(range(1, 101))
-    metrics.votes([Example("?", "0")], given, np.eye(1, 100))
+    metrics.assign_votes([Example("?", "0")], given, np.eye(1, 100))
     assert asked == [0, 64 * 63 // 2]  # not 99 with 98 others
 
 
 def test_a_question_that_is_too_long_counts_as_wrong():
-    result = metrics.score(TWO, [None, said("It is 3.")]).result
+    result = metrics.score_completions(TWO, [None, said("It is 3.")]).result
     assert (result["accuracy"], result["too_long"]) == (0.5, 1)
 
 
 def test_programs_and_the_papers_rule_stand_beside():
     texts = ["```output\n2\n```\nSo \\boxed{200}", "```output\nRuntime errors: x\n```3"]
     answered = [said(text) for text in texts]
-    result = metrics.score(TWO, answered, grader="paper", programs=True).result
+    result = metrics.score_completions(
+        TWO, answered, grader="paper", programs=True
+    ).result
     assert result["accuracy"] == 0 and result["paper"]["accuracy"] == 0.5
     assert result["program"]["accuracy"] == 0.5
 
@@ -173,7 +180,7 @@ def test_paired_tests_say_which_they_are():
     a = metrics.Score({}, np.array([[1.0], [0.0], [0.0], [1.0]]))
     b = metrics.Score({}, np.array([[1.0], [1.0], [0.0], [0.0]]))
     c = metrics.Score({}, np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0]]))
-    tests = metrics.pairs({("s", "greedy"): {"a": a, "b": b, "c": c}})
+    tests = metrics.compare_pairs({("s", "greedy"): {"a": a, "b": b, "c": c}})
     assert [t["models"] for t in tests] == [["a", "b"], ["a", "c"], ["b", "c"]]
     assert (tests[0]["test"], tests[0]["p"]) == ("exact McNemar", 1.0)
     assert tests[1]["test"] == "paired bootstrap"
@@ -187,7 +194,7 @@ def test_paired_tests_say_which_they_are():
 
 def test_the_table_says_what_was_measured_where():
     def cell(accuracy, heat=0.0):
-        found = {"accuracy": accuracy, "ci95": wilson(accuracy, 100)}
+        found = {"accuracy": accuracy, "ci95": wilson_interval(accuracy, 100)}
         return found | {"temperature": heat}
 
     results = {
@@ -232,7 +239,7 @@ def test_published_figures_are_marked_and_complete():
     assert title.startswith("Published, not measured here")
     assert "| DeepSeekMath-RL 7B | 88.2 |" in to_markdown(table)
     assert published_tables(["svamp"], ["cot"]) == {}
-    known = published_figures.for_json(["math", "ocw"], ["cot", "tool"])
+    known = published_figures.figures_for_json(["math", "ocw"], ["cot", "tool"])
     assert known["note"].startswith("published, not measured")
     assert known["tool"]["MAmmoTH 70B"] == {"math": "41.8"}
 
@@ -265,7 +272,7 @@ def test_completions_of_others_are_read_by_id_index_or_question(tmp_path):
         {"set": "b", "question": "same", "completion": "q", "mode": "tool"},
         {"set": "c", "index": 0, "completion": "of a set that is not asked for"},
     )
-    found = completion_files.read(file, SETS)
+    found = completion_files.read_completions(file, SETS)
     assert found["a"] == {
         ("cot", "greedy"): ([said("2"), said("3")], 0.0),
         ("cot", "sampled"): ([said("v", "w"), said("x", "y")], 0.5),
@@ -300,7 +307,7 @@ GOOD = {"set": "a", "index": 0, "completion": "2"}
 def test_bad_completions_are_refused_with_file_and_line(rows, message, tmp_path):
     file = write(tmp_path / "x.jsonl", *rows)
     with pytest.raises(GrpoError, match=message):
-        completion_files.read(file, SETS)
+        completion_files.read_completions(file, SETS)
 
 
 # -- the command, stopped and continued ------------------------------------------------

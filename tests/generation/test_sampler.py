@@ -13,9 +13,9 @@ from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.generation import continuation, kv_cache, sampler
 from grpo_jax.generation.continuation import continue_rollouts, continue_tokens
-from grpo_jax.generation.rollout_shapes import bucket
+from grpo_jax.generation.rollout_shapes import bucket_length
 from grpo_jax.generation.sampler import generate, generate_tokens
-from grpo_jax.generation.token_sampling import Sampling, draw
+from grpo_jax.generation.token_sampling import Sampling, draw_tokens
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.kernels import cpu
@@ -52,9 +52,9 @@ def blocks(request, monkeypatch):
 
 
 def use_kernels(monkeypatch):
-    if not cpu.ready():
+    if not cpu.library_is_ready():
         pytest.skip("no C++ compiler")
-    monkeypatch.setattr(sharding, "alone", lambda: True)
+    monkeypatch.setattr(sharding, "is_one_device", lambda: True)
 
 
 def compile_anew(monkeypatch):
@@ -103,7 +103,9 @@ def test_log_probabilities_are_those_of_the_training_forward(
         at = len(prompt) - 1
         np.testing.assert_allclose(logps[0, at : at + n], out.logps[i, :n], atol=1e-4)
         if temperature == 0:
-            best = model.project(PARAMS, hidden)[0, at : at + n].argmax(-1)
+            best = model.project_to_vocabulary(PARAMS, hidden)[0, at : at + n].argmax(
+                -1
+            )
             assert best.tolist() == out.tokens[i, :n].tolist()
 
 
@@ -176,7 +178,7 @@ def test_draw_follows_the_distribution():
     n, v = 60_000, 300
     logits = jnp.where(jnp.arange(v) % 3 == 0, -jnp.inf, jnp.sin(jnp.arange(v)) * 2)
     keys = jax.random.split(jax.random.key(0), n)
-    tokens, logps = jax.jit(draw)(jnp.tile(logits, (n, 1)), keys, 3, 0.8)
+    tokens, logps = jax.jit(draw_tokens)(jnp.tile(logits, (n, 1)), keys, 3, 0.8)
     p = np.asarray(jax.nn.softmax(logits / 0.8), np.float64)
     counts = np.bincount(tokens, minlength=v)
     assert not counts[p == 0].any()  # never a token that is ruled out
@@ -190,14 +192,14 @@ def test_draw_follows_the_distribution():
 def test_a_certain_token_is_always_drawn():
     logits = jnp.full((1000, 300), -1e9).at[:, 299].set(0.0)
     keys = jax.random.split(jax.random.key(1), 1000)
-    tokens, logps = draw(logits, keys, 0, 1.0)
+    tokens, logps = draw_tokens(logits, keys, 0, 1.0)
     assert tokens.tolist() == [299] * 1000 and not logps.any()
 
 
 def test_buckets_are_few_and_waste_at_most_a_third():
-    sizes = {bucket(n) for n in range(1, 1025)}
+    sizes = {bucket_length(n) for n in range(1, 1025)}
     assert len(sizes) <= 13
-    assert all(bucket(n) < 1.5 * n for n in range(16, 1025))
+    assert all(bucket_length(n) < 1.5 * n for n in range(16, 1025))
 
 
 def test_an_empty_prompt_is_refused_by_number():

@@ -4,7 +4,7 @@ import html.parser
 import json
 from pathlib import Path
 
-from grpo_jax.evaluation.statistics import wilson
+from grpo_jax.evaluation.statistics import wilson_interval
 
 RAN = "document.documentElement.dataset.ran='yes'"
 HOSTILE = (
@@ -15,7 +15,7 @@ HOSTILE = (
 
 
 def measured(accuracy, n):
-    return {"accuracy": accuracy, "ci95": wilson(accuracy, n), "too_long": 0}
+    return {"accuracy": accuracy, "ci95": wilson_interval(accuracy, n), "too_long": 0}
 
 
 def completion(reward, advantage, tokens, **more):

@@ -20,7 +20,7 @@ from grpo_jax.errors import GrpoError
 port, count, number, what = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4]
 try:
     given = (f"127.0.0.1:{port}", count, number) if port else ()
-    with processes.together(*given, wait=8, heartbeat=8):
+    with processes.connect_processes(*given, wait=8, heartbeat=8):
         try:
             exec(what)
         except GrpoError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.config import Config
-from grpo_jax.training.config_checks import validate
+from grpo_jax.training.config_checks import validate_config
 
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {
@@ -40,7 +40,7 @@ def small_config(settings: Mapping[str, Any]) -> Config:
     for name, value in (SMALL | dict(settings)).items():
         outer, _, inner = name.rpartition(".")
         setattr(getattr(config, outer) if outer else config, inner, value)
-    return validate(config)
+    return validate_config(config)
 
 
 def dotted(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.checkpoints.formats.torch_bin import read_bin
-from grpo_jax.checkpoints.huggingface.safetensors_files import Stored
+from grpo_jax.checkpoints.huggingface.safetensors_files import StoredTensor
 
 WORDS = ["a", "b", "1", "2", "Ġ", "Ċ", "ab", "Ġab", "12", "<|im_start|>", "<|im_end|>"]
 WORDS += ["ba"]  # that no merge makes
@@ -34,7 +34,7 @@ def opcodes(module: str, name: str, *arguments: str) -> bytes:
     return body.encode()
 
 
-def rebuilt(tmp_path: Path, *arguments: str) -> dict[str, Stored]:
+def rebuilt(tmp_path: Path, *arguments: str) -> dict[str, StoredTensor]:
     file = tmp_path / "w.bin"
     with zipfile.ZipFile(file, "w") as archive:
         data = opcodes("torch._utils", "_rebuild_tensor_v2", *arguments)

@@ -24,15 +24,15 @@ from grpo_jax.models import lora
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.lora import Lora
-from grpo_jax.train import train
+from grpo_jax.train import train_run
 from grpo_jax.training.batch import Sample
-from grpo_jax.training.config_checks import validate
+from grpo_jax.training.config_checks import validate_config
 from grpo_jax.training.packing import pack
 from grpo_jax.training.run import load_run, open_run, stage_params
 from grpo_jax.training.setup import initial_params
 from grpo_jax.training.train_step import (
     TrainState,
-    accumulate,
+    accumulate_gradients,
     grpo_objective,
     make_grpo_step,
     make_scorer,
@@ -45,7 +45,7 @@ CONFIG = ModelConfig(
 LORA = Lora(rank=4, alpha=6.0)
 MODEL = Decoder(CONFIG, lora=LORA)
 # Compiled as a whole: many small programs would take longer.
-begin = jax.jit(lora.begin, static_argnums=0)
+begin = jax.jit(lora.begin_stage, static_argnums=0)
 merge = jax.jit(lora.merge_lora, static_argnums=0)
 logits = jax.jit(Decoder.logits, static_argnums=0)
 BASE = jax.jit(MODEL.init)(jax.random.key(0))
@@ -56,13 +56,13 @@ LAYOUTS = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 
 def noisy(params, key=3):
     """Adapters as they are after training: B is not 0."""
-    trained, frozen = lora.split(params)
+    trained, frozen = lora.split_adapters(params)
     rng = np.random.default_rng(key)
 
     def add(x):
         return jnp.asarray(x + np.float32(0.2) * rng.normal(size=x.shape).astype("f"))
 
-    return lora.join(jax.tree.map(add, jax.device_get(trained)), frozen)
+    return lora.join_adapters(jax.tree.map(add, jax.device_get(trained)), frozen)
 
 
 TRAINED = noisy(START)
@@ -96,7 +96,7 @@ def close(a, b, **tolerance):
 
 
 def test_new_adapters_change_no_bit():
-    same_bits(lora.base(START), BASE)
+    same_bits(lora.base_params(START), BASE)
     same_bits(logits(MODEL, START, TOKENS), logits(Decoder(CONFIG), BASE, TOKENS))
     a = START["layers"]["down_proj_lora_a"]
     assert a.shape == (2, 4, 24) and not START["layers"]["down_proj_lora_b"].any()
@@ -109,7 +109,10 @@ def test_the_adapters_are_what_the_paper_says():
     """h = W x + α/r · B A x, in one matrix, by hand."""
     model = Decoder(CONFIG, lora=Lora(rank=4, alpha=6.0, targets=("o_proj",)))
     params = noisy(begin(model.lora, BASE, jax.random.key(1)))
-    assert set(lora.split(params)[0]["layers"]) == {"o_proj_lora_a", "o_proj_lora_b"}
+    assert set(lora.split_adapters(params)[0]["layers"]) == {
+        "o_proj_lora_a",
+        "o_proj_lora_b",
+    }
     layers = params["layers"]
     w = layers["o_proj"] + 1.5 * np.einsum(
         "LFR,LRD->LFD", layers["o_proj_lora_b"], layers["o_proj_lora_a"]
@@ -126,13 +129,13 @@ def test_merged_is_unmerged():
     close(logits(MODEL, merged, TOKENS), logits(MODEL, TRAINED, TOKENS), atol=1e-5)
     same_bits(merge(LORA, BASE), BASE)
     again = begin(LORA, TRAINED, jax.random.key(5))  # as at a stage's boundary
-    same_bits(lora.base(again), merged)
+    same_bits(lora.base_params(again), merged)
     assert not again["layers"]["q_proj_lora_b"].any()
 
 
 def test_two_stages_are_one_adapter_of_twice_the_rank():
     second = noisy(begin(LORA, TRAINED, jax.random.key(5)), key=6)
-    both, pairs = lora.stack(LORA, [TRAINED, second])
+    both, pairs = lora.stack_adapters(LORA, [TRAINED, second])
     layers = dict(BASE["layers"])
     for name, (a, b) in pairs.items():
         layers |= {name + lora.A: a, name + lora.B: b}
@@ -170,7 +173,7 @@ def test_the_sampler_and_the_scorer_use_the_adapters():
 
 def test_gradients_of_a_and_b_are_the_chain_rules():
     """dA = α/r Bᵀ dW and dB = α/r dW Aᵀ, with dW of the merged matrix."""
-    step = jax.jit(accumulate, static_argnums=0)
+    step = jax.jit(accumulate_gradients, static_argnums=0)
     objective = grpo_objective(MODEL, kl_coef=0.1)
     gradients, _ = step(objective, TRAINED, BASE, BATCH)
     merged, _ = step(objective, merge(LORA, TRAINED), BASE, BATCH)
@@ -203,19 +206,21 @@ def test_steps_move_the_adapters_alone_and_kl_is_against_the_base():
     step = make_grpo_step(MODEL, optimizer, kl_coef=0.1)
     state = TrainState.create(jax.tree.map(jnp.copy, START), optimizer)
     sizes = [x.size for x in jax.tree.leaves(state.opt_state) if x.ndim]
-    count = sum(x.size for x in jax.tree.leaves(lora.split(START)[0]))
+    count = sum(x.size for x in jax.tree.leaves(lora.split_adapters(START)[0]))
     assert sum(sizes) == 2 * count  # AdamW's two moments, of the adapters alone
     for number in range(3):
         before = jax.device_get(state.params)
         state, metrics = step(state, None, BATCH)
-        same_bits(lora.base(state.params), BASE)
+        same_bits(lora.base_params(state.params), BASE)
         if number == 0:
             assert metrics["kl"] == 0
         else:
             expected = kl_by_hand(before, BASE)
             assert metrics["kl"] > 1e-3
             np.testing.assert_allclose(metrics["kl"], expected, rtol=1e-3)
-    after, start = (jax.device_get(lora.split(p)[0]) for p in (state.params, START))
+    after, start = (
+        jax.device_get(lora.split_adapters(p)[0]) for p in (state.params, START)
+    )
     moved = jax.tree.map(lambda x, y: (x != y).any(), after, start)
     assert all(jax.tree.leaves(moved))
 
@@ -251,7 +256,9 @@ def test_nothing_is_kept_for_gradients_that_are_not_wanted():
 def test_a_reference_must_come_from_somewhere():
     objective = grpo_objective(MODEL, kl_coef=0.1)
     with pytest.raises(GrpoError, match="no LoRA adapters to leave out"):
-        jax.eval_shape(functools.partial(accumulate, objective), BASE, None, BATCH)
+        jax.eval_shape(
+            functools.partial(accumulate_gradients, objective), BASE, None, BATCH
+        )
 
 
 def test_adapters_of_another_rank_are_refused():
@@ -264,7 +271,7 @@ def test_a_bfloat16_base_keeps_float32_adapters():
     base = jax.tree.map(lambda x: x.astype("bfloat16"), jax.device_get(BASE))
     params = noisy(begin(LORA, base, KEY))
     kinds = jax.tree.map(lambda x: str(x.dtype), params)
-    trained, frozen = lora.split(kinds)
+    trained, frozen = lora.split_adapters(kinds)
     assert set(jax.tree.leaves(trained)) == {"float32"}
     assert set(jax.tree.leaves(frozen)) == {"bfloat16"}
     hidden, _ = jax.eval_shape(model, params, TOKENS)
@@ -272,7 +279,7 @@ def test_a_bfloat16_base_keeps_float32_adapters():
     merged = merge(LORA, params)
     assert merged["layers"]["q_proj"].dtype == jnp.bfloat16
     close(logits(model, merged, TOKENS), logits(model, params, TOKENS), atol=0.15)
-    without = logits(model, lora.base(params), TOKENS)
+    without = logits(model, lora.base_params(params), TOKENS)
     assert np.abs(logits(model, params, TOKENS) - without).max() > 0.5
 
 
@@ -284,7 +291,7 @@ def numbers(mesh):
     with jax.set_mesh(mesh):
         params = jax.device_put(TRAINED, sharding.shardings(TRAINED, mesh))
         batch = sharding.batch_placer(mesh)(BATCH)
-        step = jax.jit(accumulate, static_argnums=0)
+        step = jax.jit(accumulate_gradients, static_argnums=0)
         gradients, metrics = step(
             grpo_objective(MODEL, kl_coef=0.1), params, None, batch
         )
@@ -329,7 +336,9 @@ def test_the_adapters_are_split_as_their_matrices():
 def test_what_makes_no_adapter_is_refused(settings, message):
     model = ModelSettings(layers=1, width=16, heads=2, ffn=16, **settings)
     with pytest.raises(GrpoError) as error:
-        validate(Config(model=model, sft_steps=1, data=DataSettings(sft="gsm8k")))
+        validate_config(
+            Config(model=model, sft_steps=1, data=DataSettings(sft="gsm8k"))
+        )
     text = str(error.value)
     assert message in text and "\n" not in text
 
@@ -360,7 +369,7 @@ def start(folder: Path, workdir: Path, accept=False, **changes) -> None:
         "rewards.functions": f"{folder / 'rewards.py'}:length",
     }  # fmt: skip
     config = small_config(settings | changes)
-    train(config, workdir, accept_changes=accept)
+    train_run(config, workdir, accept_changes=accept)
 
 
 @pytest.fixture(scope="module")
@@ -392,8 +401,8 @@ def kls(workdir: Path) -> list[float]:
 def test_the_reference_of_rl_is_instruct(straight):
     run, params = states(straight / "run")
     initial = initial_params(run.config, run.model, run.mesh)
-    same_bits(lora.base(params["sft"]), initial)
-    same_bits(lora.base(params["rl"]), merge(run.model.lora, params["sft"]))
+    same_bits(lora.base_params(params["sft"]), initial)
+    same_bits(lora.base_params(params["rl"]), merge(run.model.lora, params["sft"]))
     kl = kls(straight / "run")
     assert kl[0] == 0 and all(x > 0 for x in kl[1:])
     assert set(json.loads((straight / "run/results.json").read_text())["models"]) == {
@@ -431,12 +440,14 @@ def test_export_merges(straight, tmp_path):
     _, params, _ = load_run(workdir)
     model, merged = load_pretrained(out)
     config = open_run(workdir).model
-    assert jax.tree.structure(merged) == jax.tree.structure(lora.base(params))
+    assert jax.tree.structure(merged) == jax.tree.structure(lora.base_params(params))
     tokens = np.array([[1, 5, 2, 7]])
     merged, params = jax.device_get((merged, params))
     got, expected = logits(model, merged, tokens), logits(config, params, tokens)
     np.testing.assert_allclose(got, expected, atol=1e-5)
-    assert np.abs(expected - logits(config, lora.base(params), tokens)).max() > 1e-3
+    assert (
+        np.abs(expected - logits(config, lora.base_params(params), tokens)).max() > 1e-3
+    )
 
 
 def test_the_adapter_alone_leads_from_the_first_weights_to_the_last(straight, tmp_path):

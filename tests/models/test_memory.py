@@ -124,11 +124,11 @@ def test_what_is_recomputed_changes_memory_and_no_gradient():
 def test_an_unknown_remat_is_refused():
     from grpo_jax.config import Config, ModelSettings
     from grpo_jax.errors import GrpoError
-    from grpo_jax.training.config_checks import validate
+    from grpo_jax.training.config_checks import validate_config
 
     config = Config(sft_steps=1, model=ModelSettings(path="x", remat="fulll"))
     with pytest.raises(GrpoError, match="did you mean full"):
-        validate(config)
+        validate_config(config)
 
 
 # The reference
@@ -148,9 +148,9 @@ def test_host_memory_holds_the_same_numbers():
     mesh = sharding.make_mesh(2, 2, 2)
     params = MODEL.init(KEY)
     there = jax.device_put(params, sharding.shardings(params, mesh))
-    away = sharding.move(there, "host")
+    away = sharding.move_to_memory(there, "host")
     assert {x.sharding.memory_kind for x in jax.tree.leaves(away)} == {"pinned_host"}
-    back = sharding.move(away, "device")
+    back = sharding.move_to_memory(away, "device")
     for a, b in zip(*map(jax.tree.leaves, (back, there)), strict=True):
         assert a.sharding == b.sharding
         np.testing.assert_array_equal(a, b)
@@ -186,17 +186,17 @@ def test_the_optimisers_state_is_spread_over_data_too():
 
 def compiled_sampler(mesh, tensor: int) -> Any:
     """The compiled rollout of 16 prompts on the mesh, and its shapes."""
-    layout = sharding.regroup(mesh, tensor)
+    layout = sharding.regroup_devices(mesh, tensor)
     groups = sharding.rows_multiple(layout)
-    shape = rollout_shapes.shape_of(16, 64, 2, groups=groups)
-    program = sampler.program(
+    shape = rollout_shapes.rollout_shape(16, 64, 2, groups=groups)
+    program = sampler.make_sampler(
         shape,
         spread=mesh.size > 1,
         max_new_tokens=64,
         temperature=1.0,
         eos_id=(0,),
     )
-    params = sharding.abstract(jax.eval_shape(MODEL.init, KEY), layout)
+    params = sharding.abstract_arrays(jax.eval_shape(MODEL.init, KEY), layout)
     tokens, mask = (
         jax.ShapeDtypeStruct(
             (shape.prompts, shape.width), kind, sharding=sharding.batch_sharding(layout)
@@ -228,15 +228,15 @@ def test_caches_are_split_and_a_turn_sends_neither_weights_nor_caches():
 
 def test_a_cache_is_held_once():
     """A full block is put away in place, and blocks are read where they stand."""
-    shape = rollout_shapes.shape_of(16, 16, 8, slots=64)
-    program = sampler.program(shape, spread=False, max_new_tokens=512, eos_id=(0,))
+    shape = rollout_shapes.rollout_shape(16, 16, 8, slots=64)
+    program = sampler.make_sampler(shape, spread=False, max_new_tokens=512, eos_id=(0,))
     tokens, mask = (
         jax.ShapeDtypeStruct((shape.prompts, shape.width), kind)
         for kind in (jnp.int32, jnp.bool)
     )
     jitted, params = program.func, jax.eval_shape(MODEL.init, KEY)
     lowered = jitted.lower(MODEL, params, tokens, mask, key=KEY, **program.keywords)  # type: ignore
-    columns = kv_cache.block_size(512) * (kv_cache.others_for(512, queue=True) + 1)
+    columns = kv_cache.block_size(512) * (kv_cache.ring_blocks(512, queue=True) + 1)
     held = 2 * CONFIG.layers * 64 * columns * CONFIG.kv_heads * CONFIG.head_dim * 4
     assert lowered.compile().memory_analysis().temp_size_in_bytes < 1.5 * held
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.generation.rollout_shapes import ragged, shape_of
-from grpo_jax.generation.sampler import program
+from grpo_jax.generation.rollout_shapes import pad_token_lists, rollout_shape
+from grpo_jax.generation.sampler import make_sampler
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.training.batch import Sample
@@ -44,15 +44,15 @@ def programs():
     state = jax.eval_shape(lambda p: TrainState.create(p, optimizer), PARAMS)
     yield "update", exported(make_grpo_step(MODEL, optimizer), state, PARAMS, BATCH)
     yield "reference", exported(make_scorer(MODEL), PARAMS, BATCH)
-    shape = shape_of(2, 16, 8)
-    sampler = program(shape, spread=False, max_new_tokens=32, eos_id=(0,))
+    shape = rollout_shape(2, 16, 8)
+    sampler = make_sampler(shape, spread=False, max_new_tokens=32, eos_id=(0,))
 
     def rollout(params, tokens, mask, seed):
         key = jax.random.key(seed)
         out = sampler(MODEL, params, tokens, mask, key=key)
         return out.tokens, out.logps
 
-    prompts = ragged([[1, 2, 3]] * 2, shape.prompts, shape.width)
+    prompts = pad_token_lists([[1, 2, 3]] * 2, shape.prompts, shape.width)
     yield "rollout", exported(jax.jit(rollout), PARAMS, *prompts, np.uint32(0))
 
 

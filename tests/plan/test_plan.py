@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.generation.rollout_shapes import shape_of
+from grpo_jax.generation.rollout_shapes import rollout_shape
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.logprobs import token_logprobs
@@ -230,13 +230,13 @@ def test_turns_are_those_of_full_slots_and_then_of_the_longest_output():
     )
     lengths = MeanLengths.for_config(config, None, 256)
     whole = sampler_trip_counts(
-        config, shape_of(16, 100, 64, groups=8, slots=1024), 8, lengths
+        config, rollout_shape(16, 100, 64, groups=8, slots=1024), 8, lengths
     )
     assert whole["turns"] == 256 and whole["last_turns"] == (1024 - 256) / 2
     assert whole["blocks"] == 1 / 2
     assert columns_per_turn(1024, queue=False) == (7 / 2 + 1) * 128
     queued = sampler_trip_counts(
-        config, shape_of(16, 100, 64, groups=8, slots=256), 8, lengths
+        config, rollout_shape(16, 100, 64, groups=8, slots=256), 8, lengths
     )
     assert queued["turns"] == 4 * 256 and queued["blocks"] == 1
     assert columns_per_turn(1024, queue=True) == (8 + 1) * 128

@@ -10,7 +10,7 @@ from abstract_meshes import mesh_of
 from small_runs import small_config
 
 from grpo_jax.errors import GrpoError
-from grpo_jax.generation.sampler import generate_tokens, spread_tokens
+from grpo_jax.generation.sampler import generate_tokens, generate_tokens_on_mesh
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.plan import chips
@@ -31,7 +31,9 @@ def lowered(sizes: tuple[int, int, int], length: int, *, spread: bool) -> str:
     key = jax.eval_shape(lambda: jax.random.key(0))
     prompts = shape((8, length), jnp.int32), shape((8, length), jnp.bool)
     with jax.sharding.use_abstract_mesh(mesh_of("tpu", *sizes)):
-        sample = functools.partial(spread_tokens if spread else generate_tokens, model)
+        sample = functools.partial(
+            generate_tokens_on_mesh if spread else generate_tokens, model
+        )
         traced = jax.jit(functools.partial(sample, **OPTIONS)).trace(
             params, *prompts, key=key
         )

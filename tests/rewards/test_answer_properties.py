@@ -17,7 +17,7 @@ from grpo_jax.evaluation import completion_files
 from grpo_jax.evaluation.completion_files import Completion
 from grpo_jax.rewards import answers
 from grpo_jax.rewards.grading import algebra, equality, kinds
-from grpo_jax.rewards.grading.expressions import rational
+from grpo_jax.rewards.grading.expressions import evaluate_rational
 
 # Pieces that the rules look for, so that texts of them reach the rules.
 PIECES = st.sampled_from(
@@ -44,9 +44,11 @@ def test_any_text_has_an_answer_or_none(text, language):
     found = answers.extract(text, language)
     assert found is None or found == found.strip() != ""
     columns = {"options": ["1", "2", "3"]}
-    letters = kinds.predict(text, Example("?", "A", language=language, columns=columns))
+    letters = kinds.extract_prediction(
+        text, Example("?", "A", language=language, columns=columns)
+    )
     assert letters is None or isinstance(letters, str)
-    blanks = kinds.predict(text, Example("?", "1; 2", columns={"blanks": 2}))
+    blanks = kinds.extract_prediction(text, Example("?", "1; 2", columns={"blanks": 2}))
     assert blanks is None or isinstance(blanks, str)
 
 
@@ -60,9 +62,9 @@ BALANCED = st.recursive(
 def test_a_box_holds_what_stands_between_its_braces(content, before, after):
     assume(not before.endswith("\\"))
     text = rf"{before}\boxed{{{content}}}{after}"
-    assert answers.boxed(text)[-1:] == [content]
+    assert answers.find_boxed(text)[-1:] == [content]
     nested = rf"\boxed{{1}}, \boxed{{{content}\boxed{{2}}}}"
-    assert answers.boxed(nested) == ["1", rf"{content}\boxed{{2}}"]
+    assert answers.find_boxed(nested) == ["1", rf"{content}\boxed{{2}}"]
 
 
 def _verdict(one, other, numbers):
@@ -257,10 +259,14 @@ def test_numbers_as_other_languages_group_them(whole, cents, language):
     local = english.replace(",", "_").replace(".", ",").replace("_", mark)
     for text in (f"#### {local}", f"So {local} €.", rf"\boxed{{{local}}}"):
         found = answers.extract(text, language)
-        assert found is not None and rational(found) == Fraction(f"{whole}.{cents:02d}")
+        assert found is not None and evaluate_rational(found) == Fraction(
+            f"{whole}.{cents:02d}"
+        )
     phrase = {"de": "Die Antwort ist", "es": "La respuesta es", "fr": "La réponse est"}
     found = answers.extract(f"{phrase[language]} {local}.")
-    assert found is not None and rational(found) == Fraction(f"{whole}.{cents:02d}")
+    assert found is not None and evaluate_rational(found) == Fraction(
+        f"{whole}.{cents:02d}"
+    )
 
 
 # -- files of completions --------------------------------------------------------------
@@ -305,7 +311,7 @@ def file(tmp_path_factory):
 def test_any_file_of_completions_is_read_or_refused_in_one_line(file, lines):
     file.write_bytes(b"\n".join(lines))
     try:
-        found = completion_files.read(file, {"own": SET})
+        found = completion_files.read_completions(file, {"own": SET})
     except GrpoError as error:
         assert str(error).startswith(str(file)) and "\n" not in str(error)
         str(error).encode()  # it can be printed
@@ -334,7 +340,7 @@ def test_completions_come_back_whatever_order_and_name_they_have(
         lines.append(json.dumps({name: asked, "completion": texts[n][i]}))
         expected[n].append(Completion(texts[n][i]))
     file.write_text("\n".join(lines))
-    (group,) = completion_files.read(file, {"own": SET})["own"].values()
+    (group,) = completion_files.read_completions(file, {"own": SET})["own"].values()
     assert group.completions == expected and group.temperature is None
 
 
@@ -356,7 +362,7 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, row, message):
     file = tmp_path / "completions.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(GrpoError, match=f":2: .*{message}") as error:
-        completion_files.read(file, {"own": SET})
+        completion_files.read_completions(file, {"own": SET})
     str(error.value).encode()
 
 
@@ -364,7 +370,7 @@ def test_the_sets_that_a_file_has_are_named_on_one_line(tmp_path):
     file = tmp_path / "completions.jsonl"
     file.write_text(json.dumps({"set": "a\n\ud800", "index": 0, "completion": "0"}))
     with pytest.raises(GrpoError, match="it has a \ufffd$") as error:
-        completion_files.read(file, {"own": SET})
+        completion_files.read_completions(file, {"own": SET})
     str(error.value).encode()
 
 
@@ -391,7 +397,7 @@ def test_a_line_that_is_not_of_our_making_is_refused(tmp_path, row):
     with pytest.raises(
         GrpoError, match="own.jsonl:2: not a line of this file's making"
     ):
-        completion_files.Log(file, {}, restart=False)
+        completion_files.CompletionLog(file, {}, restart=False)
 
 
 @given(lines=LINES)
@@ -401,7 +407,7 @@ def test_any_file_of_our_own_goes_on_or_is_refused_in_one_line(file, lines):
     made = json.dumps({"index": 1, "completions": ["a"], "cut_off": [None]}).encode()
     file.write_bytes(b"\n".join([first, *lines, made, b""]))
     try:
-        log = completion_files.Log(file, settings, restart=False)
+        log = completion_files.CompletionLog(file, settings, restart=False)
     except GrpoError as error:
         assert str(error).startswith(str(file)) and "\n" not in str(error)
         return

@@ -156,7 +156,7 @@ def test_the_stated_answer(text, expected):
 def test_numbers_as_the_language_of_the_question_writes_them(language, text, expected):
     assert answers.extract(text, language) == expected
     example = Example("?", "1", language=language)
-    assert kinds.predict(text, example) == expected
+    assert kinds.extract_prediction(text, example) == expected
 
 
 def test_a_reward_reads_numbers_in_the_language_of_each_question():
@@ -198,7 +198,7 @@ FOUR = Example("?", "C", columns={"options": ["3", "1/4", "1/2", "8"]})
     ],
 )
 def test_the_option_that_is_called_right(text, said):
-    assert kinds.predict(text, FOUR) == said
+    assert kinds.extract_prediction(text, FOUR) == said
 
 
 def test_a_box_in_the_thoughts_is_no_box():
@@ -206,9 +206,12 @@ def test_a_box_in_the_thoughts_is_no_box():
     said = [r"<think>\boxed{1}</think> \boxed{2}", r"<think>\boxed{1}</think> 2"]
     assert format_(["?"] * 2, said) == [1.0, 0.0]
     two = Example("?", "1; 2", columns={"blanks": 2})
-    assert kinds.predict(r"<think>\boxed{3; 4}</think> \boxed{1; 2}", two) == "1; 2"
+    assert (
+        kinds.extract_prediction(r"<think>\boxed{3; 4}</think> \boxed{1; 2}", two)
+        == "1; 2"
+    )
     boxes = r"<think>\boxed{3} \boxed{4}</think> \boxed{1}"
-    assert kinds.predict(boxes, Example("?", "1"), "paper") == "1"
+    assert kinds.extract_prediction(boxes, Example("?", "1"), "paper") == "1"
 
 
 def test_the_end_token_is_no_text_where_it_is_not_flagged_special():
@@ -279,4 +282,6 @@ def test_the_answer_of_every_row_of_the_table_is_right():
         ("答えは1,234円です。", "1234"),
     ]
     said = [answers.extract(text) for text, _ in rows]
-    assert worker_pool.grade(said, [right for _, right in rows]) == [True] * len(rows)
+    assert worker_pool.grade_answers(said, [right for _, right in rows]) == [
+        True
+    ] * len(rows)

@@ -29,7 +29,7 @@ def good(prompts, completions, **columns):
 def score(functions, weights=None, **options):
     weights = [1.0] * len(functions) if weights is None else weights
     timeout = options.pop("timeout", 20.0)
-    return reward_functions.score(
+    return reward_functions.compute_rewards(
         functions, weights, PROMPTS, COMPLETIONS, COLUMNS, timeout=timeout, **options
     )
 
@@ -108,7 +108,7 @@ def test_past_the_share_of_failing_calls_it_refuses():
         GrpoError, match=r"reward bad: RuntimeError: no such file.*100%"
     ):
         score([bad])
-    calls = reward_functions.Calls()
+    calls = reward_functions.CallRecord()
     for _ in range(9):
         score([good], calls=calls)
     assert np.isnan(score([bad], max_failures=0.1, calls=calls).rewards).all()
@@ -147,9 +147,9 @@ def test_a_hang_counts_as_wrong_and_training_goes_on():
 def test_a_hang_does_not_keep_the_interpreter():
     code = (
         "import threading\n"
-        "from grpo_jax.rewards.reward_functions import score\n"
+        "from grpo_jax.rewards.reward_functions import compute_rewards\n"
         "def hang(prompts, completions): threading.Event().wait()\n"
-        "print(score([hang], [1], ['q'], ['c'], {}, timeout=0.1).timeouts)\n"
+        "print(compute_rewards([hang], [1], ['q'], ['c'], {}, timeout=0.1).timeouts)\n"
     )
     root = Path(reward_functions.__file__).parents[2]
     done = subprocess.run(
@@ -181,11 +181,11 @@ def test_unequal_lengths_and_missing_columns_are_refused():
     with pytest.raises(GrpoError, match="2 weights for 1 functions"):
         score([good], [1.0, 2.0])
     with pytest.raises(GrpoError, match="answer has 1 values for 2 completions"):
-        reward_functions.score(
+        reward_functions.compute_rewards(
             [good], [1], ["q"] * 2, ["c"] * 2, {"answer": ["1"]}, timeout=1
         )
     with pytest.raises(GrpoError, match="reward rule_reward.*'answer'"):
-        reward_functions.score(
+        reward_functions.compute_rewards(
             [reward_functions.rule_reward], [1], ["q"], ["c"], {}, timeout=1
         )
 
@@ -216,12 +216,17 @@ def test_functions_of_one_name_keep_their_columns():
 def test_resolve_finds_modules_and_files(tmp_path):
     file = tmp_path / "my_rewards.py"
     file.write_text("def length(prompts, completions): return [7.0]\n")
-    assert reward_functions.resolve(f"{file}:length")([], []) == [7.0]
+    assert reward_functions.find_reward_function(f"{file}:length")([], []) == [7.0]
     assert (
-        reward_functions.resolve("grpo_jax.rewards.reward_functions:format_reward")
+        reward_functions.find_reward_function(
+            "grpo_jax.rewards.reward_functions:format_reward"
+        )
         is reward_functions.format_reward
     )
-    assert reward_functions.resolve("format") is reward_functions.format_reward
+    assert (
+        reward_functions.find_reward_function("format")
+        is reward_functions.format_reward
+    )
 
 
 @pytest.mark.parametrize(
@@ -236,7 +241,7 @@ def test_resolve_finds_modules_and_files(tmp_path):
 )
 def test_resolve_says_in_one_line_what_is_wrong(name, message):
     with pytest.raises(GrpoError, match=message) as caught:
-        reward_functions.resolve(name)
+        reward_functions.find_reward_function(name)
     assert "\n" not in str(caught.value)
 
 
@@ -249,7 +254,7 @@ def test_a_column_never_replaces_what_the_run_passes(name):
     columns = COLUMNS | {name: [r"\boxed{2}", r"\boxed{4}", r"\boxed{6}"]}
     message = f"the data has a column '{name}'.*rename"
     with pytest.raises(GrpoError, match=message):
-        reward_functions.score(
+        reward_functions.compute_rewards(
             [reward_functions.rule_reward],
             [1.0],
             PROMPTS,
@@ -258,7 +263,7 @@ def test_a_column_never_replaces_what_the_run_passes(name):
             timeout=9,
         )
     with pytest.raises(GrpoError, match=message):
-        reward_functions.check_calls([reward_functions.rule_reward], columns)
+        reward_functions.check_signatures([reward_functions.rule_reward], columns)
 
 
 def test_a_function_cannot_change_what_another_one_sees():
@@ -370,7 +375,7 @@ def test_a_function_that_never_has_a_value_is_refused_with_the_counts():
     def shy(prompts, completions, **columns):
         return [None] * 3
 
-    calls = reward_functions.Calls()
+    calls = reward_functions.CallRecord()
     for _ in range(9):
         out = score([good, shy], calls=calls)
         assert out.failures == {"good": 0, "shy": 3}
@@ -380,7 +385,7 @@ def test_a_function_that_never_has_a_value_is_refused_with_the_counts():
     def once(prompts, completions, **columns):
         return [None, None, 1.0 if len(seen) == 5 else None]
 
-    calls, seen = reward_functions.Calls(), []
+    calls, seen = reward_functions.CallRecord(), []
     for i in range(14):
         seen.append(i)
         score([once], calls=calls)  # the fifth call's value starts the count again

@@ -33,8 +33,8 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def pool():
-    pool = worker_pool.Pool(workers=1, seconds=2.0)
-    assert pool.same(r"\sqrt{8}", r"2\sqrt{2}")
+    pool = worker_pool.WorkerPool(workers=1, seconds=2.0)
+    assert pool.is_equal(r"\sqrt{8}", r"2\sqrt{2}")
     yield pool
     pool.close()
 
@@ -48,14 +48,14 @@ def process_of(pool):
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: text[:12])
 @pytest.mark.parametrize("reference", ["5", r"x > \sqrt{2}"])
 def test_hostile_text_is_wrong_and_bounded(pool, text, reference, monkeypatch):
-    monkeypatch.setattr(worker_pool, "pool", lambda: pool)
+    monkeypatch.setattr(worker_pool, "shared_pool", lambda: pool)
     began = time.monotonic()
-    assert worker_pool.grade([text], [reference]) == [False]
+    assert worker_pool.grade_answers([text], [reference]) == [False]
     assert time.monotonic() - began < 5
 
 
 def test_no_text_is_executed(pool, monkeypatch, tmp_path):
-    monkeypatch.setattr(worker_pool, "pool", lambda: pool)
+    monkeypatch.setattr(worker_pool, "shared_pool", lambda: pool)
     mark = tmp_path / "mark"
     for text in (
         f"__import__('os').system('touch {mark}')",
@@ -63,21 +63,21 @@ def test_no_text_is_executed(pool, monkeypatch, tmp_path):
         f"open('{mark}', 'w')",
         f"$x$ $$(lambda: __import__('pathlib').Path('{mark}').touch())()$$",
     ):
-        assert worker_pool.grade([text], [r"\sqrt{2}"]) == [False]
+        assert worker_pool.grade_answers([text], [r"\sqrt{2}"]) == [False]
     assert not mark.exists()
 
 
 def test_a_hung_worker_is_killed_and_replaced():
-    pool = worker_pool.Pool(workers=1, seconds=0.2)
+    pool = worker_pool.WorkerPool(workers=1, seconds=0.2)
     try:
-        assert pool.same(r"\sqrt{8}", r"2\sqrt{2}")
+        assert pool.is_equal(r"\sqrt{8}", r"2\sqrt{2}")
         process = process_of(pool)
         os.kill(process.pid, signal.SIGSTOP)  # it hangs
         began = time.monotonic()
-        assert not pool.same(r"\sqrt{8}", r"2\sqrt{2}")
+        assert not pool.is_equal(r"\sqrt{8}", r"2\sqrt{2}")
         assert time.monotonic() - began < 5  # the limit by the clock, and a new start
         assert process.returncode == -signal.SIGKILL
-        assert pool.same(r"\sqrt{8}", r"2\sqrt{2}")
+        assert pool.is_equal(r"\sqrt{8}", r"2\sqrt{2}")
     finally:
         pool.close()
 
@@ -86,18 +86,18 @@ def test_a_worker_killed_between_pairs_is_replaced(pool):
     process = process_of(pool)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert pool.same(r"\sqrt{8}", r"2\sqrt{2}")
+    assert pool.is_equal(r"\sqrt{8}", r"2\sqrt{2}")
 
 
 def test_a_worker_that_waits_for_a_busy_cpu_is_not_out_of_time():
-    pool = worker_pool.Pool(workers=1, seconds=0.5)
+    pool = worker_pool.WorkerPool(workers=1, seconds=0.5)
     try:
-        assert pool.same(r"\sqrt{8}", r"2\sqrt{2}")
+        assert pool.is_equal(r"\sqrt{8}", r"2\sqrt{2}")
         process = process_of(pool)
         os.kill(process.pid, signal.SIGSTOP)
         later = threading.Timer(1.0, os.kill, (process.pid, signal.SIGCONT))
         later.start()
-        assert pool.same(r"\sqrt{12}", r"2\sqrt{3}")
+        assert pool.is_equal(r"\sqrt{12}", r"2\sqrt{3}")
         assert process_of(pool) is process
     finally:
         pool.close()
@@ -108,7 +108,7 @@ def test_a_worker_killed_at_its_pair_makes_no_right_answer_wrong(pool):
     os.kill(process.pid, signal.SIGSTOP)
     later = threading.Timer(0.3, os.kill, (process.pid, signal.SIGKILL))
     later.start()
-    assert pool.same(r"\sqrt{20}", r"2\sqrt{5}")
+    assert pool.is_equal(r"\sqrt{20}", r"2\sqrt{5}")
     assert process_of(pool) is not process
 
 
@@ -116,7 +116,7 @@ def test_a_worker_killed_at_its_pair_makes_no_right_answer_wrong(pool):
 def test_a_signal_to_all_leaves_the_worker_to_its_parent(pool, number):
     process = process_of(pool)
     os.kill(process.pid, number)
-    assert pool.same(r"\sqrt{8}", r"2\sqrt{2}")
+    assert pool.is_equal(r"\sqrt{8}", r"2\sqrt{2}")
     assert process_of(pool) is process and process.poll() is None
 
 
@@ -124,7 +124,7 @@ def test_threads_share_the_pool(pool):
     found = {}
 
     def ask(n):
-        found[n] = pool.same(rf"\sqrt{{{n * n * 2}}}", rf"{n}\sqrt{{2}}")
+        found[n] = pool.is_equal(rf"\sqrt{{{n * n * 2}}}", rf"{n}\sqrt{{2}}")
 
     threads = [threading.Thread(target=ask, args=(n,)) for n in range(2, 18)]
     for thread in threads:
@@ -138,18 +138,20 @@ def test_grade_keeps_the_order_and_counts_none_as_wrong():
     predictions = ["1", None, r"\sqrt{2}", "1", r"2^{1/2}", r"\sqrt{2}"]
     references = ["1", "1", r"\sqrt{2}", "2", r"\sqrt{2}", r"\sqrt{3}"]
     expected = [True, False, True, False, True, False]
-    assert worker_pool.grade(predictions, references) == expected
+    assert worker_pool.grade_answers(predictions, references) == expected
 
 
 def test_grade_refuses_unequal_lengths():
     with pytest.raises(GrpoError, match="2 predictions for 1 references"):
-        worker_pool.grade(["1", "2"], ["1"])
+        worker_pool.grade_answers(["1", "2"], ["1"])
 
 
 def test_gsm8k_answers_pass_at_500_a_second():
     predictions = [f"${n:,}.00" for n in range(1000, 2000)]
     began = time.monotonic()
-    assert all(worker_pool.grade(predictions, [str(n) for n in range(1000, 2000)]))
+    assert all(
+        worker_pool.grade_answers(predictions, [str(n) for n in range(1000, 2000)])
+    )
     assert 1000 / (time.monotonic() - began) >= 500
 
 
@@ -159,8 +161,8 @@ import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 print("imported", flush=True)          # once: workers must not run this file
 from grpo_jax.rewards.grading import worker_pool
-assert worker_pool.pool().same(r"\\sqrt{8}", r"2\\sqrt{2}")
-(process,) = (w.process for w in worker_pool.pool()._workers if w.process)
+assert worker_pool.shared_pool().is_equal(r"\\sqrt{8}", r"2\\sqrt{2}")
+(process,) = (w.process for w in worker_pool.shared_pool()._workers if w.process)
 print(process.pid, flush=True)
 maps = open(f"/proc/{process.pid}/maps").read()
 assert "jaxlib" not in maps, "a worker imported jax"

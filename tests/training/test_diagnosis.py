@@ -8,9 +8,9 @@ import pytest
 from small_runs import dotted, small_config, write_questions
 
 from grpo_jax.report import write_report
-from grpo_jax.train import train
+from grpo_jax.train import train_run
 from grpo_jax.training.diagnosis import RULES, Diagnosis
-from grpo_jax.training.rollout_pipeline import Pipeline
+from grpo_jax.training.rollout_pipeline import RolloutPipeline
 from grpo_jax.training.work_directory import read_config
 
 REWARDS = """
@@ -53,7 +53,7 @@ def run(folder, name, **changes):
     start = folder / "instruct" / "checkpoints" / "sft"
     if start.exists() and config.sft_steps == 24:
         shutil.copytree(start, folder / name / "checkpoints" / "sft")
-    train(config, folder / name)
+    train_run(config, folder / name)
     return rows(folder / name)
 
 
@@ -184,14 +184,14 @@ def test_lengths_that_explode(here):
 
 
 def test_a_sampler_apart_from_the_trainer(here, monkeypatch):
-    take = Pipeline.take
+    take = RolloutPipeline.take_rollout
 
     def from_others(self, step, params):
         keys = iter(jax.random.split(jax.random.key(0), 99))
         noise = lambda x: jax.random.normal(next(keys), x.shape)  # noqa: E731
         return take(self, step, jax.tree.map(lambda x: x + 0.5 * noise(x), params))
 
-    monkeypatch.setattr(Pipeline, "take", from_others)
+    monkeypatch.setattr(RolloutPipeline, "take_rollout", from_others)
     lines = run(here, "apart", optimizer__max_sampling_gap=100.0)
     assert any("sampler and trainer differ" in text for text in findings(lines))
 

@@ -13,7 +13,7 @@ from grpo_jax.checkpoints.huggingface.weights import save_pretrained
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
-from grpo_jax.train import train
+from grpo_jax.train import train_run
 from grpo_jax.training.batch import Sample
 from grpo_jax.training.packing import pack
 from grpo_jax.training.run import load_run
@@ -95,7 +95,7 @@ def test_a_run_whose_every_completion_is_empty(tmp_path, monkeypatch):
         "rewards.weights": "1,1",
         "eval.samples": 0,
     }
-    train(small_config(settings), tmp_path / "run")
+    train_run(small_config(settings), tmp_path / "run")
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     rows = [row for row in map(json.loads, text.splitlines()) if row["stage"] == "rl"]
     assert len(rows) == 2

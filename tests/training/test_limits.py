@@ -9,7 +9,7 @@ import pytest
 from small_runs import ROOT, small_config, write_questions
 
 from grpo_jax.errors import GrpoError
-from grpo_jax.train import train as train_here
+from grpo_jax.train import train_run as train_here
 
 SMALL = ["model.layers=1", "model.width=16", "model.heads=2", "model.ffn=16"]
 SMALL += ["sft_steps=1", "sft.warmup_steps=0", "rl_steps=1", "group_size=2"]

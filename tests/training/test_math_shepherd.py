@@ -15,12 +15,12 @@ from grpo_jax.generation.sampler import generate
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.training.reward_model.labels import (
-    Labelled,
-    encode,
-    read,
+    LabelledSequence,
+    encode_solution,
+    mix_with_history,
+    read_labels,
     read_math_shepherd,
-    replay,
-    write,
+    write_labels,
 )
 from grpo_jax.training.reward_model.math_shepherd import (
     Sampler,
@@ -158,15 +158,17 @@ def test_labels_of_the_real_sampler():
     assert label_questions(sample, prompts, key=jax.random.key(2), **options) != found
 
 
-ITEM = Labelled(tokens=(5, 6, 7, 8), prompt=2, ends=(2, 3), labels=(0.25, 1.0), id="é")
+ITEM = LabelledSequence(
+    tokens=(5, 6, 7, 8), prompt=2, ends=(2, 3), labels=(0.25, 1.0), id="é"
+)
 
 
 def test_json_lines_round_trip(tmp_path):
     items = [ITEM, dataclasses.replace(ITEM, labels=(1 / 3, 0.0), id="")]
-    write(tmp_path / "labels.jsonl", items)
-    assert read(tmp_path / "labels.jsonl", vocab_size=9) == items
+    write_labels(tmp_path / "labels.jsonl", items)
+    assert read_labels(tmp_path / "labels.jsonl", vocab_size=9) == items
     with pytest.raises(GrpoError, match=r"labels.jsonl:1: token 8 is not one"):
-        read(tmp_path / "labels.jsonl", vocab_size=8)
+        read_labels(tmp_path / "labels.jsonl", vocab_size=8)
 
 
 @pytest.mark.parametrize(
@@ -185,10 +187,10 @@ def test_a_damaged_line_is_refused_with_its_number(tmp_path, change, message):
     rows = [dataclasses.asdict(ITEM), dataclasses.asdict(ITEM) | change]
     file.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(GrpoError, match=f"labels.jsonl:2: .*{message}"):
-        read(file)
+        read_labels(file)
     file.write_text('{"tokens": [1]')
     with pytest.raises(GrpoError, match=r"labels.jsonl:1: not valid JSON"):
-        read(file)
+        read_labels(file)
 
 
 def test_an_outcome_is_the_last_label():
@@ -200,13 +202,13 @@ def test_an_outcome_is_the_last_label():
 def test_replay_adds_a_tenth_of_the_history():
     history = [dataclasses.replace(ITEM, id=str(i)) for i in range(40)]
     new = [dataclasses.replace(ITEM, id="new")] * 3
-    mixed = replay(new, history, seed=0, iteration=1)
+    mixed = mix_with_history(new, history, seed=0, iteration=1)
     assert mixed[:3] == new and len(mixed) == 3 + 4
     assert len({item.id for item in mixed[3:]}) == 4  # without replacement
-    assert mixed == replay(new, history, seed=0, iteration=1)
-    assert mixed != replay(new, history, seed=0, iteration=2)
-    assert mixed != replay(new, history, seed=1, iteration=1)
-    assert replay(new, [], seed=0, iteration=0) == new
+    assert mixed == mix_with_history(new, history, seed=0, iteration=1)
+    assert mixed != mix_with_history(new, history, seed=0, iteration=2)
+    assert mixed != mix_with_history(new, history, seed=1, iteration=1)
+    assert mix_with_history(new, [], seed=0, iteration=0) == new
 
 
 def test_math_shepherds_own_format(tmp_path):
@@ -220,7 +222,7 @@ def test_math_shepherds_own_format(tmp_path):
     (solution,) = read_math_shepherd(file)
     assert solution.question == "Q?" and solution.labels == (1.0, 0.0)
     assert solution.steps == ("Step 1: a+b=2", "Step 2: 1-2 The answer is: 3")
-    item = encode(lambda text: [ord(c) for c in text], solution)
+    item = encode_solution(lambda text: [ord(c) for c in text], solution)
     assert [chr(item.tokens[end]) for end in item.ends] == ["\n", "\n"]
     assert item.prompt == len("Q?\n") and item.labels == (1.0, 0.0)
     for broken in (

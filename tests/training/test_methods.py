@@ -13,16 +13,16 @@ from small_runs import SMALL, dotted, small_config, write_questions
 
 from grpo_jax.algorithms.methods import METHODS
 from grpo_jax.config import Config, RewardSettings
-from grpo_jax.rewards.reward_functions import Scores
-from grpo_jax.train import train
+from grpo_jax.rewards.reward_functions import RewardScores
+from grpo_jax.train import train_run
 from grpo_jax.training import credit, rollouts
 from grpo_jax.training.metrics_writer import Recorder
 from grpo_jax.training.reward_model import labels
-from grpo_jax.training.rl_programs import Layout, make_objective
+from grpo_jax.training.rl_programs import BatchLayout, make_objective
 from grpo_jax.training.rl_step import by_output
 from grpo_jax.training.run import load_run, open_run
 from grpo_jax.training.run_rewards import Rewards
-from grpo_jax.training.train_step import accumulate, make_scorer
+from grpo_jax.training.train_step import accumulate_gradients, make_scorer
 
 STEPS = 4
 SIZES = SMALL | {
@@ -58,7 +58,7 @@ def run(folder: Path, name: str, method: str, **changes) -> Path:
     start = folder / "instruct" / "checkpoints" / "sft"
     if start.exists() and not (folder / name / "checkpoints" / "sft").exists():
         shutil.copytree(start, folder / name / "checkpoints" / "sft")
-    train(config, folder / name)
+    train_run(config, folder / name)
     return folder / name
 
 
@@ -98,7 +98,7 @@ def test_the_reference_follows_the_policy_where_the_method_iterates(instruct):
     assert min(kl[1], kl[3], kl[5]) > 1e-5
     # and the reward model was trained on: new labels, more steps, other weights
     assert [row["step"] for row in metrics(workdir, "reward-2")] == [1, 2, 3, 4]
-    first, second = (labels.read(workdir / f"labels-{i}.jsonl") for i in (1, 2))
+    first, second = (labels.read_labels(workdir / f"labels-{i}.jsonl") for i in (1, 2))
     assert len(first) == len(second) == 16 and first != second
 
 
@@ -173,11 +173,11 @@ def test_dynamic_sampling_counts_right_outputs_and_not_their_length(instruct, tm
     assert row["rewards/overlong/std"] > 0.05  # or there were nothing to be misled by
     assert row["dynamic/rollouts"] > 1 and 0.2 < row["dynamic/tied"] < 0.8
     here = open_run(workdir)
-    source = rollouts.Experience(here)
+    source = rollouts.RolloutSource(here)
     policy = load_run(instruct / "instruct")[1]
     with jax.set_mesh(here.mesh):
-        drawn = source.draw(0, policy)
-        _, scores, _ = source.grade(0, rollouts.read(drawn), policy)
+        drawn = source.sample_rollout(0, policy)
+        _, scores, _ = source.score_rollout(0, rollouts.read_outputs(drawn), policy)
     groups = scores.by_function["mine"].reshape(-1, 4)
     assert (groups.min(1) == 0).all() and (groups.max(1) == 1).all()
 
@@ -198,11 +198,11 @@ def test_the_rule_alone_tells_right_from_wrong(instruct):
         "overlong": np.array([0, -0.3, -0.1, 0], np.float32),
     }
     total = np.array([0, 0.7, 1.9, 1], np.float32)
-    scores = Scores(total, given)
+    scores = RewardScores(total, given)
     np.testing.assert_array_equal(rewards.correctness(scores), given["rule_reward"])
     del given["rule_reward"]
     other = dataclasses.replace(config, rewards=RewardSettings(functions="format"))
-    scores = Scores(total, given)
+    scores = RewardScores(total, given)
     np.testing.assert_array_equal(Rewards(other, []).correctness(scores), [0, 1, 1, 1])
 
 
@@ -211,25 +211,29 @@ def test_rloos_gradient_is_reinforce_by_hand(instruct):
     with R_i = r_i - β (log π_θ - log π_ref) of the whole output."""
     workdir = run(instruct, "rloo-by-hand", "rloo", rl_steps=1, kl_coef=0.5)
     here = open_run(workdir)
-    config, source = here.config, rollouts.Experience(here)
+    config, source = here.config, rollouts.RolloutSource(here)
     policy = load_run(instruct / "instruct")[1]
     noise = iter(jax.random.split(jax.random.key(5), 99))
     moved = jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), policy
     )
     with jax.set_mesh(here.mesh):
-        drawn = source.draw(0, moved)
-        outputs, scores, _ = source.grade(0, rollouts.read(drawn), moved)
-        batch = Layout(config, here.mesh)([o.sample for o in outputs])
+        drawn = source.sample_rollout(0, moved)
+        outputs, scores, _ = source.score_rollout(
+            0, rollouts.read_outputs(drawn), moved
+        )
+        batch = BatchLayout(config, here.mesh)([o.sample for o in outputs])
         ref = make_scorer(here.model)(policy, batch)
         ref = by_output(ref, outputs)
-        penalty = 0.5 * credit.divergence(outputs, ref)
+        penalty = 0.5 * credit.log_ratio_sums(outputs, ref)
         graded = dataclasses.replace(scores, rewards=scores.rewards - penalty)
         options = dict(scale="none", baseline="leave_one_out")
-        samples = credit.outcome(outputs, graded, [1.0], config.group_size, **options)
-        batch = Layout(config, here.mesh)(samples)
+        samples = credit.assign_outcome_credit(
+            outputs, graded, [1.0], config.group_size, **options
+        )
+        batch = BatchLayout(config, here.mesh)(samples)
         objective = make_objective(config, here.model)
-        step = jax.jit(lambda p, b: accumulate(objective, p, None, b)[0])
+        step = jax.jit(lambda p, b: accumulate_gradients(objective, p, None, b)[0])
         ours = step(moved, batch)
 
     R = np.array([r - p for r, p in zip(scores.rewards, penalty, strict=True)])
@@ -262,11 +266,13 @@ def test_rft_samples_from_the_instruct_model_all_along(instruct):
     """The outputs of a step are π_sft's, whatever was learned before it."""
     workdir = run(instruct, "rft-again", "rft", learning_rate=1e-1)
     here = open_run(workdir)
-    source = rollouts.Experience(here)
+    source = rollouts.RolloutSource(here)
     sft = load_run(instruct / "instruct")[1]
     with jax.set_mesh(here.mesh):
-        drawn = source.draw(STEPS - 1, sft)
-        outputs, _, _ = source.grade(STEPS - 1, rollouts.read(drawn), sft)
+        drawn = source.sample_rollout(STEPS - 1, sft)
+        outputs, _, _ = source.score_rollout(
+            STEPS - 1, rollouts.read_outputs(drawn), sft
+        )
     lines = (workdir / "samples.jsonl").read_text().splitlines()
     shown = json.loads(lines[-1])["completions"]
     assert [c["completion"] for c in shown] == [o.text for o in outputs[:4]]

@@ -13,7 +13,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.batch import Sample
-from grpo_jax.training.credit import teaches
+from grpo_jax.training.credit import has_gradient
 from grpo_jax.training.objectives import (
     dpo_objective,
     grpo_objective,
@@ -21,7 +21,12 @@ from grpo_jax.training.objectives import (
     sft_objective,
 )
 from grpo_jax.training.packing import pack, unpack
-from grpo_jax.training.train_step import TrainState, accumulate, make_scorer, make_step
+from grpo_jax.training.train_step import (
+    TrainState,
+    accumulate_gradients,
+    make_scorer,
+    make_step,
+)
 
 CONFIG = ModelConfig(
     vocab_size=23, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, ffn=24
@@ -29,7 +34,7 @@ CONFIG = ModelConfig(
 MODEL = Decoder(CONFIG)
 PARAMS = MODEL.init(jax.random.key(0))
 REFERENCE = MODEL.init(jax.random.key(1))
-GRADIENT = jax.jit(accumulate, static_argnums=0)
+GRADIENT = jax.jit(accumulate_gradients, static_argnums=0)
 
 
 def make_samples(n, seed=0, **fields):
@@ -92,7 +97,7 @@ def test_outputs_that_teach_nothing_may_be_left_out(aggregate):
     if aggregate == "constant":
         options["max_length"] = 9
     samples = make_samples(6, advantages=lambda rng, n: float(rng.integers(-1, 2)))
-    kept = [s for s in samples if teaches(s)]
+    kept = [s for s in samples if has_gradient(s)]
     assert 0 < len(kept) < 6
     objective = grpo_objective(MODEL, **options)
     whole, a = GRADIENT(objective, PARAMS, None, pack(samples, length=20))

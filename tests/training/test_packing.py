@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from grpo_jax.errors import GrpoError
 from grpo_jax.training.batch import Sample
 from grpo_jax.training.packing import PROMPT, fitting_length, pack, unpack
-from grpo_jax.training.row_placement import place
+from grpo_jax.training.row_placement import place_in_rows
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(40, 100))
 @settings(max_examples=50, deadline=None)
 def test_every_sample_is_placed_once_and_no_row_overfilled(lengths, size):
     samples = [Sample(tokens=[0] * (n + 1), mask=[1] * (n + 1)) for n in lengths]
-    rows = [[i for group in row for i in group] for row in place(samples, size)]
+    rows = [[i for group in row for i in group] for row in place_in_rows(samples, size)]
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= size for row in rows)
 
@@ -159,13 +159,13 @@ def test_questions_are_taken_in_the_order_that_saves_a_row():
     samples = [
         Sample(tokens=[0] * (n + 1), mask=[1] * (n + 1)) for n in (4, 4, 3, 3, 3, 3)
     ]
-    assert len(place(samples, 10)) == 3
-    rows = place(samples, 10, share_prompts=True)
+    assert len(place_in_rows(samples, 10)) == 3
+    rows = place_in_rows(samples, 10, share_prompts=True)
     assert sorted(sorted(len(samples[i].tokens) - 1 for [i] in r) for r in rows) == [
         [3, 3, 4],
         [3, 3, 4],
     ]
-    assert rows == place(samples, 10, share_prompts=True)
+    assert rows == place_in_rows(samples, 10, share_prompts=True)
 
 
 def test_samples_that_teach_nothing_leave_an_empty_batch():

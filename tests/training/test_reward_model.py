@@ -24,18 +24,22 @@ from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.metrics_writer import Recorder
 from grpo_jax.training.packing import pack
-from grpo_jax.training.reward_model.labels import Labelled
+from grpo_jax.training.reward_model.labels import LabelledSequence
 from grpo_jax.training.reward_model.scoring import (
     make_reward_scorer,
     reward_objective,
     reward_sample,
     score_samples,
 )
-from grpo_jax.training.reward_model.training import Settings, load_reward_model, train
+from grpo_jax.training.reward_model.training import (
+    RewardModelTraining,
+    load_reward_model,
+    train_reward_model,
+)
 from grpo_jax.training.run import Run
 from grpo_jax.training.setup import make_model
-from grpo_jax.training.train_step import accumulate
-from grpo_jax.training.work_directory import Claim
+from grpo_jax.training.train_step import accumulate_gradients
+from grpo_jax.training.work_directory import WorkDirectoryClaim
 
 MODEL = RewardModel(
     Decoder(
@@ -199,7 +203,7 @@ def labelled_of(sequences):
 
 def test_every_mesh_gives_one_devices_scores_and_gradients():
     batch = pack(labelled_of(sequences_of(30)), length=16, rows=4)
-    gradients = functools.partial(accumulate, reward_objective(MODEL))
+    gradients = functools.partial(accumulate_gradients, reward_objective(MODEL))
     expected = jax.jit(gradients)(PARAMS, None, batch)
     scores = make_reward_scorer(MODEL)(PARAMS, batch)
     mesh = sharding.make_mesh(2, 2, 2)
@@ -218,7 +222,9 @@ def test_every_mesh_gives_one_devices_scores_and_gradients():
 
 def test_micro_batches_sum_to_one_batch():
     samples = labelled_of(sequences_of(30))
-    gradients = jax.jit(functools.partial(accumulate, reward_objective(MODEL)))
+    gradients = jax.jit(
+        functools.partial(accumulate_gradients, reward_objective(MODEL))
+    )
     small, large = (pack(samples, length=20, rows=rows) for rows in (2, 16))
     assert small.used > 1 == large.used
     first, metrics = gradients(PARAMS, None, small)
@@ -239,7 +245,7 @@ def start_run(workdir, recorder):
     write_json(workdir / "config.json", dataclasses.asdict(config))
     decoder, tokenizer = make_model(config)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    claim = Claim(config, workdir)
+    claim = WorkDirectoryClaim(config, workdir)
     return Run(config, workdir, mesh, decoder, tokenizer, recorder, claim)
 
 
@@ -251,14 +257,14 @@ def toy(n, seed):
         ends = (4, 8, 12)
         labels = tuple(float(10 not in tokens[: end + 1]) for end in ends)
         items.append(
-            Labelled(
+            LabelledSequence(
                 tokens=tuple(tokens), prompt=1, ends=ends, labels=labels, id=str(i)
             )
         )
     return items
 
 
-SETTINGS = Settings(
+SETTINGS = RewardModelTraining(
     steps=60, batch_size=32, learning_rate=1e-2, micro_rows=16, row_length=32
 )
 
@@ -275,7 +281,7 @@ def learn(workdir, **changes):
 
         with jax.set_mesh(run.mesh):
             settings = dataclasses.replace(SETTINGS, **changes)
-            params = train(run, "reward", start, toy(400, 0), settings)
+            params = train_reward_model(run, "reward", start, toy(400, 0), settings)
     return model, params
 
 

@@ -20,7 +20,7 @@ from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError, Preempted
 from grpo_jax.report.comparison import accuracy_table
 from grpo_jax.report.tables import to_markdown
-from grpo_jax.rewards.reward_functions import Scores
+from grpo_jax.rewards.reward_functions import RewardScores
 from grpo_jax.training import (
     credit,
     rl,
@@ -31,10 +31,10 @@ from grpo_jax.training import (
 from grpo_jax.training.batch import Sample
 from grpo_jax.training.metrics_writer import Recorder
 from grpo_jax.training.optimizers import rl_optimizer
-from grpo_jax.training.rollouts import Experience, read
+from grpo_jax.training.rollouts import RolloutSource, read_outputs
 from grpo_jax.training.run import Run
 from grpo_jax.training.train_step import TrainState, make_scorer, make_step
-from grpo_jax.training.work_directory import Claim
+from grpo_jax.training.work_directory import WorkDirectoryClaim
 
 TOKENIZER = make_tokenizer()
 STEPS, HALF = 4, 0.92
@@ -78,7 +78,7 @@ def opened(folder: Path, recital, name: str, **changes):
     (folder / name).mkdir(exist_ok=True)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh), Recorder(folder / name) as recorder:
-        claim = Claim(config, folder / name)
+        claim = WorkDirectoryClaim(config, folder / name)
         yield Run(config, folder / name, mesh, recital[0], TOKENIZER, recorder, claim)
 
 
@@ -86,7 +86,7 @@ def teach(folder: Path, recital, name: str, **changes):
     """The RL stage: its parameters."""
     with opened(folder, recital, name, **changes) as run:
         start = jax.tree.map(jnp.copy, recital[1])
-        return rl.train(run, lambda: start, *rl.prepare(run))
+        return rl.train_rl(run, lambda: start, *rl.prepare_rl(run))
 
 
 def taught(sample) -> Any:
@@ -122,15 +122,18 @@ def test_only_sampled_tokens_are_taught_and_counted(folder, recital):
     advantages and the other numbers of a tool's tokens may be anything."""
     model, params = recital
     with opened(folder, recital, "masked") as run:
-        outputs = read(Experience(run).draw(0, params))
+        outputs = read_outputs(RolloutSource(run).sample_rollout(0, params))
         group = run.config.group_size
         rewards = np.arange(len(outputs)) % group / group
-        scores = Scores(rewards, {"rule": rewards})
-        samples = credit.outcome(
+        scores = RewardScores(rewards, {"rule": rewards})
+        samples = credit.assign_outcome_credit(
             outputs, scores, [1.0], group, scale="group", baseline="mean"
         )
         other = jax.tree.map(lambda x: 0.97 * x, params)
-        lay_out, score = rl_programs.Layout(run.config, run.mesh), make_scorer(model)
+        lay_out, score = (
+            rl_programs.BatchLayout(run.config, run.mesh),
+            make_scorer(model),
+        )
         batch = lay_out(samples)
         logps = rl_step.by_output(score(params, batch), outputs)
         ref = rl_step.by_output(score(other, batch), outputs)
@@ -214,7 +217,7 @@ def test_the_comparison_of_a_run_runs_programs_too(folder, recital):
     found = []
     for batch in (4, 2):
         with opened(folder, recital, f"by-{batch}", eval__batch=batch) as run:
-            found.append(run_comparison.compare(run, {"rl": params}))
+            found.append(run_comparison.compare_run(run, {"rl": params}))
             now = rl_step.evaluate_now(run, params)
             name = f"eval/{run.config.data.eval}"
             assert now[f"{name}/greedy_accuracy"] == 0.75
@@ -236,7 +239,7 @@ def test_a_comparison_that_is_stopped_has_the_sets_that_are_to_come(
     """Without figures, whatever an earlier one found; and then it goes on to all."""
     names = [str(folder / "questions.jsonl"), str(folder / "others.jsonl")]
     (folder / "others.jsonl").write_text('{"question": "a", "answer": "1"}')
-    measure, asked = run_comparison.measure, []
+    measure, asked = run_comparison.measure_set, []
 
     def stopping(*arguments, **options):
         asked.append(arguments[3])
@@ -244,19 +247,19 @@ def test_a_comparison_that_is_stopped_has_the_sets_that_are_to_come(
             raise KeyboardInterrupt
         return measure(*arguments, **options)
 
-    monkeypatch.setattr(run_comparison, "measure", stopping)
+    monkeypatch.setattr(run_comparison, "measure_set", stopping)
     with opened(folder, recital, "by-set", data__eval="+".join(names)) as run:
-        whole = run_comparison.compare(run, {"rl": recital[1]})
+        whole = run_comparison.compare_run(run, {"rl": recital[1]})
         whole = json.loads(json.dumps(whole))  # lists, as in the file
         with pytest.raises(KeyboardInterrupt):
-            run_comparison.compare(run, {"rl": recital[1]})
+            run_comparison.compare_run(run, {"rl": recital[1]})
         found = json.loads((run.workdir / "results.json").read_text())
         assert found["sets"][names[0]] == whole["sets"][names[0]]
         assert list(found["sets"]) == names
         assert found["sets"][names[1]] == {"in_domain": False}
         assert "| – | – |" in to_markdown(accuracy_table(found))
         assert "others.jsonl" in report.write_report(run.workdir).read_text()
-        run_comparison.compare(run, {"rl": recital[1]})
+        run_comparison.compare_run(run, {"rl": recital[1]})
         assert json.loads((run.workdir / "results.json").read_text()) == whole
 
 
@@ -298,9 +301,9 @@ def test_refused_where_no_sandbox_works_or_an_output_fits_no_row(
 ):
     with opened(folder, recital, "rows", optimizer__row_length=300) as run:
         with pytest.raises(GrpoError, match="row_length: 300; a prompt of 1 tokens"):
-            rl.prepare(run)
+            rl.prepare_rl(run)
     sandbox._sandbox_of.cache_clear()
     monkeypatch.setattr(sandbox.mechanisms, "MECHANISMS", {})
     with opened(folder, recital, "bare") as run:
         with pytest.raises(GrpoError, match="no way to confine a program"):
-            rl.prepare(run)
+            rl.prepare_rl(run)

@@ -25,11 +25,11 @@ from grpo_jax.training import credit, rl, rl_programs, setup
 from grpo_jax.training.metrics_writer import Recorder
 from grpo_jax.training.objectives import grpo_objective
 from grpo_jax.training.optimizers import rl_optimizer
-from grpo_jax.training.rollout_pipeline import Pipeline
-from grpo_jax.training.rollouts import Experience, read
+from grpo_jax.training.rollout_pipeline import RolloutPipeline
+from grpo_jax.training.rollouts import RolloutSource, read_outputs
 from grpo_jax.training.run import Run
 from grpo_jax.training.train_step import TrainState, make_step
-from grpo_jax.training.work_directory import Claim
+from grpo_jax.training.work_directory import WorkDirectoryClaim
 
 STEPS, CAP = 6, 2.0
 SIZES = SMALL | {
@@ -72,7 +72,7 @@ def opened(folder: Path, name: str, **changes):
     (folder / name).mkdir(exist_ok=True)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh), Recorder(folder / name) as recorder:
-        claim = Claim(config, folder / name)
+        claim = WorkDirectoryClaim(config, folder / name)
         yield Run(config, folder / name, mesh, model, tokenizer, recorder, claim)
 
 
@@ -84,7 +84,7 @@ def learn(folder: Path, name: str, **changes):
     """The RL stage from random weights: its parameters."""
     with opened(folder, name, **changes) as run:
         start = initial(run)
-        return rl.train(run, lambda: start, *rl.prepare(run))[1]
+        return rl.train_rl(run, lambda: start, *rl.prepare_rl(run))[1]
 
 
 def metrics(workdir: Path) -> list[dict]:
@@ -96,7 +96,7 @@ def metrics(workdir: Path) -> list[dict]:
 
 def one_after_the_other(run: Run, *, lag: int, cap: float | None):
     """GRPO with nothing at the same time as anything else, π_ref in the update."""
-    config, experience, reference = run.config, Experience(run), initial(run)
+    config, experience, reference = run.config, RolloutSource(run), initial(run)
     transformation, _ = rl_optimizer(config)
     objective = grpo_objective(run.model, importance_cap=cap)  # β = 0.04
     update = make_step(objective, transformation)
@@ -105,13 +105,13 @@ def one_after_the_other(run: Run, *, lag: int, cap: float | None):
     for step in range(STEPS):
         policies.append(jax.tree.map(jnp.copy, state.params))
         sampler = policies[max(step - lag, 0)]
-        outputs = read(experience.draw(step, sampler))
-        outputs, scores, _ = experience.grade(step, outputs, sampler)
-        samples = credit.outcome(
+        outputs = read_outputs(experience.sample_rollout(step, sampler))
+        outputs, scores, _ = experience.score_rollout(step, outputs, sampler)
+        samples = credit.assign_outcome_credit(
             outputs, scores, [1.0], config.group_size, scale="group", baseline="mean"
         )
         state, _ = update(
-            state, reference, rl_programs.Layout(run.config, run.mesh)(samples)
+            state, reference, rl_programs.BatchLayout(run.config, run.mesh)(samples)
         )
     return state.params
 
@@ -141,7 +141,7 @@ def test_a_run_is_what_it_would_be_one_thing_after_the_other(lag, folder):
         same = one_after_the_other(run, lag=lag, cap=CAP if lag else None)
         assert seen == calls
         assert distance(params, same) < 1e-5
-        asked = Experience(run).batches[0]
+        asked = RolloutSource(run).batches[0]
         for step, (prompts, _) in enumerate(seen):
             questions = [example.question for example, _ in asked[step]]
             assert prompts == [q for q in questions for _ in range(4)]
@@ -165,7 +165,7 @@ def wait(array: Any) -> bool:
 
 
 def test_the_next_rollout_is_sampled_while_a_step_is_graded(folder, monkeypatch):
-    start, ahead, done = Pipeline.start, [], []
+    start, ahead, done = RolloutPipeline.start_rollout, [], []
 
     def watched(self, step, params):
         start(self, step, params)
@@ -176,7 +176,7 @@ def test_the_next_rollout_is_sampled_while_a_step_is_graded(folder, monkeypatch)
         if drawn is not None:
             done.append((call, drawn.step, wait(drawn.arrays["tokens"])))
 
-    monkeypatch.setattr(Pipeline, "start", watched)
+    monkeypatch.setattr(RolloutPipeline, "start", watched)
     meanwhile.append(until_sampled)
     learn(folder, "ahead", max_staleness=1)
     assert done == [(call, call + 1, True) for call in range(STEPS - 1)]
@@ -219,9 +219,9 @@ def test_only_a_cpu_mesh_of_several_devices_waits_for_a_program():
 
     x = jax.block_until_ready(slow(jnp.ones((128, 128))))  # compiled
     alone = sharding.make_mesh(devices=jax.devices()[:1])
-    assert not sharding.one_at_a_time(alone, slow(x)).is_ready()
+    assert not sharding.wait_on_cpu_mesh(alone, slow(x)).is_ready()
     several = sharding.make_mesh(fsdp=-1)
-    assert several.size > 1 and sharding.one_at_a_time(several, slow(x)).is_ready()
+    assert several.size > 1 and sharding.wait_on_cpu_mesh(several, slow(x)).is_ready()
 
 
 @pytest.mark.parametrize("method", ["grpo_iterative", "dapo", "ppo"])
@@ -265,23 +265,23 @@ def test_a_rollout_under_way_is_taken_up_by_the_run_that_asked_for_it(folder):
     """Not where the questions or the group were changed since, or staleness is off."""
     with opened(folder, "kept") as run:
         params = initial(run)
-        experience = Experience(run)
-        pipeline = Pipeline(experience, staleness=1, until=STEPS)
-        assert pipeline.keep() == {}
-        pipeline.start(3, params)
-        kept = json.loads(json.dumps(pipeline.keep()))
+        experience = RolloutSource(run)
+        pipeline = RolloutPipeline(experience, staleness=1, until=STEPS)
+        assert pipeline.pending_state() == {}
+        pipeline.start_rollout(3, params)
+        kept = json.loads(json.dumps(pipeline.pending_state()))
 
         def resumed(staleness=1, until=STEPS, experience=experience):
-            other = Pipeline(experience, staleness=staleness, until=until)
-            other.resume(kept)
-            return other.take(3, params)
+            other = RolloutPipeline(experience, staleness=staleness, until=until)
+            other.restore_pending(kept)
+            return other.take_rollout(3, params)
 
         drawn, staleness = resumed()
         assert staleness == 1
-        for name, array in experience.draw(3, params).arrays.items():
+        for name, array in experience.sample_rollout(3, params).arrays.items():
             assert np.asarray(array).tobytes() == drawn.arrays[name].tobytes(), name
         assert resumed(staleness=0)[1] == resumed(until=3)[1] == 0
         with opened(folder, "other", group_size=2) as other:
-            assert resumed(experience=Experience(other))[1] == 0
+            assert resumed(experience=RolloutSource(other))[1] == 0
         with opened(folder, "other", seed=1) as other:
-            assert resumed(experience=Experience(other))[1] == 0
+            assert resumed(experience=RolloutSource(other))[1] == 0

@@ -46,7 +46,10 @@ def test_eos_alone_is_one_step_and_nothing_is_none():
 
 
 def test_a_worked_solution_has_the_steps_that_it_was_made_of():
-    tokens = [*CHARACTERS.encode(chain_sums.solve((12, 7, -5, 3))), CHARACTERS.eos_id]
+    tokens = [
+        *CHARACTERS.encode(chain_sums.write_solution((12, 7, -5, 3))),
+        CHARACTERS.eos_id,
+    ]
     assert len(split(CHARACTERS, tokens)) == 4
 
 

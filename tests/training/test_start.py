@@ -12,10 +12,10 @@ import pytest
 from small_runs import ROOT, small_config, write_questions
 
 from grpo_jax.errors import GrpoError
-from grpo_jax.train import train
+from grpo_jax.train import train_run
 from grpo_jax.training import setup
 from grpo_jax.training.reward_model import labels
-from grpo_jax.training.reward_model.labels import Labelled
+from grpo_jax.training.reward_model.labels import LabelledSequence
 
 FIRST_WITHOUT = 1  # a seed whose first SFT batch does not have the last row
 NUMBERS = itertools.count()
@@ -46,7 +46,7 @@ def refused(here, message, **changes):
     config = small_config(data | changes)
     workdir = here / f"run-{next(NUMBERS)}"
     with pytest.raises(GrpoError, match=message) as caught:
-        train(config, workdir)
+        train_run(config, workdir)
     assert "\n" not in str(caught.value)
     assert not (workdir / "checkpoints").exists()
 
@@ -96,12 +96,12 @@ def test_labels_that_are_too_few_or_too_long(here):
     )
     # a row that holds the policy's longest sample, but not the reward model's
     refused(here, "row_length: 16; .* take 17", **process, optimizer__row_length=16)
-    item = Labelled(tokens=(3, 4, 5), prompt=1, ends=(2,), labels=(1.0,))
-    labels.write(here / "labels.jsonl", [item] * 63)
+    item = LabelledSequence(tokens=(3, 4, 5), prompt=1, ends=(2,), labels=(1.0,))
+    labels.write_labels(here / "labels.jsonl", [item] * 63)
     own = process | {"reward_model__labels": str(here / "labels.jsonl")}
     refused(here, "has 63 sequences; lower it", **own)
-    long = Labelled(tokens=(3,) * 41, prompt=1, ends=(2,), labels=(1.0,))
-    labels.write(here / "labels.jsonl", [item] * 63 + [long])
+    long = LabelledSequence(tokens=(3,) * 41, prompt=1, ends=(2,), labels=(1.0,))
+    labels.write_labels(here / "labels.jsonl", [item] * 63 + [long])
     refused(here, "of 41 tokens fits no row of 40", **own, optimizer__row_length=40)
 
 
@@ -146,7 +146,7 @@ def test_gradients_that_are_never_finite_end_the_run(tmp_path, monkeypatch):
     )
     message = r"sft: step 3: the gradient was not finite 3 times .*max_skipped"
     with pytest.raises(GrpoError, match=message):
-        train(config, tmp_path / "run")
+        train_run(config, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["update/nonfinite"] for row in rows][:2] == [1.0, 1.0]

@@ -15,7 +15,7 @@ from grpo_jax.errors import GrpoError
 from grpo_jax.evaluation import generate_answers
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
-from grpo_jax.train import train
+from grpo_jax.train import train_run
 from grpo_jax.training import run_comparison
 from grpo_jax.training.run import open_run
 from grpo_jax.training.start_time import start_time
@@ -78,7 +78,7 @@ def test_a_run_and_its_evaluation_ask_as_on_its_first_day(model, tmp_path, monke
         "sft_steps": 1,
         "rl_steps": 0,
     }
-    train(small_config(settings), workdir)
+    train_run(small_config(settings), workdir)
     file = workdir / "started.json"
     today = json.loads(file.read_text())["started"]
     assert today[:3] == f"{datetime.datetime.now():%Y}"[:3]
@@ -88,7 +88,7 @@ def test_a_run_and_its_evaluation_ask_as_on_its_first_day(model, tmp_path, monke
     for log in completions.rglob("*.jsonl"):
         log.unlink()
     (workdir / "results.json").unlink()
-    train(small_config(settings | {"sft_steps": 2}), workdir, accept_changes=True)
+    train_run(small_config(settings | {"sft_steps": 2}), workdir, accept_changes=True)
     run = open_run(workdir)
     assert run.tokenizer.now == LONG_AGO
     asked = run_comparison.settings_of(run.config)
@@ -124,7 +124,7 @@ def test_an_evaluation_goes_on_with_the_day_it_began(model, tmp_path, monkeypatc
     before = log.read_bytes()
     tokenizer = Tokenizer.from_folder(model)
     tokenizer.now = started
-    settings = generate_answers.Settings(instruction="none", questions=8)
+    settings = generate_answers.AnswerSettings(instruction="none", questions=8)
     digest = generate_answers.load_prompts(tokenizer, questions, settings).digest()
     assert json.loads(before.splitlines()[0])["settings"]["prompts"] == digest
     evaluate.main(words)  # seconds later: by the clock these are other prompts

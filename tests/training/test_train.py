@@ -31,7 +31,7 @@ from xla_flags import xla_flags
 from grpo_jax import evaluate, export
 from grpo_jax.distributed.folder_lock import lock_folder
 from grpo_jax.errors import GrpoError
-from grpo_jax.train import train
+from grpo_jax.train import train_run
 from grpo_jax.training.run import load_run
 
 CACHE = str(ROOT / ".pytest_cache" / "jax")  # as in conftest.py
@@ -114,7 +114,7 @@ def finish(process: subprocess.Popen) -> SimpleNamespace:
 def train_here(here: Path, workdir: Path, accept: bool = False, **changes) -> None:
     """The same run in this process, on eight devices; `changes`: name__inner=value."""
     config = small_config(overrides(here) | dotted(changes))
-    train(config, workdir, accept_changes=accept)
+    train_run(config, workdir, accept_changes=accept)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from grpo_jax.training.optimizers import make_optimizer
 from grpo_jax.training.packing import pack
 from grpo_jax.training.train_step import (
     TrainState,
-    accumulate,
+    accumulate_gradients,
     make_grpo_step,
     make_scorer,
     make_step,
@@ -96,7 +96,7 @@ def test_packed_and_accumulated_gradient_is_the_plain_one(options):
     objective = grpo_objective(MODEL, temperature=temperature, kl_coef=beta, **options)
     for rows, length in ((1, 16), (2, 40)):
         batch = pack(samples, length=length, rows=rows)
-        gradients, metrics = jax.jit(accumulate, static_argnums=0)(
+        gradients, metrics = jax.jit(accumulate_gradients, static_argnums=0)(
             objective, PARAMS, REFERENCE, batch.with_capacity(8)
         )
         close(gradients, want, atol=2e-6)
@@ -106,7 +106,7 @@ def test_packed_and_accumulated_gradient_is_the_plain_one(options):
 def test_order_of_the_samples_does_not_matter():
     samples = make_samples(6)
     objective = grpo_objective(MODEL, kl_coef=0.1)
-    step = jax.jit(accumulate, static_argnums=0)
+    step = jax.jit(accumulate_gradients, static_argnums=0)
     a = step(objective, PARAMS, REFERENCE, pack(samples, length=40, rows=2))
     b = step(objective, PARAMS, REFERENCE, pack(samples[::-1], length=40, rows=2))
     close(a[0], b[0], atol=1e-6)
@@ -114,7 +114,7 @@ def test_order_of_the_samples_does_not_matter():
 
 def test_remat_changes_nothing():
     batch = pack(make_samples(4), length=20, rows=2)
-    step = jax.jit(accumulate, static_argnums=0)
+    step = jax.jit(accumulate_gradients, static_argnums=0)
     models = (MODEL, dataclasses.replace(MODEL, remat="full"))
     a, b = (step(sft_objective(m), PARAMS, None, batch)[0] for m in models)
     close(a, b, atol=1e-6)
@@ -225,7 +225,7 @@ def test_groups_without_a_difference_move_nothing_unless_kl_does(kl_coef, moves)
 def test_the_step_knows_every_term_that_has_a_gradient(options):
     """With all advantages 0 it moves if and only if the loss has a gradient."""
     tied = pack(make_samples(zero=True), length=40)
-    gradient = jax.jit(accumulate, static_argnums=0)
+    gradient = jax.jit(accumulate_gradients, static_argnums=0)
     gradients, _ = gradient(grpo_objective(MODEL, **options), PARAMS, REFERENCE, tied)
     slope = float(optax.tree.norm(gradients))
     optimizer = optax.sgd(0.1)

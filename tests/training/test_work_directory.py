@@ -22,14 +22,14 @@ from hypothesis import strategies as st
 from small_runs import ROOT, dotted, small_config, write_questions
 
 from grpo_jax import evaluate
-from grpo_jax.checkpoints.run_checkpoints import Checkpoints
-from grpo_jax.config import Config, flatten
+from grpo_jax.checkpoints.run_checkpoints import CheckpointDirectory
+from grpo_jax.config import Config, flatten_config
 from grpo_jax.errors import GrpoError
-from grpo_jax.train import train
+from grpo_jax.train import train_run
 from grpo_jax.training.metrics_writer import Recorder
 from grpo_jax.training.optimizers import stage_optimizer
 from grpo_jax.training.run import load_run, open_run, stage_params
-from grpo_jax.training.work_directory import Claim
+from grpo_jax.training.work_directory import WorkDirectoryClaim
 
 CACHE = str(ROOT / ".pytest_cache" / "jax")  # as in conftest.py
 
@@ -66,13 +66,13 @@ def done(here):
     """A whole run, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", CACHE)
-        train(config_of(here), here / "done")
+        train_run(config_of(here), here / "done")
     return here / "done"
 
 
 def refusal(config, workdir: Path, **options) -> str:
     with pytest.raises(GrpoError) as error:
-        train(config, workdir, **options)
+        train_run(config, workdir, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -96,7 +96,7 @@ def steps(workdir: Path, stage: str) -> list[int]:
 def test_a_start_that_failed_can_be_corrected(mistake, message, here, tmp_path):
     assert message in refusal(config_of(here, **mistake), tmp_path / "run")
     assert os.listdir(tmp_path / "run") == [".lock"]
-    Claim(config_of(here), tmp_path / "run").check()
+    WorkDirectoryClaim(config_of(here), tmp_path / "run").check()
 
 
 def test_a_reward_that_fails_in_the_first_step_can_be_corrected(here, done, tmp_path):
@@ -108,7 +108,7 @@ def test_a_reward_that_fails_in_the_first_step_can_be_corrected(here, done, tmp_
     shutil.copytree(done / "checkpoints/sft", workdir / "checkpoints/sft")
     assert "ZeroDivisionError" in refusal(wrong, workdir)
     assert not (workdir / "config.json").exists()
-    train(config_of(here), workdir)
+    train_run(config_of(here), workdir)
     assert (workdir / "config.json").read_text() == (done / "config.json").read_text()
     ((a, b),) = [[stage_params(open_run(w), "rl") for w in (workdir, done)]]
     jax.tree.map(lambda x, y: (x == y).all() or pytest.fail("another run"), a, b)
@@ -117,19 +117,19 @@ def test_a_reward_that_fails_in_the_first_step_can_be_corrected(here, done, tmp_
 def test_the_config_is_there_before_the_first_line(here, tmp_path):
     config, workdir = config_of(here), tmp_path
     (workdir / ".lock").touch()
-    claim = Claim(config, workdir)
+    claim = WorkDirectoryClaim(config, workdir)
     claim.check()
     with Recorder(workdir, config, claim.write) as recorder:
         assert not (workdir / "config.json").exists()
         recorder.write("sft", 1, {"loss": 1.0})
     assert json.loads((workdir / "config.json").read_text())["sft_steps"] == 4
     with pytest.raises(GrpoError, match=r"another config \(learning_rate 0.001 → 0.5"):
-        Claim(config_of(here, learning_rate=0.5), workdir).check()
+        WorkDirectoryClaim(config_of(here, learning_rate=0.5), workdir).check()
 
 
 def test_a_process_on_another_disk_is_refused_before_it_trains(here, tmp_path):
     with pytest.raises(GrpoError, match="process 0 does not see what process 0 writes"):
-        Claim(config_of(here), tmp_path).check()
+        WorkDirectoryClaim(config_of(here), tmp_path).check()
 
 
 @pytest.mark.parametrize("text", [b"{", b'{"name": "\xff"}', b"[" * 10**5, b"[1]"])
@@ -137,7 +137,7 @@ def test_a_process_on_another_disk_is_refused_before_it_trains(here, tmp_path):
 def test_a_damaged_file_of_the_directory_is_one_line(file, text, here, tmp_path):
     (tmp_path / file).write_bytes(text)
     with pytest.raises(GrpoError, match=f"{tmp_path / file}: not ") as error:
-        Claim(config_of(here), tmp_path).check()
+        WorkDirectoryClaim(config_of(here), tmp_path).check()
     assert "\n" not in str(error.value)
 
 
@@ -177,7 +177,7 @@ def test_a_checkpoint_of_another_seed_or_config_is_refused(here, done, tmp_path)
         "rl: step 2 was saved with another config (learning_rate 0.001 → 0.5)" in told
     )
     elsewhere = tmp_path / "elsewhere"
-    train(config_of(here, seed=1, rl_steps=0, method="sft"), elsewhere)
+    train_run(config_of(here, seed=1, rl_steps=0, method="sft"), elsewhere)
     shutil.copytree(done / "checkpoints/rl", elsewhere / "checkpoints/rl")
     (elsewhere / "config.json").unlink()
     assert "rl: step 2 was saved with another config (seed 0 → 1" in refusal(
@@ -188,7 +188,7 @@ def test_a_checkpoint_of_another_seed_or_config_is_refused(here, done, tmp_path)
 
 def goes_on(config, workdir: Path, done: Path, **options) -> None:
     """Trains there, and finds that nothing of the finished run is to be done again."""
-    train(config, workdir, **options)
+    train_run(config, workdir, **options)
     assert (workdir / "config.json").read_text() == (done / "config.json").read_text()
     rows = [(w / "metrics.jsonl").read_text() for w in (workdir, done)]
     assert rows[0] == rows[1]
@@ -204,10 +204,10 @@ def test_what_was_accepted_once_is_not_asked_for_again(here, done, tmp_path):
     workdir = copied(done, tmp_path / "run")
     changed = config_of(here, sft__learning_rate=0.5)
     assert "another config (sft.learning_rate 0.02 → 0.5)" in refusal(changed, workdir)
-    train(changed, workdir, accept_changes=True)
+    train_run(changed, workdir, accept_changes=True)
     accepted = json.loads((workdir / "accepted.json").read_text())
     assert accepted == {"sft.learning_rate": [0.02]}
-    train(changed, workdir)  # its SFT checkpoint still says 0.02
+    train_run(changed, workdir)  # its SFT checkpoint still says 0.02
     told = refusal(config_of(here), workdir)  # and the way back is a change as well
     assert "config.json: this run was started with another config" in told
     load_run(workdir)
@@ -224,7 +224,9 @@ def as_before(workdir: Path, done: Path) -> Path:
         for step in steps(done, stage):
             with run.checkpoints(stage, clean=False) as checkpoints:
                 _, state, _ = checkpoints.restore(like, step)
-            with Checkpoints(workdir / "checkpoints" / stage, every=1) as checkpoints:
+            with CheckpointDirectory(
+                workdir / "checkpoints" / stage, every=1
+            ) as checkpoints:
                 if checkpoints.steps():
                     checkpoints.restore(like)
                 checkpoints.save(step, state, {"stage": stage, "seed": 0})
@@ -319,7 +321,7 @@ def test_a_run_with_damaged_lines_goes_on(here, done, tmp_path, capsys):
     before = (workdir / "metrics.jsonl").read_bytes().split(b"\n")
     before[1] = b"\0" * 30 + before[1]
     (workdir / "metrics.jsonl").write_bytes(b"\n".join(before))
-    train(config_of(here), workdir)
+    train_run(config_of(here), workdir)
     told = capsys.readouterr().err
     assert f"{workdir / 'metrics.jsonl'}:2: not as a run writes it" in told
     assert (workdir / "metrics.jsonl.damaged").read_bytes() == before[1] + b"\n"
@@ -372,7 +374,7 @@ def train_in_a_process(
         if memory:
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
-    plain, wanted = flatten(Config()), flatten(config_of(here, **changes))
+    plain, wanted = flatten_config(Config()), flatten_config(config_of(here, **changes))
     changed = {name: v for name, v in wanted.items() if v != plain[name]}
     flags = [f"--config.{name}={value}" for name, value in changed.items()]
     return subprocess.run(

@@ -26,7 +26,7 @@ from tokenizers import (
 
 from grpo_jax.checkpoints.formats.gguf_file import read_gguf
 from grpo_jax.checkpoints.huggingface.config import ARCHITECTURES, refuse_value
-from grpo_jax.checkpoints.huggingface.safetensors_files import Stored
+from grpo_jax.checkpoints.huggingface.safetensors_files import StoredTensor
 from grpo_jax.errors import GrpoError
 
 # llama.cpp's names -> Hugging Face's; those of a layer follow "blk.{i}."
@@ -51,14 +51,14 @@ _LAYER = {
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # tokenizer.ggml.token_type
 
 
-def unpermute(matrix: np.ndarray, heads: int) -> np.ndarray:
+def undo_rotary_permutation(matrix: np.ndarray, heads: int) -> np.ndarray:
     """Undoes llama.cpp's row order in q and k, where rotary pairs are adjacent.
 
     Args:
       matrix: [heads · head width, …], a weight or a bias.
       heads: number of heads of the matrix.
 
-    >>> unpermute(np.array([0, 2, 1, 3]), heads=1).tolist()
+    >>> undo_rotary_permutation(np.array([0, 2, 1, 3]), heads=1).tolist()
     [0, 1, 2, 3]
     """
     pairs = matrix.reshape(heads, matrix.shape[0] // heads // 2, 2, *matrix.shape[1:])
@@ -165,7 +165,7 @@ class GgufModel:
             "pad_token_id": self._token_id("padding", None),
         }
 
-    def tensors(self) -> Iterator[tuple[str, Stored]]:
+    def tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """Yields the weights under Hugging Face's names, dequantised when read."""
         heads = {"attn_q": self._get("ARCH.attention.head_count", int)}
         heads["attn_k"] = self._get(
@@ -183,7 +183,7 @@ class GgufModel:
             if self._arch == "llama" and stem in heads:
 
                 def read(index: Any, whole=stored.read, heads=heads[stem]):
-                    return unpermute(whole(...), heads)[index]
+                    return undo_rotary_permutation(whole(...), heads)[index]
 
                 stored = dataclasses.replace(stored, read=read)
             yield f"{name}.{kind}", stored

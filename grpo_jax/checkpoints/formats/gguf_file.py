@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from grpo_jax.checkpoints.huggingface.safetensors_files import Stored
+from grpo_jax.checkpoints.huggingface.safetensors_files import StoredTensor
 from grpo_jax.errors import GrpoError, one_line
 
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
@@ -24,7 +24,7 @@ _LARGEST = 1 << 27  # most bytes of a header; 200,000 tokens take about 2^23
 _MOST = 1 << 22  # most numbers or texts in an array
 
 
-def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     """Returns the key-values of a GGUF file and its tensors, which are read as float32.
 
     The tensors must follow one another without a gap.
@@ -84,7 +84,7 @@ def _value(file: BinaryIO) -> Any:
 
 def _read_header(
     file: Path, opened: BinaryIO, gguf: Any
-) -> tuple[dict[str, Any], dict[str, Stored]]:
+) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     if _take(opened, 4) != b"GGUF":
         raise ValueError("it does not begin with GGUF")
     version, count, pairs = _numbers(opened, "IQQ")
@@ -128,5 +128,5 @@ def _read_header(
             mapped = np.memmap(file, np.uint8, "r", place, packed)
             return np.array(unpack(mapped), np.float32)[index]
 
-        tensors[name] = Stored(file, np.dtype(np.float32), shape, read)
+        tensors[name] = StoredTensor(file, np.dtype(np.float32), shape, read)
     return values, tensors

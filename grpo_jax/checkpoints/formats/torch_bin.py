@@ -20,10 +20,10 @@ import numpy as np
 
 from grpo_jax.checkpoints.huggingface.safetensors_files import (
     DTYPES,
-    Stored,
-    merge,
+    StoredTensor,
+    merge_files,
     read_index,
-    refuse_pointer,
+    refuse_lfs_pointer,
 )
 from grpo_jax.errors import GrpoError, one_line
 
@@ -53,7 +53,7 @@ _KNOWN: dict[str, Any] = {  # storages are not called: a str here
 _Storage = tuple[Path, int, np.dtype, int]  # file, offset, dtype, bytes
 
 
-def _tensor(storage: _Storage, start: int, shape: Any, strides: Any) -> Stored:
+def _tensor(storage: _Storage, start: int, shape: Any, strides: Any) -> StoredTensor:
     file, offset, dtype, size = storage
     if any(type(n) is not int or n < 0 for n in (start, *shape, *strides)):
         raise ValueError("an offset, size or stride is not a whole number above zero")
@@ -70,7 +70,7 @@ def _tensor(storage: _Storage, start: int, shape: Any, strides: Any) -> Stored:
         reach = stride * n
     place, shape, strides = start * dtype.itemsize, tuple(shape), tuple(strides)
     read = functools.partial(_read_strided, file, offset + place, dtype, shape, strides)
-    return Stored(file, dtype, shape, read)
+    return StoredTensor(file, dtype, shape, read)
 
 
 def _read_strided(
@@ -173,7 +173,7 @@ def _unpickle(data: bytes, file: Path, storage: Callable[[Any], _Storage]) -> An
     raise ValueError("it has no end")
 
 
-def read_bin(file: Path) -> dict[str, Stored]:
+def read_bin(file: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of a file; views and shared storages are resolved.
 
     Raises:
@@ -183,7 +183,7 @@ def read_bin(file: Path) -> dict[str, Stored]:
     try:
         with open(file, "rb") as handle:
             head = handle.read(64)
-            refuse_pointer(file, head)
+            refuse_lfs_pointer(file, head)
             if head[:1] == b"\x80":
                 raise GrpoError(
                     f"{file}: the format of torch.save before 1.6 is not supported; "
@@ -217,7 +217,7 @@ def read_bin(file: Path) -> dict[str, Stored]:
     if not isinstance(state, dict):
         raise GrpoError(f"{file}: not a dictionary of tensors")
     for name, tensor in state.items():
-        if not isinstance(tensor, Stored):
+        if not isinstance(tensor, StoredTensor):
             at = one_line(name)
             raise GrpoError(f"{file}: not a dictionary of tensors at {at}")
     return state
@@ -257,7 +257,7 @@ def _open(
     return archive.read(pickles[0]), places
 
 
-def read_bin_folder(folder: Path) -> dict[str, Stored]:
+def read_bin_folder(folder: Path) -> dict[str, StoredTensor]:
     """Returns all tensors of a folder's pytorch_model*.bin files.
 
     The files are those of the index, or all of that name if there is no index.
@@ -270,4 +270,4 @@ def read_bin_folder(folder: Path) -> dict[str, Stored]:
     files = sorted(folder / name for name in names) or sorted(folder.glob(pattern))
     if not files:
         raise GrpoError(f"{folder}: no pytorch_model*.bin; is it the right folder?")
-    return merge(files, read_bin)
+    return merge_files(files, read_bin)

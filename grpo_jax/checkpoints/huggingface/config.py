@@ -73,7 +73,9 @@ _MOST = {
 }
 
 
-def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+def config_from_hf(
+    config: Mapping[str, Any], where: str = "config.json"
+) -> ModelConfig:
     """Returns the ModelConfig of a config.json.
 
     Args:
@@ -85,9 +87,9 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
         value has the wrong type or is out of range.
 
     >>> small = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
-    >>> from_hf(small).head_dim
+    >>> config_from_hf(small).head_dim
     16
-    >>> from_hf(small | {"rope_scaling": {"type": "yarn", "factor": 4.0}})
+    >>> config_from_hf(small | {"rope_scaling": {"type": "yarn", "factor": 4.0}})
     Traceback (most recent call last):
     ...
     grpo_jax.errors.GrpoError: config.json: rope_scaling.rope_type='yarn' is not ...
@@ -256,7 +258,7 @@ def _window(c: Mapping[str, Any], kind: str, where: str) -> int | None:
     refuse_value(where, "layer_types", sorted(set(types)), "one kind for all layers is")
 
 
-def to_hf(config: ModelConfig) -> dict[str, Any]:
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Returns a config.json of this model for transformers 4.40 and later.
 
     Raises:
@@ -264,7 +266,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
     >>> config = ModelConfig(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2,
     ...                      head_dim=4, ffn=32)
-    >>> to_hf(config)["architectures"], from_hf(to_hf(config)) == config
+    >>> (config_to_hf(config)["architectures"],
+    ...  config_from_hf(config_to_hf(config)) == config)
     (['LlamaForCausalLM'], True)
     """
     if config.qk_norm:
@@ -310,7 +313,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         out["use_sliding_window"] = config.sliding_window is not None
         out["sliding_window"] = config.sliding_window
         out["max_window_layers"] = config.layers if config.sliding_window is None else 0
-    if from_hf(out) != config:
+    if config_from_hf(out) != config:
         raise GrpoError(
             f"model: no architecture of transformers is a {kind} with {config}"
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
-from grpo_jax.files import digest
+from grpo_jax.files import file_digest
 
 _READ = ["*.json", "*.safetensors", "*.jinja"]
 _WANTED = [*_READ, "LICENSE*"]
@@ -81,11 +81,11 @@ def agree_on_folder(path: str | os.PathLike[str], revision: str | None = None) -
     Raises:
       GrpoError: a process has other files than process 0, or finds no folder.
     """
-    if processes.count() == 1:
+    if processes.process_count() == 1:
         return
     folder = find_folder(path, revision)
     files = [file for pattern in _READ for file in folder.glob(pattern)]
-    processes.agree(str(path), {file.name: digest(file) for file in files})
+    processes.check_equal(str(path), {file.name: file_digest(file) for file in files})
 
 
 @contextlib.contextmanager

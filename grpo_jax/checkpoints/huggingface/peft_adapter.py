@@ -13,11 +13,11 @@ import jax
 import numpy as np
 
 from grpo_jax.checkpoints.huggingface.folders import new_folder
-from grpo_jax.checkpoints.huggingface.safetensors_files import Stored, write_file
+from grpo_jax.checkpoints.huggingface.safetensors_files import StoredTensor, write_file
 from grpo_jax.checkpoints.huggingface.weights import LAYER
-from grpo_jax.distributed.sharding import to_hosts
+from grpo_jax.distributed.sharding import fetch_to_hosts
 from grpo_jax.files import write_json
-from grpo_jax.models.lora import Lora, stack
+from grpo_jax.models.lora import Lora, stack_adapters
 
 
 def save_adapter(
@@ -38,7 +38,7 @@ def save_adapter(
     Raises:
       GrpoError: the folder exists and is not empty, or is not writable.
     """
-    lora, adapters = stack(lora, stages)
+    lora, adapters = stack_adapters(lora, stages)
     tensors = {}
     for ours, pair in adapters.items():
         module = LAYER[ours].removesuffix(".weight")
@@ -47,10 +47,10 @@ def save_adapter(
                 name = f"base_model.model.model.layers.{i}.{module}.{side}.weight"
 
                 def read(index: Any, leaf=leaf, i=i) -> np.ndarray:
-                    return to_hosts(leaf[i])[index]
+                    return fetch_to_hosts(leaf[i])[index]
 
                 dtype, shape = np.dtype(leaf.dtype), leaf.shape[1:]
-                tensors[name] = Stored(Path(), dtype, shape, read)
+                tensors[name] = StoredTensor(Path(), dtype, shape, read)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -22,7 +22,7 @@ import numpy as np
 import safetensors
 
 from grpo_jax.errors import GrpoError, one_line
-from grpo_jax.files import read_json, refuse_pointer
+from grpo_jax.files import read_json, refuse_lfs_pointer
 
 MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -36,7 +36,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file, or one to write; `stored[index]` reads only that slice."""
 
     file: Path  # Path() for one that is in no file
@@ -74,7 +74,7 @@ def _opened(file: Path) -> Iterator[Any]:
 def _what_is_wrong(file: Path, error: Exception) -> str:
     with open(file, "rb") as handle:
         head = handle.read(64)
-    refuse_pointer(file, head)
+    refuse_lfs_pointer(file, head)
     # A header of 128, 384, … bytes also begins with the two bytes of a pickle.
     header = head[3:9] == b"\0\0\0\0\0{"
     if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] < b"\6"):
@@ -88,7 +88,7 @@ def _what_is_wrong(file: Path, error: Exception) -> str:
     return f"truncated or not safetensors ({told}; {size} bytes); download it again"
 
 
-def read_header(file: Path) -> dict[str, Stored]:
+def read_safetensors(file: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of a safetensors file, in the order of their data.
 
     The package safetensors checks that the tensors cover the file without a gap or an
@@ -103,7 +103,7 @@ def read_header(file: Path) -> dict[str, Stored]:
             part = opened.get_slice(name)
             code, shape = part.get_dtype(), tuple(part.get_shape())
             read = functools.partial(_read_slice, file, name)
-            tensors[name] = Stored(file, DTYPES.get(code, code), shape, read)
+            tensors[name] = StoredTensor(file, DTYPES.get(code, code), shape, read)
     return tensors
 
 
@@ -138,9 +138,9 @@ def read_index(index: Path) -> dict[str, str]:
     return where
 
 
-def merge(
-    files: Iterable[Path], read: Callable[[Path], dict[str, Stored]]
-) -> dict[str, Stored]:
+def merge_files(
+    files: Iterable[Path], read: Callable[[Path], dict[str, StoredTensor]]
+) -> dict[str, StoredTensor]:
     """Returns the tensors of several files.
 
     Args:
@@ -150,7 +150,7 @@ def merge(
     Raises:
       GrpoError: a tensor is in two files.
     """
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in files:
         for name, stored in read(file).items():
             if name in tensors:
@@ -162,7 +162,7 @@ def merge(
     return tensors
 
 
-def read_folder(folder: Path) -> dict[str, Stored]:
+def read_safetensors_folder(folder: Path) -> dict[str, StoredTensor]:
     """Returns all tensors of a Hugging Face folder.
 
     They are in model.safetensors, in the shards of the index, or in *.safetensors.
@@ -172,7 +172,7 @@ def read_folder(folder: Path) -> dict[str, Stored]:
         index is not plain, or a tensor is in two files or not where the index says.
     """
     if (folder / MODEL).exists():
-        return read_header(folder / MODEL)
+        return read_safetensors(folder / MODEL)
     where = read_index(folder / INDEX) if (folder / INDEX).exists() else {}
     files = sorted({folder / file for file in where.values()})
     files = files or sorted(folder.glob("*.safetensors"))
@@ -183,7 +183,7 @@ def read_folder(folder: Path) -> dict[str, Stored]:
         )
     if not files:
         raise GrpoError(f"{folder}: {MODEL} is missing; download it again")
-    tensors = merge(files, read_header)
+    tensors = merge_files(files, read_safetensors)
     for name, file in where.items():
         if name not in tensors or tensors[name].file.name != file:
             told = f"{one_line(name)} is not in it, as {INDEX} says"
@@ -192,7 +192,7 @@ def read_folder(folder: Path) -> dict[str, Stored]:
 
 
 def write_folder(
-    folder: Path, tensors: Mapping[str, Stored], max_bytes: int = 5_000_000_000
+    folder: Path, tensors: Mapping[str, StoredTensor], max_bytes: int = 5_000_000_000
 ) -> None:
     """Writes model.safetensors, or shards of at most `max_bytes` and their index.
 
@@ -221,7 +221,7 @@ def write_folder(
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_file(file: Path, tensors: Mapping[str, Stored]) -> None:
+def write_file(file: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Writes a safetensors file, reading one tensor at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -22,8 +22,8 @@ from grpo_jax.arguments import check_whole
 from grpo_jax.checkpoints.huggingface import config as hf_config
 from grpo_jax.checkpoints.huggingface.folders import find_folder, new_folder
 from grpo_jax.checkpoints.huggingface.safetensors_files import (
-    Stored,
-    read_folder,
+    StoredTensor,
+    read_safetensors_folder,
     write_folder,
 )
 from grpo_jax.data.tokenizer_files import open_tokenizer
@@ -100,7 +100,7 @@ def load_pretrained(
         raise GrpoError(f"dtype={dtype!r} is not one of float32, bfloat16")
     folder = find_folder(path, revision)
     config = model_config(folder)
-    stored = read_folder(folder)
+    stored = read_safetensors_folder(folder)
     check_names(folder, config, stored)
     _check_tokenizer(folder, config)
     here = SingleDeviceSharding(jax.devices()[0])
@@ -133,7 +133,7 @@ def model_config(
 ) -> ModelConfig:
     """Returns the ModelConfig of a folder or hub name; reads only config.json."""
     file = find_folder(path, revision, only="config.json") / "config.json"
-    return hf_config.from_hf(read_json(file), str(file))
+    return hf_config.config_from_hf(read_json(file), str(file))
 
 
 def abstract_params(
@@ -148,7 +148,7 @@ def abstract_params(
     """
     init = lambda key: Decoder(config).init(key, dtype)  # noqa: E731
     shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((), jax.random.key(0).dtype))
-    return shapes if mesh is None else sharding.abstract(shapes, mesh)
+    return shapes if mesh is None else sharding.abstract_arrays(shapes, mesh)
 
 
 def _path(keys: Any) -> str:
@@ -172,7 +172,9 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_names(folder: Path, config: ModelConfig, stored: dict[str, Stored]) -> None:
+def check_names(
+    folder: Path, config: ModelConfig, stored: dict[str, StoredTensor]
+) -> None:
     """Checks a folder's tensors against the model.
 
     Args:
@@ -225,7 +227,7 @@ def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
 
 
 def _read(
-    out: np.ndarray, name: str, stored: Stored, ends: Sequence[tuple[int, int]]
+    out: np.ndarray, name: str, stored: StoredTensor, ends: Sequence[tuple[int, int]]
 ) -> None:
     """Reads the part between `ends` into `out`, a few rows at a time to save memory.
 
@@ -273,7 +275,7 @@ def save_pretrained(
         holds another model.
     """
     check_whole("save_pretrained", most=2**63 - 1, max_shard_bytes=max_shard_bytes)
-    config = hf_config.to_hf(model.config)
+    config = hf_config.config_to_hf(model.config)
     kept = []
     if source is not None:
         kept = [file for name in COPIED if (file := Path(source) / name).exists()]
@@ -301,9 +303,9 @@ def save_pretrained(
         write_folder(temporary, tensors, max_shard_bytes)
 
 
-def _sources(model: Decoder, params: Params) -> Iterator[tuple[str, Stored]]:
+def _sources(model: Decoder, params: Params) -> Iterator[tuple[str, StoredTensor]]:
     """Yields the folder's tensors, which are fetched and merged one by one."""
-    trained, frozen = lora.split(params)
+    trained, frozen = lora.split_adapters(params)
     adapters = trained["layers"] if frozen else {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(frozen or params):
         names = _hf_names(_path(keys), model.config)
@@ -314,7 +316,7 @@ def _sources(model: Decoder, params: Params) -> Iterator[tuple[str, Stored]]:
         for i, name in enumerate(names):
             at = i if stacked else ...
             read = functools.partial(_read_merged, model.lora, [leaf, *pair], at)
-            yield name, Stored(Path(), np.dtype(leaf.dtype), shape, read)
+            yield name, StoredTensor(Path(), np.dtype(leaf.dtype), shape, read)
 
 
 def _read_merged(
@@ -330,10 +332,10 @@ def _whole(matrix: jax.Array) -> np.ndarray:
     """Returns a matrix on the host, gathered a few rows at a time over processes."""
     rows = max(1, BLOCK // max(1, matrix[:1].size))
     if matrix.is_fully_addressable or len(matrix) <= rows:
-        return sharding.to_hosts(matrix)
+        return sharding.fetch_to_hosts(matrix)
     out = np.empty(matrix.shape, matrix.dtype)
     for start in range(0, len(matrix), rows):
         start = min(start, len(matrix) - rows)  # equal sizes need one program
         part = jax.lax.dynamic_slice_in_dim(matrix, start, rows)
-        out[start : start + rows] = sharding.to_hosts(part)
+        out[start : start + rows] = sharding.fetch_to_hosts(part)
     return out

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from grpo_jax.distributed import sharding
 from grpo_jax.models.kernels import gpu, tpu
 from grpo_jax.models.kernels.mask import AttentionMask
-from grpo_jax.models.kernels.xla import in_blocks
+from grpo_jax.models.kernels.xla import padded_block_attention
 
 log = logging.getLogger(__name__)
 
@@ -43,19 +43,19 @@ def attend(
     Returns:
       [B, T, N, H] in the dtype of q.
     """
-    kernel, where = in_blocks, sharding.platform()
-    if where == "tpu" and tpu.takes(q):
-        kernel = tpu.splash
-    if where == "gpu" and gpu.takes(q):
-        kernel = gpu.cudnn
-    if kernel is not in_blocks and not sharding.layout_is_known():
-        say_no_kernel(where, jax.device_count())
-        kernel = in_blocks
+    kernel, where = padded_block_attention, sharding.platform()
+    if where == "tpu" and tpu.supports(q):
+        kernel = tpu.splash_attention
+    if where == "gpu" and gpu.supports(q):
+        kernel = gpu.cudnn_attention
+    if kernel is not padded_block_attention and not sharding.layout_is_known():
+        warn_without_kernel(where, jax.device_count())
+        kernel = padded_block_attention
     return on_each_device(kernel, q, k, v, rows)
 
 
 @functools.cache
-def say_no_kernel(where: str, devices: int) -> None:
+def warn_without_kernel(where: str, devices: int) -> None:
     """Warns once that the slow attention is used, and says how to get the fast one."""
     log.warning(
         "attention: %d %s devices and no mesh, so its fast kernel is not used; run "
@@ -81,15 +81,15 @@ def on_each_device(
     mesh = jax.sharding.get_abstract_mesh()
     ours = set(sharding.AXES) <= set(mesh.axis_names)
     one_device = mesh.size == 1 and not mesh.manual_axes
-    if not ours or one_device or not sharding.free(mesh):
+    if not ours or one_device or not sharding.free_axes(mesh):
         return kernel(q, k, v, rows)
     batch = None if q.shape[0] % sharding.rows_multiple(mesh) else sharding.BATCH[0]
     heads = None if k.shape[2] % sharding.size_of(mesh, "tensor") else "tensor"
-    whole = sharding.within(sharding.P(batch, None, heads), mesh)
+    whole = sharding.without_manual_axes(sharding.P(batch, None, heads), mesh)
     return jax.shard_map(
         kernel,
         in_specs=(whole, whole, whole, sharding.P(*whole[:1])),
         out_specs=whole,
-        axis_names=sharding.free(mesh),
+        axis_names=sharding.free_axes(mesh),
         check_vma=False,  # kernels do not say how their outputs vary over the mesh
     )(q, k, v, rows)

@@ -31,7 +31,7 @@ def decode_kernels(
       keys and values and attends to the cache, as `cpu.attend` does; None if there is
       no kernel for it.
     """
-    if dtype == "float32" and cpu.fit(*caches):
+    if dtype == "float32" and cpu.kernels_fit(*caches):
         return cpu.few_rows, cpu.attend
     return few_rows_product, None
 

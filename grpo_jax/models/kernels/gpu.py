@@ -11,13 +11,13 @@ from jaxtyping import Array, Float
 from grpo_jax.models.kernels.mask import AttentionMask
 
 
-def takes(q: Array) -> bool:
+def supports(q: Array) -> bool:
     """Returns whether cuDNN supports queries [B, T, N, H] on every GPU since Ampere."""
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     return half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.shape[1] % 2 == 0
 
 
-def cudnn(
+def cudnn_attention(
     q: Array, k: Array, v: Array, rows: AttentionMask, implementation: Any = "cudnn"
 ) -> Float[Array, "B T N H"]:
     """Computes attention by cuDNN; arguments and result are as in `attention.attend`.

@@ -121,7 +121,7 @@ class Pairs:
     count: Array  # int32 []
 
 
-def pairs_of(rows: AttentionMask, size: int) -> Pairs:
+def visible_block_pairs(rows: AttentionMask, size: int) -> Pairs:
     """Returns the pairs of blocks in which any query may attend to any key.
 
     Args:

@@ -79,10 +79,10 @@ def einsum(axes: str, a: Array, b: Array) -> Array:
 
 
 def _by_tiles(a: Array, b: Array, *sizes: int) -> bool:
-    if min(sizes) < _LEAST or not cpu.tiles():
+    if min(sizes) < _LEAST or not cpu.has_amx_tiles():
         return False
     # In a shard_map, results declare the mesh axes they vary over; a kernel's do not.
-    return not jax.sharding.get_abstract_mesh().manual_axes and cpu.fit(a, b)
+    return not jax.sharding.get_abstract_mesh().manual_axes and cpu.kernels_fit(a, b)
 
 
 @jax.custom_vjp

@@ -15,12 +15,12 @@ LANES = 128  # lanes of a TPU register; the smallest block
 TPU_BLOCK = 512  # positions of a block
 
 
-def takes(q: Array) -> bool:
+def supports(q: Array) -> bool:
     """Returns whether queries [B, T, N, H] are long enough for splash attention."""
     return q.shape[1] >= LANES
 
 
-def splash(
+def splash_attention(
     q: Array, k: Array, v: Array, rows: AttentionMask, interpret: bool = False
 ) -> Float[Array, "B T N H"]:
     """Computes attention by splash attention; arguments are as in `attention.attend`.

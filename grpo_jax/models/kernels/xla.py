@@ -22,7 +22,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from grpo_jax.models.kernels import cpu
-from grpo_jax.models.kernels.mask import AttentionMask, Pairs, pad_positions, pairs_of
+from grpo_jax.models.kernels.mask import (
+    AttentionMask,
+    Pairs,
+    pad_positions,
+    visible_block_pairs,
+)
 from grpo_jax.models.kernels.products import einsum
 
 BLOCK = 64  # t and s
@@ -50,12 +55,12 @@ def block_attention(
     k, v = (
         x.reshape(batch * blocks, size, kv_heads, width).swapaxes(1, 2) for x in (k, v)
     )
-    out = _attend(q, k, v, rows, pairs_of(rows, size), size)
+    out = _attend(q, k, v, rows, visible_block_pairs(rows, size), size)
     out = out.reshape(batch, blocks, kv_heads, -1, size, width)
     return out.transpose(0, 1, 4, 2, 3, 5).reshape(batch, length, heads, width)
 
 
-def marked(k: Array, v: Array) -> tuple[Array, Array]:
+def mark_nonfinite(k: Array, v: Array) -> tuple[Array, Array]:
     """Returns keys and values in which NaN cannot pass the mask.
 
     A weight of 0 times NaN is NaN, so a masked value could still spoil the output.
@@ -109,8 +114,8 @@ def _attend(q, k, v, rows, pairs, size):
 
 def _forward(q, k, v, rows, pairs, size):
     given = (q, k, v)
-    k, v = marked(k, v)
-    if cpu.fit(q, k, v):
+    k, v = mark_nonfinite(k, v)
+    if cpu.kernels_fit(q, k, v):
         found = cpu.blocks_forward(q, k, v, rows, pairs)
         out, log_total = (checkpoint_name(x, "attention") for x in found)
         return out, (*given, rows, pairs, out, log_total)
@@ -146,7 +151,7 @@ def _backward(size, saved, d_out):
     # that it may attend to. Other sums must not become NaN through a weight of 0, so
     # the arrays themselves are cleaned.
     q, k, v, d_out = map(_clean, (q, k, v, d_out))
-    if cpu.fit(q, k, v, d_out):
+    if cpu.kernels_fit(q, k, v, d_out):
         given = (q, k, v, rows, pairs, log_total, d_out, inner)
         found = cpu.blocks_backward(*given)
         return *found, None, None
@@ -210,7 +215,7 @@ def dense_attention(
     return out.reshape(*out.shape[:2], -1, out.shape[-1])
 
 
-def in_blocks(
+def padded_block_attention(
     q: Array, k: Array, v: Array, rows: AttentionMask, size: int = BLOCK
 ) -> Float[Array, "B T N H"]:
     """Returns attention over rows of any length; they are padded to whole blocks.

@@ -1,20 +1,20 @@
 r"""Compares answers by algebra, in a worker process that may be killed.
 
 Expressions are compared by their 40-digit values at a few fixed points. Text that
-`expressions` cannot read goes to math-verify. Only workers call `decide`, as it can
-hang on hostile text.
+`expressions` cannot read goes to math-verify. Only workers call `compare_in_worker`, as
+it can hang on hostile text.
 """
 
 from fractions import Fraction
 
-from grpo_jax.rewards.grading.equality import Exact, Undecided, attempt
+from grpo_jax.rewards.grading.equality import Exact, Undecided, evaluate_exactly
 from grpo_jax.rewards.grading.expressions import (
     POINTS,
     Unreadable,
-    context,
-    value_at,
+    evaluate_at_point,
+    mpmath_context,
 )
-from grpo_jax.rewards.grading.notation import APART, OR, clean
+from grpo_jax.rewards.grading.notation import APART, OR, normalize_notation
 from grpo_jax.rewards.grading.paper import RULES
 from grpo_jax.rewards.grading.structure import letters_of
 
@@ -23,13 +23,13 @@ MATH_VERIFY_CHARS = 400  # longer text would only run into the time limit
 
 def _values(text: str, natural_log: bool):
     for point in range(POINTS):
-        yield value_at(text, point, natural_log)
+        yield evaluate_at_point(text, point, natural_log)
 
 
 def _close(a, b) -> bool:
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
-    mp = context()
+    mp = mpmath_context()
     a, b = mp.convert(a), mp.convert(b)
     if mp.isnan(a) or mp.isnan(b):
         raise Unreadable("undefined")
@@ -54,7 +54,7 @@ def same_function(a: str, b: str) -> bool:
 
 
 def _agree(a: str, b: str, natural_log: bool) -> bool:
-    mp = context()
+    mp = mpmath_context()
     pairs = zip(_values(a, natural_log), _values(b, natural_log), strict=True)
     for point, (x, y) in enumerate(pairs):
         if not _close(x, y):
@@ -74,7 +74,7 @@ def proportional(a: str, b: str, positive: bool = False) -> bool:
     >>> proportional("y-(2x+3)", "2x-y+3"), proportional("1-x", "x-1", positive=True)
     (True, False)
     """
-    mp = context()
+    mp = mpmath_context()
     ratios = []
     for x, y in zip(_values(a, True), _values(b, True), strict=True):
         x, y = mp.convert(x), mp.convert(y)
@@ -95,15 +95,15 @@ class Algebra(Exact):
         try:
             return super().same(a, b)
         except Undecided:
-            return bool(attempt(same_function, a, b))
+            return bool(evaluate_exactly(same_function, a, b))
 
     def proportional(self, a: str, b: str, positive: bool) -> bool:
         """Returns whether a = c·b for a constant c ≠ 0 (c > 0 if `positive`)."""
-        return bool(attempt(proportional, a, b, positive))
+        return bool(evaluate_exactly(proportional, a, b, positive))
 
     def value(self, text: str) -> Fraction | None:
         """Returns a real constant to 25 decimals; None if the text is not one."""
-        mp, x = context(), _constant(text)
+        mp, x = mpmath_context(), _constant(text)
         if x is None or mp.im(x) != 0 or not mp.isfinite(x):
             return None
         return Fraction(int(mp.nint(mp.re(x) * 10**25)), 10**25)
@@ -117,26 +117,29 @@ class Algebra(Exact):
 def _constant(text: str):
     """Returns the value of an expression without names; None for any other text."""
     try:
-        x, y = (context().convert(value_at(text, point, True)) for point in (0, 1))
+        x, y = (
+            mpmath_context().convert(evaluate_at_point(text, point, True))
+            for point in (0, 1)
+        )
     except Unreadable:
         return None
     return x if x == y else None
 
 
-def decide(prediction: str, reference: str, rule: str = "strict") -> bool:
+def compare_in_worker(prediction: str, reference: str, rule: str = "strict") -> bool:
     """Returns whether two answers are equal. Only a worker may call this.
 
     Args:
       prediction: the predicted answer, as written.
       reference: the reference answer, as written.
-      rule: "strict" or "paper"; see `worker_pool.grade`.
+      rule: "strict" or "paper"; see `worker_pool.grade_answers`.
     """
     try:
         return RULES[rule](prediction, reference, Algebra())
     except Undecided:
         return _math_verify(
             *(
-                clean(text).replace(APART, "").replace(OR, ",")
+                normalize_notation(text).replace(APART, "").replace(OR, ",")
                 for text in (prediction, reference)
             )
         )

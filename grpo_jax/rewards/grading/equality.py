@@ -1,10 +1,10 @@
 r"""Decides whether two answers are equal, by exact arithmetic or a given algebra.
 
-Both answers are brought into one spelling (`notation.clean`), parsed into a structure
-(`structure.read`) and matched. The rules: p % equals p and p/100, but n never equals
-100n. A missing unit is accepted, and a different unit is wrong. Tuples are ordered, but
-comma lists are not. An interval equals its inequality. A rounded decimal does not equal
-the exact answer.
+Both answers are brought into one spelling (`notation.normalize_notation`), parsed into
+a structure (`structure.parse_answer`) and matched. The rules: p % equals p and p/100,
+but n never equals 100n. A missing unit is accepted, and a different unit is wrong.
+Tuples are ordered, but comma lists are not. An interval equals its inequality. A
+rounded decimal does not equal the exact answer.
 """
 
 import re
@@ -12,12 +12,18 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from grpo_jax.rewards.grading import notation
-from grpo_jax.rewards.grading.expressions import TooLarge, Unreadable, rational
+from grpo_jax.rewards.grading.expressions import TooLarge, Unreadable, evaluate_rational
 from grpo_jax.rewards.grading.extraction import MAX_CHARS
-from grpo_jax.rewards.grading.notation import clean
-from grpo_jax.rewards.grading.regions import is_region, region
-from grpo_jax.rewards.grading.structure import RELATION, Node, family_of, members, read
-from grpo_jax.rewards.grading.units import quantity
+from grpo_jax.rewards.grading.notation import normalize_notation
+from grpo_jax.rewards.grading.regions import is_region, normalize_region
+from grpo_jax.rewards.grading.structure import (
+    RELATION,
+    Node,
+    family_members,
+    family_of,
+    parse_answer,
+)
+from grpo_jax.rewards.grading.units import split_quantity
 from grpo_jax.rewards.grading.wording import changes_value
 
 MAX_MEMBERS = 64  # the largest length of a list
@@ -33,7 +39,7 @@ class Undecided(Exception):
     """Raised if a comparison needs more than rational arithmetic."""
 
 
-def attempt(compute: Callable, *args):
+def evaluate_exactly(compute: Callable, *args):
     """Returns `compute(*args)`, or None if an expression is too large.
 
     Raises:
@@ -52,7 +58,10 @@ class Exact:
 
     def same(self, a: str, b: str) -> bool:
         """Returns whether two expressions have the same value."""
-        x, y = attempt(rational, a), attempt(rational, b)
+        x, y = (
+            evaluate_exactly(evaluate_rational, a),
+            evaluate_exactly(evaluate_rational, b),
+        )
         if x is None or y is None:
             return False
         return x == y or _same_float(a, b, x, y)
@@ -63,11 +72,14 @@ class Exact:
 
     def value(self, text: str) -> Fraction | None:
         """Returns the value of a real constant; None if the text is not one."""
-        return attempt(rational, text)
+        return evaluate_exactly(evaluate_rational, text)
 
     def close(self, a: str, b: str, within: float) -> bool:
         """Returns whether two constants differ by at most `within`."""
-        x, y = attempt(rational, a), attempt(rational, b)
+        x, y = (
+            evaluate_exactly(evaluate_rational, a),
+            evaluate_exactly(evaluate_rational, b),
+        )
         return x is not None and y is not None and abs(x - y) <= within
 
 
@@ -99,7 +111,7 @@ def match(a: Node, b: Node, numbers: Exact) -> bool:
     if "family" in (a.kind, b.kind):
         return _same_family(a, b, numbers)
     if is_region(a) or is_region(b):
-        spans = [region(node, numbers.value) for node in (a, b)]
+        spans = [normalize_region(node, numbers.value) for node in (a, b)]
         if None not in spans:
             return spans[0] == spans[1]
         if a.kind == b.kind == "set" and {a.marks, b.marks} == {"or", "and"}:
@@ -122,7 +134,7 @@ def match(a: Node, b: Node, numbers: Exact) -> bool:
                 return False
             return numbers.proportional(_difference(a), _difference(b), True)
         case ("leaf", "set") if re.fullmatch("[A-H]{2,}", a.text):  # options ACD
-            letters = sorted(notation.plain(item.text) for item in b.items)
+            letters = sorted(notation.normalize_words(item.text) for item in b.items)
             return letters == sorted(a.text.lower())
         case ("set", "tuple") if b.marks == "()" and len(a.items) == len(b.items):
             if all(item.kind == "assign" for item in a.items):
@@ -148,7 +160,9 @@ def _same_family(a: Node, b: Node, numbers: Exact) -> bool:
     family = a if a.kind == "family" else family_of(a, letter)
     if family is None or family.marks[1:] != b.marks[1:]:
         return False
-    return any(match(form, b.items[0], numbers) for form in members(family, letter))
+    return any(
+        match(form, b.items[0], numbers) for form in family_members(family, letter)
+    )
 
 
 def _difference(node: Node) -> str:
@@ -178,7 +192,7 @@ def match_leaves(a: str, b: str, numbers: Exact) -> bool:
 
     Args and errors are those of `match`, with cleaned text for `a` and `b`.
     """
-    if notation.plain(a) == notation.plain(b):
+    if notation.normalize_words(a) == notation.normalize_words(b):
         return True
     kinds = {notation.leaf_kind(a), notation.leaf_kind(b)}
     if changes_value(a) or changes_value(b) or kinds == {"text"}:
@@ -195,7 +209,7 @@ def match_leaves(a: str, b: str, numbers: Exact) -> bool:
         return notation.same_time(a, b)
     if "base" in kinds:
         return notation.same_base(a, b)
-    quantities = [quantity(a), quantity(b)]
+    quantities = [split_quantity(a), split_quantity(b)]
     (x, unit_x), (y, unit_y) = quantities
     if unit_x and unit_y and unit_x != unit_y:
         return False
@@ -238,16 +252,20 @@ def compare_strict(prediction: str, reference: str, numbers: Exact) -> bool:
     x, y = (_PLAIN.fullmatch(text.strip("$")) for text in (prediction, reference))
     if x and y:  # most of GSM8K
         return _fraction(x) == _fraction(y)
-    p, r = clean(prediction), clean(reference)
+    p, r = normalize_notation(prediction), normalize_notation(reference)
     if not p or not r:
         return False
     try:
-        a, b = read(p), read(r)
+        a, b = parse_answer(p), parse_answer(r)
         # 100,200,300 may be three numbers.
         grouped = (a.kind == "set") != (b.kind == "set")
         return match(a, b, numbers) or (
             grouped
-            and match(read(p, thousands=False), read(r, thousands=False), numbers)
+            and match(
+                parse_answer(p, thousands=False),
+                parse_answer(r, thousands=False),
+                numbers,
+            )
         )
     except RecursionError:  # hundreds of nested brackets
         return False

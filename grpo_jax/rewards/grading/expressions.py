@@ -1,9 +1,9 @@
 r"""Evaluates LaTeX arithmetic such as `2\sqrt{7}-1`, without executing any text.
 
-The input is one expression from `notation.clean`. `rational` returns an exact
-`Fraction`. `value_at` returns a 40-digit value, with a fixed number for each name; it
-runs in a grading worker. `f(x)` is an unknown function. Everything outside the grammar
-raises `Unreadable`.
+The input is one expression from `notation.normalize_notation`. `evaluate_rational`
+returns an exact `Fraction`. `evaluate_at_point` returns a 40-digit value, with a fixed
+number for each name; it runs in a grading worker. `f(x)` is an unknown function.
+Everything outside the grammar raises `Unreadable`.
 """
 
 import functools
@@ -83,7 +83,7 @@ class _Reader:
     def mp(self):
         if self.point is None:
             raise Unreadable("not rational")
-        return context()
+        return mpmath_context()
 
     def sum(self):
         self.descend()
@@ -332,7 +332,7 @@ def _random(name: str, point: int) -> Fraction:
 
 
 @functools.cache
-def context():
+def mpmath_context():
     """Returns mpmath's arithmetic with 40 digits, imported at the first call."""
     import mpmath
 
@@ -341,24 +341,25 @@ def context():
     return mp
 
 
-def rational(text: str) -> Fraction:
+def evaluate_rational(text: str) -> Fraction:
     r"""Returns the exact value of a rational expression.
 
     Raises:
       TooLarge: the expression is too large to evaluate.
       Unreadable: the expression is not rational, or is outside the grammar.
 
-    >>> rational(r"\frac43 - 0.5 \cdot 2^{-1}"), rational(r"\binom{10}{3}")
+    >>> (evaluate_rational(r"\frac43 - 0.5 \cdot 2^{-1}"),
+    ...  evaluate_rational(r"\binom{10}{3}"))
     (Fraction(13, 12), Fraction(120, 1))
     """
     return _value(_Reader(text))
 
 
-def value_at(text: str, point: int, natural_log: bool):
+def evaluate_at_point(text: str, point: int, natural_log: bool):
     r"""Returns the value of an expression, with a fixed number for each name.
 
     Args:
-      text: the expression, from `notation.clean`.
+      text: the expression, from `notation.normalize_notation`.
       point: the index of the point, below `POINTS`, which fixes the numbers.
       natural_log: whether \log is the natural logarithm; otherwise it has base 10.
 

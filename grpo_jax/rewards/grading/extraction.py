@@ -7,7 +7,7 @@ counts. The time is linear in the length of the text, whatever it contains.
 import re
 from collections.abc import Iterator
 
-from grpo_jax.data.brackets import boxed
+from grpo_jax.data.brackets import find_boxed
 
 MAX_CHARS = 1000  # a longer answer must be identical to the reference
 _WINDOW = 2 * MAX_CHARS  # characters after "the answer is", or before the last digit
@@ -152,24 +152,26 @@ def extract(text: str, language: str = "en") -> str | None:
     >>> extract("<think>\\boxed{1}</think> It is 3/4."), extract("#### 1.234", "de")
     ('3/4', '1234')
     """
-    said = stated(text, language)
+    said = stated_answer(text, language)
     if said is not None:
         return said or None
     text = final_part(text)
     if _OUTPUT.search(text):
-        return printed(text)
+        return printed_answer(text)
     found = last_number(_plain(text), language)
     return found and _trim(found)
 
 
-def stated(text: str, language: str = "en") -> str | None:
+def stated_answer(text: str, language: str = "en") -> str | None:
     """Returns the answer that a completion names as such; see `extract` for the order.
 
     Returns:
       None if no answer is named. "" if an answer is announced but does not follow;
       then no earlier number counts as the answer.
 
-    >>> stated("He answers 3. The answer is 4."), stated("so 3 in all"), stated("#### ")
+    >>> (stated_answer("He answers 3. The answer is 4."),
+    ...  stated_answer("so 3 in all"),
+    ...  stated_answer("#### "))
     ('4', None, '')
     """
     text = _plain(final_part(text))
@@ -177,7 +179,7 @@ def stated(text: str, language: str = "en") -> str | None:
     text = tagged[1] if tagged else text
     if (hoped := _hoped(text)) is not None:
         return _finished(hoped, language)
-    if boxes := [box for box in boxed(text) if box.strip()]:
+    if boxes := [box for box in find_boxed(text) if box.strip()]:
         return _finished(boxes[-1], language)
     hashes = "####" in text
     for end, spoken, sure in _statements(text):
@@ -194,10 +196,11 @@ def stated(text: str, language: str = "en") -> str | None:
     return None
 
 
-def printed(text: str) -> str | None:
+def printed_answer(text: str) -> str | None:
     """Returns the last line of the last ```output block; None if the program failed.
 
-    >>> printed("```output\\n1\\n2\\n```"), printed("```output\\nRuntime errors: x")
+    >>> (printed_answer("```output\\n1\\n2\\n```"),
+    ...  printed_answer("```output\\nRuntime errors: x"))
     ('2', None)
     """
     outputs = _OUTPUT.findall(text) or [""]

@@ -1,11 +1,11 @@
 r"""Grades answers that are not one expression: options, blanks, rounded numbers.
 
-`predict` extracts the answer of a completion, and `grade` compares answers. The columns
-of an example tell its kind:
+`extract_prediction` extracts the answer of a completion, and `grade_examples` compares
+answers. The columns of an example tell its kind:
 
 - `options`: the stated letter, or the single option that equals the stated value. A
   letter elsewhere counts only as (B), or after "option", 选 and the like.
-- `blanks` k: k answers in order, in one box or in the last k boxes.
+- `extract_blanks` k: k answers in order, in one box or in the last k boxes.
 - `tolerance` [absolute, relative]: a number that is within both of the reference. An
   answer that is not a number is compared as usual.
 """
@@ -13,13 +13,13 @@ of an example tell its kind:
 import re
 from collections.abc import Sequence
 
-from grpo_jax.data.brackets import boxed, split
+from grpo_jax.data.brackets import find_boxed, split_outside_brackets
 from grpo_jax.data.example import Example
 from grpo_jax.rewards.grading import equality, extraction, worker_pool
-from grpo_jax.rewards.grading.expressions import Unreadable, rational
-from grpo_jax.rewards.grading.notation import clean
+from grpo_jax.rewards.grading.expressions import Unreadable, evaluate_rational
+from grpo_jax.rewards.grading.notation import normalize_notation
 from grpo_jax.rewards.grading.paper import AND
-from grpo_jax.rewards.grading.units import quantity
+from grpo_jax.rewards.grading.units import split_quantity
 
 LETTERS = "ABCDEFGH"  # of options
 _COMMA = re.compile("[,，、和]")
@@ -44,34 +44,36 @@ _RIGHT = re.compile(
 )
 
 
-def predict(text: str, example: Example, rule: str = "strict") -> str | None:
+def extract_prediction(text: str, example: Example, rule: str = "strict") -> str | None:
     r"""Returns the answer of a completion, or None.
 
     Args:
       text: the completion.
       example: the question, whose columns tell the kind of answer.
-      rule: "strict" or "paper"; see `worker_pool.grade`.
+      rule: "strict" or "paper"; see `worker_pool.grade_answers`.
 
     Returns:
       An expression, the letters of options, or the answers to blanks joined by "; ".
 
     >>> which = Example("?", "B", columns={"options": ["3", "4"]})
-    >>> predict(r"so \boxed{\text{(B)}}.", which), predict("So (A) is right.", which)
+    >>> (extract_prediction(r"so \boxed{\text{(B)}}.", which),
+    ...  extract_prediction("So (A) is right.", which))
     ('B', 'A')
-    >>> predict("答案是 $5$, $10$", Example("?", "5; 10", columns={"blanks": 2}))
+    >>> two = Example("?", "5; 10", columns={"blanks": 2})
+    >>> extract_prediction("答案是 $5$, $10$", two)
     '5; 10'
     """
     if options := options_of(example):
-        return choice(text, len(options))
+        return extract_choice(text, len(options))
     if (count := blanks_of(example)) > 1:
-        return blanks(text, count)
-    boxes = boxed(extraction.final_part(text)) if rule == "paper" else []
+        return extract_blanks(text, count)
+    boxes = find_boxed(extraction.final_part(text)) if rule == "paper" else []
     if len(boxes) > 1 and "final answer is $" not in text:
         return AND.join(boxes)  # the paper's rule looks at all boxes
     return extraction.extract(text, example.language)
 
 
-def grade(
+def grade_examples(
     examples: Sequence[Example],
     predictions: Sequence[str | None],
     rule: str = "strict",
@@ -80,15 +82,16 @@ def grade(
 
     Args:
       examples: the questions.
-      predictions: results of `predict`, one per example; None counts as wrong.
-      rule: "strict" or "paper"; see `worker_pool.grade`.
+      predictions: results of `extract_prediction`, one per example; None counts as
+        wrong.
+      rule: "strict" or "paper"; see `worker_pool.grade_answers`.
 
     Raises:
       GrpoError: a worker process does not start.
 
     >>> which = Example("?", "B", columns={"options": ["3", "4"]})
     >>> near = Example("?", "4.5e33", columns={"tolerance": [None, 1e-5]})
-    >>> grade([which, which, near], ["B", "4.0", r"4.5\\times10^{33} W"])
+    >>> grade_examples([which, which, near], ["B", "4.0", r"4.5\\times10^{33} W"])
     [True, True, True]
     """
     right = [False] * len(examples)
@@ -100,14 +103,14 @@ def grade(
             continue
         given, wanted = [prediction], [example.answer]
         if options:
-            spelled = [clean(option) for option in options]
+            spelled = [normalize_notation(option) for option in options]
             if is_letters(prediction, len(options)):
                 right[i] = prediction == example.answer
                 continue
             if len(example.answer) > 1:
                 continue
-            if spelled.count(clean(prediction)) == 1:
-                chosen = spelled.index(clean(prediction))
+            if spelled.count(normalize_notation(prediction)) == 1:
+                chosen = spelled.index(normalize_notation(prediction))
                 right[i] = LETTERS[chosen] == example.answer
                 continue
             given, wanted = [prediction] * len(options), options
@@ -115,8 +118,8 @@ def grade(
             given, wanted = split_blanks(prediction), split_blanks(example.answer)
             if len(given) != len(wanted):
                 continue
-        elif tolerance and (x := number(prediction)) is not None:
-            y = number(example.answer)
+        elif tolerance and (x := parse_number(prediction)) is not None:
+            y = parse_number(example.answer)
             absolute, relative = tolerance
             if y is not None:
                 within = relative * abs(y)
@@ -128,7 +131,7 @@ def grade(
         owners += [i] * len(given)
     lists = [p for p, _ in pairs], [r for _, r in pairs]
     equal: dict[int, list[bool]] = {}
-    for i, same in zip(owners, worker_pool.grade(*lists, rule), strict=True):
+    for i, same in zip(owners, worker_pool.grade_answers(*lists, rule), strict=True):
         equal.setdefault(i, []).append(same)
     for i, found in equal.items():
         right[i] = all(found)
@@ -167,7 +170,7 @@ def is_letters(text: str, options: int) -> bool:
     return bool(text) and set(text) <= set(LETTERS[:options])
 
 
-def choice(text: str, options: int) -> str | None:
+def extract_choice(text: str, options: int) -> str | None:
     r"""Returns the letter of the chosen option, or the value that is stated instead.
 
     Args:
@@ -177,13 +180,15 @@ def choice(text: str, options: int) -> str | None:
     Returns:
       One letter, several as "ACD", another stated value, or None.
 
-    >>> choice("The answer is B. It fits.", 4), choice(r"\boxed{A, C}", 4)
+    >>> (extract_choice("The answer is B. It fits.", 4),
+    ...  extract_choice(r"\boxed{A, C}", 4))
     ('B', 'AC')
-    >>> choice(r"\boxed{12}", 4), choice("A dog has (D) four legs; 故选：C", 4)
+    >>> (extract_choice(r"\boxed{12}", 4),
+    ...  extract_choice("A dog has (D) four legs; 故选：C", 4))
     ('12', 'C')
     """
     known = LETTERS[:options]
-    if said := extraction.stated(text):
+    if said := extraction.stated_answer(text):
         if letters := _letters(said, known) or _hinted(said, known):
             return letters
         marked = set(re.findall(rf"(?<![A-Za-z])\(([{known}])\)", said))
@@ -216,16 +221,17 @@ def _letters(text: str, known: str) -> str | None:
     return one[1] or one[2] if one else None
 
 
-def blanks(text: str, count: int) -> str | None:
+def extract_blanks(text: str, count: int) -> str | None:
     r"""Returns the answers to `count` blanks, joined by "; ".
 
     Returns None if the completion states another number of answers.
 
-    >>> blanks(r"\boxed{1}, then \boxed{(2, 3)}", 2), blanks(r"\boxed{5, 10}", 2)
+    >>> (extract_blanks(r"\boxed{1}, then \boxed{(2, 3)}", 2),
+    ...  extract_blanks(r"\boxed{5, 10}", 2))
     ('1; (2, 3)', '5; 10')
     """
     text = extraction.final_part(text)
-    if boxes := [box for box in boxed(text) if box.strip()]:
+    if boxes := [box for box in find_boxed(text) if box.strip()]:
         parts = split_blanks(boxes[-1])
         parts = parts if len(parts) == count else boxes[-count:]
     else:
@@ -238,24 +244,26 @@ def split_blanks(text: str) -> list[str]:
     """Splits answers at semicolons, or else at commas and 和 outside brackets."""
     parts = [part for part in re.split(r"[;；]", text) if part.strip(" $")]
     if len(parts) < 2:
-        parts = split(text, _COMMA)
+        parts = split_outside_brackets(text, _COMMA)
     return [part.strip().strip("$.。").strip() for part in parts if part.strip(" $.。")]
 
 
-def number(text: str) -> float | None:
+def parse_number(text: str) -> float | None:
     r"""Returns the value of a numeric answer, or None if it is not a number.
 
     The unit and the text before "=" are ignored.
 
-    >>> number(r"r = 4.5\times10^{3} \text{ m}"), number("1,200 kg"), number("x+1")
+    >>> (parse_number(r"r = 4.5\times10^{3} \text{ m}"),
+    ...  parse_number("1,200 kg"),
+    ...  parse_number("x+1"))
     (4500.0, 1200.0, None)
     """
     if len(text) > equality.MAX_CHARS:
         return None
-    text = re.split(r"=|\\approx|\\sim", clean(text))[-1]
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", quantity(text)[0])
+    text = re.split(r"=|\\approx|\\sim", normalize_notation(text))[-1]
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", split_quantity(text)[0])
     text = re.sub(r"/?\\text\{[^{}]*\}(?:\^\{?-?\d+\}?)?", "", text)
     try:
-        return float(rational(text))
+        return float(evaluate_rational(text))
     except (Unreadable, OverflowError):
         return None

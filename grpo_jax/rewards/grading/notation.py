@@ -1,18 +1,18 @@
 r"""Brings answers into one spelling.
 
-`clean` converts an answer, as a model or a dataset writes it, to LaTeX without spaces;
-prose stays inside `\text{…}`. The other functions classify and compare cleaned text
-that is a word, a time, a ratio or a number in a base. The rules of `clean` are regular
-expressions, applied in order, each to the whole text.
+`normalize_notation` converts an answer, as a model or a dataset writes it, to LaTeX
+without spaces; prose stays inside `\text{…}`. The other functions classify and compare
+cleaned text that is a word, a time, a ratio or a number in a base. The rules of
+`normalize_notation` are regular expressions, applied in order, each to the whole text.
 """
 
 import functools
 import re
 import unicodedata
 
-from grpo_jax.data.brackets import unwrap
+from grpo_jax.data.brackets import strip_braces
 from grpo_jax.rewards.grading.units import TEXT, UNIT_NAMES
-from grpo_jax.rewards.grading.wording import NUMERALS, compile_rules, spell
+from grpo_jax.rewards.grading.wording import NUMERALS, compile_rules, words_to_operators
 
 _CJK = r"\u3040-\u30ff\u3400-\u9fff"
 _DIGITS = "零一二三四五六七八九十"
@@ -256,12 +256,15 @@ _RULES = compile_rules(
 
 
 @functools.lru_cache(maxsize=4096)
-def clean(text: str) -> str:
+def normalize_notation(text: str) -> str:
     r"""Returns the canonical spelling of an answer.
 
-    >>> clean(r" $\dfrac{1}{2}\,\mathrm{cm}$. "), clean("３½ 厘米")
+    >>> (normalize_notation(r" $\dfrac{1}{2}\,\mathrm{cm}$. "),
+    ...  normalize_notation("３½ 厘米"))
     ('\\frac{1}{2}\\text{cm}', '(3+\\frac{1}{2})\\text{厘米}')
-    >>> clean("1,000 dollars"), clean("x≥5"), clean("1.5e3")
+    >>> (normalize_notation("1,000 dollars"),
+    ...  normalize_notation("x≥5"),
+    ...  normalize_notation("1.5e3"))
     ('1,000\\text{dollars}', 'x\\ge5', '1.5\\times10^{3}')
     """
     unicode, then, last = _RULES
@@ -271,8 +274,8 @@ def clean(text: str) -> str:
         text = unicodedata.normalize("NFKC", text).translate(_SYMBOLS)
     text = text.replace(r"\\", ROW if "matrix" in text or r"\begin" in text else " ")
     text = re.sub(r"\s+", " ", text).strip()  # the rules expect single spaces
-    text = _apply(last, spell(_apply(then, text)))
-    return unwrap(text)
+    text = _apply(last, words_to_operators(_apply(then, text)))
+    return strip_braces(text)
 
 
 def _apply(rules: list, text: str) -> str:
@@ -283,7 +286,7 @@ def _apply(rules: list, text: str) -> str:
     return text
 
 
-def plain(text: str) -> str:
+def normalize_words(text: str) -> str:
     """Returns cleaned text in a form for comparing words.
 
     Wrappers, spaces, case, final punctuation and a final 条件 are removed.

@@ -15,12 +15,12 @@ import re
 from collections.abc import Callable
 from functools import partial
 
-from grpo_jax.data.brackets import split, unwrap
+from grpo_jax.data.brackets import split_outside_brackets, strip_braces
 from grpo_jax.rewards.grading import equality
 from grpo_jax.rewards.grading.equality import Exact, Undecided
-from grpo_jax.rewards.grading.notation import clean
-from grpo_jax.rewards.grading.structure import read
-from grpo_jax.rewards.grading.units import quantity
+from grpo_jax.rewards.grading.notation import normalize_notation
+from grpo_jax.rewards.grading.structure import parse_answer
+from grpo_jax.rewards.grading.units import split_quantity
 
 WITHIN = 1e-3
 AND = r"\text{ and }"  # separates the answers of a completion with several boxes
@@ -65,7 +65,7 @@ def _list(text: str) -> list[str]:
     """Returns the distinct answers in a text, in order."""
     if _number(text) is not None:
         return [text.strip()]
-    parts = text.split(AND) if AND in text else split(text, ",")
+    parts = text.split(AND) if AND in text else split_outside_brackets(text, ",")
     return list(dict.fromkeys(part.strip() for part in parts))
 
 
@@ -102,8 +102,10 @@ def _number(text: str) -> float | None:
 
 def _spell(text: str) -> str:
     """Removes spaces, dollar signs and the unit, except %."""
-    bare, unit = quantity(clean(_CUT.sub("", text) if "begin" not in text else text))
-    return unwrap(bare) + ("%" if unit == "%" else "")
+    bare, unit = split_quantity(
+        normalize_notation(_CUT.sub("", text) if "begin" not in text else text)
+    )
+    return strip_braces(bare) + ("%" if unit == "%" else "")
 
 
 def _same(prediction: str, reference: str, numbers: Exact) -> bool:
@@ -121,10 +123,13 @@ def _same(prediction: str, reference: str, numbers: Exact) -> bool:
     if r"\cup" in p and r"\cup" in r:
         return _same_members(p.split(r"\cup"), r.split(r"\cup"), numbers)
     if re.fullmatch(r"[(\[].+[)\]]", p) and re.fullmatch(r"[(\[].+[)\]]", r):
-        given, wanted = split(p[1:-1], ","), split(r[1:-1], ",")
+        given, wanted = (
+            split_outside_brackets(p[1:-1], ","),
+            split_outside_brackets(r[1:-1], ","),
+        )
         if len(given) == len(wanted) > 1:
             return _same_entries(given, wanted, numbers)
-    a, b = read(p), read(r)
+    a, b = parse_answer(p), parse_answer(r)
     if a.kind == b.kind == "matrix":
         shape, other_shape = ([len(row.items) for row in m.items] for m in (a, b))
         cells, others = ([x.text for row in m.items for x in row.items] for m in (a, b))

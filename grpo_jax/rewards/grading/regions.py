@@ -1,8 +1,8 @@
 r"""Normalises sets of real numbers: unions of intervals and points.
 
-`region` converts the structure of an answer with \cup, \cap, "or", "and" or \ne to its
-spans in order. Adjacent spans are joined, so (1,2]\cup(2,3) and 1<x<3 give the same
-list.
+`normalize_region` converts the structure of an answer with \cup, \cap, "or", "and" or
+\ne to its spans in order. Adjacent spans are joined, so (1,2]\cup(2,3) and 1<x<3 give
+the same list.
 """
 
 import functools
@@ -27,7 +27,7 @@ def is_region(node: Node) -> bool:
     return node.kind == "set" and node.marks in ("or", "and", "either")
 
 
-def region(node: Node, value: Value) -> list[Span] | None:
+def normalize_region(node: Node, value: Value) -> list[Span] | None:
     """Returns the spans of an answer, or None if it is not a set of real numbers.
 
     Args:
@@ -35,7 +35,7 @@ def region(node: Node, value: Value) -> list[Span] | None:
       value: returns the value of a text, or None if it is not a real constant.
     """
     if node.kind == "assign":
-        return region(node.items[1], value)
+        return normalize_region(node.items[1], value)
     if node.kind == "leaf":
         x = value(node.text)
         return None if x is None else [(x, True, x, True)]
@@ -47,7 +47,7 @@ def region(node: Node, value: Value) -> list[Span] | None:
         return None  # a set of points in the plane
     parts = []
     for item in node.items:
-        part = region(item, value)
+        part = normalize_region(item, value)
         if part is None:
             return None
         parts.append(part)

@@ -1,14 +1,19 @@
 r"""Parses a cleaned answer: lists, tuples, intervals, equations and matrices.
 
-`read` converts text from `notation.clean` to a `Node`. An inequality in one variable
-becomes its interval, and ± becomes two answers.
+`parse_answer` converts text from `notation.normalize_notation` to a `Node`. An
+inequality in one variable becomes its interval, and ± becomes two answers.
 """
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from grpo_jax.data.brackets import closes, outside, split, unwrap
+from grpo_jax.data.brackets import (
+    is_enclosed,
+    matches_outside_brackets,
+    split_outside_brackets,
+    strip_braces,
+)
 from grpo_jax.rewards.grading.notation import APART, END, OR, ROW
 from grpo_jax.rewards.grading.units import TEXT
 from grpo_jax.rewards.grading.wording import compile_rules
@@ -43,14 +48,14 @@ class Node:
     marks: str = ""
 
 
-def read(text: str, *, thousands: bool = True) -> Node:
+def parse_answer(text: str, *, thousands: bool = True) -> Node:
     """Returns the structure of a cleaned answer.
 
     Args:
-      text: the answer, from `notation.clean`.
+      text: the answer, from `notation.normalize_notation`.
       thousands: read 12,345 outside brackets as one number.
     """
-    text = unwrap(text)
+    text = strip_braces(text)
     if thousands:
         text = join_thousands(text)
     text = text.replace(APART, "")
@@ -61,46 +66,46 @@ def read(text: str, *, thousands: bool = True) -> Node:
     if family := _family(text):
         return family
     if inner := re.fullmatch(r"(?:[A-Za-z](?:_\w)?)\\in(?![a-z])(.+)", text):
-        return read(inner.group(1), thousands=thousands)
+        return parse_answer(inner.group(1), thousands=thousands)
     if matrix := _matrix(text):
         return matrix
     for separator in (OR, ";", ","):
-        parts = [part for part in split(text, separator) if part]
+        parts = [part for part in split_outside_brackets(text, separator) if part]
         if parts and parts != [text]:
             return _list(text, parts, separator, thousands)
-    if len(parts := split(text, r"\cup")) > 1:
-        nodes = tuple(map(read, parts))
+    if len(parts := split_outside_brackets(text, r"\cup")) > 1:
+        nodes = tuple(map(parse_answer, parts))
         if all(node.marks == "{}" for node in nodes):
             members = {item.text: item for node in nodes for item in node.items}
             return Node("set", text, tuple(members.values()), "{}")
         return Node("set", text, nodes, "or")
-    if len(parts := split(text, r"\cap")) > 1:
-        return Node("set", text, tuple(read(part) for part in parts), "and")
-    if text.startswith(r"\{") and text.endswith(r"\}") and closes(text):
+    if len(parts := split_outside_brackets(text, r"\cap")) > 1:
+        return Node("set", text, tuple(parse_answer(part) for part in parts), "and")
+    if text.startswith(r"\{") and text.endswith(r"\}") and is_enclosed(text):
         return _braces(text[2:-2])
     if complement := re.fullmatch(
         r"\\mathbb\{R\}(?:\\setminus|\\backslash|-)\\\{(.+)\\\}", text
     ):
         return _all_but(text, complement.group(1))
-    if text[:1] in "([" and text[-1:] in ")]" and closes(text):
-        parts = split(text[1:-1], ";")
-        parts = parts if len(parts) > 1 else split(text[1:-1], ",")
+    if text[:1] in "([" and text[-1:] in ")]" and is_enclosed(text):
+        parts = split_outside_brackets(text[1:-1], ";")
+        parts = parts if len(parts) > 1 else split_outside_brackets(text[1:-1], ",")
         if len(parts) > 1:
-            inside = tuple(read(part, thousands=False) for part in parts)
+            inside = tuple(parse_answer(part, thousands=False) for part in parts)
             lists = all(item.kind == "tuple" and item.marks == "[]" for item in inside)
             even = len({len(item.items) for item in inside}) == 1
             if text[0] == "[" and lists and even:  # [[1,2],[3,4]]
                 return Node("matrix", text, inside)
             return Node("tuple", text, inside, text[0] + text[-1])
         if text[0] == "(" and text[-1] == ")":
-            return read(text[1:-1], thousands=thousands)
+            return parse_answer(text[1:-1], thousands=thousands)
     if sides := relation_sides(text):
         return _relation(text, *sides)
     if _SIGN.search(text):
         signs = {r"\pm": "+-", r"\mp": "-+"}
         both = (_SIGN.sub(lambda m, n=n: signs[m[0]][n], text) for n in (0, 1))
-        return Node("set", text, tuple(map(leaf, both)))
-    return leaf(text)
+        return Node("set", text, tuple(map(make_leaf, both)))
+    return make_leaf(text)
 
 
 def _list(text: str, parts: list[str], separator: str, thousands: bool) -> Node:
@@ -110,7 +115,7 @@ def _list(text: str, parts: list[str], separator: str, thousands: bool) -> Node:
         return _all_but(text, ",".join([parts[0][unequal.end() :], *parts[1:]]))
     nodes: tuple[Node, ...] = ()
     for part in parts:
-        node = read(part, thousands=thousands)
+        node = parse_answer(part, thousands=thousands)
         several = node.kind == "set" and not node.marks  # ±1, ±2 are four answers
         named = all(item.kind == "assign" for item in node.items)
         opened = _SIGN.search(part) or (separator == OR and not named)
@@ -129,20 +134,20 @@ def _braces(inner: str) -> Node:
     """Parses the content of braces: members, or a condition."""
     builder = re.match(r"[A-Za-z](?:\\in\\mathbb\{[RCZ]\})?(?:\\mid|\||:)", inner)
     if builder:
-        return read(inner[builder.end() :])
-    inside = read(inner, thousands=False)
+        return parse_answer(inner[builder.end() :])
+    inside = parse_answer(inner, thousands=False)
     plain = inside.kind == "set" and not inside.marks
     members = inside.items if plain else (inside,)
     return Node("set", rf"\{{{inner}\}}", members, "{}")
 
 
-def leaf(text: str) -> Node:
+def make_leaf(text: str) -> Node:
     """Returns a node without structure."""
     return Node("leaf", text)
 
 
 def _interval(low: str, high: str, marks: str = "()", text: str = "") -> Node:
-    return Node("tuple", text, (leaf(low), leaf(high)), marks)
+    return Node("tuple", text, (make_leaf(low), make_leaf(high)), marks)
 
 
 def _outside(low: str, high: str, marks: str, text: str) -> Node:
@@ -153,7 +158,7 @@ def _outside(low: str, high: str, marks: str, text: str) -> Node:
 
 
 def _all_but(text: str, holes: str) -> Node:
-    node = read(holes, thousands=False)
+    node = parse_answer(holes, thousands=False)
     texts = [hole.text for hole in (node.items if node.kind == "set" else (node,))]
     gaps = [_outside(hole, hole, ")(", text) for hole in texts]
     return gaps[0] if len(gaps) == 1 else Node("set", text, tuple(gaps), "and")
@@ -206,7 +211,7 @@ def _family(text: str) -> Node | None:
     uneven = rest.count("(") != rest.count(")") and "[" not in rest
     if letter not in letters_of(rest) or uneven:
         return None
-    return Node("family", text, (read(rest),), letter + domain)
+    return Node("family", text, (parse_answer(rest),), letter + domain)
 
 
 def letters_of(text: str) -> set[str]:
@@ -214,7 +219,7 @@ def letters_of(text: str) -> set[str]:
     return set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
 
 
-def members(family: Node, letter: str) -> list[Node]:
+def family_members(family: Node, letter: str) -> list[Node]:
     """Returns spellings of a family: its integer shifted, and counted down.
 
     Args:
@@ -231,7 +236,7 @@ def members(family: Node, letter: str) -> list[Node]:
     def put(form: str) -> str:
         return re.sub(rf"(\\[A-Za-z]+)|{old}", lambda m: m[1] or form, rest)
 
-    return [read(put(form)) for form in forms]
+    return [parse_answer(put(form)) for form in forms]
 
 
 def family_of(node: Node, letter: str) -> Node | None:
@@ -249,22 +254,28 @@ def _relation(text: str, parts: list[str], signs: list[str]) -> Node:
         if not names[0] and names[-1] and len(parts) == 2:
             parts, names = parts[::-1], names[::-1]
         if names[0]:
-            return Node("assign", text, (leaf(unwrap(parts[0])), read(parts[-1])))
+            return Node(
+                "assign",
+                text,
+                (make_leaf(strip_braces(parts[0])), parse_answer(parts[-1])),
+            )
         states = not re.search(r"[A-Za-z]", re.sub(r"\\[a-z]+", "", text))
         if states or (len(parts) > 2 and not any(map(has_unknown, parts[-2:]))):
-            return read(parts[-1])  # 3+4=7 states 7, and b^a = 3^5 = 243 states 243
-        return Node("equation", text, (leaf(parts[0]), leaf(parts[-1])))
+            return parse_answer(
+                parts[-1]
+            )  # 3+4=7 states 7, and b^a = 3^5 = 243 states 243
+        return Node("equation", text, (make_leaf(parts[0]), make_leaf(parts[-1])))
     if signs == [r"\ne"]:
         if names[0] and not names[1]:
             return _all_but(text, parts[1])
-        return Node("chain", text, tuple(map(leaf, parts)), "!")
+        return Node("chain", text, tuple(map(make_leaf, parts)), "!")
     short = {"<": "<", ">": ">", r"\le": "l", r"\ge": "g"}
     marks = "".join(short.get(sign, "?") for sign in signs)
     if set(marks) <= set(">g"):
         parts, names = parts[::-1], names[::-1]
         marks = marks[::-1].translate(str.maketrans(">g", "<l"))
     if not set(marks) <= set("<l"):
-        return Node("chain", text, tuple(map(leaf, parts)), marks)
+        return Node("chain", text, tuple(map(make_leaf, parts)), marks)
     if len(parts) == 2 and (inside := _absolute(text, parts, marks)) is not None:
         return inside
     constant = [not has_unknown(part) for part in parts]
@@ -274,7 +285,7 @@ def _relation(text: str, parts: list[str], signs: list[str]) -> Node:
     elif len(parts) == 2 and names[1] and constant[0]:
         ends, within = [*parts, r"\infty"], marks + "<"
     elif len(parts) != 3 or not (constant[0] and names[1] and constant[2]):
-        return Node("chain", text, tuple(map(leaf, parts)), marks)
+        return Node("chain", text, tuple(map(make_leaf, parts)), marks)
     bracket = {"<": "(", "l": "["}[within[0]] + {"<": ")", "l": "]"}[within[1]]
     return _interval(ends[0], ends[2], bracket, text)
 
@@ -288,7 +299,7 @@ def join_thousands(text: str) -> str:
     if "," not in text:
         return text
     joined, last = "", 0
-    for match in outside(text, _THOUSANDS):
+    for match in matches_outside_brackets(text, _THOUSANDS):
         joined += text[last : match.start()] + match.group().replace(",", "")
         last = match.end()
     return joined + text[last:]
@@ -303,8 +314,8 @@ _MATRIX = re.compile(
 def _matrix(text: str) -> Node | None:
     """Parses a matrix and its factor; a matrix between bars is its determinant."""
     if listed := re.fullmatch(r"([(\[].*[)\]])\^\{?(?:T|\\text\{T\}|\\top)\}?", text):
-        row = read(listed[1])
-        if row.kind == "tuple" and closes(listed[1]):
+        row = parse_answer(listed[1])
+        if row.kind == "tuple" and is_enclosed(listed[1]):
             return Node("matrix", text, tuple(_row([item]) for item in row.items))
     found = r"\begin" in text and _MATRIX.fullmatch(text)
     if not found or r"\begin" in found[1] + found[3]:
@@ -312,7 +323,7 @@ def _matrix(text: str) -> Node | None:
     factor, name, body, transposed = found.groups()
     cells = [row.split("&") for row in body.split(ROW) if row.strip()]
     if name == "vmatrix":
-        return leaf(f"{factor}({_determinant(cells)})")
+        return make_leaf(f"{factor}({_determinant(cells)})")
     if re.search(r"[-+]$|[=<>]", factor[1:]):
         return None
     factor = "-1" if factor == "-" else factor
@@ -320,7 +331,7 @@ def _matrix(text: str) -> Node | None:
         cells = [[f"({factor})({cell})" for cell in row] for row in cells]
     if transposed and len({len(row) for row in cells}) == 1:
         cells = [list(column) for column in zip(*cells, strict=True)]
-    return Node("matrix", text, tuple(_row(map(read, row)) for row in cells))
+    return Node("matrix", text, tuple(_row(map(parse_answer, row)) for row in cells))
 
 
 def _row(items: Iterable[Node]) -> Node:
@@ -341,8 +352,8 @@ def _determinant(cells: list[list[str]]) -> str:
 
 def relation_sides(text: str) -> tuple[list[str], list[str]] | None:
     """Returns the sides and the signs of an equation or inequality, or None."""
-    signs = [match.group() for match in outside(text, _SIDES)]
-    sides = [side.strip() for side in split(text, _SIDES)]
+    signs = [match.group() for match in matches_outside_brackets(text, _SIDES)]
+    sides = [side.strip() for side in split_outside_brackets(text, _SIDES)]
     return (sides, signs) if signs and all(sides) else None
 
 

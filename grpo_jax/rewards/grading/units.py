@@ -30,13 +30,15 @@ _UNIT_END = re.compile(
 )
 
 
-def quantity(text: str) -> tuple[str, str]:
+def split_quantity(text: str) -> tuple[str, str]:
     r"""Returns the expression and the name of its unit ("" if there is none).
 
     Args:
-      text: an answer from `notation.clean`.
+      text: an answer from `notation.normalize_notation`.
 
-    >>> quantity(r"15\text{centimeters}^2"), quantity(r"20%"), quantity(r"60^\circ")
+    >>> (split_quantity(r"15\text{centimeters}^2"),
+    ...  split_quantity(r"20%"),
+    ...  split_quantity(r"60^\circ"))
     (('15', 'cm^2'), ('20', '%'), ('60', 'degree'))
     """
     rest, units = text, []

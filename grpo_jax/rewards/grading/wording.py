@@ -1,8 +1,8 @@
 r"""Converts English and Chinese words for signs and operations to mathematics.
 
-`spell` turns `negative 7` into -7, `at least 7` into x\ge 7, and `7 squared` into 7^2.
-Words that match no rule stay prose. `changes_value` finds prose that is not a unit but
-changes the answer's value.
+`words_to_operators` turns `negative 7` into -7, `at least 7` into x\ge 7, and `7
+squared` into 7^2. Words that match no rule stay prose. `changes_value` finds prose that
+is not a unit but changes the answer's value.
 """
 
 import re
@@ -205,15 +205,19 @@ _CHANGES = re.compile(
 )
 
 
-def spell(text: str) -> str:
+def words_to_operators(text: str) -> str:
     r"""Returns the text with words replaced by signs and operators.
 
     Args:
-      text: an answer whose LaTeX is in one spelling, from within `notation.clean`.
+      text: an answer whose LaTeX is in one spelling, from within
+        `notation.normalize_notation`.
 
-    >>> spell(r"\text{negative }7"), spell("大于3"), spell(r"7 \text{ squared}")
+    >>> (words_to_operators(r"\text{negative }7"),
+    ...  words_to_operators("大于3"),
+    ...  words_to_operators(r"7 \text{ squared}"))
     ('-7', 'x>3', '7^{2}')
-    >>> spell(r"7\text{ square feet}"), spell("7 more than Bob")
+    >>> (words_to_operators(r"7\text{ square feet}"),
+    ...  words_to_operators("7 more than Bob"))
     ('7\\text{ square feet}', '7 more than Bob')
     """
     if not _WORDS.search(text):

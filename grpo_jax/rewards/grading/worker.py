@@ -16,7 +16,7 @@ MEMORY = 2 << 30  # bytes of address space a worker may use
 PATIENCE = 5  # wall-clock limit as a multiple of the CPU limit, for a busy machine
 
 
-def work(parent: int) -> None:
+def run_worker(parent: int) -> None:
     """Reads pairs from stdin and writes `1` or `0` for each.
 
     Returns when the pipe closes or the parent has gone.
@@ -36,11 +36,11 @@ def work(parent: int) -> None:
     try:
         import math_verify  # noqa: F401  (imported before a pair's time starts)
 
-        from grpo_jax.rewards.grading.algebra import decide
+        from grpo_jax.rewards.grading.algebra import compare_in_worker
     except ImportError as error:
         os.write(replies, f"{error}\n".encode())
         return
-    decide("x+1", "1+x")
+    compare_in_worker("x+1", "1+x")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.addaudithook(_refuse)
@@ -51,7 +51,7 @@ def work(parent: int) -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)
         signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds + 1)
         try:
-            answer = decide(prediction, reference, rule)
+            answer = compare_in_worker(prediction, reference, rule)
         except Exception:
             answer = False
         signal.setitimer(signal.ITIMER_PROF, 0)

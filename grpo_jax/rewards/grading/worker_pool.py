@@ -1,9 +1,9 @@
 r"""Grades answers in worker processes that can be killed.
 
-`grade` returns a bool for each pair of prediction and reference. Rational answers are
-compared in the calling process. Other pairs go to worker processes, one per line of
-JSON. `python -c` starts them, so they are no forks of the trainer and do not import its
-`__main__`.
+`grade_answers` returns a bool for each pair of prediction and reference. Rational
+answers are compared in the calling process. Other pairs go to worker processes, one per
+line of JSON. `python -c` starts them, so they are no forks of the trainer and do not
+import its `__main__`.
 
 The limit for a pair is CPU time, so a busy machine does not make a right answer wrong.
 The limit by the clock is `PATIENCE` times as long. A worker above a limit is killed,
@@ -75,8 +75,8 @@ class _Worker:
         root = str(Path(__file__).resolve().parents[3])
         code = (
             f"import sys; sys.path.insert(0, {root!r}); "
-            "from grpo_jax.rewards.grading.worker import work; "
-            f"work({os.getpid()})"
+            "from grpo_jax.rewards.grading.worker import run_worker; "
+            f"run_worker({os.getpid()})"
         )
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", code],
@@ -111,7 +111,7 @@ def _line(process: subprocess.Popen[bytes], seconds: float) -> bytes | None:
     return process.stdout.readline() if poller.poll(seconds * 1000) else None
 
 
-class Pool:
+class WorkerPool:
     """A thread-safe pool of worker processes, each of which takes one pair at a time.
 
     Args:
@@ -126,7 +126,7 @@ class Pool:
         for worker in self._workers:
             self._idle.put(worker)
 
-    def same(self, prediction: str, reference: str, rule: str = "strict") -> bool:
+    def is_equal(self, prediction: str, reference: str, rule: str = "strict") -> bool:
         """Returns whether a worker finds a pair equal; False if it takes too long.
 
         If the worker dies, a new one is asked, since something else may have killed it.
@@ -147,7 +147,7 @@ class Pool:
             worker.close()
 
 
-def pool() -> Pool:
+def shared_pool() -> WorkerPool:
     """Returns the pool of this process; a forked child gets its own."""
     with _pool_lock:
         return _pool_of(os.getpid())
@@ -157,8 +157,8 @@ _pool_lock = threading.Lock()
 
 
 @functools.cache
-def _pool_of(process: int) -> Pool:
-    pool = Pool()
+def _pool_of(process: int) -> WorkerPool:
+    pool = WorkerPool()
     # In a fork, the workers still belong to the parent.
     atexit.register(lambda: process == os.getpid() and pool.close())
     return pool
@@ -166,10 +166,10 @@ def _pool_of(process: int) -> Pool:
 
 @functools.lru_cache(maxsize=65536)
 def _ask(prediction: str, reference: str, rule: str) -> bool:
-    return pool().same(prediction, reference, rule)
+    return shared_pool().is_equal(prediction, reference, rule)
 
 
-def grade(
+def grade_answers(
     predictions: Sequence[str | None], references: Sequence[str], rule: str = "strict"
 ) -> list[bool]:
     r"""Returns whether each prediction equals its reference answer.
@@ -183,7 +183,7 @@ def grade(
     Raises:
       GrpoError: the lengths differ, or a worker process does not start.
 
-    >>> grade(["0.5", None, "3"], [r"\frac{1}{2}", "1", "4"])
+    >>> grade_answers(["0.5", None, "3"], [r"\frac{1}{2}", "1", "4"])
     [True, False, False]
     """
     if len(predictions) != len(references):

@@ -19,22 +19,25 @@ from grpo_jax.config import reward_names
 from grpo_jax.data.datasets import Batches
 from grpo_jax.data.example import Example
 from grpo_jax.distributed import processes, sharding
-from grpo_jax.distributed.progress import progress
+from grpo_jax.distributed.progress import progress_bar
 from grpo_jax.errors import GrpoError, Preempted
 from grpo_jax.models.decoder import Params
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.credit import Output
 from grpo_jax.training.reward_model import labels
-from grpo_jax.training.reward_model.labels import Labelled
+from grpo_jax.training.reward_model.labels import LabelledSequence
 from grpo_jax.training.reward_model.math_shepherd import Sampler, label_questions
 from grpo_jax.training.reward_model.scoring import score_samples
 from grpo_jax.training.reward_model.solution_steps import step_ends
-from grpo_jax.training.reward_model.training import Settings, train
+from grpo_jax.training.reward_model.training import (
+    RewardModelTraining,
+    train_reward_model,
+)
 from grpo_jax.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
+class OutputScorer:
     """A trained reward model; its scores are probabilities of being right."""
 
     run: Run
@@ -72,7 +75,7 @@ class Judge:
         return [1 / (1 + np.exp(-s[-len(o.tokens) :])) for o, s in pairs]
 
 
-class Judges:
+class RewardModelIterations:
     """Trains and returns the judge of each iteration; None if the run needs none.
 
     Args:
@@ -85,13 +88,13 @@ class Judges:
 
     def __init__(self, run: Run, questions: Sequence[tuple[Example, list[int]]]):
         config = run.config
-        own = config.own()
+        own = config.method_values()
         by_step = METHODS[config.method].coefficient == "process"
         self.run, self.questions = run, questions
         self.needed = by_step or "model" in reward_names(config)
         self.replay = own.get("replay", 0.0)
         r, o = config.reward_model, config.optimizer
-        self.settings = Settings(
+        self.settings = RewardModelTraining(
             kind="process" if by_step else "outcome",
             steps=r.steps,
             batch_size=r.batch_size,
@@ -101,18 +104,18 @@ class Judges:
             micro_rows=o.micro_rows,
             shared=o,
         )
-        self.given: list[Labelled] = []  # the labels of the config's file
+        self.given: list[LabelledSequence] = []  # the labels of the config's file
         if self.needed:  # fails here, before any training
             if r.labels:
                 self.given = self._read(r.labels)
             self._check(own.get("iterations", 1))
 
-    def __call__(self, iteration: int, policy: Params | None) -> Judge | None:
+    def __call__(self, iteration: int, policy: Params | None) -> OutputScorer | None:
         """Returns an iteration's reward model, trained on outputs of `policy`."""
         if not self.needed:
             return None
-        assert policy is not None  # rl.train keeps π_sft if a judge is needed
-        return Judge(self.run, self._trained(iteration, policy))
+        assert policy is not None  # rl.train_rl keeps π_sft if a judge is needed
+        return OutputScorer(self.run, self._trained(iteration, policy))
 
     def _trained(self, iteration: int, policy: Params) -> Params:
         def start() -> Params:
@@ -120,7 +123,7 @@ class Judges:
                 return self._trained(iteration - 1, policy)
             return self.run.new_reward_model(self.run.key("reward", 0), policy)
 
-        return train(
+        return train_reward_model(
             self.run,
             f"reward-{iteration + 1}",
             start,
@@ -166,19 +169,19 @@ class Judges:
                 f"raise config.{field}"
             )
 
-    def _labels(self, iteration: int, policy: Params) -> list[Labelled]:
+    def _labels(self, iteration: int, policy: Params) -> list[LabelledSequence]:
         """The labels of the iteration, and a share of the earlier ones."""
         numbers = range(1, iteration + 2)
         *before, file = (self.run.workdir / f"labels-{i}.jsonl" for i in numbers)
-        if processes.from_first(file.exists):
+        if processes.broadcast(file.exists):
             new = self._read(file)
         else:
             new = self._new(iteration, policy)
             self.run.recorder.begin()
-            if processes.first():
-                labels.write(file, new)
+            if processes.is_first_process():
+                labels.write_labels(file, new)
         history = [item for file in before for item in self._read(file)]
-        return labels.replay(
+        return labels.mix_with_history(
             new,
             history,
             seed=self.run.config.seed,
@@ -186,7 +189,7 @@ class Judges:
             share=self.replay,
         )
 
-    def _new(self, iteration: int, policy: Params) -> list[Labelled]:
+    def _new(self, iteration: int, policy: Params) -> list[LabelledSequence]:
         config, r = self.run.config, self.run.config.reward_model
         if r.labels and not iteration:
             return self.given
@@ -200,9 +203,9 @@ class Judges:
         )
         size = min(r.questions, len(self.questions))
         asked = Batches(self.questions, size, seed=config.seed)[iteration]
-        items: list[Labelled] = []
+        items: list[LabelledSequence] = []
         chunk = 1024  # labelled at a time, to show progress and to stop in between
-        with progress(f"labels {iteration + 1}", 0, size, unit="question") as bar:
+        with progress_bar(f"labels {iteration + 1}", 0, size, unit="question") as bar:
             for at in range(0, size, chunk):
                 part = asked[at : at + chunk]
                 items += label_questions(
@@ -214,9 +217,9 @@ class Judges:
                     soft=r.soft,
                 )
                 bar.update(len(part))
-                if processes.stopping():
+                if processes.is_preempted():
                     raise Preempted(f"labels {iteration + 1}: stopped")
         return items
 
-    def _read(self, file: str | Path) -> list[Labelled]:
-        return labels.read(file, vocab_size=self.run.tokenizer.vocab_size)
+    def _read(self, file: str | Path) -> list[LabelledSequence]:
+        return labels.read_labels(file, vocab_size=self.run.tokenizer.vocab_size)

@@ -2,7 +2,7 @@
 
 A sequence has a label in [0, 1] at each step's last token. `math_shepherd.py` makes
 them, or `read_math_shepherd` reads published ones. They are kept as JSON lines;
-`replay` mixes new and old ones for iterative GRPO (section 4.1.4).
+`mix_with_history` mixes new and old ones for iterative GRPO (section 4.1.4).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from grpo_jax.files import write_whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Labelled:
+class LabelledSequence:
     """A question's prompt and one output, with a label for each step.
 
     Raises:
@@ -49,21 +49,23 @@ class Labelled:
         if not all(0 <= label <= 1 for label in self.labels):
             raise GrpoError(f"labels {list(self.labels)} are not all in [0, 1]")
 
-    def outcome(self) -> Labelled:
+    def outcome(self) -> LabelledSequence:
         """Returns the sequence with its last label only, for outcome reward models."""
         return dataclasses.replace(self, ends=self.ends[-1:], labels=self.labels[-1:])
 
 
-def write(path: str | os.PathLike[str], items: Sequence[Labelled]) -> None:
+def write_labels(
+    path: str | os.PathLike[str], items: Sequence[LabelledSequence]
+) -> None:
     """Writes one JSON line for each sequence; the file appears whole or not at all."""
     lines = (json.dumps(dataclasses.asdict(i), ensure_ascii=False) for i in items)
     write_whole(path, "".join(line + "\n" for line in lines))
 
 
-def read(
+def read_labels(
     path: str | os.PathLike[str], *, vocab_size: int | None = None
-) -> list[Labelled]:
-    """Reads a file of `write`.
+) -> list[LabelledSequence]:
+    """Reads a file of `write_labels`.
 
     Args:
       path: the file.
@@ -74,8 +76,8 @@ def read(
     """
     known = range(2**31 if vocab_size is None else vocab_size)
 
-    def labelled(row: dict[str, Any]) -> Labelled:
-        item = Labelled(
+    def labelled(row: dict[str, Any]) -> LabelledSequence:
+        item = LabelledSequence(
             tokens=_values(row, "tokens", int),
             prompt=_value(row, "prompt", int),
             ends=_values(row, "ends", int),
@@ -107,14 +109,14 @@ def _value(row: dict[str, Any], key: str, *kinds: type) -> Any:
     return row[key]
 
 
-def replay(
-    new: Sequence[Labelled],
-    history: Sequence[Labelled],
+def mix_with_history(
+    new: Sequence[LabelledSequence],
+    history: Sequence[LabelledSequence],
     *,
     seed: int,
     iteration: int,
     share: float = 0.1,
-) -> list[Labelled]:
+) -> list[LabelledSequence]:
     """Returns the new sequences and a share of the history (section 4.1.4).
 
     The paper's "10 % of historical data" is read as a tenth of the history.
@@ -126,9 +128,9 @@ def replay(
       iteration: the iteration's number.
       share: of the history that is drawn.
 
-    >>> old = [Labelled(tokens=(i,), prompt=0, ends=(0,), labels=(1.0,))
+    >>> old = [LabelledSequence(tokens=(i,), prompt=0, ends=(0,), labels=(1.0,))
     ...        for i in range(20)]
-    >>> len(replay(old[:5], old, seed=0, iteration=1))
+    >>> len(mix_with_history(old[:5], old, seed=0, iteration=1))
     7
     """
     count = round(share * len(history))
@@ -150,7 +152,9 @@ class Solution:
     id: str = ""  # of the question
 
 
-def encode(tokens_of: Callable[[str], list[int]], solution: Solution) -> Labelled:
+def encode_solution(
+    tokens_of: Callable[[str], list[int]], solution: Solution
+) -> LabelledSequence:
     r"""Returns a solution as tokens, with question and steps on lines of their own.
 
     Each is encoded separately, so that a step's last token holds its line break.
@@ -160,7 +164,7 @@ def encode(tokens_of: Callable[[str], list[int]], solution: Solution) -> Labelle
       solution: the question and its labelled steps.
 
     >>> solution = Solution("1+1?", ("1+1=2", "2"), (1.0, 1.0))
-    >>> item = encode(lambda text: list(text.encode()), solution)
+    >>> item = encode_solution(lambda text: list(text.encode()), solution)
     >>> item.prompt, item.ends, len(item.tokens)
     (5, (10, 12), 13)
     """
@@ -169,7 +173,7 @@ def encode(tokens_of: Callable[[str], list[int]], solution: Solution) -> Labelle
     for step in solution.steps:
         tokens += tokens_of(step + "\n")
         ends.append(len(tokens) - 1)
-    return Labelled(
+    return LabelledSequence(
         tokens=tuple(tokens),
         prompt=prompt,
         ends=tuple(ends),

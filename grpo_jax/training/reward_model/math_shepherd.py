@@ -27,7 +27,7 @@ from grpo_jax.distributed import processes, sharding
 from grpo_jax.generation.sampler import generate
 from grpo_jax.models.decoder import Decoder, Params
 from grpo_jax.rewards.reward_functions import rule_reward
-from grpo_jax.training.reward_model.labels import Labelled
+from grpo_jax.training.reward_model.labels import LabelledSequence
 from grpo_jax.training.reward_model.solution_steps import step_ends
 
 Tokens = list[int]
@@ -82,7 +82,7 @@ class Sampler:
                 temperature=self.temperature,
                 eos_id=self.tokenizer.eos_ids,
             )
-            tokens, ends = sharding.to_hosts((rollouts.tokens, rollouts.lengths))
+            tokens, ends = sharding.fetch_to_hosts((rollouts.tokens, rollouts.lengths))
             for place, i in enumerate(chunk):
                 rows = range(place * samples, (place + 1) * samples)
                 found[i] = [tokens[row, : ends[row]].tolist() for row in rows]
@@ -96,7 +96,7 @@ def label_questions(
     key: jax.Array,
     outputs: int = 1,
     **options: Any,
-) -> list[Labelled]:
+) -> list[LabelledSequence]:
     """Samples outputs of each question and labels their steps.
 
     Args:
@@ -135,7 +135,7 @@ def label_outputs(
     completions: int = 8,
     soft: bool = False,
     grade: Grade = grade_by_rule,
-) -> list[Labelled]:
+) -> list[LabelledSequence]:
     """Labels the steps of given outputs.
 
     Args:
@@ -171,7 +171,7 @@ def label_outputs(
         texts = [tokenizer.decode(tokens) for _, tokens in rows]
         return grade([example for example, _ in rows], texts)
 
-    rewards = processes.divide(graded, whole)
+    rewards = processes.map_divided(graded, whole)
     right = np.asarray(rewards, np.float64) > 0.5  # a reward of NaN is not right
     shares = right[len(outputs) :].reshape(-1, completions).mean(1)
     values = iter((shares if soft else shares > 0).astype(float).tolist())
@@ -179,7 +179,7 @@ def label_outputs(
     rows = zip(outputs, ends, right[: len(outputs)].tolist(), strict=True)
     for (example, prompt, output), steps, is_right in rows:
         found.append(
-            Labelled(
+            LabelledSequence(
                 tokens=(*prompt, *output),
                 prompt=len(prompt),
                 ends=tuple(len(prompt) + end for end in steps),

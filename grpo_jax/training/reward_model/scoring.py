@@ -111,4 +111,4 @@ def score_samples(
     batch = pack(samples, length=length, rows=rows)
     batch = place(batch.with_capacity(capacity))
     scores = make_reward_scorer(model)(params, batch)
-    return unpack(sharding.to_hosts(scores), samples)
+    return unpack(sharding.fetch_to_hosts(scores), samples)

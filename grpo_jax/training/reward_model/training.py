@@ -24,9 +24,9 @@ from grpo_jax.errors import GrpoError
 from grpo_jax.models.decoder import Params
 from grpo_jax.models.value_head import RewardModel
 from grpo_jax.training.batch import Sample
-from grpo_jax.training.optimizers import adamw
+from grpo_jax.training.optimizers import make_stage_optimizer
 from grpo_jax.training.packing import pack
-from grpo_jax.training.reward_model.labels import Labelled
+from grpo_jax.training.reward_model.labels import LabelledSequence
 from grpo_jax.training.reward_model.scoring import reward_objective, reward_sample
 from grpo_jax.training.run import Run, open_run, run_supervised_stage
 
@@ -34,7 +34,7 @@ KINDS = ("process", "outcome")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class RewardModelTraining:
     """How a reward model is trained."""
 
     kind: str = "process"  # process: one label a step; outcome: the last one only
@@ -49,7 +49,7 @@ class Settings:
 
     def optimizer(self) -> tuple[optax.GradientTransformation, Any]:
         """Returns (optimiser, learning-rate schedule)."""
-        return adamw(
+        return make_stage_optimizer(
             self.shared,
             self.learning_rate,
             steps=self.steps,
@@ -58,12 +58,12 @@ class Settings:
         )
 
 
-def train(
+def train_reward_model(
     run: Run,
     stage: str,
     start: Callable[[], Params],
-    labelled: Sequence[Labelled],
-    settings: Settings,
+    labelled: Sequence[LabelledSequence],
+    settings: RewardModelTraining,
     *,
     seed: int | None = None,
 ) -> Params:
@@ -105,7 +105,7 @@ def train(
     )
 
 
-def sample_of(item: Labelled, kind: str) -> Sample:
+def sample_of(item: LabelledSequence, kind: str) -> Sample:
     """Returns a labelled sequence as a sample for `pack`.
 
     Args:
@@ -140,7 +140,9 @@ def load_reward_model(
             f"{folder}: no such folder, or no finished checkpoint in it; train a "
             "reward model there first"
         )
-    optimizer, _ = Settings().optimizer()  # all settings give a state of this shape
+    optimizer, _ = (
+        RewardModelTraining().optimizer()
+    )  # all settings give a state of this shape
     with run.checkpoints(stage, clean=False) as checkpoints:
         _, state, _ = checkpoints.restore(run.abstract_state(stage, optimizer))
     return RewardModel(run.model), state.params, run.tokenizer

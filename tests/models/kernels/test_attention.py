@@ -16,19 +16,21 @@ from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.kernels import attention as attention_module
 from grpo_jax.models.kernels import cpu, tpu
 from grpo_jax.models.kernels.attention import attend, on_each_device
-from grpo_jax.models.kernels.gpu import cudnn
+from grpo_jax.models.kernels.gpu import cudnn_attention
 from grpo_jax.models.kernels.mask import AttentionMask
-from grpo_jax.models.kernels.tpu import splash
-from grpo_jax.models.kernels.xla import BLOCK, dense_attention, in_blocks
+from grpo_jax.models.kernels.tpu import splash_attention
+from grpo_jax.models.kernels.xla import BLOCK, dense_attention, padded_block_attention
 from grpo_jax.training.batch import Sample
 from grpo_jax.training.packing import PROMPT, pack, unpack
 
 T = 50  # no multiple of a block
 WAYS = {
-    "blocks": functools.partial(in_blocks, size=16),
-    "kernels": functools.partial(in_blocks, size=16),  # a CPU's
-    "splash": functools.partial(splash, interpret=True),
-    "cudnn": functools.partial(cudnn, implementation="xla"),  # what is asked of it
+    "blocks": functools.partial(padded_block_attention, size=16),
+    "kernels": functools.partial(padded_block_attention, size=16),  # a CPU's
+    "splash": functools.partial(splash_attention, interpret=True),
+    "cudnn": functools.partial(
+        cudnn_attention, implementation="xla"
+    ),  # what is asked of it
 }
 
 
@@ -48,7 +50,9 @@ def rows_of(case: str, length: int = T) -> AttentionMask:
     if case in ("packed", "shared"):
         shared = case == "shared"
         samples = samples_of([14, 19], prompt=8, answers=4 if shared else 2)
-        batch = pack(samples, length=length, rows=2, share_prompts=shared).micro(0)
+        batch = pack(samples, length=length, rows=2, share_prompts=shared).micro_batch(
+            0
+        )
         ids = jnp.array(batch.segment_ids)
         assert ((ids >= PROMPT).any() == shared) and (ids == 0).any()
         return AttentionMask(jnp.ones(ids.shape, bool), ids, jnp.array(batch.positions))
@@ -117,10 +121,10 @@ def gradients(f, q, k, v, cotangent):
 @contextlib.contextmanager
 def kernels_in_use():
     """As on a machine of one device; else 8 devices take XLA's own way."""
-    if not cpu.ready():
+    if not cpu.library_is_ready():
         pytest.skip("no C++ compiler")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "alone", lambda: True)
+        patch.setattr(sharding, "is_one_device", lambda: True)
         yield
 
 
@@ -176,18 +180,18 @@ def test_a_nan_reaches_nobody_who_may_not_look_at_it(case, way, where):
 
 def test_kernels_take_heads_and_blocks_of_a_models_size(monkeypatch):
     """64 wide, three query heads a key head, blocks of 64, the last not full."""
-    monkeypatch.setitem(WAYS, "kernels", in_blocks)
+    monkeypatch.setitem(WAYS, "kernels", padded_block_attention)
     for rows in (rows_of("left", 170), rows_of("shared", 170)):
         for window in (None, 40):
             here = AttentionMask(rows.real, rows.segments, rows.positions, window)
-            check(in_blocks, here, inputs(170, heads=6, width=64))
+            check(padded_block_attention, here, inputs(170, heads=6, width=64))
 
 
 def test_kernels_are_called_and_may_be_mapped():
     """Under vmap one row after the other, and the same numbers."""
     rows, (q, k, v, _) = rows_of("packed"), inputs()
     with kernels_in_use():
-        f = functools.partial(in_blocks, size=16)
+        f = functools.partial(padded_block_attention, size=16)
         text = str(jax.make_jaxpr(f)(q, k, v, rows))
         whole = f(q, k, v, rows)
         one = jax.tree.map(lambda x: x[:, None], rows)
@@ -220,7 +224,7 @@ def test_one_key_head_for_all_and_one_each(way, kv_heads):
 def test_splash_over_several_blocks_some_of_them_skipped(monkeypatch):
     monkeypatch.setattr(tpu, "TPU_BLOCK", 128)
     samples = samples_of([100, 90, 110], prompt=40, answers=2)
-    batch = pack(samples, length=300, rows=2, share_prompts=True).micro(0)
+    batch = pack(samples, length=300, rows=2, share_prompts=True).micro_batch(0)
     ids = jnp.array(batch.segment_ids)
     rows = AttentionMask(jnp.ones(ids.shape, bool), ids, jnp.array(batch.positions))
     allowed = mask_of(rows)
@@ -233,7 +237,7 @@ def test_splash_over_several_blocks_some_of_them_skipped(monkeypatch):
 def test_short_rows_are_the_dense_function_itself():
     q, k, v, _ = inputs(BLOCK, heads=1, kv_heads=1)
     rows = rows_of("right", BLOCK)
-    ours = jax.make_jaxpr(in_blocks)(q, k, v, rows)
+    ours = jax.make_jaxpr(padded_block_attention)(q, k, v, rows)
     dense = jax.make_jaxpr(
         lambda q, k, v, rows: dense_attention(q, k, v, rows.allowed())
     )
@@ -259,7 +263,7 @@ def test_memory_grows_with_the_row_and_not_with_its_square():
 
         return temporaries(1024) / temporaries(512)
 
-    assert growth(functools.partial(in_blocks, size=64)) < 2.3
+    assert growth(functools.partial(padded_block_attention, size=64)) < 2.3
     assert growth(lambda q, k, v, rows: dense_attention(q, k, v, rows.allowed())) > 3.5
 
 
@@ -271,7 +275,7 @@ def test_a_long_row_of_shared_prompts_gives_each_output_its_own_logits():
     params = jax.jit(model.init)(jax.random.key(3))
     samples = samples_of([90], prompt=60, answers=8)
     length = 336  # several blocks
-    batch = pack(samples, length=length, share_prompts=True).micro(0)
+    batch = pack(samples, length=length, share_prompts=True).micro_batch(0)
     assert batch.segment_ids.shape == (1, length)
     assert (batch.segment_ids > 0).sum() > 2 * BLOCK
 
@@ -357,7 +361,7 @@ def test_the_program_for_gpu_is_cudnns_where_it_computes_this(sizes):
 
 def test_no_kernel_where_it_is_not_known_how_arrays_are_spread(caplog):
     """XLA can split what is its own; that it is slow is said once, and the remedy."""
-    attention_module.say_no_kernel.cache_clear()
+    attention_module.warn_without_kernel.cache_clear()
     unknown = mesh_of("tpu", 4, axes=("own",))
     for _ in range(2):
         assert "tpu_custom_call" not in program("tpu", unknown, jnp.float32)
@@ -382,7 +386,9 @@ def test_a_tpu_compiles_the_layers_on_its_mesh():
         vocab_size=64, width=128, layers=5, heads=4, kv_heads=2, head_dim=64, ffn=128
     )
     model = Decoder(config, dtype="bfloat16")
-    params = sharding.abstract(jax.eval_shape(model.init, jax.random.key(0)), mesh)
+    params = sharding.abstract_arrays(
+        jax.eval_shape(model.init, jax.random.key(0)), mesh
+    )
     place = sharding.batch_sharding(mesh)
     ids = jax.ShapeDtypeStruct((2, 200), jnp.int32, sharding=place)
 

@@ -94,7 +94,7 @@ def test_an_update_is_near_to_float32s(tokens, rank):
         params, reference = weights(model), weights(model)
         reference["norm"] *= 1.2
         if rank:  # the base is π_ref
-            params = lora.begin(adapters, params, jax.random.key(3))
+            params = lora.begin_stage(adapters, params, jax.random.key(3))
             reference = None
         optimizer = optax.sgd(0.1)
         step = make_grpo_step(model, optimizer, kl_coef=0.1)

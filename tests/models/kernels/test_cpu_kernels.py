@@ -15,7 +15,7 @@ import pytest
 from grpo_jax.distributed import sharding
 from grpo_jax.generation import cache_attention
 from grpo_jax.generation import kv_cache as of_cache
-from grpo_jax.generation.sampler import generate, spread_tokens
+from grpo_jax.generation.sampler import generate, generate_tokens_on_mesh
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.kernels import cpu
@@ -26,7 +26,7 @@ from grpo_jax.plan.flops import count_flops
 
 @pytest.fixture(autouse=True)
 def compiled():
-    if not cpu.ready():
+    if not cpu.library_is_ready():
         pytest.skip("no C++ compiler")
 
 
@@ -124,8 +124,8 @@ def test_attention_is_numpys_and_xlas(shape, window, groups):
         assert jnp.array_equal(x[~live], was[~live])
     for x, y in zip(jax.tree.leaves(given), kept, strict=True):
         assert np.array_equal(x, y)  # what was given is not written into
-    plan = cache_attention.plan_of(cache, live, 4)
-    parts = cache_attention.of_prefix(
+    plan = cache_attention.group_slots_by_prompt(cache, live, 4)
+    parts = cache_attention.attend_to_prompts(
         q.reshape(slots, heads, groups, width),
         prefix,
         cache.prefixes.lengths,
@@ -133,8 +133,8 @@ def test_attention_is_numpys_and_xlas(shape, window, groups):
         plan,
         window,
     )
-    reads = cache_attention.reads_of(cache, live)
-    other = cache_attention.attend(q, parts, blocks, cache, window, reads)
+    reads = cache_attention.blocks_to_read(cache, live)
+    other = cache_attention.attend_to_blocks(q, parts, blocks, cache, window, reads)
     np.testing.assert_allclose(found[live], other[live], atol=2e-5)
 
     for slot in np.flatnonzero(live):
@@ -201,7 +201,7 @@ def test_devices_that_sample_side_by_side_have_a_kernel_each():
     prompts = np.arange(24).reshape(8, 3) + 4
 
     def run(params, tokens):
-        return spread_tokens(
+        return generate_tokens_on_mesh(
             model, params, tokens, jnp.ones_like(tokens, bool), **options
         )
 
@@ -229,15 +229,15 @@ def test_it_is_for_one_cpu_and_float32():
         width=8,
     )
     arrays = cache.layers, cache.prefixes.layers
-    assert not cpu.fit(arrays)  # eight devices
+    assert not cpu.kernels_fit(arrays)  # eight devices
     mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        assert cpu.fit(arrays)
+        assert cpu.kernels_fit(arrays)
         narrow = arrays[0], jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays[1])
-        assert not cpu.fit(narrow)
+        assert not cpu.kernels_fit(narrow)
     mesh = sharding.make_mesh(data=1, tensor=2, devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
-        assert not cpu.fit(arrays)
+        assert not cpu.kernels_fit(arrays)
 
 
 SAMPLE = """

@@ -32,7 +32,7 @@ if PLAIN in os.environ:
 
 @pytest.fixture
 def tiles():
-    if not cpu.tiles():
+    if not cpu.has_amx_tiles():
         assert PLAIN not in os.environ, "plain_tiles.h was not compiled"
         pytest.skip("this CPU has no bfloat16 tiles")
     with jax.set_mesh(sharding.make_mesh(data=1, devices=jax.devices()[:1])):
@@ -44,7 +44,7 @@ def xlas_own():
     """As if there were no tiles; what was traced with them is traced anew."""
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "tiles", lambda: False)
+        patch.setattr(cpu, "has_amx_tiles", lambda: False)
         yield
     jax.clear_caches()
 
@@ -52,10 +52,10 @@ def xlas_own():
 def test_with_plain_tiles(tmp_path):
     """The same tests, where a CPU can split numbers but not multiply tiles."""
     cpus = pathlib.Path("/proc/cpuinfo")
-    if cpu.tiles() or PLAIN in os.environ:
+    if cpu.has_amx_tiles() or PLAIN in os.environ:
         pytest.skip("the tests beside this one run with tiles")
     able = cpus.is_file() and " avx512bw " in cpus.read_text()
-    if not (cpu.ready() and able):
+    if not (cpu.library_is_ready() and able):
         pytest.skip("no C++ compiler, or no AVX-512")
     compiler = f"{os.environ.get('CXX', 'c++')} -include {HERE / 'plain_tiles.h'}"
     given = {"CXX": compiler, "GRPO_JAX_CACHE": str(tmp_path), PLAIN: "1"}
@@ -202,7 +202,7 @@ from grpo_jax.models.kernels import cpu
 from grpo_jax.models.kernels.products import product
 if "GRPO_JAX_PLAIN_TILES" in os.environ:
     cpu._cpu = lambda: "amx_bf16"
-assert cpu.tiles()
+assert cpu.has_amx_tiles()
 rng = np.random.default_rng(3)
 a, b = (rng.normal(size=s).astype(np.float32) for s in ((140, 1400), (900, 1400)))
 for x, y in ((a, b), (b, a)):

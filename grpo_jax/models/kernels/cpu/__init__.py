@@ -52,14 +52,19 @@ _FLAGS += "-fno-trapping-math -fno-signed-zeros -fassociative-math".split()
 _ROWS = 16  # the kernel takes a multiple of these
 
 
-def fit(*arrays: Any) -> bool:
+def kernels_fit(*arrays: Any) -> bool:
     """Returns whether the kernels fit arrays: all float32, on one CPU, with a compiler.
 
     Args:
       arrays: trees of arrays, or of anything with a dtype.
     """
     floats = all(x.dtype == jnp.float32 for x in jax.tree.leaves(arrays))
-    return floats and sharding.alone() and sharding.platform() == "cpu" and ready()
+    return (
+        floats
+        and sharding.is_one_device()
+        and sharding.platform() == "cpu"
+        and library_is_ready()
+    )
 
 
 def product(
@@ -195,13 +200,13 @@ def blocks_backward(
     return _blocks("GrpoBlocksBackward", results, rows, pairs, *arrays)
 
 
-def ready() -> bool:
+def library_is_ready() -> bool:
     """Returns whether the library is loaded and registered; if not, warns once why."""
     return _library() is not None
 
 
 @functools.cache
-def tiles() -> bool:
+def has_amx_tiles() -> bool:
     """Returns whether this CPU has bfloat16 tiles that this process may use."""
     if "amx_bf16" not in _cpu():  # checked first, to compile nothing without need
         return False
