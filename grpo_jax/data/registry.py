@@ -1,7 +1,7 @@
 """Registry of the known sets of questions.
 
-`find_source` returns the `Source` of a set: its file, public URL, SHA-256, reader and
-converter. `local_source` does so for a user's JSON-lines file. `read_examples` converts
+`find_source` returns the `Source` of a set: its file, public URL, SHA-256 and converter
+from rows. `local_source` does so for a user's JSON-lines file. `read_examples` converts
 a file to `Example`s, or raises an error that names the file, line and row.
 """
 
