@@ -112,7 +112,7 @@ def run_census(run: Run, params: Params, folder: Path) -> list[Example]:
     if processes.is_first_process():
         about = {"samples": config.census_samples, "group_size": config.group_size}
         write_json(folder / "census.json", about | {"sets": figures, "advice": advice})
-        lines = [to_json(_row(example)) for example in teaching]
+        lines = [to_json(row_of(example)) for example in teaching]
         write_whole(folder / TEACHING, b"".join(lines))
     count = sum(rows[0]["questions"] for rows in figures.values())
     advice.append(
@@ -157,7 +157,7 @@ def census_table(figures: dict[str, list[dict[str, Any]]]) -> Table:
     return Table([Column(name) for name in names], rows)
 
 
-def _row(example: Example) -> dict[str, Any]:
+def row_of(example: Example) -> dict[str, Any]:
     """A question as a line of a JSON-lines file that `data.train` takes."""
     values = {f.name: getattr(example, f.name) for f in dataclasses.fields(example)}
     columns = dict(values.pop("columns"))
