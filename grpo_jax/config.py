@@ -86,6 +86,8 @@ class SftSettings:
     # Rows a step of examples concatenated at random, as in the paper; 0: batch_size.
     batch_rows: int = number_field(0, 0, ROWS)
     row_length: int = number_field(4096, 2, TOKENS)  # tokens of a packed row
+    # Longer examples are left out and counted; 0 refuses one that fits no row.
+    max_tokens: int = number_field(0, 0, TOKENS)
     micro_rows: int = number_field(1, 1, ROWS)  # rows in memory at a time
     aggregate: str = choice_field("sequence_mean", "token_mean")
 

@@ -9,7 +9,7 @@ One step of the loop:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -52,7 +52,7 @@ def train_sft(run: Run, start_params: Callable[[], Params]) -> Params:
         require=("solution",),
     )
     processes.check_equal("data.sft", {"rows": examples.digest})
-    batches = SftBatches(run, examples)
+    batches = SftBatches(run, leave_out_long(run, examples))
     return run_supervised_stage(
         run,
         "sft",
@@ -82,7 +82,7 @@ class SftBatches:
     of examples concatenated at random (DeepSeekMath, section 3).
     """
 
-    def __init__(self, run: Run, examples: datasets.Dataset):
+    def __init__(self, run: Run, examples: Sequence[Example]):
         settings, seed = run.config.sft, run.config.seed
         self.run, self.examples = run, examples
         self.batches: datasets.Batches[Any]
@@ -130,6 +130,30 @@ def concatenate_into_rows(lengths: list[int], size: int, seed: int) -> list[list
         rows[-1].append(i)
         room -= lengths[i]
     return rows
+
+
+def leave_out_long(run: Run, examples: Sequence[Example]) -> Sequence[Example]:
+    """Returns the examples of at most `sft.max_tokens` tokens.
+
+    Raises:
+      GrpoError: there is none.
+    """
+    limit = run.config.sft.max_tokens
+    if not limit:
+        return examples
+    options = run.prompt_options
+    kept = [
+        e for e in examples if len(encode_sft(run.tokenizer, e, **options)[0]) <= limit
+    ]
+    if not kept:
+        raise GrpoError(
+            f"config.sft.max_tokens: {limit}; all {len(examples)} examples have more"
+        )
+    processes.print_once(
+        f"sft: {len(examples) - len(kept)} of {len(examples)} examples have more than "
+        f"sft.max_tokens {limit} tokens and are left out"
+    )
+    return kept
 
 
 def may_be_long(run: Run, example: Example) -> bool:

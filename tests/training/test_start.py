@@ -80,6 +80,21 @@ def test_an_sft_example_that_fits_no_row(here):
         refused(here, message, **sizes, sft_steps=1, seed=FIRST_WITHOUT)
 
 
+def test_sft_examples_that_are_left_out(here, capsys):
+    """The first rows have 6 + 6 tokens and an end; one is longer than a row."""
+    add_rows(here, BOXED | {"solution": "1+" * 60 + "1"})
+    sizes = {"method": "sft", "sft__row_length": 64}
+    with pytest.raises(AssertionError, match="weights were made"):
+        refused(here, "weights", **sizes, sft__max_tokens=60)
+    assert (
+        "sft: 1 of 82 examples have more than sft.max_tokens 60"
+        in capsys.readouterr().out
+    )
+    refused(
+        here, "sft.max_tokens: 5; all 82 examples have more", **sizes, sft__max_tokens=5
+    )
+
+
 def test_a_row_that_the_longest_output_would_not_fit(here):
     message = "optimizer.row_length: 15; a prompt of 5 tokens and an output of 12 .* 16"
     refused(here, message, optimizer__row_length=15)
