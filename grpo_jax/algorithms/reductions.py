@@ -97,7 +97,11 @@ def check_groups(name: str, x: Array, axes: str, group_size: int) -> None:
 
 
 def advantages_by_token(advantages: Array, logps: Array) -> Array:
-    """Returns advantages [B] or [B, T] as [B, 1] or [B, T].
+    """Returns advantages in a shape that broadcasts to [B, T].
+
+    Args:
+      advantages: [B], one for each sequence, or [B, T].
+      logps: [B, T].
 
     Raises:
       ValueError: they have neither of these shapes of `logps`.
@@ -136,7 +140,12 @@ def weights_and_cleaner(
 
 
 def sequence_sums(x: Array, segment_ids: Array | None) -> Array:
-    """Returns, at each token, the sum of x over the token's sequence, [B, T]."""
+    """Returns, at each token, the sum of x over the token's sequence, [B, T].
+
+    Args:
+      x: [B, T].
+      segment_ids: the sequence of each token, [B, T]; None: one sequence a row.
+    """
     if segment_ids is None:
         return jnp.broadcast_to(x.sum(-1, keepdims=True), x.shape)
     run = _runs(segment_ids)
@@ -220,15 +229,27 @@ def at_least_1(length: ArrayLike) -> Array:
     """Returns max(length, 1), a safe divisor.
 
     An empty sequence then has mean 0, and a length below 1 does not scale terms up.
+
+    Args:
+      length: of any shape.
     """
     return jnp.maximum(length, 1)
 
 
 def nonzero_divisor(count: ArrayLike) -> Array:
-    """Returns the count, or 1 where it is 0, so that an empty batch's loss is 0."""
+    """Returns the count, or 1 where it is 0, so that an empty batch's loss is 0.
+
+    Args:
+      count: of any shape.
+    """
     return jnp.where(jnp.asarray(count) > 0, count, 1)
 
 
 def token_mean(x: ArrayLike, weight: Array) -> Array:
-    """Returns the weighted mean Σ m x / max(Σ m, 1) over all tokens."""
+    """Returns the weighted mean Σ m x / max(Σ m, 1) over all tokens.
+
+    Args:
+      x: a value for each token, or one for all.
+      weight: m, [B, T].
+    """
     return (weight * x).sum() / at_least_1(weight.sum())

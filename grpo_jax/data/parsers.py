@@ -62,7 +62,11 @@ def json_lines(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def json_list(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yields (1, item) for each item of a file that holds one JSON list."""
+    """Yields (1, item) for each item of a file that holds one JSON list.
+
+    Raises:
+      GrpoError: it is not one.
+    """
     rows = _parse(path, 1, "\n".join(line for _, line in _lines(path)))
     if not isinstance(rows, list):
         raise GrpoError(f"{path}:1: expected a JSON list, found {type_name(rows)}")
@@ -70,7 +74,11 @@ def json_list(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def tsv(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yields (line number, {question, answer}) for each line with two columns."""
+    """Yields (line number, {question, answer}) for each line with two columns.
+
+    Raises:
+      GrpoError: a line has another number of columns.
+    """
     for number, line in _lines(path):
         columns = line.split("\t")
         if not line.strip():

@@ -68,7 +68,11 @@ def bos_ids(tokenizer: Tokenizer, template: str) -> list[int]:
 def written_prompt(
     tokenizer: Tokenizer, example: Example, template: str, instruction: str
 ) -> list[Part]:
-    """Writes a prompt with the template "plain" or "deepseekmath"."""
+    """Writes a prompt with the template "plain" or "deepseekmath".
+
+    Raises:
+      GrpoError: the template is another one, or has no form for several turns.
+    """
     text, system = prompt_content(example, instruction), _system(example)
     parts: list[Part] = [(f"{system}\n\n", False)] if system else []
     turns = _turns(example)
@@ -112,6 +116,7 @@ def chat_messages(
 
 
 def chat_message(tokenizer: Tokenizer, role: str, text: str) -> Message:
+    """Returns a message in whose text special tokens are quoted."""
     return quote_special_tokens(
         {"role": role, "content": text}, tokenizer.special_pattern
     )

@@ -36,7 +36,11 @@ def open_tokenizer(file: Path) -> tokenizers.Tokenizer:
 def read_token_ids(
     file: Path, key: str, value: Any, tokenizer: tokenizers.Tokenizer
 ) -> list[int]:
-    """Returns an id or a list of ids as a list, after checking that they exist."""
+    """Returns an id or a list of ids as a list.
+
+    Raises:
+      GrpoError: one is not the id of a token.
+    """
     found = value if isinstance(value, list) else [value]
     for item in found:
         whole = type(item) is int and 0 <= item < 2**32
@@ -65,6 +69,15 @@ def special_token_texts(config: dict[str, Any]) -> dict[str, str]:
 
 
 def read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """Returns the chat template of a model folder; None if it has none.
+
+    Args:
+      folder: the folder, whose chat_template.jinja comes first.
+      config: the content of its tokenizer_config.json.
+
+    Raises:
+      GrpoError: the template is not text.
+    """
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:

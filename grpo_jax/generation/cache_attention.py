@@ -38,7 +38,7 @@ class SlotGroups:
 def group_slots_by_prompt(
     cache: Cache, live: Bool[Array, "W"], together: int
 ) -> SlotGroups:
-    """Groups the slots by prompt, with at most `together` (R) slots per entry."""
+    """Returns the slots grouped by prompt, with at most `together` (R) in an entry."""
     slots, index = len(live), jnp.arange(len(live))
     at_once = max(1, slots // together)
     # Slots in the order of their prompts; slots without a row are last.

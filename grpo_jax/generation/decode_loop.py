@@ -281,6 +281,9 @@ def prefill_tokens(
       cache: a cache whose columns were written once and have room for T more (`grow`).
       tokens: [W, T] int32, padded on the right.
       lengths: [W] int32, how many of a slot's tokens are real.
+
+    Returns:
+      The cache with these tokens, all but each slot's last.
     """
     tokens = jnp.concatenate([cache.token[:, None], tokens], 1)
     token = jnp.take_along_axis(tokens, lengths[:, None], 1)[:, 0]

@@ -67,7 +67,7 @@ class Cache:
 
 
 def next_column(cache: Cache, live: Bool[Array, "W"]) -> Cache:
-    """Assigns this turn's column to the slots' positions.
+    """Returns the cache with this turn's column assigned to the slots' positions.
 
     If the last block is full, it first moves into the ring buffer of the others.
     """
@@ -187,7 +187,14 @@ def join_blocks(blocks: Sequence[Array], turn: Array, axis: int) -> Array:
 def split_into_blocks(
     flat: Array, count: int, turn: Array, axis: int
 ) -> tuple[Array, ...]:
-    """Splits concatenated columns into `count` blocks; the inverse of `join_blocks`."""
+    """Returns `count` blocks of concatenated columns; the inverse of `join_blocks`.
+
+    Args:
+      flat: the columns, along `axis`.
+      count: how many blocks they are.
+      turn: [] int32, the turn, whose block comes last.
+      axis: the axis of the columns.
+    """
     size = flat.shape[axis] // count
     at = jnp.maximum(turn - 1, 0) // size * size
     last = jax.lax.dynamic_slice_in_dim(flat, at, size, axis)

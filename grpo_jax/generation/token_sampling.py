@@ -75,7 +75,7 @@ class Sampling:
         return draw_tokens(logits, keys, turns, self.temperature, self.keep)
 
     def keep(self, weights: Float[Array, "N V"]) -> Float[Array, "N V"]:
-        """Sets the weights of filtered-out tokens to 0.
+        """Returns the weights with 0 for tokens that are filtered out.
 
         Tokens that tie with the last one kept are kept too.
 

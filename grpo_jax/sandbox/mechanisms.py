@@ -19,7 +19,11 @@ SERVER = Path(__file__).with_name("server.py")
 
 
 def package_folders() -> list[Path]:
-    """The folders of `PACKAGES`, and of the libraries that come with them."""
+    """Returns the folders of `PACKAGES`, and of the libraries that come with them.
+
+    Raises:
+      GrpoError: a package is not installed.
+    """
     found: list[Path] = []
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)

@@ -63,6 +63,7 @@ class History:
         return float(np.mean(numbers)) if numbers else None
 
     def mean(self, name: str) -> float:
+        """Returns the mean of a metric over the last `window` steps."""
         return float(np.mean(self.last(name)))
 
 
@@ -103,6 +104,7 @@ class Diagnosis:
 
 
 def all_wrong(h: History) -> str:
+    """No output is right, so no group has a signal."""
     if not h.always("frac_reward_zero_std", lambda x: x == 1):
         return ""
     if not h.always("rewards/rule_reward/mean", lambda x: x == 0):
@@ -116,6 +118,7 @@ def all_wrong(h: History) -> str:
 
 
 def all_right(h: History) -> str:
+    """Every output is right, so no group has a signal."""
     if METHODS[h.config.method].coefficient in ("indicator", "critic", "returns"):
         return ""  # no group is needed there
     if not h.always("frac_reward_zero_std", lambda x: x == 1):
@@ -129,6 +132,7 @@ def all_right(h: History) -> str:
 
 
 def constant_reward(h: History) -> str:
+    """A reward function returns the same number for every output."""
     if any(h.last("rewards/timeouts")):
         return ""  # failing_reward
     for name in _reward_functions(h):
@@ -146,6 +150,7 @@ def constant_reward(h: History) -> str:
 
 
 def failing_reward(h: History) -> str:
+    """A reward function mostly has no value, or takes too long."""
     outputs = h.config.questions_per_step * h.config.group_size
     for name in _reward_functions(h):
         if h.always(f"rewards/{name}/failures", lambda x: x > outputs / 2):
@@ -165,6 +170,7 @@ def failing_reward(h: History) -> str:
 
 
 def cut_off(h: History) -> str:
+    """Nearly all outputs reach the limit, though some have ended."""
     if not h.always("completions/clipped_ratio", lambda x: x >= 0.9):
         return ""
     if h.mean("completions/clipped_ratio") == 1:
@@ -177,6 +183,7 @@ def cut_off(h: History) -> str:
 
 
 def no_end(h: History) -> str:
+    """No output of the stage has ended."""
     seen = [row.get("completions/clipped_ratio") for row in h.rows]
     if not h.last("completions/clipped_ratio") or any(x != 1 for x in seen):
         return ""
@@ -189,6 +196,7 @@ def no_end(h: History) -> str:
 
 
 def no_answer(h: History) -> str:
+    """The rule finds no answer where there are numbers."""
     if not h.always("completions/no_answer", lambda x: x >= 0.9):
         return ""
     return (
@@ -201,6 +209,7 @@ def no_answer(h: History) -> str:
 
 
 def kl_runs_away(h: History) -> str:
+    """The policy leaves the reference."""
     start = h.first("kl")
     if start is None or not h.always("kl", lambda x: x > max(1.0, 10 * start)):
         return ""
@@ -212,6 +221,7 @@ def kl_runs_away(h: History) -> str:
 
 
 def ratios_clipped(h: History) -> str:
+    """The policy moves so far in one rollout that ratios are clipped."""
     if not h.always("clip_ratio/region_mean", lambda x: x > 0.25):
         return ""
     return (
@@ -222,6 +232,7 @@ def ratios_clipped(h: History) -> str:
 
 
 def entropy_collapsed(h: History) -> str:
+    """The outputs of a group are the same, and not right."""
     start = h.first("entropy")
     if start is None or not h.always("entropy", lambda x: x < start / 20):
         return ""
@@ -238,6 +249,7 @@ def entropy_collapsed(h: History) -> str:
 
 
 def lengths_explode(h: History) -> str:
+    """Outputs grow without becoming right."""
     start, right = h.first("completions/mean_length"), "rewards/rule_reward/mean"
     if start is None:
         return ""
@@ -256,6 +268,7 @@ def lengths_explode(h: History) -> str:
 
 
 def sampler_apart(h: History) -> str:
+    """Sampler and trainer disagree about the same tokens."""
     if h.config.max_staleness or (h.config.updates_per_rollout or 1) > 1:
         return ""  # they differ on purpose
     name = "sampling/sampling_logp_difference/mean"

@@ -111,6 +111,9 @@ def sample_of(item: LabelledSequence, kind: str) -> Sample:
     Args:
       item: the sequence.
       kind: "process" for all its labels, "outcome" for the last one only.
+
+    Raises:
+      GrpoError: the kind is another one.
     """
     if kind not in KINDS:
         raise GrpoError(f"reward model: kind {kind!r} is not one of {', '.join(KINDS)}")
