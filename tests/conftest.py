@@ -32,6 +32,16 @@ jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Frees a file's compiled programs, each of which holds memory maps.
+
+    Linux allows 65,530 maps a process; without more, XLA's compiler aborts it.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """float64 for one test; elsewhere float32, as in a run."""
