@@ -18,11 +18,12 @@ from grpo_jax.models.decoder import Params
 from grpo_jax.training.optimizers import rl_optimizer
 from grpo_jax.training.reward_model.iterations import RewardModelIterations
 from grpo_jax.training.rl_programs import make_programs
-from grpo_jax.training.rl_step import RlStep, evaluate_now, on_device
+from grpo_jax.training.rl_step import RlStep, on_device
 from grpo_jax.training.rollout_pipeline import RolloutPipeline
 from grpo_jax.training.rollouts import RolloutSource
 from grpo_jax.training.run import Run, policy_params, run_stage
 from grpo_jax.training.run_census import FOLDER, check_census, run_census
+from grpo_jax.training.run_comparison import evaluate_policy
 from grpo_jax.training.train_step import TrainState
 
 
@@ -84,7 +85,7 @@ def train_rl(
 
     def evaluate(step: int, state: TrainState) -> Mapping[str, float]:
         every = config.eval.every
-        return {} if not every or step % every else evaluate_now(run, state.params)
+        return {} if not every or step % every else evaluate_policy(run, state.params)
 
     iterations = own.get("iterations", 1)
     reference, params = sft, None

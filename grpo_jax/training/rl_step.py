@@ -8,7 +8,8 @@
    the next step's outputs (`rollout_pipeline.py`).
 5. Meanwhile, compute the rewards r_i on the host with the reward functions, or with the
    reward model.
-6. Assign credit: Â of each token, as `algorithms/methods.py` defines it for the method.
+6. Assign credit: Â of each token, as `algorithms/methods.py` defines it for the method
+   and `credit.py` computes it. Truncated outputs may be masked (mask_truncated).
 7. Pack prompts and outputs into rows, several to a row.
 8. Update π_θ μ times with one compiled program.
 9. Record the metrics, and one group of outputs for the reader.
@@ -26,14 +27,12 @@ import jax
 import numpy as np
 
 from grpo_jax.algorithms.methods import METHODS
-from grpo_jax.config import set_names, tool_generations
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.evaluation.comparison import measure_name
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Params
 from grpo_jax.rewards.reward_functions import RewardScores
-from grpo_jax.training import credit, run_comparison
+from grpo_jax.training import credit
 from grpo_jax.training.batch import Batch, Sample
 from grpo_jax.training.credit import Output
 from grpo_jax.training.packing import unpack
@@ -317,20 +316,3 @@ def by_output(values: Any, outputs: Sequence[Output]) -> list[np.ndarray]:
     samples = [o.sample for o in outputs]
     found = unpack(sharding.fetch_to_hosts(values), samples, share_prompts=True)
     return [x[-len(o.tokens) :] for o, x in zip(outputs, found, strict=True)]
-
-
-def evaluate_now(run: Run, params: Params) -> dict[str, float]:
-    """Returns greedy accuracy on the comparison's first set, and the seconds taken.
-
-    Raises:
-      Preempted: the run was asked to stop.
-    """
-    started = time.perf_counter()
-    name = set_names(run.config)[0]
-    result = run_comparison.evaluate_set(run, params, name)
-    mode = "tool" if tool_generations(run.config) else "cot"
-    greedy = result[measure_name(mode, "greedy")]
-    found = {f"eval/{name}/greedy_accuracy": greedy["accuracy"]}
-    if mode == "tool":
-        found[f"eval/{name}/program_accuracy"] = greedy["program"]["accuracy"]
-    return found | {"time/eval": time.perf_counter() - started}
