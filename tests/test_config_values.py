@@ -55,7 +55,7 @@ kl_coef entropy_coef gae_gamma gae_lambda replay
 model.vocab_size model.kv_heads model.lora_rank sft.warmup_steps sft.batch_rows
 optimizer.warmup_steps optimizer.row_length optimizer.b1 optimizer.b2
 optimizer.weight_decay tools.generations tools.rows eval.questions eval.samples
-eval.every mesh.decode_tensor mesh.slots
+eval.every mesh.decode_tensor mesh.slots census_questions sft.max_tokens
 """.split()
 PASSES = {(name, 0) for name in ZERO} | {("seed", 2**31)}
 PASSES |= {("mesh.fsdp", -1)}  # the rest; data and tensor too where fsdp is not

@@ -84,7 +84,7 @@ def plan_rl(
     lengths: MeanLengths,
 ) -> tuple[list[PlannedProgram], Any]:
     """The programs of an RL step, and the arrays that the step keeps."""
-    own, method = config.method_values(), METHODS[config.method]
+    values, method = config.method_values(), METHODS[config.method]
     critic = method.coefficient == "critic"
     shardings = sharding.shardings(state, mesh)
     programs = make_programs(config, model, optimizer, shardings)
@@ -99,8 +99,8 @@ def plan_rl(
     per_token = jax.ShapeDtypeStruct(
         update_batch.tokens.shape, jnp.float32, sharding=update_batch.tokens.sharding
     )
-    in_loss = own.get("kl_coef") if method.kl == "loss" else 0.0
-    updates = own.get("updates_per_rollout", 1)
+    in_loss = values.get("kl_coef") if method.kl == "loss" else 0.0
+    updates = values.get("updates_per_rollout", 1)
     update_batch = dataclasses.replace(
         update_batch,
         ref_logps=per_token if in_loss else None,
@@ -119,7 +119,7 @@ def plan_rl(
         )
 
     on_host = config.model.reference_memory == "host"
-    if own.get("kl_coef"):
+    if values.get("kl_coef"):
         reference_params = (
             lora.base_params(state.params) if reference is None else reference
         )

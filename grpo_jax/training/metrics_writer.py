@@ -264,8 +264,8 @@ def _start_wandb(project: str, workdir: Path, config: Any) -> Any:
                 allow_val_change=True,
             )
         except (wandb.Error, TypeError, ValueError) as error:
-            told = " ".join(str(error).split())
+            reason = " ".join(str(error).split())
             raise GrpoError(
-                f"Weights & Biases did not start ({told}); set WANDB_MODE=offline, or "
-                "leave WANDB_PROJECT out"
+                f"Weights & Biases did not start ({reason}); set WANDB_MODE=offline, "
+                "or leave WANDB_PROJECT out"
             ) from None

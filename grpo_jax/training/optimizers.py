@@ -151,14 +151,14 @@ def rl_optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
 
     PPO's critic has its own optimiser in it, with its own rate and its own clipping.
     """
-    o, own = config.optimizer, config.method_values()
-    steps = config.rl_steps * own.get("updates_per_rollout", 1)
+    o, values = config.optimizer, config.method_values()
+    steps = config.rl_steps * values.get("updates_per_rollout", 1)
     options = dict(steps=steps, schedule=o.schedule, warmup_steps=o.warmup_steps)
     policy, rate = make_stage_optimizer(o, config.learning_rate, **options)
     if METHODS[config.method].coefficient != "critic":
         return policy, rate
-    own_rate = own["value_learning_rate"] or 10 * config.learning_rate
-    critic, _ = make_stage_optimizer(o, own_rate, **options)
+    critic_rate = values["value_learning_rate"] or 10 * config.learning_rate
+    critic, _ = make_stage_optimizer(o, critic_rate, **options)
 
     def owner(params):
         return {name: "critic" if name == "value" else "policy" for name in params}

@@ -136,9 +136,9 @@ def fitting_length(
     >>> fitting_length(samples, longest=64), fitting_length(samples, longest=32)
     (34, 32)
     """
-    asked = group_by_prompt(samples, share_prompts, together)
-    shortest = max(question.longest for question in asked)
-    positions = sum(question.positions for question in asked)
+    groups = group_by_prompt(samples, share_prompts, together)
+    shortest = max(group.longest for group in groups)
+    positions = sum(group.positions for group in groups)
     best, least = longest, 0
     for length in row_lengths(longest, choices):
         if length < shortest:

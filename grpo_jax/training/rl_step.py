@@ -75,8 +75,8 @@ class RlStep:
 
     Args:
       run: the run.
-      pipeline: gives the rollouts.
-      judge: the reward model; None if the run needs none.
+      pipeline: samples the rollouts.
+      scorer: the reward model; None if the run needs none.
       sft: π_sft, frozen; None if nothing needs it.
       reference: π_ref, frozen; None takes the base of LoRA's adapters.
       programs: the compiled update and forward passes.
@@ -85,7 +85,7 @@ class RlStep:
 
     run: Run
     pipeline: RolloutPipeline
-    judge: OutputScorer | None
+    scorer: OutputScorer | None
     sft: Params | None
     reference: Params | None
     programs: Programs
@@ -104,31 +104,29 @@ class RlStep:
         # A batch of all outputs has the same rows whatever their rewards will be. Its
         # forward passes run while the host grades.
         needed = self.kl_coef or self.updates > 1 or self.has_critic
-        first = (
-            needed and self.needs_all_outputs and not self.pipeline.experience.replaces
-        )
+        first = needed and self.needs_all_outputs and not self.pipeline.source.replaces
         self.passes_come_first = first
 
     def __call__(self, step: int, state: TrainState) -> tuple[TrainState, Metrics]:
         """Takes step number `step`; the state's buffers are donated."""
-        clock, experience = _Clock(), self.pipeline.experience
+        clock, source = _Clock(), self.pipeline.source
         config = self.run.config
         sampler = state.params
         if self.method.source == "instruct":
             assert self.sft is not None
             sampler = on_device(self.run, self.sft)
-        drawn, staleness = self.pipeline.take_rollout(step, sampler)  # 1, 2, 3
-        outputs = read_outputs(drawn)
+        rollout, staleness = self.pipeline.take_rollout(step, sampler)  # 1, 2, 3
+        outputs = read_outputs(rollout)
         clock.stop("time/sample")  # how long the host waited
         passes = ForwardPasses()
         if self.passes_come_first:  # 4
             batch = self.layout([o.sample for o in outputs])
             passes = self.run_passes(state, batch, outputs)
         self.pipeline.start_rollout(step + 1, sampler)
-        judged = self.judge.outcome if self.judge else None
-        outputs, scores, spent = experience.score_rollout(
-            step, outputs, sampler, judged
-        )  # 5
+        outcome_scorer = self.scorer.outcome if self.scorer else None  # 5
+        outputs, scores, sampling_metrics = source.score_rollout(
+            step, outputs, sampler, outcome_scorer
+        )
         clock.stop("time/rewards")
         samples = self.assign_credit(step, outputs, scores, passes)  # 6
         if self.options.get("mask_truncated"):
@@ -144,11 +142,11 @@ class RlStep:
         if self.updates == 1 and not staleness:
             check_gap(metrics, config.optimizer.max_sampling_gap)
         metrics |= outcome_metrics(outputs, scores, config.group_size)  # 9
-        metrics |= spent | {
+        metrics |= sampling_metrics | {
             "learning_rate": float(self.learning_rate(step * self.updates)),
             "samples/taught": float(taught),
             "sampling/staleness": float(staleness),
-            "sampling/occupancy": float(drawn.arrays["occupancy"]),
+            "sampling/occupancy": float(rollout.arrays["occupancy"]),
             **clock.seconds,
         }
         known = passes.by_output
@@ -199,9 +197,9 @@ class RlStep:
             rng = np.random.default_rng([self.run.config.seed, step])
             return credit.make_preference_pairs(outputs, rewards, group_size, rng)
         if kind == "process":
-            assert self.judge is not None
+            assert self.scorer is not None
             return credit.assign_process_credit(
-                outputs, *self.judge.steps(outputs), group_size
+                outputs, *self.scorer.steps(outputs), group_size
             )
         ref = passes.by_output["ref_logps"] if self.kl_in_reward else None
         if kind == "critic":
@@ -224,7 +222,7 @@ class RlStep:
         return credit.assign_outcome_credit(
             outputs,
             scores,
-            self.pipeline.experience.rewards.all_weights,
+            self.pipeline.source.rewards.all_weights,
             group_size,
             scale=options["advantage_scale"],
             baseline=options["advantage_baseline"],

@@ -33,10 +33,7 @@ _SFT += ("optimizer.weight_decay", "optimizer.max_grad_norm")
 
 def is_harmless(name: str) -> bool:
     """Whether a field may change between two starts of the same run."""
-    return name.startswith(("mesh.", "checkpoint")) or name in (
-        "data.dir",
-        "model.hint",
-    )
+    return name.startswith(("mesh.", "checkpoint", "data.dir", "model.hint"))
 
 
 def read_config(workdir: Path) -> Config:
@@ -95,8 +92,8 @@ class WorkDirectoryClaim:
         if not (self.workdir / ".lock").exists():
             raise GrpoError(
                 f"workdir {self.workdir}: process {processes.process_index()} does not "
-                "see "
-                "what process 0 writes there; choose a folder on a disk that all share"
+                "see what process 0 writes there; choose a folder on a disk that all "
+                "share"
             )
 
     def write(self) -> None:
@@ -161,11 +158,8 @@ class WorkDirectoryClaim:
         file = self.workdir / "config.json"
         if not file.exists():
             return self._accepted, True
-        before, now = (
-            flatten_config(read_config(self.workdir)),
-            flatten_config(self.config),
-        )
-        changed = dict(_changes(before, now))
+        before = flatten_config(read_config(self.workdir))
+        changed = dict(_changes(before, flatten_config(self.config)))
         if changed and not self.accept_changes:
             raise GrpoError(
                 f"{file}: this run was started with another config ({_shown(changed)})"

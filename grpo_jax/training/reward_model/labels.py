@@ -135,8 +135,8 @@ def mix_with_history(
     """
     count = round(share * len(history))
     generator = np.random.default_rng([seed, iteration])
-    drawn = np.sort(generator.choice(len(history), count, replace=False))
-    return [*new, *(history[i] for i in drawn.tolist())]
+    indices = np.sort(generator.choice(len(history), count, replace=False))
+    return [*new, *(history[i] for i in indices.tolist())]
 
 
 # -- worked solutions as text ------------------------------------------------------
