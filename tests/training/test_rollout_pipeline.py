@@ -176,7 +176,7 @@ def test_the_next_rollout_is_sampled_while_a_step_is_graded(folder, monkeypatch)
         if drawn is not None:
             done.append((call, drawn.step, wait(drawn.arrays["tokens"])))
 
-    monkeypatch.setattr(RolloutPipeline, "start", watched)
+    monkeypatch.setattr(RolloutPipeline, "start_rollout", watched)
     meanwhile.append(until_sampled)
     learn(folder, "ahead", max_staleness=1)
     assert done == [(call, call + 1, True) for call in range(STEPS - 1)]
