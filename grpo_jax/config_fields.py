@@ -137,8 +137,8 @@ def suggest_name(name: str, known: list[str]) -> str:
     if typed in _REMARKS:
         return f"; {_REMARKS[typed]}"
     if target := OTHER_NAMES.get(typed, typed if section else ""):
-        own = f"{section}.{target.rpartition('.')[2]}"  # sft.lr is sft.learning_rate
-        for meant in (own, target):
+        inner = f"{section}.{target.rpartition('.')[2]}"  # sft.lr: sft.learning_rate
+        for meant in (inner, target):
             if meant in known:
                 return f"; did you mean config.{meant}?"
     if near := difflib.get_close_matches(name, known, 1, 0.5):

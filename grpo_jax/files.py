@@ -127,8 +127,8 @@ def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
         value = json.loads(text, object_pairs_hook=_unique if unique else None)
         _check_depth(value, DEEPEST)
     except RecursionError:
-        told = f"lists and objects are nested more than {DEEPEST} deep"
-        raise ValueError(told) from None
+        message = f"lists and objects are nested more than {DEEPEST} deep"
+        raise ValueError(message) from None
     return value
 
 
@@ -189,8 +189,8 @@ def read_json(file: Path, remedy: str = "download it again") -> dict[str, Any]:
     except UnicodeEncodeError:
         raise GrpoError(f"{file}: holds a lone surrogate (\\ud8…); remove it") from None
     except ValueError as error:
-        told = one_line(error)
-        raise GrpoError(f"{file}: not valid JSON ({told}); {remedy}") from None
+        reason = one_line(error)
+        raise GrpoError(f"{file}: not valid JSON ({reason}); {remedy}") from None
     if not isinstance(value, dict):
         raise GrpoError(f"{file}: not a JSON object; {remedy}")
     return value

@@ -58,9 +58,8 @@ class _Sums:
     def __init__(self, variant: str, split: str):
         self.digest = f"{variant}/{split}"  # determines all rows
         self.variant, self.split = variant.removeprefix("tool-"), split
-        self.solve = (
-            write_solution if variant == self.variant else write_program_solution
-        )
+        tool = variant != self.variant
+        self.solve = write_program_solution if tool else write_solution
 
     def __len__(self) -> int:
         return _SIZES[self.split]
@@ -70,7 +69,7 @@ class _Sums:
         name = f"{self.variant}/{self.split}/{index}"
         terms = _draw(random.Random(name), LENGTHS[self.variant], self.split == "test")
         return Example(
-            question=_word(terms, self.variant),
+            question=_ask(terms, self.variant),
             answer=str(sum(terms)),
             solution=self.solve(terms),
             language="zh" if self.variant == "zh" else "en",
@@ -129,7 +128,7 @@ def _sum(terms: Terms) -> str:
     return f"{terms[0]}" + "".join(f"{t:+d}" for t in terms[1:])
 
 
-def _word(terms: Terms, variant: str) -> str:
+def _ask(terms: Terms, variant: str) -> str:
     """Returns the question of a problem in the words of a variant."""
     if variant == "words":
         steps = [f"{'add' if t > 0 else 'take away'} {abs(t)}" for t in terms[1:]]

@@ -75,8 +75,8 @@ def quote_special_tokens(message: Message, special: re.Pattern[str]) -> dict[str
     """
 
     def mark(found: re.Match[str]) -> str:
-        own = message["role"] == "assistant" and found[0] in _THOUGHTS
-        return found[0] if own else _QUOTE + found[0]
+        thought = message["role"] == "assistant" and found[0] in _THOUGHTS
+        return found[0] if thought else _QUOTE + found[0]
 
     return {**message, "content": special.sub(mark, remove_marks(message["content"]))}
 

@@ -162,8 +162,7 @@ def _shots(form: Format, data_dir: str | None) -> Sequence[Shot]:
         between, needed = "\n", ("solution",)
         train = datasets.load_dataset(form.source, data_dir=data_dir, require=needed)
         order = random.Random(SEED).sample(range(len(train)), 50 * form.shots)
-        drawn = (train[index] for index in order)
-        short = (e for e in drawn if len(e.solution) <= LONGEST)
+        short = (e for i in order if len((e := train[i]).solution) <= LONGEST)
         examples = [e for e in short if "[asy]" not in e.question]
     return [
         (e.question, f"{e.solution}{between}{form.ends.format(e.answer)}")

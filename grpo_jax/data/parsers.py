@@ -36,8 +36,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                told = error.reason
-                raise GrpoError(f"{path}:{number}: not UTF-8 ({told})") from None
+                reason = error.reason
+                raise GrpoError(f"{path}:{number}: not UTF-8 ({reason})") from None
             yield number, text.rstrip("\r\n")
 
 
@@ -50,8 +50,8 @@ def _parse(path: Path, number: int, text: str) -> Any:
             f"{path}:{line}: not valid JSON ({error.msg}, column {error.colno})"
         ) from None
     except ValueError as error:  # huge integers, deep nesting
-        told = one_line(error)
-        raise GrpoError(f"{path}:{number}: not readable as JSON ({told})") from None
+        reason = one_line(error)
+        raise GrpoError(f"{path}:{number}: not readable as JSON ({reason})") from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Row]]:
@@ -284,8 +284,8 @@ def _label(label: Any, options: list[str]) -> str:
     letters = re.sub(r"[\s,]", "", str(label))
     known = "ABCDEFGH"[: len(options)]
     if not letters or not set(letters) <= set(known):
-        told = one_line(repr(label))
-        raise ValueError(f"the answer {told} is none of the options {known}")
+        shown = one_line(repr(label))
+        raise ValueError(f"the answer {shown} is none of the options {known}")
     return letters
 
 
@@ -316,8 +316,8 @@ def _chat(messages: Any) -> tuple[str, str, dict[str, Any]]:
         columns["system"] = turns.pop(0)["content"]
     expected = ["user", "assistant"] * len(turns)
     if not turns or [turn["role"] for turn in turns] != expected[: len(turns)]:
-        told = one_line(repr(roles))
-        raise ValueError(f"field 'messages' has the roles {told}; {shape}")
+        shown = one_line(repr(roles))
+        raise ValueError(f"field 'messages' has the roles {shown}; {shape}")
     solution = turns.pop()["content"] if len(turns) % 2 == 0 else ""
     question = turns.pop()["content"]
     return question, solution, columns | ({"messages": turns} if turns else {})

@@ -20,16 +20,11 @@ INSTRUCTIONS = {
     ("cot", "en"): "Please reason step by step, and put your final answer within "
     "\\boxed{}.",
     ("cot", "zh"): "请通过逐步推理来解答问题，并把最终答案放置于\\boxed{}中。",
-    (
-        "tool",
-        "en",
-    ): "Please integrate natural language reasoning with programs to solve "
-    "the problem above, and put your final answer within \\boxed{}.",
+    ("tool", "en"): "Please integrate natural language reasoning with programs to "
+    "solve the problem above, and put your final answer within \\boxed{}.",
     ("tool", "zh"): "请结合自然语言和Python程序语言来解答问题，并把最终答案放置于"
     "\\boxed{}中。",
 }
-
-
 Part = tuple[str, bool]  # text, and whether special tokens are parsed in it
 
 

@@ -125,8 +125,8 @@ def _get(key: str) -> str:
 
 def broadcast(make: Callable[[], T]) -> T:
     """Calls `make` on process 0 and returns its result (JSON) on all processes."""
-    told: list[Any] = all_gather(make() if is_first_process() else None)
-    return told[0]
+    values: list[Any] = all_gather(make() if is_first_process() else None)
+    return values[0]
 
 
 def map_divided(
@@ -159,11 +159,10 @@ def check_equal(what: str, values: Mapping[str, Any]) -> None:
     if _state().client is None:
         return
     texts = {name: repr(value).encode() for name, value in values.items()}
-    told = all_gather(
-        {name: hashlib.sha256(t).hexdigest() for name, t in texts.items()}
-    )
-    for number, other in enumerate(told):
-        names = [n for n in told[0] | other if told[0].get(n) != other.get(n)]
+    mine = {name: hashlib.sha256(t).hexdigest() for name, t in texts.items()}
+    first, *_ = hashes = all_gather(mine)
+    for number, other in enumerate(hashes):
+        names = [n for n in first | other if first.get(n) != other.get(n)]
         if names:
             raise GrpoError(
                 f"{what}: process {number} has not what process 0 has "
@@ -199,7 +198,7 @@ class _OwnCounter:
         self.shutdown = manager.shutdown
 
     def reached_sync_point(self, number: int) -> bool:
-        """Returns False: Orbax saves when `Checkpoints` tells it to."""
+        """Returns False: Orbax saves when `CheckpointDirectory` tells it to."""
         return False
 
 
@@ -273,8 +272,8 @@ def _start(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
     bind = None
     if coordinator:
         local = coordinator.startswith(("127.0.0.1:", "localhost:"))
-        own = coordinator if local else f"[::]:{coordinator.rpartition(':')[2]}"
-        bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", own)
+        default = coordinator if local else f"[::]:{coordinator.rpartition(':')[2]}"
+        bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", default)
         wait_for_processes(coordinator, processes, number, bind=bind, wait=wait)
     late = threading.Timer(wait, _nobody_came, (wait,))
     late.daemon = True

@@ -108,8 +108,8 @@ class CompletionLog:
         if sorted(self.rows) != there:
             raise GrpoError(
                 f"{self.file}: process {processes.process_index()} does not see what "
-                "process 0 "
-                "wrote there; choose a folder on a disk that all of them share"
+                "process 0 wrote there; choose a folder on a disk that all of them "
+                "share"
             )
 
     def _read(self, restart: bool) -> bool:
@@ -126,7 +126,7 @@ class CompletionLog:
                 return False
             raise GrpoError(f"{self.file}: {_difference(before, self.settings)}")
         for number, row in lines:
-            found = _own(row)
+            found = _parse_log_line(row)
             if found is None:
                 raise GrpoError(
                     f"{self.file}:{number}: not a line of this file's making; delete "
@@ -162,8 +162,8 @@ class CompletionLog:
             os.fsync(file.fileno())
 
 
-def _own(row: Any) -> tuple[int, list[Completion]] | None:
-    """The place and completions of a line that `CompletionLog` wrote, or None."""
+def _parse_log_line(row: Any) -> tuple[int, list[Completion]] | None:
+    """Returns place and completions of a line of `CompletionLog`, or None."""
     try:
         index, completions = row["index"], _completions(row)
     except (KeyError, TypeError, ValueError):
@@ -234,8 +234,7 @@ def read_completions(
         result[name] = {}
         for (mode, temperature), lines in found[name].items():
             rows = _share(lines)
-            asked = examples[:questions] if questions else examples
-            every, samples = _whole(file, name, rows, asked)
+            every, samples = _complete(file, name, rows, examples[: questions or None])
             greedy = temperature == 0 or (temperature is None and samples == 1)
             key = mode, KINDS[not greedy]
             if key in result[name]:
@@ -292,8 +291,8 @@ def _temperature(row: Mapping[str, Any]) -> float | None:
     if value is None:
         return None
     if type(value) not in (int, float) or not 0 <= value <= 1e6:
-        told = one_line(repr(value))
-        raise ValueError(f"temperature {told} is not a number from 0 to 1e6")
+        shown = one_line(repr(value))
+        raise ValueError(f"temperature {shown} is not a number from 0 to 1e6")
     return float(value)
 
 
@@ -329,7 +328,7 @@ def _questions(
     raise ValueError("none of 'id', 'index' and 'question' says which it answers")
 
 
-def _whole(
+def _complete(
     file: Path, name: str, rows: Rows, examples: Sequence[Example]
 ) -> tuple[list[list[Completion]], int]:
     missing = [i for i in range(len(examples)) if i not in rows]

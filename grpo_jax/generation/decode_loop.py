@@ -293,13 +293,13 @@ def prefill_tokens(
     at = jnp.where(step[None] < lengths[:, None], positions, -1)
     count, turn = len(cache.places), cache.turn + len(step)
     places = join_blocks(cache.places, cache.turn, 1).at[:, columns].set(at)
-    prefixes, own = cache.prefixes, cache.prompt
+    prefixes, prompt = cache.prefixes, cache.prompt
     distance = positions[:, :, None] - places[:, None]  # [W, T, X·B]
     allowed = (places[:, None] >= 0) & (distance >= 0)
     index = jnp.arange(prefixes.layers[0][1].shape[2])[None, None]
     of_prompt = positions[:, :, None] - index  # [W, T, S]
     seen = jnp.broadcast_to(
-        index < prefixes.lengths[own][:, None, None], of_prompt.shape
+        index < prefixes.lengths[prompt][:, None, None], of_prompt.shape
     )
     if model.config.sliding_window is not None:
         allowed &= distance < model.config.sliding_window
@@ -320,8 +320,10 @@ def prefill_tokens(
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # from [W, T, K, H]
             keys = keys.at[..., columns].set(k.astype(keys.dtype))
             values = values.at[:, :, columns].set(v.astype(values.dtype))
-            keys_of = jnp.concatenate([prefix[0][own], keys], 3).transpose(0, 3, 1, 2)
-            values_of = jnp.concatenate([prefix[1][own], values], 2).swapaxes(1, 2)
+            keys_of = jnp.concatenate([prefix[0][prompt], keys], 3).transpose(
+                0, 3, 1, 2
+            )
+            values_of = jnp.concatenate([prefix[1][prompt], values], 2).swapaxes(1, 2)
             back = (
                 split_into_blocks(keys, count, turn, 3),
                 split_into_blocks(values, count, turn, 2),

@@ -8,7 +8,7 @@ A row's random numbers depend only on the key, its row number and how many token
 has. In float32 the same key therefore gives the same tokens for any number of slots,
 except where rounding decides a draw. In bfloat16 that happens more often: 79 % of 128
 rows of up to 32 tokens were equal with 16 and with 128 slots
-(`tests/test_bfloat16.py`).
+(`tests/models/kernels/test_bfloat16.py`).
 
 Axes: P prompts, M samples of each, N = P·M rows, W slots, S prompt positions, C new
 positions, K key heads, H head width.

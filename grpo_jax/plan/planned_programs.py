@@ -178,8 +178,8 @@ def plan_rollout(
     cached = slots * (columns + shape.width / ROWS_PER_PRODUCT)
     planned = []
     if layout and not reshard.is_resharded(model, params, layout):
-        relay = reshard.make_resharding(model, params, layout)
-        trace = functools.partial(relay.trace, params)
+        resharding = reshard.make_resharding(model, params, layout)
+        trace = functools.partial(resharding.trace, params)
         planned.append(PlannedProgram("weights to sample", trace, mesh, params))
         params = _compute_shapes(model, params, layout)
     jitted: Any = rollout.func

@@ -1,9 +1,9 @@
 """Reads pytorch_model*.bin files without torch, and without running their pickles.
 
-Files are in the zip format of torch.save (torch 1.6 and later). The result, {name:
-Stored}, says where each tensor is in the file; no numbers are read yet. The pickle is
-not given to pickle. This module follows only the few opcodes and the seven names that a
-state dict of floating-point tensors needs, and refuses all others.
+Files are in the zip format of torch.save (torch 1.6 and later). A `StoredTensor` says
+where each tensor is in the file; no numbers are read yet. The pickle is not given to
+pickle. This module follows only the few opcodes and the seven names that a state dict
+of floating-point tensors needs, and refuses all others.
 """
 
 from __future__ import annotations
@@ -147,14 +147,14 @@ def _unpickle(data: bytes, file: Path, storage: Callable[[Any], _Storage]) -> An
             case "SETITEMS":
                 pairs = above_mark()
             case "GLOBAL" | "STACK_GLOBAL":
-                asked = " ".join(pop(2)) if argument is None else argument
-                if asked not in _KNOWN:
+                name = " ".join(pop(2)) if argument is None else argument
+                if name not in _KNOWN:
                     raise GrpoError(
                         f"{file}: its pickle asks for "
-                        f"{one_line(asked).replace(' ', '.')}, which weights do not "
+                        f"{one_line(name).replace(' ', '.')}, which weights do not "
                         "need; it was not run; do not use this file"
                     )
-                stack.append(_KNOWN[asked])
+                stack.append(_KNOWN[name])
             case "BINPERSID":
                 stack.append(storage(stack.pop()))
             case "REDUCE":

@@ -193,16 +193,16 @@ def check_names(
         for name in stored
         if name not in known and not name.endswith("rotary_emb.inv_freq")  # a constant
     ]
-    told = [
+    faults = [
         f"{len(names)} {what} ({', '.join(map(one_line, names[:5]))}"
         f"{', …' * (len(names) > 5)})"
         for names, what in ((missing, "missing"), (unknown, "unknown"))
         if names
     ]
-    if told:
+    if faults:
         raise GrpoError(
-            f"{folder}: tensors: {'; '.join(told)}: are config.json and the weights of "
-            "one model, and all its files here?"
+            f"{folder}: tensors: {'; '.join(faults)}: are config.json and the weights "
+            "of one model, and all its files here?"
         )
     for name, shape in expected.items():
         if stored[name].shape != shape:

@@ -5,7 +5,7 @@ answers. The columns of an example tell its kind:
 
 - `options`: the stated letter, or the single option that equals the stated value. A
   letter elsewhere counts only as (B), or after "option", 选 and the like.
-- `extract_blanks` k: k answers in order, in one box or in the last k boxes.
+- `blanks` k: k answers in order, in one box or in the last k boxes.
 - `tolerance` [absolute, relative]: a number that is within both of the reference. An
   answer that is not a number is compared as usual.
 """
