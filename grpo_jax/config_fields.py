@@ -1,9 +1,8 @@
 """Fields of a config with choices and bounds.
 
 `choice_field` and `number_field` make dataclass fields, whose metadata are the
-arguments of `arguments.check_value`. For a name that is no field, `suggest_name`
-suggests the one that was probably meant, from the names in other libraries or from the
-spelling.
+arguments of `arguments.check_value`. For a name that is no field, `suggest_name` finds
+the one that was probably meant, by its names in other libraries or by spelling.
 """
 
 from __future__ import annotations

@@ -156,8 +156,7 @@ def read_small_file(file: Path) -> bytes:
     """Returns the bytes of a small file of a model folder.
 
     Raises:
-      GrpoError: there is no such file, it is a git-LFS pointer, or it is larger than
-        `LARGEST`.
+      GrpoError: there is no such file, or it is a git-LFS pointer or above `LARGEST`.
     """
     try:
         with open(file, "rb") as handle:

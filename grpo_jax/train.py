@@ -51,8 +51,7 @@ def main(
     Args:
       argv: the program's name and its arguments; by default those of the process.
       usage: the command's own.
-      work: what the command does, with the arguments of `train_run`; by default
-        `train_run`.
+      work: what the command does, called as `train_run`; None is `train_run`.
     """
     argv = sys.argv if argv is None else argv
     print_help(argv, usage, ["workdir", "accept_changes", *PROCESS_FLAGS])
@@ -179,11 +178,8 @@ def open_run_here(
     setup.agree_on_files(config)
     model, tokenizer = setup.make_model(config)
     decoding_mesh(model, mesh)
-    several = (
-        f" of {processes.process_count()} processes"
-        if processes.process_count() > 1
-        else ""
-    )
+    count = processes.process_count()
+    several = f" of {count} processes" if count > 1 else ""
     processes.print_once(
         f"{config.name}: {setup.describe_size(model)} on {mesh.size} "
         f"{jax.default_backend()} device(s){several}, written to {workdir}"

@@ -45,8 +45,7 @@ def group_advantages(
         NaN or infinite counts as not scored: it is left out of the statistics and its
         advantage is 0.
       group_size: G; divides N.
-      scale: where std is taken: "group" (the paper), "batch", or "none" (Dr. GRPO: no
-        division).
+      scale: where std is taken: "group" (the paper), "batch", or "none" (Dr. GRPO).
       baseline: "mean" (the paper), "leave_one_out" (RLOO, Ahmadian et al. 2024: the
         mean of the others), or "batch" (REINFORCE++, Hu 2025: the mean of the batch,
         with scale "batch" or "none").
@@ -134,8 +133,7 @@ def decoupled_advantages(
         output, and contributes 0. An output that no function scored is left out.
       weights: w_f, [F]; None: 1 each.
       group_size, scale, baseline, ddof, eps: as in `group_advantages`, for every f.
-      normalize_sum: whether to apply the second line, as TRL's "normalize_then_sum"
-        does.
+      normalize_sum: apply the second line too, as TRL's "normalize_then_sum" does.
 
     Returns:
       [N]. Exactly 0 where every function's group is tied.

@@ -131,12 +131,10 @@ def cut_at_next_question(text: str, form: Format) -> str:
 def stop_ids(tokenizer: Tokenizer, form: Format) -> list[list[int]]:
     """Returns the token ids of the next question's label after a line break.
 
-    The sampler uses them to end a completion early; `cut_at_next_question` decides what
-    counts.
+    The sampler ends a completion there; `cut_at_next_question` decides what counts.
 
     Returns:
-      A list with one sequence of ids, or [] if the label is not a whole number of
-      tokens.
+      A list with one sequence of ids, or [] if the label begins within a token.
     """
     ids = tokenizer.encode(f"1.\n\n{form.question}")
     for n in range(1, len(ids)):

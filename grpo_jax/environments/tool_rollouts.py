@@ -9,8 +9,7 @@ This is the loop of DeepSeekMath's evaluation code, for all rows at once:
 4. "\n{result}\n```\n" is encoded and appended, and the row continues, up to the
    allowed number of generations.
 Sampled token ids are never decoded and encoded again. "```output" ends the model's
-turn, so the model never writes an output itself; if no program comes before it, the row
-ends.
+turn, so the model never writes an output itself; without a program, it ends the row.
 
 Axes: N rows, C positions of the longest row.
 """
@@ -121,8 +120,7 @@ def generate_with_tools(
       tokenizer: the model's tokenizer.
       prompts: token ids of each prompt.
       interpreter: runs the programs.
-      key: PRNG key of all draws. In later generations draws also depend on which rows
-        continue.
+      key: PRNG key of all draws; later ones also depend on which rows continue.
       samples: outputs of each prompt.
       generations: most generations of an output; programs run after each of them, the
         last one included.

@@ -11,12 +11,10 @@ A file has one JSON object a line:
     completions   a list of texts, or `completion` with one; further lines of a question
                   add samples
     mode          "cot" (default) or "tool"
-    temperature   0 is greedy; without it, one completion is greedy and several are
-                  samples
+    temperature   0 is greedy; by default one completion is greedy, several are not
 
 Other fields are ignored. The files that `CompletionLog` writes begin with a line
-{"settings": …}, which readers skip, and also hold question and answer; they may be
-concatenated.
+{"settings": …}, which readers skip, and hold the answers; they may be concatenated.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def with_programs(
 ) -> Answers:
     """Returns completions by tool-integrated reasoning; a sandbox runs their programs.
 
-    Arguments as in `chain_of_thought`; `stop` must be empty, and `options` are those of
+    Arguments as in `chain_of_thought`, without `stop`; `options` go on to
     `tool_rollouts.generate_with_tools`.
     """
     assert not stop

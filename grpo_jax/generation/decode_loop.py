@@ -312,10 +312,8 @@ def prefill_tokens(
 
         def look(q, k, v, blocks=blocks, prefix=prefix):
             keys, values = zip(*blocks, strict=True)
-            keys, values = (
-                join_blocks(keys, cache.turn, 3),
-                join_blocks(values, cache.turn, 2),
-            )
+            keys = join_blocks(keys, cache.turn, 3)
+            values = join_blocks(values, cache.turn, 2)
             k, v = mark_nonfinite(k, v)
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # from [W, T, K, H]
             keys = keys.at[..., columns].set(k.astype(keys.dtype))

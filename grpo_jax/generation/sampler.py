@@ -277,8 +277,7 @@ def generate(
         by rounding, which in bfloat16 changes the tokens of some rows.
       cache_dtype: dtype of the cached keys and values; the model's if None.
       keep: keep the cache for `continue_rollouts`; every row then has its own slot.
-      stop_table: [V, S] table of `stop_strings.make_stop_table`, for strings that end a
-        completion.
+      stop_table: [V, S] from `stop_strings.make_stop_table`: strings that end it too.
 
     Returns:
       Rollouts of N = prompts × samples rows, [N, max_new_tokens]. The rows of a prompt

@@ -24,8 +24,7 @@ def count_flops(jaxpr: Any, trips: Mapping[str, float] | None = None) -> float:
 
     Args:
       jaxpr: `jax.jit(f).trace(…).jaxpr` or `jax.make_jaxpr(f)(…)`.
-      trips: scope (`jax.named_scope`) → trip count, of the loops whose length is a
-        value.
+      trips: scope (`jax.named_scope`) → count, of loops whose length is a value.
 
     Raises:
       KeyError: `trips` lacks such a loop.

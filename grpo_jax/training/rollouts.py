@@ -46,8 +46,7 @@ OutcomeScorer = Callable[[Sequence[Output]], np.ndarray]
 def load_questions(run: Run) -> Prompts:
     """Returns the RL questions with their prompts' token ids.
 
-    Questions longer than `data.max_prompt_tokens` are left out, and their number is
-    printed.
+    Questions longer than `data.max_prompt_tokens` are left out, and counted.
 
     Raises:
       GrpoError: the set cannot be read, or the processes have different ones.
@@ -279,9 +278,7 @@ class RolloutSource:
         mine = processes.share_of_process(len(outputs), self.run.config.group_size)
         model_scores = None
         if self.rewards.asks_model:
-            assert (
-                outcome_scorer is not None
-            )  # a run with "model" among its rewards has one
+            assert outcome_scorer is not None  # as "model" is among the rewards
             model_scores = outcome_scorer(outputs)[mine]
         graded = [
             dataclasses.replace(o, text=self.decode_text(o)) for o in outputs[mine]

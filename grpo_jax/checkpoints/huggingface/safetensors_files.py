@@ -91,8 +91,7 @@ def _what_is_wrong(file: Path, error: Exception) -> str:
 def read_safetensors(file: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of a safetensors file, in the order of their data.
 
-    The package safetensors checks that the tensors cover the file without a gap or an
-    overlap.
+    The package safetensors checks that tensors cover the file without gap or overlap.
 
     Raises:
       GrpoError: the file is truncated, a git-LFS pointer, a pickle, or not safetensors.

@@ -82,8 +82,7 @@ def grade_examples(
 
     Args:
       examples: the questions.
-      predictions: results of `extract_prediction`, one per example; None counts as
-        wrong.
+      predictions: results of `extract_prediction`, one per example; None is wrong.
       rule: "strict" or "paper"; see `worker_pool.grade_answers`.
 
     Raises:
