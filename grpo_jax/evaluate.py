@@ -237,7 +237,7 @@ def trained_sets(models: list[str]) -> list[str]:
 
 
 def is_workdir(path: str) -> bool:
-    """Whether a model of --models is the work directory of a run."""
+    """Returns whether a model of --models is the work directory of a run."""
     return (Path(path) / "checkpoints").is_dir()
 
 

@@ -120,22 +120,22 @@ def train_run(config: Config, workdir: Path, *, accept_changes: bool = False) ->
     from grpo_jax.report.tables import to_markdown
     from grpo_jax.training import rl, run_comparison, setup, sft
 
-    with open_run_here(config, workdir, accept_changes=accept_changes) as here:
-        run_comparison.check_sets(here)
+    with open_run_here(config, workdir, accept_changes=accept_changes) as run:
+        run_comparison.check_sets(run)
         with_rl = config.method != "sft" and config.rl_steps
-        prepared = rl.prepare_rl(here) if with_rl else None
-        with here.recorder:
+        prepared = rl.prepare_rl(run) if with_rl else None
+        with run.recorder:
             try:
                 with_sft = config.sft_steps > 0
-                start = lambda: setup.initial_params(config, here.model, here.mesh)  # noqa: E731
-                instruct = (lambda: sft.train_sft(here, start)) if with_sft else start
+                start = lambda: setup.initial_params(config, run.model, run.mesh)  # noqa: E731
+                instruct = (lambda: sft.train_sft(run, start)) if with_sft else start
                 if prepared:
-                    before, after = rl.train_rl(here, instruct, *prepared)
+                    before, after = rl.train_rl(run, instruct, *prepared)
                     models = {"instruct": before, "rl": after}
                 else:
                     models = {"instruct": instruct()}
-                results = run_comparison.compare_run(here, models)
-                here.recorder.write_report(last=True)
+                results = run_comparison.compare_run(run, models)
+                run.recorder.write_report(last=True)
             except Preempted as stopped:
                 processes.print_once(f"{stopped}; the same command goes on from there")
                 return
@@ -170,7 +170,7 @@ def open_run_here(
     versions = {"jax": jax.__version__, "workdir": str(workdir)}
     processes.check_equal("config", flatten_config(config) | versions)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    # Impossible settings fail here, not at the first rollout after the SFT stage.
+    # Impossible settings fail run, not at the first rollout after the SFT stage.
     there = sharding.place_on_devices(0.0, jax.NamedSharding(mesh, sharding.P()))
     sharding.move_to_memory(there, config.model.reference_memory)
     if config.model.path and config.model.vocab_size:  # print a large model's size

@@ -36,8 +36,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 _FAILED = "grpo_jax/failed"
 _turns, _polls = itertools.count(), itertools.count()
-_stop = False
-_leaving = threading.Lock()
+_preempted = False
+_exiting = threading.Lock()
 
 
 def _state() -> Any:
@@ -177,11 +177,11 @@ def is_preempted() -> bool:
     Call it at every step of long work, on all processes. In a run of one process it
     always returns False; that process handles the signal itself.
     """
-    global _stop
-    if _state().client is not None and not _stop:
+    global _preempted
+    if _state().client is not None and not _preempted:
         own_preemption_manager()
-        _stop = _state().preemption_sync_manager.reached(next(_polls))
-    return _stop
+        _preempted = _state().preemption_sync_manager.reached(next(_polls))
+    return _preempted
 
 
 class _OwnCounter:
@@ -239,16 +239,16 @@ def connect_processes(
         yield
         return
     done = threading.Event()
-    watch = threading.Thread(target=_watch, args=(done,), daemon=True)
+    watch = threading.Thread(target=_watch_for_failures, args=(done,), daemon=True)
     watch.start()
     try:
         yield
     except SystemExit as error:
         if error.code:
-            _end(str(error.code).strip())
+            _fail(str(error.code).strip())
     except BaseException as error:
         traceback.print_exc()
-        _end(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        _fail(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     done.set()
     watch.join()
     jax.distributed.shutdown()
@@ -275,7 +275,7 @@ def _start(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
         default = coordinator if local else f"[::]:{coordinator.rpartition(':')[2]}"
         bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", default)
         wait_for_processes(coordinator, processes, number, bind=bind, wait=wait)
-    late = threading.Timer(wait, _nobody_came, (wait,))
+    late = threading.Timer(wait, _give_up_waiting, (wait,))
     late.daemon = True
     late.start()
     try:
@@ -304,7 +304,7 @@ def _start(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
     return True
 
 
-def _nobody_came(seconds: int) -> None:
+def _give_up_waiting(seconds: int) -> None:
     print(
         f"error: not all processes came within {seconds} s (--wait); look at the "
         "others' logs, and at --coordinator, --num_processes and --process_id",
@@ -314,7 +314,7 @@ def _nobody_came(seconds: int) -> None:
     os._exit(1)
 
 
-def _failure() -> str | None:
+def _first_failure() -> str | None:
     """Returns the message of the process that failed first, if one did."""
     try:
         return _state().client.key_value_try_get(_FAILED)
@@ -322,27 +322,27 @@ def _failure() -> str | None:
         return None
 
 
-def _watch(done: threading.Event) -> None:
+def _watch_for_failures(done: threading.Event) -> None:
     """Ends this process when another has failed, as it may be waiting for it."""
     while not done.wait(1.0):
-        if line := _failure():
-            _leave(line)
+        if line := _first_failure():
+            _exit(line)
 
 
-def _end(line: str) -> None:
+def _fail(line: str) -> None:
     """Ends this process, and tells the others unless one of them failed first."""
     if "JaxRuntimeError" in line:  # the usual sign that another process ended
         time.sleep(2.5)
-    first_line = _failure()
+    first_line = _first_failure()
     if first_line is None:
         line = f"process {process_index()} of {process_count()}: {line}"
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _state().client.key_value_set(_FAILED, line)
-    _leave(first_line or line)
+    _exit(first_line or line)
 
 
-def _leave(line: str) -> None:
-    if not _leaving.acquire(blocking=False):
+def _exit(line: str) -> None:
+    if not _exiting.acquire(blocking=False):
         time.sleep(60)  # another thread is about to end this process
     print(line, file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -53,7 +53,7 @@ def program_to_run(before: Sequence[str], text: str) -> str | None:
 
 
 def _stays(line: str) -> bool:
-    """Whether a line runs again before a later block: all but unindented prints do."""
+    """Returns whether a line runs again before a later block; bare prints do not."""
     return "print(" not in line or line.startswith((" ", "\t", "import", "def "))
 
 

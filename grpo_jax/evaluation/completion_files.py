@@ -245,7 +245,7 @@ def read_completions(
 
 
 def _share(lines: _Lines) -> Rows:
-    """Each place's completions; a set's repeated questions share lines in turn."""
+    """Returns each place's completions; repeated questions share lines in turn."""
     rows: Rows = {}
     for places, answers in lines.items():
         for n, index in enumerate(places):

@@ -183,7 +183,7 @@ def assign_votes(
 
 
 def _equal(triples: Sequence[tuple[Example, str, str]]) -> list[bool]:
-    """Whether two predictions for an example are the same answer."""
+    """Returns whether two predictions for an example are the same answer."""
     references, predictions = [], []
     for example, a, b in triples:
         options = len(kinds.options_of(example))
@@ -195,7 +195,7 @@ def _equal(triples: Sequence[tuple[Example, str, str]]) -> list[bool]:
 
 
 def _spelled(prediction: str) -> str:
-    """A common spelling of equal numbers, such as 1/2, 0.5 and $0.50."""
+    """Returns a common spelling of equal numbers, such as 1/2, 0.5 and $0.50."""
     if len(prediction) > equality.MAX_CHARS:
         return prediction
     text = normalize_notation(prediction)

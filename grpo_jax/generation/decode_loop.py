@@ -86,7 +86,7 @@ class StopConditions:
 
 
 def _layers(model: Decoder, params: Params) -> list[Params]:
-    """The weights of each layer, sliced once: indexing in the loop would copy them."""
+    """Returns each layer's weights, sliced once: indexing in a loop would copy them."""
     return [
         jax.tree.map(lambda x, i=i: x[i], params["layers"])
         for i in range(model.config.layers)
@@ -225,7 +225,7 @@ def run_decode_loop(
 
 
 def _more(state: DecodeState, rows: Array, least: int) -> Bool[Array, ""]:
-    """Whether rows are waiting, or more than `least` slots still decode one."""
+    """Returns whether rows are waiting, or more than `least` slots still decode one."""
     live = (state.row < state.out.tokens.shape[0]).sum()
     return (live > least) | (state.queue < rows)
 

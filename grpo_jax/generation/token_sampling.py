@@ -100,7 +100,7 @@ class Sampling:
 def _threshold(
     weights: Float[Array, "N V"], measure: Array, least: Any
 ) -> Float[Array, "N 1"]:
-    """The largest t for which the measure of all weights ≥ t is at least `least`."""
+    """Returns the largest t for which the measure of all weights ≥ t is ≥ `least`."""
 
     def halve(_, bounds):
         low, high = bounds  # holds at low, fails at high
@@ -162,7 +162,7 @@ def draw_tokens(
 
 
 def _invert(mass: Float[Array, "N X"], u: Float[Array, "N"]) -> Int[Array, "N"]:
-    """The first index whose cumulative mass exceeds u of the total; never of mass 0."""
+    """Returns the first index whose cumulative mass exceeds u of the total."""
     cumulated = jnp.cumsum(mass, axis=-1)
     total = cumulated[:, -1]
     threshold = jnp.minimum(u * total, jnp.nextafter(total, jnp.zeros_like(total)))

@@ -251,7 +251,7 @@ _shared_lock = threading.Lock()
 
 
 def shared_sandbox() -> Sandbox:
-    """This process's own sandbox, started by the first call; a fork gets another.
+    """Returns the sandbox of this process, which the first call starts.
 
     Raises:
       GrpoError: no mechanism works on this machine.

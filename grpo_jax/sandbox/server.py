@@ -72,7 +72,7 @@ _EPERM, _ENOSYS, _X86_64, _X32 = 1, 38, 0xC000003E, 0x40000000
 
 
 def seccomp_filter(may_write: bool) -> bytes:
-    """The system call filter as a BPF program: refuses with EPERM what is not listed.
+    """Returns a BPF program that refuses system calls that are not listed (EPERM).
 
     A call of another architecture or numbering kills the process.
 

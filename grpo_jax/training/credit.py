@@ -272,7 +272,7 @@ def mask_sample(sample: Sample) -> Sample:
 
 
 def has_gradient(sample: Sample) -> bool:
-    """Whether the policy's loss has a gradient on the sample."""
+    """Returns whether the policy's loss has a gradient on the sample."""
     return any(sample.mask) and bool(np.any(sample.advantages))
 
 

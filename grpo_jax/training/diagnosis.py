@@ -47,7 +47,7 @@ class History:
         return numbers if len(numbers) == self.window else []
 
     def always(self, name: str, holds: Callable[[float], bool]) -> bool:
-        """Whether a metric holds in each of the last `window` steps."""
+        """Returns whether a metric holds in each of the last `window` steps."""
         values = self.last(name)
         return bool(values) and all(holds(x) for x in values)
 

@@ -57,7 +57,7 @@ class Recorder:
         self.workdir = Path(workdir)
         self.config = config
         self.begin = claim
-        self._board: _Board | None = None
+        self._tensorboard: _TensorBoardFile | None = None
         self._wandb: Any = None
         self._stages: set[str] = set()  # stages whose step metric W&B knows
         self._next_report = 0.0
@@ -98,9 +98,9 @@ class Recorder:
             for name, value in values.items()
             if isinstance(value, int | float)
         }
-        if self._board is None:
-            self._board = _Board(self.workdir / "tensorboard")
-        self._board.write(step, numbers)
+        if self._tensorboard is None:
+            self._tensorboard = _TensorBoardFile(self.workdir / "tensorboard")
+        self._tensorboard.write(step, numbers)
         if self._wandb is not None:
             if stage not in self._stages:  # W&B's own count of steps never goes back
                 self._wandb.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
@@ -165,7 +165,7 @@ def _forget_after(file: Path, stage: str, step: int) -> None:
 
 
 def _stage_and_step(line: bytes) -> tuple[str, int] | None:
-    """The stage and step of a line of metrics or samples; None if it is not one."""
+    """Returns a line's stage and step; None if it is no metric or sample."""
     try:
         values = parse_json(line.decode("utf-8"))
     except ValueError:
@@ -207,7 +207,7 @@ def _append(file: Path, content: bytes) -> None:
             end.write(content)
 
 
-class _Board:
+class _TensorBoardFile:
     """TensorBoard's event file, written in the caller's thread.
 
     SummaryWriter writes in a thread behind a short queue. If a full disk ends that

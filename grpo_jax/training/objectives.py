@@ -208,7 +208,7 @@ def _normalizer(aggregate: str | None, sequences: Array, tokens: Array) -> Array
 
 
 def _policy_metrics(logps: Array, entropy: Array, micro: Batch) -> Metrics:
-    """Metrics of entropy and of the gap between trainer and sampler, in nats."""
+    """Returns entropy and the gap between trainer and sampler, in nats."""
     m = micro.mask
     metrics = {"entropy": _mean(entropy, m)}
     if micro.sampler_logps is not None:

@@ -73,7 +73,7 @@ def make_programs(
 
 
 def needs_all_outputs(config: Config) -> bool:
-    """Whether every output has to be trained on, even one with no advantage.
+    """Returns whether every output has to be trained on, even one with no advantage.
 
     A KL term or an entropy bonus in the loss has a gradient on every output, and so
     have PPO's and DPO's losses. A KL term in the reward changes the advantages.

@@ -324,7 +324,7 @@ def outcome_metrics(
 
 
 def share_without_answer(outputs: Sequence[Output]) -> float:
-    """The share of outputs with digits in which the rule finds no answer.
+    """Returns the share of outputs with digits in which the rule finds no answer.
 
     Only the first 64 texts that this process has decoded are read.
     """
@@ -384,7 +384,7 @@ def write_sample_group(
 
 
 def _advantage(sample: Sample) -> Any:
-    """One number for the output, or one for each of its tokens; None if masked."""
+    """Returns one number, or one for each of the output's tokens; None if masked."""
     if not any(sample.mask):
         return None
     if isinstance(sample.advantages, float):

@@ -135,5 +135,5 @@ def _first_fit(groups: list[PromptGroup], length: int, share: bool) -> list[Row]
 
 
 def shared_positions(sample: Sample, share_prompts: bool) -> int:
-    """Positions of a shared prompt; its last token belongs to each output's segment."""
+    """Returns the positions of a shared prompt, which lack its last token."""
     return max(sample.prompt - 1, 0) if share_prompts else 0

@@ -101,7 +101,7 @@ class Run:
         return setup.make_on_mesh(self.mesh, init, params)
 
     def is_finished(self, stage: str) -> bool:
-        """Whether a stage has a finished checkpoint."""
+        """Returns whether a stage has a finished checkpoint."""
         if not (self.workdir / "checkpoints" / stage).is_dir():
             return False
         with self.checkpoints(stage, clean=False) as checkpoints:
@@ -110,7 +110,7 @@ class Run:
     # The π_ref of each iteration of an iterative method (section 4.1.4).
 
     def has_reference(self, iteration: int) -> bool:
-        """Whether the π_ref of an iteration is saved."""
+        """Returns whether the π_ref of an iteration is saved."""
         return self.is_finished(f"reference-{iteration}")
 
     def load_reference(self, iteration: int) -> Params:

@@ -160,7 +160,7 @@ def census_table(figures: dict[str, list[dict[str, Any]]]) -> Table:
 
 
 def example_as_row(example: Example) -> dict[str, Any]:
-    """A question as a line of a JSON-lines file that `data.train` takes."""
+    """Returns a question as a line of a file that `data.train` takes."""
     values = {f.name: getattr(example, f.name) for f in dataclasses.fields(example)}
     columns = dict(values.pop("columns"))
     if "messages" in columns:  # the turns before the question

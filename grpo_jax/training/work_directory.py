@@ -32,7 +32,7 @@ _SFT += ("optimizer.weight_decay", "optimizer.max_grad_norm")
 
 
 def is_harmless(name: str) -> bool:
-    """Whether a field may change between two starts of the same run."""
+    """Returns whether a field may change between two starts of the same run."""
     return name.startswith(("mesh.", "checkpoint", "data.dir", "model.hint"))
 
 
