@@ -69,8 +69,8 @@ def check_value(
     if choices:
         check_choice(name, value, choices)
     elif value != value or value in (math.inf, -math.inf):
-        said = "NaN" if value != value else "infinity"
-        raise GrpoError(f"{name}: {said} is not a value; give a finite number")
+        shown = "NaN" if value != value else "infinity"
+        raise GrpoError(f"{name}: {shown} is not a value; give a finite number")
     elif not all(_BOUNDS[kind][1](value, bound) for kind, bound in bounds.items()):
         needed = " and ".join(
             _BOUNDS[kind][0].format(f"{bound:,}" if bound >= 1e4 else bound)

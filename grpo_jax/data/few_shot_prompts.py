@@ -113,7 +113,7 @@ def add_few_shot_prompt(
     form = find_format(name)
     blocks = [
         f"{form.question} {question}\n{form.answer} {answer}"
-        for question, answer in _shots(form, data_dir)
+        for question, answer in _worked_examples(form, data_dir)
     ]
     blocks.append(f"{form.question} {example.question}\n{form.answer}")
     return dataclasses.replace(example, question="\n\n".join(blocks))
@@ -151,7 +151,7 @@ def written_examples() -> dict[str, list[dict[str, Any]]]:
 
 
 @functools.lru_cache(32)
-def _shots(form: Format, data_dir: str | None) -> Sequence[Shot]:
+def _worked_examples(form: Format, data_dir: str | None) -> Sequence[Shot]:
     """Returns a set's worked examples; those of a training file are drawn."""
     written = written_examples().get(form.source)
     if written is not None:

@@ -120,7 +120,7 @@ def _text(row: Row, key: str) -> str:
     raise TypeError(f"field {key!r} is {type_name(value)}; expected text or a number")
 
 
-def _rest(row: Row, *used: str) -> dict[str, Any]:
+def _other_columns(row: Row, *used: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in used}
 
 
@@ -168,7 +168,7 @@ def parse_math(row: Row) -> Example:
 
 def cmath(row: Row) -> Example:
     """Converts a row of CMATH."""
-    columns = _rest(row, "question", "golden")
+    columns = _other_columns(row, "question", "golden")
     question, answer = _text(row, "question"), _text(row, "golden")
     return Example(question, answer, language="zh", columns=columns)
 
@@ -184,22 +184,22 @@ def svamp(row: Row) -> Example:
     """Converts a row of SVAMP, whose text is split into a body and a question."""
     question = f"{_text(row, 'Body').rstrip('.')}. {_text(row, 'Question')}"
     columns = {"type": row["Type"], "equation": row["Equation"]}
-    return _computed(question, _text(row, "Answer"), columns)
+    return _computed_answer(question, _text(row, "Answer"), columns)
 
 
 def mawps(row: Row) -> Example:
     """Converts a row of MAWPS."""
-    columns = _rest(row, "input", "target")
-    return _computed(_text(row, "input"), _text(row, "target"), columns)
+    columns = _other_columns(row, "input", "target")
+    return _computed_answer(_text(row, "input"), _text(row, "target"), columns)
 
 
 def gsm_hard(row: Row) -> Example:
     """Converts a row of GSM-Hard, whose answer a program computed."""
     columns = {"program": row["code"]}
-    return _computed(_text(row, "input"), _text(row, "target"), columns)
+    return _computed_answer(_text(row, "input"), _text(row, "target"), columns)
 
 
-def _computed(question: str, answer: str, columns: dict[str, Any]) -> Example:
+def _computed_answer(question: str, answer: str, columns: dict[str, Any]) -> Example:
     return Example(question, answer, columns=columns | tolerance_column(answer))
 
 
@@ -330,7 +330,7 @@ def parse_local_row(row: Row) -> Example:
     """
     texts = ("question", "answer", "solution", "language", "id")
     fields = {key: _text(row, key) for key in texts if key in row}
-    columns = _rest(row, "messages", *texts)
+    columns = _other_columns(row, "messages", *texts)
     if columns.get("system") is not None:
         columns["system"] = _text(row, "system")
     if "messages" in row:

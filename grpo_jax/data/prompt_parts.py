@@ -80,9 +80,9 @@ def written_prompt(
         return [*parts, (text, False)]
     if template == "deepseekmath":
         eos = tokenizer.decode([tokenizer.eos_id], skip_special=False)
-        for role, said in turns:
+        for role, turn in turns:
             name, end = ("User", "\n\n") if role == "user" else ("Assistant", eos)
-            parts += [(f"{name}: ", True), (said, False), (end, True)]
+            parts += [(f"{name}: ", True), (turn, False), (end, True)]
         return [*parts, ("User: ", True), (text, False), ("\n\nAssistant:", True)]
     raise GrpoError(f"template {template!r}: use {', '.join(TEMPLATES)}")
 
@@ -105,9 +105,9 @@ def chat_messages(
 ) -> list[Message]:
     """Returns the messages before the answer, with special tokens marked."""
     system, question = _system(example), prompt_content(example, instruction)
-    said = [("system", system)] if system else []
-    said += [*_turns(example), ("user", question)]
-    return [chat_message(tokenizer, role, text) for role, text in said]
+    turns = [("system", system)] if system else []
+    turns += [*_turns(example), ("user", question)]
+    return [chat_message(tokenizer, role, text) for role, text in turns]
 
 
 def chat_message(tokenizer: Tokenizer, role: str, text: str) -> Message:

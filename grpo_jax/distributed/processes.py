@@ -107,13 +107,16 @@ def all_gather(value: T) -> list[T]:
         return [value]
     turn = next(_turns)
     client.key_value_set(f"grpo_jax/{turn}/{process_index()}", json.dumps(value))
-    found = [json.loads(_get(f"grpo_jax/{turn}/{i}")) for i in range(process_count())]
+    found = [
+        json.loads(_wait_for_value(f"grpo_jax/{turn}/{i}"))
+        for i in range(process_count())
+    ]
     if turn:  # all have read the turn before
         client.key_value_delete(f"grpo_jax/{turn - 1}/{process_index()}")
     return found
 
 
-def _get(key: str) -> str:
+def _wait_for_value(key: str) -> str:
     """Waits for a value, for as long as every process lives."""
     while True:
         try:
@@ -184,7 +187,7 @@ def is_preempted() -> bool:
     return _preempted
 
 
-class _OwnCounter:
+class _PreemptionManager:
     """Wraps jax's preemption manager, so that only `is_preempted` can ask it.
 
     On SIGTERM the manager lets all processes stop at a call whose number is one above
@@ -205,8 +208,10 @@ class _OwnCounter:
 def own_preemption_manager() -> None:
     """Makes `is_preempted` the only caller of jax's preemption manager."""
     state = _state()
-    if not isinstance(state.preemption_sync_manager, _OwnCounter):
-        state.preemption_sync_manager = _OwnCounter(state.preemption_sync_manager)
+    if not isinstance(state.preemption_sync_manager, _PreemptionManager):
+        state.preemption_sync_manager = _PreemptionManager(
+            state.preemption_sync_manager
+        )
 
 
 @contextlib.contextmanager
@@ -235,7 +240,7 @@ def connect_processes(
       GrpoError: a part of the address is missing or out of range, or the processes do
         not find each other.
     """
-    if not _start(coordinator, processes, number, wait, heartbeat):
+    if not _initialize_jax(coordinator, processes, number, wait, heartbeat):
         yield
         return
     done = threading.Event()
@@ -254,7 +259,7 @@ def connect_processes(
     jax.distributed.shutdown()
 
 
-def _start(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
+def _initialize_jax(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
     """Starts jax.distributed; returns False if this process is alone."""
     given = [coordinator, processes, number]
     without_flags = given == [None] * 3

@@ -49,10 +49,10 @@ def program_to_run(before: Sequence[str], text: str) -> str | None:
         return None
     earlier = [b for part in before for b in python_blocks(part)] + blocks[:-1]
     lines = [line for block in earlier for line in block.split("\n")]
-    return "\n".join([*filter(_stays, lines), blocks[-1]])
+    return "\n".join([*filter(_runs_again, lines), blocks[-1]])
 
 
-def _stays(line: str) -> bool:
+def _runs_again(line: str) -> bool:
     """Returns whether a line runs again before a later block; bare prints do not."""
     return "print(" not in line or line.startswith((" ", "\t", "import", "def "))
 

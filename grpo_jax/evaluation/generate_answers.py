@@ -297,7 +297,7 @@ def answer_all(
                 stop=stop,
             )
             if form:
-                rows = [[_cut(c, form) for c in row] for row in rows]
+                rows = [[_cut_completion(c, form) for c in row] for row in rows]
             new = dict(zip(batch, rows, strict=True))
             if log is not None:
                 about = {"set": prompted.name, "mode": settings.mode}
@@ -310,7 +310,9 @@ def answer_all(
     return [found.get(i) for i in range(len(prompted.examples))]
 
 
-def _cut(completion: Completion, form: few_shot_prompts.Format) -> Completion:
+def _cut_completion(
+    completion: Completion, form: few_shot_prompts.Format
+) -> Completion:
     text = few_shot_prompts.cut_at_next_question(completion.text, form)
     went_on = len(text) < len(completion.text)
     return Completion(text, completion.cut_off and not went_on)

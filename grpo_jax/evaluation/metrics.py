@@ -158,14 +158,14 @@ def assign_votes(
         answered, pairs = [], []
         for i in places:
             mine = given[i * samples : (i + 1) * samples]
-            spelled = [p if p is None else _spelled(p) for p in mine]
+            spelled = [p if p is None else _common_spelling(p) for p in mine]
             wrong = [s for s, good in zip(spelled, right[i], strict=True) if not good]
             distinct = [s for s in dict.fromkeys(wrong) if s is not None]
             answered.append((spelled, distinct))
             # If none is right, no majority can be right either.
             compared = distinct[:MOST_ANSWERS] if right[i].any() else []
             pairs += [(i, *pair) for pair in itertools.combinations(compared, 2)]
-        same = _equal([(examples[i], a, b) for i, a, b in pairs])
+        same = _equal_predictions([(examples[i], a, b) for i, a, b in pairs])
         equal = {pair for pair, is_same in zip(pairs, same, strict=True) if is_same}
         found = []
         for i, (spelled, distinct) in zip(places, answered, strict=True):
@@ -182,7 +182,7 @@ def assign_votes(
     return processes.map_divided(vote, range(len(examples)))
 
 
-def _equal(triples: Sequence[tuple[Example, str, str]]) -> list[bool]:
+def _equal_predictions(triples: Sequence[tuple[Example, str, str]]) -> list[bool]:
     """Returns whether two predictions for an example are the same answer."""
     references, predictions = [], []
     for example, a, b in triples:
@@ -194,7 +194,7 @@ def _equal(triples: Sequence[tuple[Example, str, str]]) -> list[bool]:
     return kinds.grade_examples(references, predictions)
 
 
-def _spelled(prediction: str) -> str:
+def _common_spelling(prediction: str) -> str:
     """Returns a common spelling of equal numbers, such as 1/2, 0.5 and $0.50."""
     if len(prediction) > equality.MAX_CHARS:
         return prediction

@@ -215,7 +215,7 @@ def run_decode_loop(
         state = _narrow(state, width)
 
         def go_on(state, least=least):
-            return any_group(_more(state, rows, least))
+            return any_group(_has_more_to_do(state, rows, least))
 
         with jax.named_scope("turns" if width == widths[0] else "last_turns"):
             state = jax.lax.while_loop(go_on, step, state)
@@ -224,7 +224,7 @@ def run_decode_loop(
     return dataclasses.replace(state, out=out)
 
 
-def _more(state: DecodeState, rows: Array, least: int) -> Bool[Array, ""]:
+def _has_more_to_do(state: DecodeState, rows: Array, least: int) -> Bool[Array, ""]:
     """Returns whether rows are waiting, or more than `least` slots still decode one."""
     live = (state.row < state.out.tokens.shape[0]).sum()
     return (live > least) | (state.queue < rows)

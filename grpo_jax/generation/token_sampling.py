@@ -154,14 +154,14 @@ def draw_tokens(
     u = jax.vmap(lambda k, t: jax.random.uniform(jax.random.fold_in(k, t), (2,)))(
         keys, turns
     )
-    block = _invert(mass, u[:, 0])
+    block = _invert_cdf(mass, u[:, 0])
     inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
-    token = block * _BLOCK + _invert(inside, u[:, 1])
+    token = block * _BLOCK + _invert_cdf(inside, u[:, 1])
     at_token = (jnp.take_along_axis(z, token[:, None], 1) - top)[:, 0]
     return token, at_token - jnp.log(mass.sum(-1))
 
 
-def _invert(mass: Float[Array, "N X"], u: Float[Array, "N"]) -> Int[Array, "N"]:
+def _invert_cdf(mass: Float[Array, "N X"], u: Float[Array, "N"]) -> Int[Array, "N"]:
     """Returns the first index whose cumulative mass exceeds u of the total."""
     cumulated = jnp.cumsum(mass, axis=-1)
     total = cumulated[:, -1]

@@ -136,7 +136,7 @@ class Recorder:
         """
         for name in (METRICS, SAMPLES) if processes.is_first_process() else ():
             file = self.workdir / name
-            with _written(file):
+            with _explain_write_errors(file):
                 if file.exists():
                     _forget_after(file, stage, step)
 
@@ -177,7 +177,7 @@ def _stage_and_step(line: bytes) -> tuple[str, int] | None:
 
 
 @contextlib.contextmanager
-def _written(file: Path) -> Iterator[None]:
+def _explain_write_errors(file: Path) -> Iterator[None]:
     """Raises a GrpoError for an OSError while a file is written."""
     try:
         yield
@@ -190,10 +190,10 @@ def _written(file: Path) -> Iterator[None]:
 
 def json_values(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Returns metrics as JSON has them; a number that is not finite becomes None."""
-    return {name: _plain(value) for name, value in metrics.items()}
+    return {name: _json_value(value) for name, value in metrics.items()}
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if value is None or isinstance(value, str | bool | int):
         return value
     number = float(value)
@@ -201,7 +201,7 @@ def _plain(value: Any) -> Any:
 
 
 def _append(file: Path, content: bytes) -> None:
-    with _written(file):
+    with _explain_write_errors(file):
         file.parent.mkdir(exist_ok=True)
         with open(file, "ab") as end:
             end.write(content)
@@ -246,7 +246,7 @@ def _start_wandb(project: str, workdir: Path, config: Any) -> Any:
         print("WANDB_PROJECT is set, but wandb is not installed", file=sys.stderr)
         return None
     file = workdir / "wandb_id"
-    with _written(file):
+    with _explain_write_errors(file):
         number = os.environ.get("WANDB_RUN_ID", "")
         if not number and file.exists():
             number = file.read_text(encoding="utf-8", errors="replace").strip()

@@ -80,7 +80,7 @@ def pack(
     placed = place_in_rows(samples, length, share, share_prompts, together)
     used = -(-len(placed) // rows)
     spans = _spans(samples, placed, share_prompts)
-    arrays = _fill(samples, of[0], spans, (used * rows, length))
+    arrays = _fill_arrays(samples, of[0], spans, (used * rows, length))
     return Batch(
         **{k: x.reshape(used, rows, length) for k, x in arrays.items()},
         used=np.int32(used),
@@ -225,7 +225,7 @@ def _spans(
                 at += stop - first
 
 
-def _fill(samples, like, spans: Iterator[_Span], shape) -> dict[str, np.ndarray]:
+def _fill_arrays(samples, like, spans: Iterator[_Span], shape) -> dict[str, np.ndarray]:
     extra = {k: v for k, v in FROM_SAMPLE.items() if getattr(like, v) is not None}
     of_target = {"targets": "tokens", "mask": "mask"} | extra
     dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), np.int32)

@@ -110,7 +110,9 @@ class WorkDirectoryClaim:
     def origin(self, stage: str) -> dict[str, Any]:
         """Returns the JSON values that are saved with a checkpoint of a stage."""
         fields = {
-            n: v for n, v in flatten_config(self.config).items() if _matters(stage, n)
+            n: v
+            for n, v in flatten_config(self.config).items()
+            if _affects_stage(stage, n)
         }
         return {"stage": stage, "seed": self.config.seed, "config": fields}
 
@@ -142,8 +144,8 @@ class WorkDirectoryClaim:
         }
         if changed and not self.accept_changes:
             return (
-                f"was saved with another config ({_shown(changed)}); take another "
-                "--workdir, or add --accept_changes"
+                f"was saved with another config ({_format_changes(changed)}); take "
+                "another --workdir, or add --accept_changes"
             )
         self._accept(changed)
         return ""
@@ -162,8 +164,9 @@ class WorkDirectoryClaim:
         changed = dict(_changes(before, flatten_config(self.config)))
         if changed and not self.accept_changes:
             raise GrpoError(
-                f"{file}: this run was started with another config ({_shown(changed)})"
-                "; take another --workdir, or add --accept_changes"
+                f"{file}: this run was started with another config "
+                f"({_format_changes(changed)}); take another --workdir, or add "
+                "--accept_changes"
             )
         self._accept(changed)
         return self._accepted, False
@@ -189,12 +192,12 @@ def _changes(
             yield name, (before[name], value)
 
 
-def _matters(stage: str, name: str) -> bool:
+def _affects_stage(stage: str, name: str) -> bool:
     if is_harmless(name) or name == "name":
         return False
     return stage != "sft" or name.startswith(_SFT)
 
 
-def _shown(changed: Mapping[str, tuple[Any, Any]]) -> str:
+def _format_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
     shown = ", ".join(f"{k} {a!r} → {b!r}" for k, (a, b) in list(changed.items())[:8])
     return shown + (", …" if len(changed) > 8 else "")

@@ -187,11 +187,11 @@ def extract_choice(text: str, options: int) -> str | None:
     ('12', 'C')
     """
     known = LETTERS[:options]
-    if said := extraction.stated_answer(text):
-        if letters := _letters(said, known) or _hinted(said, known):
+    if stated := extraction.stated_answer(text):
+        if letters := _letters(stated, known) or _hinted(stated, known):
             return letters
-        marked = set(re.findall(rf"(?<![A-Za-z])\(([{known}])\)", said))
-        return marked.pop() if len(marked) == 1 else said
+        marked = set(re.findall(rf"(?<![A-Za-z])\(([{known}])\)", stated))
+        return marked.pop() if len(marked) == 1 else stated
     text = extraction.final_part(text).strip()
     if hinted := _hinted(text, known):
         return hinted
