@@ -170,7 +170,7 @@ def open_run_here(
     versions = {"jax": jax.__version__, "workdir": str(workdir)}
     processes.check_equal("config", flatten_config(config) | versions)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    # Impossible settings fail run, not at the first rollout after the SFT stage.
+    # Impossible settings fail here, not at the first rollout after the SFT stage.
     there = sharding.place_on_devices(0.0, jax.NamedSharding(mesh, sharding.P()))
     sharding.move_to_memory(there, config.model.reference_memory)
     if config.model.path and config.model.vocab_size:  # print a large model's size
@@ -185,7 +185,7 @@ def open_run_here(
         f"{jax.default_backend()} device(s){several}, written to {workdir}"
     )
     with lock_folder(workdir), jax.set_mesh(mesh):
-        again = not (workdir / "config.json").exists()  # what is there came to nothing
+        again = not (workdir / "config.json").exists()  # an earlier start failed
         tokenizer.now = start_time(workdir, again=again)
         claim = WorkDirectoryClaim(
             config, workdir, tokenizer.now, accept_changes=accept_changes

@@ -113,7 +113,7 @@ class CheckpointDirectory:
         except OSError as error:
             raise self._error(_first_line(error)) from error
         if jax.distributed.is_initialized():  # which has its own SIGTERM handler
-            processes.own_preemption_manager()
+            processes.claim_preemption_manager()
         elif threading.current_thread() is threading.main_thread():
             self._old_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         return self

@@ -205,10 +205,10 @@ class Tokenizer:
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in (self._files or self._own_files()).items():
+        for name, content in (self._files or self._generated_files()).items():
             (folder / name).write_bytes(content)
 
-    def _own_files(self) -> dict[str, bytes]:
+    def _generated_files(self) -> dict[str, bytes]:
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,

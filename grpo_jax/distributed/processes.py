@@ -182,7 +182,7 @@ def is_preempted() -> bool:
     """
     global _preempted
     if _state().client is not None and not _preempted:
-        own_preemption_manager()
+        claim_preemption_manager()
         _preempted = _state().preemption_sync_manager.reached(next(_polls))
     return _preempted
 
@@ -205,7 +205,7 @@ class _PreemptionManager:
         return False
 
 
-def own_preemption_manager() -> None:
+def claim_preemption_manager() -> None:
     """Makes `is_preempted` the only caller of jax's preemption manager."""
     state = _state()
     if not isinstance(state.preemption_sync_manager, _PreemptionManager):

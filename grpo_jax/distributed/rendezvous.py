@@ -1,4 +1,4 @@
-"""Checks, before jax starts, that all processes of a run are there with right flags.
+"""Checks, before jax starts, that all processes are there, with flags that agree.
 
 jax itself waits for as many processes as process 0 was told, and takes two processes
 with one number for one that has restarted. A run with a wrong flag then hangs, or ends

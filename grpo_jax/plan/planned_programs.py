@@ -140,7 +140,7 @@ def plan_rollout(
     params: Any,
     lengths: MeanLengths,
 ) -> list[PlannedProgram]:
-    """Returns the rollout of an RL step, after the transfer of the weights to it."""
+    """Returns the rollout of an RL step, and the transfer of its weights before it."""
     tensor = model.decode_tensor or mesh.shape["tensor"]
     layout = reshard.decoding_mesh(model, mesh) if mesh.size > 1 else None
     groups = sharding.rows_multiple(layout) if layout else 1

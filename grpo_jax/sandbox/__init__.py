@@ -8,8 +8,8 @@ output. `mechanisms` builds the command that starts a server, in one of two ways
 - Landlock: a program can read the libraries and write no file. It can still see whether
   a path exists.
 
-`server` is that server: it forks for each program, and the fork gives up everything
-that it will not need before it runs the program. Under both mechanisms seccomp refuses
+`server` is that server: it forks for each program, and the fork drops all rights that
+it will not need before it runs the program. Under both mechanisms seccomp refuses
 new processes, sockets and signals to others, rlimits bound the resources, and there are
 no capabilities. On a machine with neither there is no `Sandbox`, and no program runs.
 """

@@ -7,7 +7,7 @@ ignored, later. An error is one line that names the field.
 import dataclasses
 from typing import Any, get_args, get_type_hints
 
-from grpo_jax.algorithms.methods import METHODS, OWN_FIELDS
+from grpo_jax.algorithms.methods import METHOD_FIELDS, METHODS
 from grpo_jax.arguments import check_value
 from grpo_jax.config import (
     Config,
@@ -35,7 +35,7 @@ def validate_config(config: Config) -> Config:
     """
     check_fields(config)
     flat = flatten_config(config)
-    for name in OWN_FIELDS:
+    for name in METHOD_FIELDS:
         if flat[name] is not None and name not in METHODS[config.method].fields:
             raise GrpoError(
                 f"config.{name}: method {config.method} would ignore it; leave it out"

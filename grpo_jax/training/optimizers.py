@@ -1,7 +1,7 @@
 """Optimisers and learning-rate schedules: AdamW with clipping and master weights.
 
-`make_optimizer` takes plain arguments. The functions after it give the optimiser of a
-stage as its config sets it; PPO's critic has one of its own beside the policy's.
+`make_optimizer` takes plain arguments. The functions after it build the optimiser of a
+stage from its config; PPO's critic has its own.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def make_stage_optimizer(
 def rl_optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
     """Returns the RL stage's (optimiser, schedule of the policy).
 
-    PPO's critic has its own optimiser in it, with its own rate and its own clipping.
+    PPO's critic is part of it, with its own rate and clipping.
     """
     o, values = config.optimizer, config.method_values()
     steps = config.rl_steps * values.get("updates_per_rollout", 1)

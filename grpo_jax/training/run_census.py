@@ -80,7 +80,7 @@ def run_census(run: Run, params: Params, folder: Path) -> list[Example]:
 
     Raises:
       GrpoError: a set cannot be used, or the run has tools.
-      Preempted: it was prompted to stop; the same command goes on from there.
+      Preempted: it was asked to stop; the same command resumes.
     """
     config = run.config
     check_census(config)
