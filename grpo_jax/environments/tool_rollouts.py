@@ -126,8 +126,7 @@ def generate_with_tools(
         last one included.
       max_new_tokens: limit on the tokens of each generation. An output that reaches it
         ends, unless its text ends with a program.
-      temperature: as in `sampler.generate`.
-      cache_dtype: as in `sampler.generate`.
+      temperature, cache_dtype: as in `sampler.generate`.
       rows: most rows whose keys and values are held at a time, at least those of one
         prompt; 0 holds all rows.
 

@@ -127,9 +127,7 @@ def fitting_length(
       samples: the sequences to pack.
       longest: the largest length of a row.
       choices: how many lengths there are.
-      rows: as in `pack`.
-      share_prompts: as in `pack`.
-      together: as in `pack`.
+      rows, share_prompts, together: as in `pack`.
       padding: the share of empty positions up to which `longest` is taken.
 
     >>> samples = [Sample(tokens=[0] * 33, mask=[1] * 33)] * 3
@@ -172,9 +170,7 @@ def unpack(
     Args:
       values: [A, B, T], computed from the batch of `pack` with the same samples.
       samples: the samples that were packed.
-      share: as in `pack`.
-      share_prompts: as in `pack`.
-      together: as in `pack`.
+      share, share_prompts, together: as in `pack`.
 
     Returns:
       An array [n - 1] for each sample.

@@ -78,9 +78,7 @@ def place_in_rows(
     Args:
       samples: the sequences to pack.
       length: T, positions of a row.
-      share: as in `pack`.
-      share_prompts: as in `pack`.
-      together: as in `pack`.
+      share, share_prompts, together: as in `pack`.
 
     Returns:
       For each row, the indices of its samples, grouped by prompt.
