@@ -66,10 +66,9 @@ def train_rl(
     config, values = run.config, run.config.method_values()
     method = METHODS[config.method]
     optimizer, learning_rate = rl_optimizer(config)
-    only_base = (
-        run.model.lora.rank and method.source == "policy" and not reward_models.needed
-    )
-    initial = None if only_base else instruct()  # until RL has parameters of its own
+    needs_sft = method.source != "policy" or reward_models.needed
+    only_base = run.model.lora.rank and not needs_sft
+    initial = None if only_base else instruct()  # until RL has its own parameters
     sft = None if initial is None else freeze_params(run, initial)
     if config.census:
         initial = instruct() if initial is None else initial
@@ -94,14 +93,14 @@ def train_rl(
     for i in range(iterations):
         if i + 1 < iterations and run.has_reference(i + 1):
             continue  # done before the run was resumed
-        begins = initial
+        policy = initial
         if i:
-            begins = params or run.load_reference(i)
+            policy = params or run.load_reference(i)
             if params is not None:
                 run.save_reference(i, params)
-            reference = freeze_params(run, begins)
-        scorer = reward_models(i, begins)
-        begins = None
+            reference = freeze_params(run, policy)
+        scorer = reward_models(i, policy)
+        policy = None
         until = config.rl_steps * (i + 1) // iterations
         pipeline = RolloutPipeline(
             source, staleness=values.get("max_staleness", 0), until=until
