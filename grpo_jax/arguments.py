@@ -69,8 +69,8 @@ def check_value(
     if choices:
         check_choice(name, value, choices)
     elif value != value or value in (math.inf, -math.inf):
-        said = "NaN" if value != value else "infinity"
-        raise GrpoError(f"{name}: {said} is not a value; give a finite number")
+        shown = "NaN" if value != value else "infinity"
+        raise GrpoError(f"{name}: {shown} is not a value; give a finite number")
     elif not all(_BOUNDS[kind][1](value, bound) for kind, bound in bounds.items()):
         needed = " and ".join(
             _BOUNDS[kind][0].format(f"{bound:,}" if bound >= 1e4 else bound)
@@ -187,12 +187,7 @@ def _short(value: Any) -> str:
 LONGEST = 10**6  # the longest time-out in seconds: 11 days
 # What starts a command on several hosts: flag → (default, least, most, help).
 PROCESS_FLAGS: dict[str, tuple[Any, Any, Any, str]] = {
-    "coordinator": (
-        None,
-        None,
-        None,
-        "host:port of process 0, where no cluster says it",
-    ),
+    "coordinator": (None, None, None, "host:port of process 0, if no cluster says it"),
     "num_processes": (None, 1, MOST_ROWS, "how many processes there are"),
     "process_id": (None, 0, MOST_ROWS, "which of them this is, from 0"),
     "wait": (300, 1, LONGEST, "seconds for all processes to come"),

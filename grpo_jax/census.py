@@ -42,21 +42,21 @@ def take_census(config: Config, workdir: Path, *, accept_changes: bool = False) 
     from grpo_jax.training.run_census import FOLDER, check_census, run_census
 
     check_census(config)
-    with train.open_run_here(config, workdir, accept_changes=accept_changes) as here:
-        if config.sft_steps and here.is_finished("sft"):
-            params, who = stage_params(here, "sft"), "the Instruct model"
+    with train.open_run_here(config, workdir, accept_changes=accept_changes) as run:
+        if config.sft_steps and run.is_finished("sft"):
+            params, name = stage_params(run, "sft"), "the Instruct model"
         elif config.model.path:
-            params = setup.initial_params(config, here.model, here.mesh)
-            who = f"{config.model.path}, before SFT" if config.sft_steps else ""
+            params = setup.initial_params(config, run.model, run.mesh)
+            name = f"{config.model.path}, before SFT" if config.sft_steps else ""
         else:
             raise GrpoError(
                 f"census: {workdir} has no Instruct model yet; train it first, or set "
                 "config.census to have the run take the census after SFT"
             )
-        if who:
-            processes.print_once(f"census of {who}")
+        if name:
+            processes.print_once(f"census of {name}")
         try:
-            run_census(here, params, workdir / FOLDER)
+            run_census(run, params, workdir / FOLDER)
         except Preempted as stopped:
             processes.print_once(f"{stopped}; the same command goes on from there")
 

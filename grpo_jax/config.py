@@ -124,9 +124,8 @@ class RewardModelSettings:
     samples: int = number_field(1, 1, ROWS)  # outputs of each question
     completions: int = number_field(8, 1, ROWS)  # K, sampled from the end of each step
     soft: bool = False  # label: the share of right completions, not whether any is
-    steps: int = number_field(
-        500, 1, COUNT
-    )  # updates on the labels, again in each iteration
+    # Updates on the labels, again in each iteration.
+    steps: int = number_field(500, 1, COUNT)
     batch_size: int = number_field(64, 1, ROWS)  # labelled outputs a step
     learning_rate: float = number_field(2e-5, above=0, most=1)
 
@@ -188,17 +187,14 @@ class Config:
     name: str = "run"  # the work directory is runs/<name>
     seed: int = number_field(0, 0, 2**32 - 1)
     method: str = choice_field(*METHODS, default="grpo")  # see algorithms/methods.py
-    sft_steps: int = number_field(
-        0, 0, COUNT
-    )  # Instruct stage; 0 starts from model.path
+    sft_steps: int = number_field(0, 0, COUNT)  # 0 starts RL from model.path
     rl_steps: int = number_field(0, 0, COUNT)
     questions_per_step: int = number_field(16, 1, ROWS)
     group_size: int = number_field(64, 1, ROWS)  # G
     max_new_tokens: int = number_field(1024, 1, TOKENS)
     learning_rate: float = number_field(1e-6, above=0, most=1)  # of the RL stage
-    temperature: float = number_field(
-        1.0, 0.01, 100
-    )  # of the outputs that are trained on
+    # Of the outputs that are trained on.
+    temperature: float = number_field(1.0, 0.01, 100)
     # Fields of some methods; None is the method's own default.
     kl_coef: float | None = number_field(None, 0, COEFFICIENT)  # β
     clip_low: float | None = number_field(None, above=0, most=1)  # ε
@@ -222,9 +218,7 @@ class Config:
     updates_per_rollout: int | None = number_field(None, 1, 1000)  # μ
     # Updates by which the policy that samples may lag behind.
     max_staleness: int | None = choice_field(0, 1, default=None)
-    entropy_coef: float | None = number_field(
-        None, 0, COEFFICIENT
-    )  # of an entropy bonus
+    entropy_coef: float | None = number_field(None, 0, COEFFICIENT)  # of a bonus
     # C of the weights min(π_old/π_sampler, C); None leaves the weights out.
     importance_cap: float | None = number_field(None, above=0, most=COEFFICIENT)
     mask_truncated: bool | None = None  # leave cut-off outputs out of the loss
@@ -282,8 +276,8 @@ def flatten_config(config: Any, prefix: str = "") -> dict[str, Any]:
 def tool_generations(config: Config) -> int:
     """Returns how many generations an output with tools has; 0 without tools.
 
-    >>> asked = DataSettings(instruction="tool")
-    >>> tool_generations(Config()), tool_generations(Config(data=asked))
+    >>> data = DataSettings(instruction="tool")
+    >>> tool_generations(Config()), tool_generations(Config(data=data))
     (0, 2)
     """
     if config.tools.generations is None:

@@ -1,9 +1,8 @@
 """Fields of a config with choices and bounds.
 
 `choice_field` and `number_field` make dataclass fields, whose metadata are the
-arguments of `arguments.check_value`. For a name that is no field, `suggest_name`
-suggests the one that was probably meant, from the names in other libraries or from the
-spelling.
+arguments of `arguments.check_value`. For a name that is no field, `suggest_name` finds
+the one that was probably meant, by its names in other libraries or by spelling.
 """
 
 from __future__ import annotations
@@ -137,8 +136,8 @@ def suggest_name(name: str, known: list[str]) -> str:
     if typed in _REMARKS:
         return f"; {_REMARKS[typed]}"
     if target := OTHER_NAMES.get(typed, typed if section else ""):
-        own = f"{section}.{target.rpartition('.')[2]}"  # sft.lr is sft.learning_rate
-        for meant in (own, target):
+        inner = f"{section}.{target.rpartition('.')[2]}"  # sft.lr: sft.learning_rate
+        for meant in (inner, target):
             if meant in known:
                 return f"; did you mean config.{meant}?"
     if near := difflib.get_close_matches(name, known, 1, 0.5):

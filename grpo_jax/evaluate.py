@@ -111,9 +111,7 @@ def run_with_messages(flags: argparse.Namespace) -> None:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         stopped = "stopped; the same command goes on from here"
-        if (
-            processes.process_count() > 1
-        ):  # the exit message reaches the other processes
+        if processes.process_count() > 1:  # its exit message reaches the others
             sys.exit(stopped)
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
@@ -147,11 +145,11 @@ def run_command(flags: argparse.Namespace) -> str:
     results["published"] = published_figures.figures_for_json(flags.sets, modes)
     found: Scores = {}
     for path, label in zip(flags.models, results["models"], strict=True):
-        one_by_one = score_file(path, given[path], flags) if path in given else None
-        for name, one in one_by_one or evaluate_model(path, label, flags):
+        scores = score_file(path, given[path], flags) if path in given else None
+        for name, measured in scores or evaluate_model(path, label, flags):
             row = results["sets"][name]
-            row[label] = row.get(label, {}) | one.result
-            add_scores(found, name, label, one)
+            row[label] = row.get(label, {}) | measured.result
+            add_scores(found, name, label, measured)
             results["paired"] = metrics.compare_pairs(found)
             if processes.is_first_process():
                 write_json(out / "results.json", results)
@@ -239,7 +237,7 @@ def trained_sets(models: list[str]) -> list[str]:
 
 
 def is_workdir(path: str) -> bool:
-    """Whether a model of --models is the work directory of a run."""
+    """Returns whether a model of --models is the work directory of a run."""
     return (Path(path) / "checkpoints").is_dir()
 
 
@@ -281,22 +279,20 @@ def evaluate_model(
     fields = {field.name for field in dataclasses.fields(AnswerSettings)}
     given = {name: value for name, value in vars(flags).items() if name in fields}
     given["template"] = flags.template or template
-    asked = list(itertools.product(flags.sets, flags.mode))
-    for place, (name, mode) in enumerate(asked, 1):
+    pairs = list(itertools.product(flags.sets, flags.mode))
+    for place, (name, mode) in enumerate(pairs, 1):
         usual = mode if instruction != "none" else "none"
         given |= {"mode": mode, "instruction": flags.instruction or usual}
-        yield (
+        measured = measure_set(
+            model,
+            params,
+            tokenizer,
             name,
-            measure_set(
-                model,
-                params,
-                tokenizer,
-                name,
-                AnswerSettings(**given),
-                label=f"{label} [{place}/{len(asked)}]",
-                folder=folder,
-            ),
+            AnswerSettings(**given),
+            label=f"{label} [{place}/{len(pairs)}]",
+            folder=folder,
         )
+        yield name, measured
 
 
 def load_model(path: str) -> tuple[Decoder, Params, Tokenizer, str, str]:
@@ -308,8 +304,8 @@ def load_model(path: str) -> tuple[Decoder, Params, Tokenizer, str, str]:
     """
     if is_workdir(path):
         model, params, tokenizer = load_run(path)
-        asked = read_config(Path(path)).data
-        return model, params, tokenizer, asked.template, asked.instruction
+        data = read_config(Path(path)).data
+        return model, params, tokenizer, data.template, data.instruction
     from grpo_jax.checkpoints.huggingface import weights
     from grpo_jax.distributed import sharding
 

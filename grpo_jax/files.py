@@ -127,8 +127,8 @@ def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
         value = json.loads(text, object_pairs_hook=_unique if unique else None)
         _check_depth(value, DEEPEST)
     except RecursionError:
-        told = f"lists and objects are nested more than {DEEPEST} deep"
-        raise ValueError(told) from None
+        message = f"lists and objects are nested more than {DEEPEST} deep"
+        raise ValueError(message) from None
     return value
 
 
@@ -156,8 +156,7 @@ def read_small_file(file: Path) -> bytes:
     """Returns the bytes of a small file of a model folder.
 
     Raises:
-      GrpoError: there is no such file, it is a git-LFS pointer, or it is larger than
-        `LARGEST`.
+      GrpoError: there is no such file, or it is a git-LFS pointer or above `LARGEST`.
     """
     try:
         with open(file, "rb") as handle:
@@ -189,8 +188,8 @@ def read_json(file: Path, remedy: str = "download it again") -> dict[str, Any]:
     except UnicodeEncodeError:
         raise GrpoError(f"{file}: holds a lone surrogate (\\ud8…); remove it") from None
     except ValueError as error:
-        told = one_line(error)
-        raise GrpoError(f"{file}: not valid JSON ({told}); {remedy}") from None
+        reason = one_line(error)
+        raise GrpoError(f"{file}: not valid JSON ({reason}); {remedy}") from None
     if not isinstance(value, dict):
         raise GrpoError(f"{file}: not a JSON object; {remedy}")
     return value

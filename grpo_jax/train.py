@@ -51,8 +51,7 @@ def main(
     Args:
       argv: the program's name and its arguments; by default those of the process.
       usage: the command's own.
-      work: what the command does, with the arguments of `train_run`; by default
-        `train_run`.
+      work: what the command does, called as `train_run`; None is `train_run`.
     """
     argv = sys.argv if argv is None else argv
     print_help(argv, usage, ["workdir", "accept_changes", *PROCESS_FLAGS])
@@ -121,22 +120,22 @@ def train_run(config: Config, workdir: Path, *, accept_changes: bool = False) ->
     from grpo_jax.report.tables import to_markdown
     from grpo_jax.training import rl, run_comparison, setup, sft
 
-    with open_run_here(config, workdir, accept_changes=accept_changes) as here:
-        run_comparison.check_sets(here)
+    with open_run_here(config, workdir, accept_changes=accept_changes) as run:
+        run_comparison.check_sets(run)
         with_rl = config.method != "sft" and config.rl_steps
-        prepared = rl.prepare_rl(here) if with_rl else None
-        with here.recorder:
+        prepared = rl.prepare_rl(run) if with_rl else None
+        with run.recorder:
             try:
                 with_sft = config.sft_steps > 0
-                start = lambda: setup.initial_params(config, here.model, here.mesh)  # noqa: E731
-                instruct = (lambda: sft.train_sft(here, start)) if with_sft else start
+                start = lambda: setup.initial_params(config, run.model, run.mesh)  # noqa: E731
+                instruct = (lambda: sft.train_sft(run, start)) if with_sft else start
                 if prepared:
-                    before, after = rl.train_rl(here, instruct, *prepared)
+                    before, after = rl.train_rl(run, instruct, *prepared)
                     models = {"instruct": before, "rl": after}
                 else:
                     models = {"instruct": instruct()}
-                results = run_comparison.compare_run(here, models)
-                here.recorder.write_report(last=True)
+                results = run_comparison.compare_run(run, models)
+                run.recorder.write_report(last=True)
             except Preempted as stopped:
                 processes.print_once(f"{stopped}; the same command goes on from there")
                 return
@@ -179,17 +178,14 @@ def open_run_here(
     setup.agree_on_files(config)
     model, tokenizer = setup.make_model(config)
     decoding_mesh(model, mesh)
-    several = (
-        f" of {processes.process_count()} processes"
-        if processes.process_count() > 1
-        else ""
-    )
+    count = processes.process_count()
+    several = f" of {count} processes" if count > 1 else ""
     processes.print_once(
         f"{config.name}: {setup.describe_size(model)} on {mesh.size} "
         f"{jax.default_backend()} device(s){several}, written to {workdir}"
     )
     with lock_folder(workdir), jax.set_mesh(mesh):
-        again = not (workdir / "config.json").exists()  # what is there came to nothing
+        again = not (workdir / "config.json").exists()  # an earlier start failed
         tokenizer.now = start_time(workdir, again=again)
         claim = WorkDirectoryClaim(
             config, workdir, tokenizer.now, accept_changes=accept_changes

@@ -45,8 +45,7 @@ def group_advantages(
         NaN or infinite counts as not scored: it is left out of the statistics and its
         advantage is 0.
       group_size: G; divides N.
-      scale: where std is taken: "group" (the paper), "batch", or "none" (Dr. GRPO: no
-        division).
+      scale: where std is taken: "group" (the paper), "batch", or "none" (Dr. GRPO).
       baseline: "mean" (the paper), "leave_one_out" (RLOO, Ahmadian et al. 2024: the
         mean of the others), or "batch" (REINFORCE++, Hu 2025: the mean of the batch,
         with scale "batch" or "none").
@@ -72,7 +71,7 @@ def group_advantages(
     r = rewards.astype(jnp.promote_types(rewards.dtype, jnp.float32))
     r = r.reshape(-1, max(len(r), 1) if baseline == "batch" else group_size)
     scored = jnp.isfinite(r)
-    r, counts = _comparable(r, scored)
+    r, counts = _mask_ties(r, scored)
     mean, std = _moments(r, scored, counts, ddof)
     center = r - mean
     if baseline == "leave_one_out":
@@ -86,7 +85,7 @@ def group_advantages(
     return jnp.where(counts, center / (std + eps), 0).reshape(-1)
 
 
-def _comparable(r: Array, scored: Array) -> tuple[Array, Array]:
+def _mask_ties(r: Array, scored: Array) -> tuple[Array, Array]:
     """Returns r with 0 where not scored, and which outputs can get an advantage.
 
     A group is a row. Ties are found by comparison: with eight rewards of 0.95, rounding
@@ -134,8 +133,7 @@ def decoupled_advantages(
         output, and contributes 0. An output that no function scored is left out.
       weights: w_f, [F]; None: 1 each.
       group_size, scale, baseline, ddof, eps: as in `group_advantages`, for every f.
-      normalize_sum: whether to apply the second line, as TRL's "normalize_then_sum"
-        does.
+      normalize_sum: apply the second line too, as TRL's "normalize_then_sum" does.
 
     Returns:
       [N]. Exactly 0 where every function's group is tied.
@@ -213,7 +211,7 @@ def process_advantages(
     r = clean(step_rewards)
     group = (shape[0] // group_size, group_size * shape[1])
     scored = (jnp.isfinite(r) & (mask != 0)).reshape(group)
-    r, counts = _comparable(r.reshape(group), scored)
+    r, counts = _mask_ties(r.reshape(group), scored)
     mean, std = _moments(r, scored, counts, ddof)
     normalized = jnp.where(counts, (r - mean) / (std + eps), 0).reshape(shape)
     return jax.lax.cumsum(normalized, axis=1, reverse=True)
@@ -252,15 +250,17 @@ def gae(
     check_shapes(rewards, dict(values=values, mask=mask), "rewards")
     _, clean = weights_and_cleaner(mask, rewards, values)
     valid, r, v = jnp.asarray(mask) != 0, clean(rewards), clean(values)
-    held = _backward(jnp.where(valid, 0, 1).astype(v.dtype), v)  # V at t or later
+    held = _discounted_sums(
+        jnp.where(valid, 0, 1).astype(v.dtype), v
+    )  # V at t or later
     after = jnp.pad(held, ((0, 0), (0, 1)))[:, 1:]
     error = clean(r + gamma * after - v)
     decay = jnp.where(valid, gamma * lam, 1).astype(v.dtype)  # passes A on
-    advantages = clean(_backward(decay, error))
+    advantages = clean(_discounted_sums(decay, error))
     return advantages, clean(advantages + v)
 
 
-def _backward(decay: Array, x: Array) -> Array:
+def _discounted_sums(decay: Array, x: Array) -> Array:
     """Returns y_t = x_t + decay_t y_t+1 along T, in log T steps."""
 
     def join(later, earlier):

@@ -69,8 +69,7 @@ def gradient_coefficient(
 
     From ppo on, the table shows the case π_old = π_θ. With `old_logps`, A becomes ρ A,
     or 0 where the clip acts: ρ > 1 + ε_high with A > 0, or ρ < 1 - ε_low with A < 0.
-    In ppo, rloo and reinforce_pp the KL term is part of the reward, and so of the
-    advantages.
+    In ppo, rloo and reinforce_pp the KL term is in the reward, and so in A.
 
     For dpo, row 2k is o+ and row 2k + 1 its o-. ∇J is then the mean over pairs of the
     sum over both. A pair in which either output has no unmasked token gets 0.

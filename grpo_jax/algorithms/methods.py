@@ -193,6 +193,6 @@ METHODS: dict[str, Method] = {
         fields=_POLICY | {"aggregate": "token_mean"},
     ),
 }
-OWN_FIELDS: tuple[str, ...] = tuple(
+METHOD_FIELDS: tuple[str, ...] = tuple(
     dict.fromkeys(name for method in METHODS.values() for name in method.fields)
 )

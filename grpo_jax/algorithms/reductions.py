@@ -148,12 +148,12 @@ def sequence_sums(x: Array, segment_ids: Array | None) -> Array:
     """
     if segment_ids is None:
         return jnp.broadcast_to(x.sum(-1, keepdims=True), x.shape)
-    run = _runs(segment_ids)
+    run = _number_sequences(segment_ids)
     sums = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=x.shape[1]))
     return jnp.take_along_axis(sums(x, run), run, axis=-1)
 
 
-def _runs(segment_ids: Array) -> Array:
+def _number_sequences(segment_ids: Array) -> Array:
     """Numbers each row's sequences 0, 1, 2, … in their order, [B, T]."""
     starts = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.cumsum(jnp.pad(starts, ((0, 0), (1, 0))), axis=-1)
@@ -175,7 +175,7 @@ def count_sequences(
     if num_segments is not None:
         return num_segments
     # A run counts if any of its tokens is unmasked.
-    run = _runs(segment_ids)
+    run = _number_sequences(segment_ids)
     seen = jax.vmap(functools.partial(jax.ops.segment_max, num_segments=run.shape[1]))
     return jnp.maximum(seen(valid.astype(jnp.int32), run), 0).sum()
 

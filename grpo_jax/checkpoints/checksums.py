@@ -18,7 +18,7 @@ from grpo_jax.errors import GrpoError
 
 
 @jax.jit
-def _examine(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _checksum_and_finite(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the uint32 checksum of `x` and whether all its numbers are finite."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
@@ -74,7 +74,10 @@ def checksum_leaves(leaves: dict[str, Any]) -> tuple[dict[str, list[Any]], list[
       {name: [kind, checksum]}, and the names of the leaves that are not finite.
     """
     # One at a time: on forced CPU devices, programs with collectives block each other.
-    found = {name: [int(value) for value in _examine(x)] for name, x in leaves.items()}
+    found = {
+        name: [int(value) for value in _checksum_and_finite(x)]
+        for name, x in leaves.items()
+    }
     described = {
         name: [dtype_and_shape(x), found[name][0]] for name, x in leaves.items()
     }

@@ -93,7 +93,7 @@ class CheckpointDirectory:
         self._directory = os.path.abspath(directory) if local else str(directory)
         self._every, self._keep, self._clean = every, keep, clean
         self._objection = objection
-        self._here: int | None = None  # the step last saved or restored
+        self._last_step: int | None = None  # the step last saved or restored
         self._pending: Any = None
         self._preempted = False
         self._old_handler: Any = None
@@ -113,7 +113,7 @@ class CheckpointDirectory:
         except OSError as error:
             raise self._error(_first_line(error)) from error
         if jax.distributed.is_initialized():  # which has its own SIGTERM handler
-            processes.own_preemption_manager()
+            processes.claim_preemption_manager()
         elif threading.current_thread() is threading.main_thread():
             self._old_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         return self
@@ -141,7 +141,7 @@ class CheckpointDirectory:
     def steps(self) -> list[int]:
         """Waits for a pending save and returns the finished steps, oldest first."""
         self._wait()
-        return self._known()
+        return self._finished_steps()
 
     def save(
         self, step: int, state: Any, metadata: dict[str, Any], force: bool = False
@@ -169,10 +169,12 @@ class CheckpointDirectory:
         due = force or step % self._every == 0
         if due or not self._orbax.is_saving_in_progress():
             self._wait()
-        if not due or step == self._here:
+        if not due or step == self._last_step:
             return False
-        if step < (self._here or 0):
-            raise self._error(f"step {step} comes after {self._here}; steps must grow")
+        if step < (self._last_step or 0):
+            raise self._error(
+                f"step {step} comes after {self._last_step}; steps must grow"
+            )
         leaves = named_leaves(state)
         for name, x in leaves.items():
             if not isinstance(x, jax.Array) or not x.size:
@@ -184,11 +186,10 @@ class CheckpointDirectory:
         if broken:
             raise self._error(
                 f"step {step} is not saved: {first_and_count(broken)} is not finite; "
-                "finished "
-                f"steps: {self._known() or 'none'}. Lower the learning rate, or "
-                "compute in float32"
+                f"finished steps: {self._finished_steps() or 'none'}. Lower the "
+                "learning rate, or compute in float32"
             )
-        self._set_aside()
+        self._abandon_newer()
         record = {"step": step, "metadata": metadata, "leaves": described}
         record = json.loads(json.dumps(record))  # as read back: 1 becomes "1"
         kept = {"record": record, "crc32": _crc32(record)}
@@ -232,9 +233,9 @@ class CheckpointDirectory:
         if lines := _difference(record["leaves"], wanted):
             shown = "; ".join(lines[:6]) + ("; …" if len(lines) > 6 else "")
             raise self._error(f"step {step}: {len(lines)} leaves differ: {shown}")
-        targets = {name: _target(x) for name, x in wanted.items()}
+        targets = {name: _restore_target(x) for name, x in wanted.items()}
         loaded = self._read(step, lambda: self._orbax.load(step, targets))
-        leaves = {name: _settle(loaded.pop(name), x) for name, x in wanted.items()}
+        leaves = {name: _commit_like(loaded.pop(name), x) for name, x in wanted.items()}
         # Compares types too: a lost file may turn a PRNG key into plain integers.
         found, broken = checksum_leaves(leaves)
         if bad := [name for name in found if found[name] != record["leaves"][name]]:
@@ -243,7 +244,7 @@ class CheckpointDirectory:
         if broken:
             raise self._damaged(step, f"{first_and_count(broken)} is not finite")
         state = jax.tree.unflatten(jax.tree.structure(abstract), leaves.values())
-        self._here = step
+        self._last_step = step
         return step, state, record["metadata"]
 
     def is_preempted(self) -> bool:
@@ -264,7 +265,7 @@ class CheckpointDirectory:
             signal.signal(signal.SIGTERM, self._old_handler)
             self._old_handler = None
 
-    def _known(self) -> list[int]:
+    def _finished_steps(self) -> list[int]:
         return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
 
     def _wait(self) -> None:
@@ -276,7 +277,7 @@ class CheckpointDirectory:
             response.result()
         except Exception as error:
             raise self._failed(step, error) from error
-        self._here = step
+        self._last_step = step
 
     def _error(self, text: str) -> GrpoError:
         return GrpoError(f"checkpoints {self._directory}: {text}")
@@ -284,10 +285,10 @@ class CheckpointDirectory:
     def _failed(self, step: int, error: BaseException) -> GrpoError:
         self._orbax.reload()
         why = f"step {step} could not be written ({_first_line(error)})"
-        return self._error(f"{why}; finished steps: {self._known() or 'none'}")
+        return self._error(f"{why}; finished steps: {self._finished_steps() or 'none'}")
 
     def _damaged(self, step: int, why: str) -> GrpoError:
-        others = [s for s in self._known() if s != step]
+        others = [s for s in self._finished_steps() if s != step]
         choice = f"restore another step explicitly: {others}" if others else "no other"
         return self._error(f"step {step} is damaged ({why}); {choice}")
 
@@ -315,12 +316,12 @@ class CheckpointDirectory:
             raise self._damaged(step, "its metadata does not match its checksum")
         return record
 
-    def _set_aside(self) -> None:
+    def _abandon_newer(self) -> None:
         """Renames the checkpoints that are newer than the restored step."""
-        known = self._known()
-        if known and self._here is None:
+        known = self._finished_steps()
+        if known and self._last_step is None:
             raise self._error(f"steps {known} are another run's; restore one first")
-        newer = [step for step in known if step > (self._here or 0)]
+        newer = [step for step in known if step > (self._last_step or 0)]
         for step in newer if jax.process_index() == 0 else ():
             aside = self._orbax.directory / f"{step}.abandoned"
             aside.rmtree(missing_ok=True)
@@ -337,12 +338,12 @@ def _not_orbax(record: logging.LogRecord) -> bool:
     return "/orbax/" not in text and "tensorstore_spec" not in text
 
 
-def _target(x: Any) -> jax.ShapeDtypeStruct:
+def _restore_target(x: Any) -> jax.ShapeDtypeStruct:
     sharding = x.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _settle(leaf: jax.Array, like: Any) -> jax.Array:
+def _commit_like(leaf: jax.Array, like: Any) -> jax.Array:
     """Uncommits a leaf from its device if `like` is uncommitted, to fit any mesh."""
     if like.committed if isinstance(like, jax.Array) else like.sharding:
         return leaf

@@ -58,9 +58,8 @@ class _Sums:
     def __init__(self, variant: str, split: str):
         self.digest = f"{variant}/{split}"  # determines all rows
         self.variant, self.split = variant.removeprefix("tool-"), split
-        self.solve = (
-            write_solution if variant == self.variant else write_program_solution
-        )
+        tool = variant != self.variant
+        self.solve = write_program_solution if tool else write_solution
 
     def __len__(self) -> int:
         return _SIZES[self.split]
@@ -68,9 +67,11 @@ class _Sums:
     def __getitem__(self, index: int) -> Example:
         index = range(len(self))[index]
         name = f"{self.variant}/{self.split}/{index}"
-        terms = _draw(random.Random(name), LENGTHS[self.variant], self.split == "test")
+        terms = _draw_terms(
+            random.Random(name), LENGTHS[self.variant], self.split == "test"
+        )
         return Example(
-            question=_word(terms, self.variant),
+            question=_phrase_question(terms, self.variant),
             answer=str(sum(terms)),
             solution=self.solve(terms),
             language="zh" if self.variant == "zh" else "en",
@@ -78,7 +79,7 @@ class _Sums:
         )
 
 
-def _draw(rng: random.Random, lengths: tuple[int, int], held_out: bool) -> Terms:
+def _draw_terms(rng: random.Random, lengths: tuple[int, int], held_out: bool) -> Terms:
     """Draws signed terms of the given split; the running sums are never negative."""
     while True:
         terms = [rng.randint(1, LARGEST)]
@@ -129,7 +130,7 @@ def _sum(terms: Terms) -> str:
     return f"{terms[0]}" + "".join(f"{t:+d}" for t in terms[1:])
 
 
-def _word(terms: Terms, variant: str) -> str:
+def _phrase_question(terms: Terms, variant: str) -> str:
     """Returns the question of a problem in the words of a variant."""
     if variant == "words":
         steps = [f"{'add' if t > 0 else 'take away'} {abs(t)}" for t in terms[1:]]

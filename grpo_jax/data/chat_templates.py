@@ -75,8 +75,8 @@ def quote_special_tokens(message: Message, special: re.Pattern[str]) -> dict[str
     """
 
     def mark(found: re.Match[str]) -> str:
-        own = message["role"] == "assistant" and found[0] in _THOUGHTS
-        return found[0] if own else _QUOTE + found[0]
+        thought = message["role"] == "assistant" and found[0] in _THOUGHTS
+        return found[0] if thought else _QUOTE + found[0]
 
     return {**message, "content": special.sub(mark, remove_marks(message["content"]))}
 
@@ -124,7 +124,9 @@ def render_marked(
         "now": now.isoformat(),
     }
     line = json.dumps(request).encode() + b"\n"
-    reply = _ask(line) or _ask(line)  # ask again if something else killed it
+    reply = _request_reply(line) or _request_reply(
+        line
+    )  # ask again if something else killed it
     if reply is None:
         raise GrpoError(
             "chat template: the process that renders it ends without an answer; try "
@@ -141,10 +143,10 @@ _lock = threading.Lock()
 _process: tuple[int, subprocess.Popen[bytes]] | None = None  # with the parent's pid
 
 
-def _ask(request: bytes) -> dict | None:
+def _request_reply(request: bytes) -> dict | None:
     """Returns the reply; None if the process ended without one."""
     with _lock:
-        process = _started()
+        process = _running_process()
         assert process.stdin and process.stdout
         try:
             process.stdin.write(request)
@@ -164,7 +166,7 @@ def _ask(request: bytes) -> dict | None:
     return None
 
 
-def _started() -> subprocess.Popen[bytes]:
+def _running_process() -> subprocess.Popen[bytes]:
     global _process
     if _process and _process[0] == os.getpid() and _process[1].poll() is None:
         return _process[1]

@@ -113,7 +113,7 @@ def add_few_shot_prompt(
     form = find_format(name)
     blocks = [
         f"{form.question} {question}\n{form.answer} {answer}"
-        for question, answer in _shots(form, data_dir)
+        for question, answer in _worked_examples(form, data_dir)
     ]
     blocks.append(f"{form.question} {example.question}\n{form.answer}")
     return dataclasses.replace(example, question="\n\n".join(blocks))
@@ -131,12 +131,10 @@ def cut_at_next_question(text: str, form: Format) -> str:
 def stop_ids(tokenizer: Tokenizer, form: Format) -> list[list[int]]:
     """Returns the token ids of the next question's label after a line break.
 
-    The sampler uses them to end a completion early; `cut_at_next_question` decides what
-    counts.
+    The sampler ends a completion there; `cut_at_next_question` decides what counts.
 
     Returns:
-      A list with one sequence of ids, or [] if the label is not a whole number of
-      tokens.
+      A list with one sequence of ids, or [] if the label begins within a token.
     """
     ids = tokenizer.encode(f"1.\n\n{form.question}")
     for n in range(1, len(ids)):
@@ -153,7 +151,7 @@ def written_examples() -> dict[str, list[dict[str, Any]]]:
 
 
 @functools.lru_cache(32)
-def _shots(form: Format, data_dir: str | None) -> Sequence[Shot]:
+def _worked_examples(form: Format, data_dir: str | None) -> Sequence[Shot]:
     """Returns a set's worked examples; those of a training file are drawn."""
     written = written_examples().get(form.source)
     if written is not None:
@@ -162,8 +160,7 @@ def _shots(form: Format, data_dir: str | None) -> Sequence[Shot]:
         between, needed = "\n", ("solution",)
         train = datasets.load_dataset(form.source, data_dir=data_dir, require=needed)
         order = random.Random(SEED).sample(range(len(train)), 50 * form.shots)
-        drawn = (train[index] for index in order)
-        short = (e for e in drawn if len(e.solution) <= LONGEST)
+        short = (e for i in order if len((e := train[i]).solution) <= LONGEST)
         examples = [e for e in short if "[asy]" not in e.question]
     return [
         (e.question, f"{e.solution}{between}{form.ends.format(e.answer)}")

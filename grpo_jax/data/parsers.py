@@ -36,8 +36,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                told = error.reason
-                raise GrpoError(f"{path}:{number}: not UTF-8 ({told})") from None
+                reason = error.reason
+                raise GrpoError(f"{path}:{number}: not UTF-8 ({reason})") from None
             yield number, text.rstrip("\r\n")
 
 
@@ -50,8 +50,8 @@ def _parse(path: Path, number: int, text: str) -> Any:
             f"{path}:{line}: not valid JSON ({error.msg}, column {error.colno})"
         ) from None
     except ValueError as error:  # huge integers, deep nesting
-        told = one_line(error)
-        raise GrpoError(f"{path}:{number}: not readable as JSON ({told})") from None
+        reason = one_line(error)
+        raise GrpoError(f"{path}:{number}: not readable as JSON ({reason})") from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Row]]:
@@ -120,7 +120,7 @@ def _text(row: Row, key: str) -> str:
     raise TypeError(f"field {key!r} is {type_name(value)}; expected text or a number")
 
 
-def _rest(row: Row, *used: str) -> dict[str, Any]:
+def _other_columns(row: Row, *used: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in used}
 
 
@@ -168,7 +168,7 @@ def parse_math(row: Row) -> Example:
 
 def cmath(row: Row) -> Example:
     """Converts a row of CMATH."""
-    columns = _rest(row, "question", "golden")
+    columns = _other_columns(row, "question", "golden")
     question, answer = _text(row, "question"), _text(row, "golden")
     return Example(question, answer, language="zh", columns=columns)
 
@@ -184,22 +184,22 @@ def svamp(row: Row) -> Example:
     """Converts a row of SVAMP, whose text is split into a body and a question."""
     question = f"{_text(row, 'Body').rstrip('.')}. {_text(row, 'Question')}"
     columns = {"type": row["Type"], "equation": row["Equation"]}
-    return _computed(question, _text(row, "Answer"), columns)
+    return _computed_answer(question, _text(row, "Answer"), columns)
 
 
 def mawps(row: Row) -> Example:
     """Converts a row of MAWPS."""
-    columns = _rest(row, "input", "target")
-    return _computed(_text(row, "input"), _text(row, "target"), columns)
+    columns = _other_columns(row, "input", "target")
+    return _computed_answer(_text(row, "input"), _text(row, "target"), columns)
 
 
 def gsm_hard(row: Row) -> Example:
     """Converts a row of GSM-Hard, whose answer a program computed."""
     columns = {"program": row["code"]}
-    return _computed(_text(row, "input"), _text(row, "target"), columns)
+    return _computed_answer(_text(row, "input"), _text(row, "target"), columns)
 
 
-def _computed(question: str, answer: str, columns: dict[str, Any]) -> Example:
+def _computed_answer(question: str, answer: str, columns: dict[str, Any]) -> Example:
     return Example(question, answer, columns=columns | tolerance_column(answer))
 
 
@@ -284,8 +284,8 @@ def _label(label: Any, options: list[str]) -> str:
     letters = re.sub(r"[\s,]", "", str(label))
     known = "ABCDEFGH"[: len(options)]
     if not letters or not set(letters) <= set(known):
-        told = one_line(repr(label))
-        raise ValueError(f"the answer {told} is none of the options {known}")
+        shown = one_line(repr(label))
+        raise ValueError(f"the answer {shown} is none of the options {known}")
     return letters
 
 
@@ -316,8 +316,8 @@ def _chat(messages: Any) -> tuple[str, str, dict[str, Any]]:
         columns["system"] = turns.pop(0)["content"]
     expected = ["user", "assistant"] * len(turns)
     if not turns or [turn["role"] for turn in turns] != expected[: len(turns)]:
-        told = one_line(repr(roles))
-        raise ValueError(f"field 'messages' has the roles {told}; {shape}")
+        shown = one_line(repr(roles))
+        raise ValueError(f"field 'messages' has the roles {shown}; {shape}")
     solution = turns.pop()["content"] if len(turns) % 2 == 0 else ""
     question = turns.pop()["content"]
     return question, solution, columns | ({"messages": turns} if turns else {})
@@ -330,7 +330,7 @@ def parse_local_row(row: Row) -> Example:
     """
     texts = ("question", "answer", "solution", "language", "id")
     fields = {key: _text(row, key) for key in texts if key in row}
-    columns = _rest(row, "messages", *texts)
+    columns = _other_columns(row, "messages", *texts)
     if columns.get("system") is not None:
         columns["system"] = _text(row, "system")
     if "messages" in row:

@@ -72,7 +72,7 @@ def _download(source: Source, data_dir: str) -> Path:
     return path
 
 
-def _find(source: Source, data_dir: str | None) -> Path:
+def _find_file(source: Source, data_dir: str | None) -> Path:
     data_dir = data_dir or os.environ.get("GRPO_JAX_DATA") or ""
     path = Path(data_dir, source.file)
     if data_dir and path.is_file():
@@ -169,7 +169,7 @@ def load_prepared(
             raise GrpoError(f"data {name!r}: no such file")
     else:
         source = find_source(name, split)
-        path = _find(source, data_dir)
+        path = _find_file(source, data_dir)
     folder = _prepare(source, path)
     try:
         rows = PreparedDataset(name if is_file(name) else f"{name}/{split}", folder)

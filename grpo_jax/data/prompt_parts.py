@@ -20,16 +20,11 @@ INSTRUCTIONS = {
     ("cot", "en"): "Please reason step by step, and put your final answer within "
     "\\boxed{}.",
     ("cot", "zh"): "请通过逐步推理来解答问题，并把最终答案放置于\\boxed{}中。",
-    (
-        "tool",
-        "en",
-    ): "Please integrate natural language reasoning with programs to solve "
-    "the problem above, and put your final answer within \\boxed{}.",
+    ("tool", "en"): "Please integrate natural language reasoning with programs to "
+    "solve the problem above, and put your final answer within \\boxed{}.",
     ("tool", "zh"): "请结合自然语言和Python程序语言来解答问题，并把最终答案放置于"
     "\\boxed{}中。",
 }
-
-
 Part = tuple[str, bool]  # text, and whether special tokens are parsed in it
 
 
@@ -85,9 +80,9 @@ def written_prompt(
         return [*parts, (text, False)]
     if template == "deepseekmath":
         eos = tokenizer.decode([tokenizer.eos_id], skip_special=False)
-        for role, said in turns:
+        for role, turn in turns:
             name, end = ("User", "\n\n") if role == "user" else ("Assistant", eos)
-            parts += [(f"{name}: ", True), (said, False), (end, True)]
+            parts += [(f"{name}: ", True), (turn, False), (end, True)]
         return [*parts, ("User: ", True), (text, False), ("\n\nAssistant:", True)]
     raise GrpoError(f"template {template!r}: use {', '.join(TEMPLATES)}")
 
@@ -110,9 +105,9 @@ def chat_messages(
 ) -> list[Message]:
     """Returns the messages before the answer, with special tokens marked."""
     system, question = _system(example), prompt_content(example, instruction)
-    said = [("system", system)] if system else []
-    said += [*_turns(example), ("user", question)]
-    return [chat_message(tokenizer, role, text) for role, text in said]
+    turns = [("system", system)] if system else []
+    turns += [*_turns(example), ("user", question)]
+    return [chat_message(tokenizer, role, text) for role, text in turns]
 
 
 def chat_message(tokenizer: Tokenizer, role: str, text: str) -> Message:

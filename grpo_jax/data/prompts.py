@@ -146,8 +146,7 @@ def encode_prompts(
       tokenizer: the model's tokenizer.
       examples: the questions.
       limit: the largest number of tokens of a prompt.
-      template: as for `encode_prompt`.
-      instruction: as for `encode_prompt`.
+      template, instruction: as for `encode_prompt`.
 
     Returns:
       The kept examples, each with its token ids, and the number of dropped ones.

@@ -59,18 +59,17 @@ def split_answer(
         return prompt, Answer([(answer, False)], _tool_outputs(answer), [], False)
     target = remove_marks(target)
     messages = chat_messages(tokenizer, example, instruction)
-    said = chat_message(tokenizer, "assistant", target)
-    turns = [said, mark_end(said)]
+    turn = chat_message(tokenizer, "assistant", target)
+    turns = [turn, mark_end(turn)]
     if target != target.rstrip():  # a template may trim an answer
-        turns.append(mark_end(said, before_spaces=True))
+        turns.append(mark_end(turn, before_spaces=True))
     chats = [(messages, True), *(([*messages, turn], False) for turn in turns)]
     opened, whole, *marked = render_chats(tokenizer, chats, row=example.id)
     start = len(opened.text)
     prompt = split_parts(tokenizer, opened, 0, start)
     known = [m for m in marked if m.ends]
-    if not whole.text.startswith(opened.text) or _squeezed(target) not in _squeezed(
-        whole.text[start:]
-    ):
+    kept = _without_spaces(target) in _without_spaces(whole.text[start:])
+    if not kept or not whole.text.startswith(opened.text):
         # The template writes a finished turn differently from the prompt, or drops
         # a part of the answer such as its thoughts. Append the answer directly.
         after = known[0] if known else opened
@@ -123,5 +122,5 @@ def _tool_outputs(text: str) -> list[tuple[int, int]]:
     return [found.span(1) for found in _TOOL_OUTPUT.finditer(text)]
 
 
-def _squeezed(text: str) -> str:
+def _without_spaces(text: str) -> str:
     return "".join(text.split())

@@ -82,12 +82,12 @@ def end_of_turn_ids(
     answer = chat_templates.mark_end({"role": "assistant", "content": "2"})
     chat = [{"role": "user", "content": "1+1=?"}, answer]
     try:
-        (told,) = chat_templates.render_marked(
+        (rendered,) = chat_templates.render_marked(
             template, special_tokens, [(chat, False)], now
         )
     except GrpoError:  # raised again when a chat is rendered
         return []
-    after = told.text[told.ends[-1] :] if told.ends else ""
+    after = rendered.text[rendered.ends[-1] :] if rendered.ends else ""
     for found in special_token_pattern(tokenizer, special=False).finditer(after):
         name = found[0]
         # An added token that is not special may be any word, so it counts only

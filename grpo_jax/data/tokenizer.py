@@ -169,8 +169,8 @@ class Tokenizer:
         eos_ids: list[int] = []
         if name := special.get("eos_token"):
             if (eos_id := tokenizer.token_to_id(name)) is None:
-                told = one_line(repr(name))
-                raise GrpoError(f"{folder}: its eos_token {told} is not in {file}")
+                shown = one_line(repr(name))
+                raise GrpoError(f"{folder}: its eos_token {shown} is not in {file}")
             eos_ids.append(eos_id)
         for source in (folder / "generation_config.json", folder / "config.json"):
             found = read_optional_json(source).get("eos_token_id")
@@ -205,10 +205,10 @@ class Tokenizer:
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in (self._files or self._own_files()).items():
+        for name, content in (self._files or self._generated_files()).items():
             (folder / name).write_bytes(content)
 
-    def _own_files(self) -> dict[str, bytes]:
+    def _generated_files(self) -> dict[str, bytes]:
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,

@@ -35,7 +35,7 @@ def lock_folder(workdir: str | os.PathLike[str]) -> Iterator[Path]:
         yield workdir
         return
 
-    def closed(error: OSError) -> GrpoError:
+    def not_writable(error: OSError) -> GrpoError:
         why = f"cannot be written ({error.strerror})"
         return GrpoError(f"workdir {workdir}: {why}; choose another")
 
@@ -45,7 +45,7 @@ def lock_folder(workdir: str | os.PathLike[str]) -> Iterator[Path]:
         # An old lock may be there while the folder takes no new file.
         tempfile.TemporaryFile(dir=workdir).close()
     except OSError as error:
-        raise closed(error) from None
+        raise not_writable(error) from None
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,5 +60,5 @@ def lock_folder(workdir: str | os.PathLike[str]) -> Iterator[Path]:
             handle.truncate(0)
             handle.write(str(os.getpid()).encode())
         except OSError as error:
-            raise closed(error) from None
+            raise not_writable(error) from None
         yield workdir

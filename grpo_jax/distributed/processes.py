@@ -36,8 +36,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 _FAILED = "grpo_jax/failed"
 _turns, _polls = itertools.count(), itertools.count()
-_stop = False
-_leaving = threading.Lock()
+_preempted = False
+_exiting = threading.Lock()
 
 
 def _state() -> Any:
@@ -107,13 +107,16 @@ def all_gather(value: T) -> list[T]:
         return [value]
     turn = next(_turns)
     client.key_value_set(f"grpo_jax/{turn}/{process_index()}", json.dumps(value))
-    found = [json.loads(_get(f"grpo_jax/{turn}/{i}")) for i in range(process_count())]
+    found = [
+        json.loads(_wait_for_value(f"grpo_jax/{turn}/{i}"))
+        for i in range(process_count())
+    ]
     if turn:  # all have read the turn before
         client.key_value_delete(f"grpo_jax/{turn - 1}/{process_index()}")
     return found
 
 
-def _get(key: str) -> str:
+def _wait_for_value(key: str) -> str:
     """Waits for a value, for as long as every process lives."""
     while True:
         try:
@@ -125,8 +128,8 @@ def _get(key: str) -> str:
 
 def broadcast(make: Callable[[], T]) -> T:
     """Calls `make` on process 0 and returns its result (JSON) on all processes."""
-    told: list[Any] = all_gather(make() if is_first_process() else None)
-    return told[0]
+    values: list[Any] = all_gather(make() if is_first_process() else None)
+    return values[0]
 
 
 def map_divided(
@@ -159,11 +162,10 @@ def check_equal(what: str, values: Mapping[str, Any]) -> None:
     if _state().client is None:
         return
     texts = {name: repr(value).encode() for name, value in values.items()}
-    told = all_gather(
-        {name: hashlib.sha256(t).hexdigest() for name, t in texts.items()}
-    )
-    for number, other in enumerate(told):
-        names = [n for n in told[0] | other if told[0].get(n) != other.get(n)]
+    mine = {name: hashlib.sha256(t).hexdigest() for name, t in texts.items()}
+    first, *_ = hashes = all_gather(mine)
+    for number, other in enumerate(hashes):
+        names = [n for n in first | other if first.get(n) != other.get(n)]
         if names:
             raise GrpoError(
                 f"{what}: process {number} has not what process 0 has "
@@ -178,14 +180,14 @@ def is_preempted() -> bool:
     Call it at every step of long work, on all processes. In a run of one process it
     always returns False; that process handles the signal itself.
     """
-    global _stop
-    if _state().client is not None and not _stop:
-        own_preemption_manager()
-        _stop = _state().preemption_sync_manager.reached(next(_polls))
-    return _stop
+    global _preempted
+    if _state().client is not None and not _preempted:
+        claim_preemption_manager()
+        _preempted = _state().preemption_sync_manager.reached(next(_polls))
+    return _preempted
 
 
-class _OwnCounter:
+class _PreemptionManager:
     """Wraps jax's preemption manager, so that only `is_preempted` can ask it.
 
     On SIGTERM the manager lets all processes stop at a call whose number is one above
@@ -199,15 +201,17 @@ class _OwnCounter:
         self.shutdown = manager.shutdown
 
     def reached_sync_point(self, number: int) -> bool:
-        """Returns False: Orbax saves when `Checkpoints` tells it to."""
+        """Returns False: Orbax saves when `CheckpointDirectory` tells it to."""
         return False
 
 
-def own_preemption_manager() -> None:
+def claim_preemption_manager() -> None:
     """Makes `is_preempted` the only caller of jax's preemption manager."""
     state = _state()
-    if not isinstance(state.preemption_sync_manager, _OwnCounter):
-        state.preemption_sync_manager = _OwnCounter(state.preemption_sync_manager)
+    if not isinstance(state.preemption_sync_manager, _PreemptionManager):
+        state.preemption_sync_manager = _PreemptionManager(
+            state.preemption_sync_manager
+        )
 
 
 @contextlib.contextmanager
@@ -236,26 +240,26 @@ def connect_processes(
       GrpoError: a part of the address is missing or out of range, or the processes do
         not find each other.
     """
-    if not _start(coordinator, processes, number, wait, heartbeat):
+    if not _initialize_jax(coordinator, processes, number, wait, heartbeat):
         yield
         return
     done = threading.Event()
-    watch = threading.Thread(target=_watch, args=(done,), daemon=True)
+    watch = threading.Thread(target=_watch_for_failures, args=(done,), daemon=True)
     watch.start()
     try:
         yield
     except SystemExit as error:
         if error.code:
-            _end(str(error.code).strip())
+            _fail(str(error.code).strip())
     except BaseException as error:
         traceback.print_exc()
-        _end(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        _fail(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     done.set()
     watch.join()
     jax.distributed.shutdown()
 
 
-def _start(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
+def _initialize_jax(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
     """Starts jax.distributed; returns False if this process is alone."""
     given = [coordinator, processes, number]
     without_flags = given == [None] * 3
@@ -273,10 +277,10 @@ def _start(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
     bind = None
     if coordinator:
         local = coordinator.startswith(("127.0.0.1:", "localhost:"))
-        own = coordinator if local else f"[::]:{coordinator.rpartition(':')[2]}"
-        bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", own)
+        default = coordinator if local else f"[::]:{coordinator.rpartition(':')[2]}"
+        bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", default)
         wait_for_processes(coordinator, processes, number, bind=bind, wait=wait)
-    late = threading.Timer(wait, _nobody_came, (wait,))
+    late = threading.Timer(wait, _give_up_waiting, (wait,))
     late.daemon = True
     late.start()
     try:
@@ -305,7 +309,7 @@ def _start(coordinator, processes, number, wait: int, heartbeat: int) -> bool:
     return True
 
 
-def _nobody_came(seconds: int) -> None:
+def _give_up_waiting(seconds: int) -> None:
     print(
         f"error: not all processes came within {seconds} s (--wait); look at the "
         "others' logs, and at --coordinator, --num_processes and --process_id",
@@ -315,7 +319,7 @@ def _nobody_came(seconds: int) -> None:
     os._exit(1)
 
 
-def _failure() -> str | None:
+def _first_failure() -> str | None:
     """Returns the message of the process that failed first, if one did."""
     try:
         return _state().client.key_value_try_get(_FAILED)
@@ -323,27 +327,27 @@ def _failure() -> str | None:
         return None
 
 
-def _watch(done: threading.Event) -> None:
+def _watch_for_failures(done: threading.Event) -> None:
     """Ends this process when another has failed, as it may be waiting for it."""
     while not done.wait(1.0):
-        if line := _failure():
-            _leave(line)
+        if line := _first_failure():
+            _exit(line)
 
 
-def _end(line: str) -> None:
+def _fail(line: str) -> None:
     """Ends this process, and tells the others unless one of them failed first."""
     if "JaxRuntimeError" in line:  # the usual sign that another process ended
         time.sleep(2.5)
-    first_line = _failure()
+    first_line = _first_failure()
     if first_line is None:
         line = f"process {process_index()} of {process_count()}: {line}"
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _state().client.key_value_set(_FAILED, line)
-    _leave(first_line or line)
+    _exit(first_line or line)
 
 
-def _leave(line: str) -> None:
-    if not _leaving.acquire(blocking=False):
+def _exit(line: str) -> None:
+    if not _exiting.acquire(blocking=False):
         time.sleep(60)  # another thread is about to end this process
     print(line, file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Checks, before jax starts, that all processes of a run are there with right flags.
+"""Checks, before jax starts, that all processes are there, with flags that agree.
 
 jax itself waits for as many processes as process 0 was told, and takes two processes
 with one number for one that has restarted. A run with a wrong flag then hangs, or ends
@@ -36,9 +36,9 @@ def wait_for_processes(
     """
     deadline = time.monotonic() + wait
     if number == 0:
-        _receive(bind, processes, wait, deadline)
+        _gather(bind, processes, wait, deadline)
     else:
-        _report(coordinator, processes, number, wait, deadline)
+        _join(coordinator, processes, number, wait, deadline)
 
 
 def _split(address: str) -> tuple[str, int]:
@@ -46,25 +46,25 @@ def _split(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _receive(bind: str, processes: int, wait: float, deadline: float) -> None:
+def _gather(bind: str, processes: int, wait: float, deadline: float) -> None:
     """Process 0: waits for all others, then tells them to begin, or why not."""
-    came: dict[int, socket.socket] = {}
-    others: list[socket.socket] = []  # with a wrong flag
+    joined: dict[int, socket.socket] = {}
+    rejected: list[socket.socket] = []  # with a wrong flag
     error = ""
-    with _listen(bind) as listener, contextlib.ExitStack() as open_ones:
-        while len(came) < processes - 1 or not all(map(_is_there, came.values())):
-            peer = _next(listener, deadline)
-            came = {i: other for i, other in came.items() if _is_there(other)}
+    with _listen(bind) as listener, contextlib.ExitStack() as open_sockets:
+        while len(joined) < processes - 1 or not all(map(_is_there, joined.values())):
+            peer = _accept(listener, deadline)
+            joined = {i: x for i, x in joined.items() if _is_there(x)}
             if peer is None:
-                away = [i for i in range(1, processes) if i not in came]
+                missing = [i for i in range(1, processes) if i not in joined]
                 error = error or (
                     f"not all processes came within {wait:g} s (--wait): "
-                    f"{_numbers(away)} of {processes} did not; look at their logs, and "
-                    "at --coordinator, --num_processes and --process_id"
+                    f"{_numbers(missing)} of {processes} did not; look at their logs, "
+                    "and at --coordinator, --num_processes and --process_id"
                 )
                 break
-            open_ones.enter_context(peer)
-            hello = _hear(peer)
+            open_sockets.enter_context(peer)
+            hello = _receive_hello(peer)
             if hello is None:
                 continue
             number, count = hello
@@ -74,19 +74,19 @@ def _receive(bind: str, processes: int, wait: float, deadline: float) -> None:
                     f"process {number} was told --num_processes {count}, and process 0 "
                     f"{processes}; give all the same"
                 )
-            elif number == 0 or number in came:
+            elif number == 0 or number in joined:
                 wrong = (
                     f"--process_id {number} was given to two processes; give each of "
                     f"the {processes} its own, from 0 to {processes - 1}"
                 )
             if wrong:
-                others.append(peer)
+                rejected.append(peer)
                 if not error:  # processes about to come get the message too
                     deadline = min(deadline, time.monotonic() + 2)
                 error = error or wrong
             else:
-                came[number] = peer
-        for peer in [*came.values(), *others]:
+                joined[number] = peer
+        for peer in [*joined.values(), *rejected]:
             with contextlib.suppress(OSError):
                 peer.sendall(f"{_OURS} {error}\n".encode())
     if error:
@@ -112,7 +112,7 @@ def _listen(bind: str) -> socket.socket:
         ) from None
 
 
-def _next(listener: socket.socket, deadline: float) -> socket.socket | None:
+def _accept(listener: socket.socket, deadline: float) -> socket.socket | None:
     try:
         listener.settimeout(max(0.01, deadline - time.monotonic()))
         return listener.accept()[0]
@@ -120,7 +120,7 @@ def _next(listener: socket.socket, deadline: float) -> socket.socket | None:
         return None
 
 
-def _hear(peer: socket.socket) -> tuple[int, int] | None:
+def _receive_hello(peer: socket.socket) -> tuple[int, int] | None:
     """Returns a process's number and its count; None if the peer is not one of ours."""
     try:
         word, number, count = _line(peer, 2.0).split()
@@ -138,7 +138,7 @@ def _line(peer: socket.socket, seconds: float) -> str:
 
 
 def _is_there(peer: socket.socket) -> bool:
-    """Whether the peer still waits; a process that was restarted does not."""
+    """Returns whether the peer still waits; a process that was restarted does not."""
     peer.setblocking(False)
     try:
         return bool(peer.recv(1, socket.MSG_PEEK))
@@ -150,7 +150,7 @@ def _is_there(peer: socket.socket) -> bool:
         peer.setblocking(True)
 
 
-def _report(
+def _join(
     coordinator: str, processes: int, number: int, wait: float, deadline: float
 ) -> None:
     """Every other process: connects to process 0 and waits for its answer."""
@@ -182,6 +182,6 @@ def _report(
     )
 
 
-def _numbers(away: list[int]) -> str:
-    shown = ", ".join(map(str, away[:8])) + ", …" * (len(away) > 8)
-    return f"process{'es' * (len(away) > 1)} {shown}"
+def _numbers(missing: list[int]) -> str:
+    shown = ", ".join(map(str, missing[:8])) + ", …" * (len(missing) > 8)
+    return f"process{'es' * (len(missing) > 1)} {shown}"

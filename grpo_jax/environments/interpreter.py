@@ -45,15 +45,15 @@ def program_to_run(before: Sequence[str], text: str) -> str | None:
     x = 2
     print(x + 1)
     """
-    if not text.rstrip().endswith(FENCE) or not (own := python_blocks(text)):
+    if not text.rstrip().endswith(FENCE) or not (blocks := python_blocks(text)):
         return None
-    earlier = [block for part in before for block in python_blocks(part)] + own[:-1]
+    earlier = [b for part in before for b in python_blocks(part)] + blocks[:-1]
     lines = [line for block in earlier for line in block.split("\n")]
-    return "\n".join([*filter(_stays, lines), own[-1]])
+    return "\n".join([*filter(_runs_again, lines), blocks[-1]])
 
 
-def _stays(line: str) -> bool:
-    """Whether a line runs again before a later block: all but unindented prints do."""
+def _runs_again(line: str) -> bool:
+    """Returns whether a line runs again before a later block; bare prints do not."""
     return "print(" not in line or line.startswith((" ", "\t", "import", "def "))
 
 
@@ -93,8 +93,8 @@ class Interpreter:
     def __call__(self, programs: Sequence[str]) -> list[ProgramCall]:
         """Runs the programs and returns a `ProgramCall` for each of them."""
         once = list(dict.fromkeys(programs))
-        told = processes.map_divided(self._run, once)
-        calls = {p: ProgramCall(p, *one) for p, one in zip(once, told, strict=True)}
+        results = processes.map_divided(self._run, once)
+        calls = {p: ProgramCall(p, *x) for p, x in zip(once, results, strict=True)}
         return [calls[program] for program in programs]
 
     def _run(self, programs: Sequence[str]) -> list[tuple[str, bool]]:

@@ -9,8 +9,7 @@ This is the loop of DeepSeekMath's evaluation code, for all rows at once:
 4. "\n{result}\n```\n" is encoded and appended, and the row continues, up to the
    allowed number of generations.
 Sampled token ids are never decoded and encoded again. "```output" ends the model's
-turn, so the model never writes an output itself; if no program comes before it, the row
-ends.
+turn, so the model never writes an output itself; without a program, it ends the row.
 
 Axes: N rows, C positions of the longest row.
 """
@@ -69,7 +68,7 @@ class _Row:
         self.mask: list[bool] = []
         self.texts: list[str] = []  # of the model's turns, without "```output"
         self.calls: list[ProgramCall] = []
-        self.told: list[int] = []  # tokens of the interpreter's last turn
+        self.appended: list[int] = []  # tokens of the interpreter's last turn
         self.program: str | None = None  # that the last turn asks to run
         self.end = ""  # end of the text that asks to run it
         self.finished = False
@@ -79,9 +78,7 @@ class _Row:
         self.logps += [0.0] * len(tokens) if logps is None else logps
         self.mask += [logps is not None] * len(tokens)
 
-    def write(
-        self, tokenizer: Tokenizer, tokens: list[int], logps: list[float]
-    ) -> None:
+    def add_turn(self, tokenizer: Tokenizer, tokens: list[int], logps: list[float]):
         """Adds a turn of the model, which calls the interpreter or ends the row."""
         self.add(tokens, logps)
         text = tokenizer.decode(tokens)
@@ -93,11 +90,11 @@ class _Row:
         self.program = None if ends else program
         self.end = STOP + rest if found else FENCE + before[len(before.rstrip()) :]
 
-    def tell(self, tokenizer: Tokenizer, call: ProgramCall) -> None:
+    def add_output(self, tokenizer: Tokenizer, call: ProgramCall) -> None:
         """Adds a turn of the interpreter."""
         self.calls.append(call)
-        self.told = output_tokens(tokenizer, self.end, call.output)
-        self.add(self.told)
+        self.appended = output_tokens(tokenizer, self.end, call.output)
+        self.add(self.appended)
 
 
 def generate_with_tools(
@@ -123,15 +120,13 @@ def generate_with_tools(
       tokenizer: the model's tokenizer.
       prompts: token ids of each prompt.
       interpreter: runs the programs.
-      key: PRNG key of all draws. In later generations draws also depend on which rows
-        continue.
+      key: PRNG key of all draws; later ones also depend on which rows continue.
       samples: outputs of each prompt.
       generations: most generations of an output; programs run after each of them, the
         last one included.
       max_new_tokens: limit on the tokens of each generation. An output that reaches it
         ends, unless its text ends with a program.
-      temperature: as in `sampler.generate`.
-      cache_dtype: as in `sampler.generate`.
+      temperature, cache_dtype: as in `sampler.generate`.
       rows: most rows whose keys and values are held at a time, at least those of one
         prompt; 0 holds all rows.
 
@@ -161,47 +156,47 @@ def generate_with_tools(
     with jax.set_mesh(layout) if layout else contextlib.nullcontext():
         for start in range(0, len(prompts), size):
             # The sampler folds row numbers into a key; numbers from 2^29 on are free.
-            own = jax.random.fold_in(key, (1 << 30) + start) if start else key
+            group_key = jax.random.fold_in(key, (1 << 30) + start) if start else key
             out = generate(
                 model,
                 params,
                 prompts[start : start + size],
-                key=own,
+                key=group_key,
                 samples=samples,
                 cache_dtype=cache_dtype,
                 keep=generations > 1,
                 **options,
             )
             occupancy.append(out.occupancy)
-            seats = [_Row() for _ in range(out.tokens.shape[0])]
-            every += seats
+            active = [_Row() for _ in range(out.tokens.shape[0])]
+            every += active
             for turn in range(1, generations + 1):
                 while not out.tokens.is_ready():  # sleep here, so that Ctrl-C works
                     time.sleep(0.002)
-                got = sharding.fetch_to_hosts((out.tokens, out.logps, out.lengths))
-                for row, tokens, logps, n in zip(seats, *got, strict=True):
-                    new = slice(len(row.told), n)
-                    row.write(tokenizer, tokens[new].tolist(), logps[new].tolist())
-                calling = [row for row in seats if row.program is not None]
+                arrays = sharding.fetch_to_hosts((out.tokens, out.logps, out.lengths))
+                for row, tokens, logps, n in zip(active, *arrays, strict=True):
+                    new = slice(len(row.appended), n)
+                    row.add_turn(tokenizer, tokens[new].tolist(), logps[new].tolist())
+                calling = [row for row in active if row.program is not None]
                 calls = interpreter([row.program or "" for row in calling])
                 for row, call in zip(calling, calls, strict=True):
-                    row.tell(tokenizer, call)
+                    row.add_output(tokenizer, call)
                 if not calling or turn == generations:
                     break
-                going = [i for i, row in enumerate(seats) if row.program is not None]
-                out, seats = _only(out, going, multiple), calling
+                going = [i for i, row in enumerate(active) if row.program is not None]
+                out, active = _select_rows(out, going, multiple), calling
                 out = continue_rollouts(
                     model,
                     params,
                     out,
-                    [row.told for row in seats],
-                    key=jax.random.fold_in(own, (1 << 29) + turn),
+                    [row.appended for row in active],
+                    key=jax.random.fold_in(group_key, (1 << 29) + turn),
                     **options,
                 )
-    return _gathered(every, float(np.mean(sharding.fetch_to_hosts(occupancy))))
+    return _as_solutions(every, float(np.mean(sharding.fetch_to_hosts(occupancy))))
 
 
-def _only(out: Rollouts, rows: Sequence[int], multiple: int) -> Rollouts:
+def _select_rows(out: Rollouts, rows: Sequence[int], multiple: int) -> Rollouts:
     """Selects rows and moves them into fewer slots, so that the others cost nothing."""
     size = -(-bucket_length(len(rows), smallest=8) // multiple) * multiple
     size = min(out.cache.token.shape[0], size)
@@ -210,7 +205,7 @@ def _only(out: Rollouts, rows: Sequence[int], multiple: int) -> Rollouts:
     return dataclasses.replace(out, tokens=out.tokens[index[: len(rows)]], cache=cache)
 
 
-def _gathered(rows: Sequence[_Row], occupancy: float) -> Solutions:
+def _as_solutions(rows: Sequence[_Row], occupancy: float) -> Solutions:
     lengths = np.array([len(row.tokens) for row in rows], np.int32)
 
     def padded(name: str, dtype: Any) -> np.ndarray:

@@ -65,14 +65,14 @@ def take_census(
       completions: k of each question.
     """
 
-    def judge(indices: Sequence[int]) -> list[list[list[int]]]:
-        asked = [examples[i] for i in indices for _ in completions[i]]
+    def grade(indices: Sequence[int]) -> list[list[list[int]]]:
+        repeated = [examples[i] for i in indices for _ in completions[i]]
         texts = [c.text for i in indices for c in completions[i]]
-        languages = [example.language for example in asked]
+        languages = [example.language for example in repeated]
         right = rule_reward(
-            [example.question for example in asked],
+            [example.question for example in repeated],
             texts,
-            answer=[example.answer for example in asked],
+            answer=[example.answer for example in repeated],
             language=languages,
         )
         found = [answers.extract(*x) for x in zip(texts, languages, strict=True)]
@@ -80,7 +80,7 @@ def take_census(
         flat = np.stack([right, [f is not None for f in found], lengths], -1)
         return flat.astype(int).reshape(len(indices), -1, 3).tolist()
 
-    table = np.array(processes.map_divided(judge, range(len(examples))))  # [Q, k, 3]
+    table = np.array(processes.map_divided(grade, range(len(examples))))  # [Q, k, 3]
     return Counts(
         np.array([len(ids) for ids in prompts]),
         table[..., 0].astype(bool),

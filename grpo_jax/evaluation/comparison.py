@@ -66,7 +66,7 @@ def measure_set(
       GrpoError: the set cannot be read, or the folder has completions of other
         settings or weights.
     """
-    asked = generate_answers.load_prompts(tokenizer, name, settings)
+    prompted = generate_answers.load_prompts(tokenizer, name, settings)
     found = {}
     for kind in KINDS[: 2 if sampled and settings.samples else 1]:
         key = measure_name(settings.mode, kind)
@@ -77,7 +77,7 @@ def measure_set(
             model,
             params,
             tokenizer,
-            asked,
+            prompted,
             settings,
             kind=kind,
             label=f"{label} {name} {key}".strip(),
@@ -85,13 +85,13 @@ def measure_set(
             restart=restart,
         )
         found[key] = metrics.score_completions(
-            asked.examples,
+            prompted.examples,
             answered,
             temperature=0.0 if kind == "greedy" else settings.temperature,
             grader=settings.grader,
             programs=settings.mode == "tool",
         )
-    return Measured(len(asked.examples), found)
+    return Measured(len(prompted.examples), found)
 
 
 def measure_name(mode: str, kind: str) -> str:

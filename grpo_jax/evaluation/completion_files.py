@@ -11,12 +11,10 @@ A file has one JSON object a line:
     completions   a list of texts, or `completion` with one; further lines of a question
                   add samples
     mode          "cot" (default) or "tool"
-    temperature   0 is greedy; without it, one completion is greedy and several are
-                  samples
+    temperature   0 is greedy; by default one completion is greedy, several are not
 
 Other fields are ignored. The files that `CompletionLog` writes begin with a line
-{"settings": …}, which readers skip, and also hold question and answer; they may be
-concatenated.
+{"settings": …}, which readers skip, and hold the answers; they may be concatenated.
 """
 
 from __future__ import annotations
@@ -108,8 +106,8 @@ class CompletionLog:
         if sorted(self.rows) != there:
             raise GrpoError(
                 f"{self.file}: process {processes.process_index()} does not see what "
-                "process 0 "
-                "wrote there; choose a folder on a disk that all of them share"
+                "process 0 wrote there; choose a folder on a disk that all of them "
+                "share"
             )
 
     def _read(self, restart: bool) -> bool:
@@ -126,7 +124,7 @@ class CompletionLog:
                 return False
             raise GrpoError(f"{self.file}: {_difference(before, self.settings)}")
         for number, row in lines:
-            found = _own(row)
+            found = _parse_log_line(row)
             if found is None:
                 raise GrpoError(
                     f"{self.file}:{number}: not a line of this file's making; delete "
@@ -162,8 +160,8 @@ class CompletionLog:
             os.fsync(file.fileno())
 
 
-def _own(row: Any) -> tuple[int, list[Completion]] | None:
-    """The place and completions of a line that `CompletionLog` wrote, or None."""
+def _parse_log_line(row: Any) -> tuple[int, list[Completion]] | None:
+    """Returns place and completions of a line of `CompletionLog`, or None."""
     try:
         index, completions = row["index"], _completions(row)
     except (KeyError, TypeError, ValueError):
@@ -234,8 +232,7 @@ def read_completions(
         result[name] = {}
         for (mode, temperature), lines in found[name].items():
             rows = _share(lines)
-            asked = examples[:questions] if questions else examples
-            every, samples = _whole(file, name, rows, asked)
+            every, samples = _complete(file, name, rows, examples[: questions or None])
             greedy = temperature == 0 or (temperature is None and samples == 1)
             key = mode, KINDS[not greedy]
             if key in result[name]:
@@ -248,7 +245,7 @@ def read_completions(
 
 
 def _share(lines: _Lines) -> Rows:
-    """Each place's completions; a set's repeated questions share lines in turn."""
+    """Returns each place's completions; repeated questions share lines in turn."""
     rows: Rows = {}
     for places, answers in lines.items():
         for n, index in enumerate(places):
@@ -292,8 +289,8 @@ def _temperature(row: Mapping[str, Any]) -> float | None:
     if value is None:
         return None
     if type(value) not in (int, float) or not 0 <= value <= 1e6:
-        told = one_line(repr(value))
-        raise ValueError(f"temperature {told} is not a number from 0 to 1e6")
+        shown = one_line(repr(value))
+        raise ValueError(f"temperature {shown} is not a number from 0 to 1e6")
     return float(value)
 
 
@@ -329,7 +326,7 @@ def _questions(
     raise ValueError("none of 'id', 'index' and 'question' says which it answers")
 
 
-def _whole(
+def _complete(
     file: Path, name: str, rows: Rows, examples: Sequence[Example]
 ) -> tuple[list[list[Completion]], int]:
     missing = [i for i in range(len(examples)) if i not in rows]

@@ -70,10 +70,8 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
         kind = float if isinstance(default, float) else int
         add(f"--{name}", type=kind, default=default, help=text)
     flags = parser.parse_args(arguments)
-    flags.mode, flags.sets = (
-        without_repeats(flags.mode or ["cot"]),
-        without_repeats(flags.sets),
-    )
+    flags.mode = without_repeats(flags.mode or ["cot"])
+    flags.sets = without_repeats(flags.sets)
     for name, (_, least, most, _) in numbers.items():
         value = getattr(flags, name)
         if value is not None and not least <= value <= most:  # NaN is neither

@@ -114,11 +114,10 @@ def load_prompts(
         instruction=instruction,
     )
     found = {id(example): ids for example, ids in kept}
-    asked = PromptedSet(name, examples, [found.get(id(example)) for example in shown])
-    processes.check_equal(
-        f"set {name}", {"rows": rows.digest, "prompts": asked.digest()}
-    )
-    return asked
+    prompted = PromptedSet(name, examples, [found.get(id(e)) for e in shown])
+    digests = {"rows": rows.digest, "prompts": prompted.digest()}
+    processes.check_equal(f"set {name}", digests)
+    return prompted
 
 
 # -- modes -----------------------------------------------------------------------------
@@ -190,7 +189,7 @@ def with_programs(
 ) -> Answers:
     """Returns completions by tool-integrated reasoning; a sandbox runs their programs.
 
-    Arguments as in `chain_of_thought`; `stop` must be empty, and `options` are those of
+    Arguments as in `chain_of_thought`, without `stop`; `options` go on to
     `tool_rollouts.generate_with_tools`.
     """
     assert not stop
@@ -233,7 +232,7 @@ def answer_all(
     model: Decoder,
     params: Params,
     tokenizer: Tokenizer,
-    asked: PromptedSet,
+    prompted: PromptedSet,
     settings: AnswerSettings,
     *,
     kind: str,
@@ -247,7 +246,7 @@ def answer_all(
       model: the decoder.
       params: its parameters.
       tokenizer: the model's.
-      asked: the questions with their prompts.
+      prompted: the questions with their prompts.
       settings: how they are answered.
       kind: "greedy" (one completion, at temperature 0) or "sampled".
       label: what the progress bar shows.
@@ -263,27 +262,24 @@ def answer_all(
     if kind == "sampled":
         temperature, samples = settings.temperature, settings.samples
     ask = find_mode(settings)
-    form = few_shot_prompts.find_format(asked.name) if settings.few_shot else None
+    form = few_shot_prompts.find_format(prompted.name) if settings.few_shot else None
     stop = few_shot_prompts.stop_ids(tokenizer, form) if form else []
-    size = questions_at_once(len(asked.order), samples, settings.batch)
+    size = questions_at_once(len(prompted.order), samples, settings.batch)
     log = None
     if file is not None:
-        header = describe_generation(asked, settings, kind, size)
-        header |= {
-            "weights": weights_digest(params),
-            "dtype": str(jnp.dtype(model.dtype)),
-        }
+        header = describe_generation(prompted, settings, kind, size)
+        header["weights"] = weights_digest(params)
+        header["dtype"] = str(jnp.dtype(model.dtype))
         log = CompletionLog(file, header, restart=restart)
     found = {} if log is None else dict(log.rows)
-    if all(i in found for i in asked.order):  # nothing to do: show no progress bar
-        return [found.get(i) for i in range(len(asked.examples))]
+    if all(i in found for i in prompted.order):  # nothing to do: show no progress bar
+        return [found.get(i) for i in range(len(prompted.examples))]
     key = jax.random.fold_in(jax.random.key(settings.seed), round(1000 * temperature))
-    done = sum(i in found for i in asked.order)
-    with progress_bar(
-        label or asked.name, done, len(asked.order), unit="question"
-    ) as bar:
-        for start in range(0, len(asked.order), size):
-            batch = asked.order[start : start + size]
+    done = sum(i in found for i in prompted.order)
+    label, count = label or prompted.name, len(prompted.order)
+    with progress_bar(label, done, count, unit="question") as bar:
+        for start in range(0, count, size):
+            batch = prompted.order[start : start + size]
             left = [i for i in batch if i not in found]
             if not left:
                 continue
@@ -292,7 +288,7 @@ def answer_all(
                 model,
                 params,
                 tokenizer,
-                [asked.prompts[i] for i in batch],
+                [prompted.prompts[i] for i in batch],
                 key=jax.random.fold_in(key, start),
                 samples=samples,
                 temperature=temperature,
@@ -301,20 +297,22 @@ def answer_all(
                 stop=stop,
             )
             if form:
-                rows = [[_cut(c, form) for c in row] for row in rows]
+                rows = [[_cut_completion(c, form) for c in row] for row in rows]
             new = dict(zip(batch, rows, strict=True))
             if log is not None:
-                about = {"set": asked.name, "mode": settings.mode}
-                log.append(new, asked.examples, **about, temperature=temperature)
+                about = {"set": prompted.name, "mode": settings.mode}
+                log.append(new, prompted.examples, **about, temperature=temperature)
                 new = {i: log.rows[i] for i in batch}
             found |= new
             bar.update(len(left))
             if processes.is_preempted():
-                raise Preempted(f"{label or asked.name}: stopped")
-    return [found.get(i) for i in range(len(asked.examples))]
+                raise Preempted(f"{label}: stopped")
+    return [found.get(i) for i in range(len(prompted.examples))]
 
 
-def _cut(completion: Completion, form: few_shot_prompts.Format) -> Completion:
+def _cut_completion(
+    completion: Completion, form: few_shot_prompts.Format
+) -> Completion:
     text = few_shot_prompts.cut_at_next_question(completion.text, form)
     went_on = len(text) < len(completion.text)
     return Completion(text, completion.cut_off and not went_on)
@@ -336,7 +334,7 @@ def questions_at_once(questions: int, samples: int, batch: int) -> int:
 
 
 def describe_generation(
-    asked: PromptedSet, settings: AnswerSettings, kind: str, size: int
+    prompted: PromptedSet, settings: AnswerSettings, kind: str, size: int
 ) -> dict[str, Any]:
     """Returns everything that completions depend on, except the model itself."""
     how = dataclasses.asdict(settings)
@@ -349,10 +347,10 @@ def describe_generation(
     for name in unused:
         del how[name]
     return how | {
-        "set": asked.name,
-        "questions": len(asked.examples),
+        "set": prompted.name,
+        "questions": len(prompted.examples),
         "questions_at_once": size,
-        "prompts": asked.digest(),
+        "prompts": prompted.digest(),
     }
 
 

@@ -66,21 +66,21 @@ def score_completions(
     shape = len(examples), samples
 
     def graded(rule: str, output: bool = False) -> tuple[list[str | None], np.ndarray]:
-        def judge(places: Sequence[int]) -> list[tuple[str | None, bool]]:
-            given = [
-                None
-                if (text := texts[place]) is None
-                else answers.printed_answer(text)
-                if output
-                else kinds.extract_prediction(text, flat[place], rule)
-                for place in places
-            ]
+        def extract(text: str | None, example: Example) -> str | None:
+            if text is None:
+                return None
+            if output:
+                return answers.printed_answer(text)
+            return kinds.extract_prediction(text, example, rule)
+
+        def grade(places: Sequence[int]) -> list[tuple[str | None, bool]]:
+            given = [extract(texts[place], flat[place]) for place in places]
             right = kinds.grade_examples([flat[place] for place in places], given, rule)
             return list(zip(given, right, strict=True))
 
-        judged = processes.map_divided(judge, range(len(flat)))
-        right = np.array([same for _, same in judged], float).reshape(shape)
-        return [said for said, _ in judged], right
+        pairs = processes.map_divided(grade, range(len(flat)))
+        right = np.array([same for _, same in pairs], float).reshape(shape)
+        return [given for given, _ in pairs], right
 
     given, right = graded("strict")
     result: Result = _accuracy(right) | {"temperature": temperature}
@@ -148,8 +148,8 @@ def assign_votes(
     Returns:
       For each question its samples' votes; None for no vote.
 
-    >>> said = ["5", "3 cm", "5", "x=3", "3", None]
-    >>> assign_votes([Example("?", "3")], said, np.array([[0, 1, 0, 1, 1, 0]]))
+    >>> given = ["5", "3 cm", "5", "x=3", "3", None]
+    >>> assign_votes([Example("?", "3")], given, np.array([[0, 1, 0, 1, 1, 0]]))
     [[1, 0, 1, 0, 0, None]]
     """
     samples = right.shape[1]
@@ -157,15 +157,15 @@ def assign_votes(
     def vote(places: Sequence[int]) -> list[list[int | None]]:
         answered, pairs = [], []
         for i in places:
-            said = given[i * samples : (i + 1) * samples]
-            spelled = [p if p is None else _spelled(p) for p in said]
+            mine = given[i * samples : (i + 1) * samples]
+            spelled = [p if p is None else _common_spelling(p) for p in mine]
             wrong = [s for s, good in zip(spelled, right[i], strict=True) if not good]
             distinct = [s for s in dict.fromkeys(wrong) if s is not None]
             answered.append((spelled, distinct))
             # If none is right, no majority can be right either.
             compared = distinct[:MOST_ANSWERS] if right[i].any() else []
             pairs += [(i, *pair) for pair in itertools.combinations(compared, 2)]
-        same = _equal([(examples[i], a, b) for i, a, b in pairs])
+        same = _equal_predictions([(examples[i], a, b) for i, a, b in pairs])
         equal = {pair for pair, is_same in zip(pairs, same, strict=True) if is_same}
         found = []
         for i, (spelled, distinct) in zip(places, answered, strict=True):
@@ -182,10 +182,10 @@ def assign_votes(
     return processes.map_divided(vote, range(len(examples)))
 
 
-def _equal(asked: Sequence[tuple[Example, str, str]]) -> list[bool]:
-    """Whether two predictions for an example are the same answer."""
+def _equal_predictions(triples: Sequence[tuple[Example, str, str]]) -> list[bool]:
+    """Returns whether two predictions for an example are the same answer."""
     references, predictions = [], []
-    for example, a, b in asked:
+    for example, a, b in triples:
         options = len(kinds.options_of(example))
         if kinds.is_letters(b, options):  # the reference must be the letter
             a, b = b, a
@@ -194,8 +194,8 @@ def _equal(asked: Sequence[tuple[Example, str, str]]) -> list[bool]:
     return kinds.grade_examples(references, predictions)
 
 
-def _spelled(prediction: str) -> str:
-    """A common spelling of equal numbers, such as 1/2, 0.5 and $0.50."""
+def _common_spelling(prediction: str) -> str:
+    """Returns a common spelling of equal numbers, such as 1/2, 0.5 and $0.50."""
     if len(prediction) > equality.MAX_CHARS:
         return prediction
     text = normalize_notation(prediction)

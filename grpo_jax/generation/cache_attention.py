@@ -228,10 +228,8 @@ def make_attention(
       prompts and its blocks. It returns the attention output [W, 1, Q, H] and the
       blocks with the new keys and values.
     """
-    plan, reads = (
-        group_slots_by_prompt(cache, live, together),
-        blocks_to_read(cache, live),
-    )
+    plan = group_slots_by_prompt(cache, live, together)
+    reads = blocks_to_read(cache, live)
 
     def see(q, keys, values, prefix, blocks):
         blocks = write_keys_and_values(blocks, keys, values, cache)

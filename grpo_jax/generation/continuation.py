@@ -137,8 +137,7 @@ def continue_rollouts(
         as it is.
       key: PRNG key; use a new one for every call.
       max_new_tokens: the limit C on the tokens sampled in this turn.
-      temperature, top_k, top_p, min_p: as in `generate`.
-      eos_id, stop, stop_table: as in `generate`.
+      temperature, top_k, top_p, min_p, eos_id, stop, stop_table: as in `generate`.
 
     Returns:
       Rollouts of this turn only, with a cache. A row begins with its appended tokens,

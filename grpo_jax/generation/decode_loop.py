@@ -86,7 +86,7 @@ class StopConditions:
 
 
 def _layers(model: Decoder, params: Params) -> list[Params]:
-    """The weights of each layer, sliced once: indexing in the loop would copy them."""
+    """Returns each layer's weights, sliced once: indexing in a loop would copy them."""
     return [
         jax.tree.map(lambda x, i=i: x[i], params["layers"])
         for i in range(model.config.layers)
@@ -215,7 +215,7 @@ def run_decode_loop(
         state = _narrow(state, width)
 
         def go_on(state, least=least):
-            return any_group(_more(state, rows, least))
+            return any_group(_has_more_to_do(state, rows, least))
 
         with jax.named_scope("turns" if width == widths[0] else "last_turns"):
             state = jax.lax.while_loop(go_on, step, state)
@@ -224,8 +224,8 @@ def run_decode_loop(
     return dataclasses.replace(state, out=out)
 
 
-def _more(state: DecodeState, rows: Array, least: int) -> Bool[Array, ""]:
-    """Whether rows are waiting, or more than `least` slots still decode one."""
+def _has_more_to_do(state: DecodeState, rows: Array, least: int) -> Bool[Array, ""]:
+    """Returns whether rows are waiting, or more than `least` slots still decode one."""
     live = (state.row < state.out.tokens.shape[0]).sum()
     return (live > least) | (state.queue < rows)
 
@@ -293,13 +293,13 @@ def prefill_tokens(
     at = jnp.where(step[None] < lengths[:, None], positions, -1)
     count, turn = len(cache.places), cache.turn + len(step)
     places = join_blocks(cache.places, cache.turn, 1).at[:, columns].set(at)
-    prefixes, own = cache.prefixes, cache.prompt
+    prefixes, prompt = cache.prefixes, cache.prompt
     distance = positions[:, :, None] - places[:, None]  # [W, T, X·B]
     allowed = (places[:, None] >= 0) & (distance >= 0)
     index = jnp.arange(prefixes.layers[0][1].shape[2])[None, None]
     of_prompt = positions[:, :, None] - index  # [W, T, S]
     seen = jnp.broadcast_to(
-        index < prefixes.lengths[own][:, None, None], of_prompt.shape
+        index < prefixes.lengths[prompt][:, None, None], of_prompt.shape
     )
     if model.config.sliding_window is not None:
         allowed &= distance < model.config.sliding_window
@@ -312,16 +312,16 @@ def prefill_tokens(
 
         def look(q, k, v, blocks=blocks, prefix=prefix):
             keys, values = zip(*blocks, strict=True)
-            keys, values = (
-                join_blocks(keys, cache.turn, 3),
-                join_blocks(values, cache.turn, 2),
-            )
+            keys = join_blocks(keys, cache.turn, 3)
+            values = join_blocks(values, cache.turn, 2)
             k, v = mark_nonfinite(k, v)
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # from [W, T, K, H]
             keys = keys.at[..., columns].set(k.astype(keys.dtype))
             values = values.at[:, :, columns].set(v.astype(values.dtype))
-            keys_of = jnp.concatenate([prefix[0][own], keys], 3).transpose(0, 3, 1, 2)
-            values_of = jnp.concatenate([prefix[1][own], values], 2).swapaxes(1, 2)
+            keys_of = jnp.concatenate([prefix[0][prompt], keys], 3).transpose(
+                0, 3, 1, 2
+            )
+            values_of = jnp.concatenate([prefix[1][prompt], values], 2).swapaxes(1, 2)
             back = (
                 split_into_blocks(keys, count, turn, 3),
                 split_into_blocks(values, count, turn, 2),

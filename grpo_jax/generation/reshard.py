@@ -48,11 +48,13 @@ def make_resharding(model: Decoder, params: Params, layout: Mesh) -> Any:
       layout: the decoding mesh.
     """
     leaves, tree = jax.tree.flatten(params)
-    return _relay(model.dtype, layout, tree, tuple(x.shape for x in leaves))
+    return _compile_resharding(
+        model.dtype, layout, tree, tuple(x.shape for x in leaves)
+    )
 
 
 @functools.cache
-def _relay(dtype: str, layout: Mesh, tree: Any, shapes: tuple) -> Any:
+def _compile_resharding(dtype: str, layout: Mesh, tree: Any, shapes: tuple) -> Any:
     like = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(s, dtype) for s in shapes])
     within = sharding.regroup_devices(layout, layout.shape["tensor"], fsdp=True)
     first = sharding.shardings(like, within)

@@ -41,7 +41,7 @@ def rollout_shape(
       slots: rows decoded at a time by all groups together; None for `default_slots`.
 
     >>> rollout_shape(16, 100, 64, groups=64)
-    Shape(copies=4, samples=16, prompts=64, width=128, slots=16)
+    RolloutShape(copies=4, samples=16, prompts=64, width=128, slots=16)
     """
     fit = [n for n in range(1, samples + 1) if not samples % n]
     copies = max([n for n in fit if n * prompts <= groups], default=1)

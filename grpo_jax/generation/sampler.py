@@ -8,7 +8,7 @@ A row's random numbers depend only on the key, its row number and how many token
 has. In float32 the same key therefore gives the same tokens for any number of slots,
 except where rounding decides a draw. In bfloat16 that happens more often: 79 % of 128
 rows of up to 32 tokens were equal with 16 and with 128 slots
-(`tests/test_bfloat16.py`).
+(`tests/models/kernels/test_bfloat16.py`).
 
 Axes: P prompts, M samples of each, N = P·M rows, W slots, S prompt positions, C new
 positions, K key heads, H head width.
@@ -277,8 +277,7 @@ def generate(
         by rounding, which in bfloat16 changes the tokens of some rows.
       cache_dtype: dtype of the cached keys and values; the model's if None.
       keep: keep the cache for `continue_rollouts`; every row then has its own slot.
-      stop_table: [V, S] table of `stop_strings.make_stop_table`, for strings that end a
-        completion.
+      stop_table: [V, S] from `stop_strings.make_stop_table`: strings that end it too.
 
     Returns:
       Rollouts of N = prompts × samples rows, [N, max_new_tokens]. The rows of a prompt

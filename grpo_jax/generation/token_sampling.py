@@ -100,7 +100,7 @@ class Sampling:
 def _threshold(
     weights: Float[Array, "N V"], measure: Array, least: Any
 ) -> Float[Array, "N 1"]:
-    """The largest t for which the measure of all weights ≥ t is at least `least`."""
+    """Returns the largest t for which the measure of all weights ≥ t is ≥ `least`."""
 
     def halve(_, bounds):
         low, high = bounds  # holds at low, fails at high
@@ -154,15 +154,15 @@ def draw_tokens(
     u = jax.vmap(lambda k, t: jax.random.uniform(jax.random.fold_in(k, t), (2,)))(
         keys, turns
     )
-    block = _invert(mass, u[:, 0])
+    block = _invert_cdf(mass, u[:, 0])
     inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
-    token = block * _BLOCK + _invert(inside, u[:, 1])
+    token = block * _BLOCK + _invert_cdf(inside, u[:, 1])
     at_token = (jnp.take_along_axis(z, token[:, None], 1) - top)[:, 0]
     return token, at_token - jnp.log(mass.sum(-1))
 
 
-def _invert(mass: Float[Array, "N X"], u: Float[Array, "N"]) -> Int[Array, "N"]:
-    """The first index whose cumulative mass exceeds u of the total; never of mass 0."""
+def _invert_cdf(mass: Float[Array, "N X"], u: Float[Array, "N"]) -> Int[Array, "N"]:
+    """Returns the first index whose cumulative mass exceeds u of the total."""
     cumulated = jnp.cumsum(mass, axis=-1)
     total = cumulated[:, -1]
     threshold = jnp.minimum(u * total, jnp.nextafter(total, jnp.zeros_like(total)))

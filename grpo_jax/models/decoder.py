@@ -277,8 +277,7 @@ class Decoder:
         Args:
           params: as `init` returns them, with LoRA adapters or without.
           tokens: [B, T]; padding may hold any token in range.
-          mask: [B, T], 1 for real tokens; None: all are real. Padding may be on either
-            side.
+          mask: [B, T], 1 for real tokens; None: all. Padding may be on either side.
           positions: [B, T]; None: counted from 0 over the real tokens of each sequence.
           segment_ids: [B, T], for packed rows: a token attends to its own segment and
             to the prompt that the segment shares (`kernels/mask.py`).

@@ -34,7 +34,7 @@ _SMALLEST = flags.DEFINE_bool(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; a mistake ends it with one line."""
+    """Runs the command; a mistake ends it with one line."""
     argv = sys.argv if argv is None else argv
     names = "topology json mean_output mean_prompt price only smallest"
     print_help(argv, USAGE, names.split())
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_plan(argv: list[str]) -> str:
-    """The plan that the flags ask for, as a table or as JSON."""
+    """Returns the plan that the flags ask for, as a table or as JSON."""
     config = parse_config(argv, USAGE)
     if not _TOPOLOGY.value:
         raise GrpoError("--topology: name a pod, as v5p:4x4x4, or here")

@@ -62,7 +62,7 @@ class Topology:
 
 
 def get_topology(name: str) -> Topology:
-    """The devices of a topology.
+    """Returns the devices of a topology.
 
     Args:
       name: chip and shape, as v5p:4x4x4, or `here` for the devices of this machine.

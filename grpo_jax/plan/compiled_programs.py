@@ -48,16 +48,16 @@ class CompiledProgram:
         return self.peak_memory_bytes + self.held_bytes
 
     def seconds(self, chip: Chip, devices: int) -> float:
-        """The least time of one run: its slowest part, which hides the other two."""
+        """Returns the least time of one run: its slowest part hides the other two."""
         return max(self.part_seconds(chip, devices).values())
 
     def bound_by(self, chip: Chip, devices: int) -> str:
-        """The slowest part."""
+        """Returns the slowest part."""
         parts = self.part_seconds(chip, devices)
         return max(parts, key=lambda name: parts[name])
 
     def part_seconds(self, chip: Chip, devices: int) -> dict[str, float]:
-        """The least time of arithmetic, memory and links, each on its own."""
+        """Returns the least time of arithmetic, memory and links, each on its own."""
         return {
             "arithmetic": self.flops / devices / chip.flops_per_second,
             "memory": self.memory_traffic_bytes / chip.memory_bandwidth,
@@ -139,6 +139,6 @@ def compile_program(
 
 
 def _memory_line(message: str) -> str:
-    """The line of the compiler's message that says how much memory it needed."""
+    """Returns the line of the compiler's message that says what memory it needed."""
     lines = [line.strip() for line in message.splitlines()]
     return next((x for x in lines if "hbm" in x.lower()), lines[0])[:200]

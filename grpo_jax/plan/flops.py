@@ -17,15 +17,14 @@ from grpo_jax.plan.loop_trip_counts import conditional_share, loop_trip_count
 
 
 def count_flops(jaxpr: Any, trips: Mapping[str, float] | None = None) -> float:
-    """The operations of one run of a program.
+    """Returns the operations of one run of a program.
 
     A conditional counts as its most expensive branch, times its share in `trips` if it
     has one. A kernel counts as if it skipped nothing.
 
     Args:
       jaxpr: `jax.jit(f).trace(…).jaxpr` or `jax.make_jaxpr(f)(…)`.
-      trips: scope (`jax.named_scope`) → trip count, of the loops whose length is a
-        value.
+      trips: scope (`jax.named_scope`) → count, of loops whose length is a value.
 
     Raises:
       KeyError: `trips` lacks such a loop.
@@ -60,7 +59,7 @@ def count_flops(jaxpr: Any, trips: Mapping[str, float] | None = None) -> float:
 
 
 def product_flops(equation: Any) -> float:
-    """The operations of a matrix product: 2 · result size · contracted sizes."""
+    """Returns the operations of a product: 2 · result size · contracted sizes."""
     (contracted, _), _ = equation.params["dimension_numbers"]
     shape = equation.invars[0].aval.shape
     out = equation.outvars[0].aval.shape
@@ -68,7 +67,7 @@ def product_flops(equation: Any) -> float:
 
 
 def inner_runs(name: str, parameters: Mapping[str, Any]) -> float:
-    """How often the jaxprs inside an equation run, on all devices together."""
+    """Returns how often the jaxprs inside an equation run, on all devices together."""
     if name == "scan":
         return parameters["length"]
     if name == "pallas_call":
@@ -80,7 +79,7 @@ def inner_runs(name: str, parameters: Mapping[str, Any]) -> float:
 
 
 def nested_jaxprs(values: Any) -> Iterator[Any]:
-    """The jaxprs among the parameters of an equation."""
+    """Returns the jaxprs among the parameters of an equation."""
     for value in values:
         if hasattr(value, "eqns"):
             yield value

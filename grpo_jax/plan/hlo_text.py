@@ -50,12 +50,12 @@ class Instruction:
         return re.findall(r"%([\w.\-]+)", self.inside)
 
     def find(self, pattern: str) -> str:
-        """The first group of a pattern in the text; "" if it is not there."""
+        """Returns the first group of a pattern in the text; "" if it is not there."""
         found = re.search(pattern, self.text)
         return found.group(1) if found else ""
 
     def attribute(self, name: str) -> str:
-        """The value of `name=value`; "" if it is absent."""
+        """Returns the value of `name=value`; "" if it is absent."""
         return self.find(rf"\b{name}=%?([\w.\-]+)")
 
     @property
@@ -109,7 +109,7 @@ def _parse_instruction(name: str, rest: str) -> Instruction:
 
 
 def _closing_bracket(text: str, start: int) -> int:
-    """The position of the bracket that closes the one at `start`."""
+    """Returns the position of the bracket that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -119,7 +119,7 @@ def _closing_bracket(text: str, start: int) -> int:
 
 
 def array_sizes(shape: str) -> list[int]:
-    """The size in bytes of each array of a written shape.
+    """Returns the size in bytes of each array of a written shape.
 
     >>> array_sizes("(bf16[4,128]{1,0:T(8,128)(2,1)}, u32[])")
     [1024, 4]
@@ -135,7 +135,7 @@ def _bits(kind: str, digits: str) -> int:
 
 
 def count_runs(module: Module, trips: Mapping[str, float]) -> dict[str, float]:
-    """How often each computation runs in one run of the program.
+    """Returns how often each computation runs in one run of the program.
 
     Every branch of a conditional counts as taken, or by its share in `trips`.
 
@@ -176,7 +176,7 @@ def _called_computations(
 def loop_length(
     module: Module, computation: str, loop: Instruction, trips: Mapping[str, float]
 ) -> float:
-    """How often a loop runs: as XLA states it, as its condition says, or by its scope.
+    """Returns how often a loop runs, by XLA, by its condition, or by its scope.
 
     Raises:
       KeyError: neither of the first two is there, and `trips` lacks its scope.
@@ -193,7 +193,7 @@ def loop_length(
 def _length_of_range(
     module: Module, computation: str, loop: Instruction
 ) -> float | None:
-    """The length of `for i in range(start, stop, step)`; None if stop is no constant.
+    """Returns the length of a counted loop; None if its stop is no constant.
 
     A start or a step that is not found counts as 0 or 1.
     """
@@ -228,13 +228,13 @@ def _operands(
 def _element(
     module: Module, computation: str, made: Instruction, index: int
 ) -> list[Instruction]:
-    """The element of a tuple, alone in a list; an empty list if it is no tuple."""
+    """Returns the element of a tuple, alone in a list; [] if it is no tuple."""
     operands = _operands(module, computation, made) if made.op == "tuple" else []
     return operands[index : index + 1]
 
 
 def _constant(instructions: Iterable[Instruction]) -> int | None:
-    """The value of the first constant among these instructions."""
+    """Returns the value of the first constant among these instructions."""
     return next((int(i.inside) for i in instructions if i.op == "constant"), None)
 
 
@@ -265,7 +265,7 @@ def group_size(instruction: Instruction, devices: int) -> int:
 def collective_bytes(
     text: str, devices: int, trips: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """Bytes that a device sends in one run of a program.
+    """Returns the bytes that a device sends in one run of a program.
 
     Over n devices in a ring, an all-gather sends (n-1)/n of its result, a
     reduce-scatter and an all-to-all (n-1)/n of their operand, an all-reduce twice that.
@@ -294,7 +294,7 @@ def collective_bytes(
 
 
 def bytes_sent(instruction: Instruction, kind: str, n: int) -> float:
-    """Bytes that a device sends in one collective of this kind over n devices."""
+    """Returns the bytes that a device sends in one collective over n devices."""
     arrays = array_sizes(instruction.shape)
     if instruction.op.endswith("-start") and kind in (
         "all-gather",

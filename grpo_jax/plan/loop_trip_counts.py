@@ -34,7 +34,7 @@ class MeanLengths:
     def for_config(
         cls, config: Config, prompt: float | None, output: float | None
     ) -> MeanLengths:
-        """The given lengths; by default 1/8 of the longest prompt, 1/2 of an output."""
+        """Returns the given lengths; by default 1/8 of a prompt, 1/2 of an output."""
         return cls(
             prompt or config.data.max_prompt_tokens / 8,
             output or config.max_new_tokens / 2,
@@ -44,7 +44,7 @@ class MeanLengths:
 def sampler_trip_counts(
     config: Config, shape: RolloutShape, groups: int, lengths: MeanLengths
 ) -> dict[str, float]:
-    """Trip counts of a rollout: slots are full until the end, then one output is left.
+    """Returns trip counts of a rollout: slots are full, then one output is left.
 
     Args:
       config: the run's.
@@ -72,7 +72,7 @@ def sampler_trip_counts(
 def pass_trip_counts(
     layout: BatchLayout, config: Config, lengths: MeanLengths
 ) -> dict[str, float]:
-    """Trip counts of a pass over a batch, whose packed rows are 95 % full."""
+    """Returns trip counts of a pass over a batch, whose packed rows are 95 % full."""
     outputs = config.questions_per_step * config.group_size
     room = 0.95 * layout.length - lengths.prompt
     rows = outputs * lengths.output / max(room, lengths.output)
@@ -82,7 +82,7 @@ def pass_trip_counts(
 
 
 def block_pairs(rows: int, length: int) -> float:
-    """Pairs of attention blocks in a device's rows, as if each row were one sequence.
+    """Returns the pairs of attention blocks in rows of one sequence each.
 
     Args:
       rows: of one device.
@@ -93,7 +93,7 @@ def block_pairs(rows: int, length: int) -> float:
 
 
 def share_of_blocks_read(queue: bool) -> float:
-    """The mean share of the cache's full blocks that a turn reads.
+    """Returns the mean share of the cache's full blocks that a turn reads.
 
     Where outputs wait in a queue the slots are of all ages, and a turn reads them all.
     """
@@ -101,19 +101,19 @@ def share_of_blocks_read(queue: bool) -> float:
 
 
 def columns_per_turn(tokens: int, queue: bool) -> float:
-    """The mean number of cache columns that a turn reads, of rows of `tokens`."""
+    """Returns the mean number of cache columns that a turn reads."""
     others = share_of_blocks_read(queue) * ring_blocks(tokens, queue)
     return (others + 1) * block_size(tokens)
 
 
 def conditional_share(scope: str, trips: Mapping[str, float] | None) -> float:
-    """How often a conditional takes its most expensive branch; 1 by default."""
+    """Returns how often a conditional takes its most expensive branch; 1 by default."""
     name = scope.removesuffix("/cond").rpartition("/")[2]
     return (trips or {}).get(name, 1.0)
 
 
 def loop_trip_count(scope: str, trips: Mapping[str, float] | None) -> float:
-    """The trip count of a loop, by the last name of its scope.
+    """Returns the trip count of a loop, by the last name of its scope.
 
     Args:
       scope: of the loop, as "jit(f)/turns/while".

@@ -22,7 +22,7 @@ def summarize_plan(
     price: float | None = None,
     smallest: str | None = None,
 ) -> dict[str, Any]:
-    """The plan as plain values, for JSON.
+    """Returns the plan as plain values, for JSON.
 
     Args:
       config: the run's.
@@ -80,7 +80,7 @@ def _none_for_nan(x: Any) -> Any:
 
 
 def format_plan(summary: dict[str, Any]) -> str:
-    """The plan of `summarize_plan` as a table with notes below it."""
+    """Returns the plan of `summarize_plan` as a table with notes below it."""
     memory = summary.get("chip_memory_bytes")
     head = ["program", "peak", "beside", "together", "of chip", "FLOP"]
     head += ["sent", "least time", "bound by"]
@@ -141,7 +141,7 @@ def _notes(summary: dict[str, Any]) -> list[str]:
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes with its unit.
+    """Returns a number of bytes with its unit.
 
     >>> format_bytes(13.25 * 2**30), format_bytes(300e3), format_bytes(0)
     ('13.2 GiB', '293 KiB', '0')
@@ -153,7 +153,7 @@ _METRIC = ("", " k", " M", " G", " T", " P")
 
 
 def format_scaled(x: float, base: float = 1000, units: Sequence[str] = _METRIC) -> str:
-    """A number with three digits and the prefix of its power.
+    """Returns a number with three digits and the prefix of its power.
 
     >>> format_scaled(4.306e16), format_scaled(2.5e9)
     ('43.1 P', '2.5 G')

@@ -52,7 +52,7 @@ class PlannedProgram:
 def plan_programs(
     config: Config, topology: Topology, lengths: MeanLengths
 ) -> tuple[list[PlannedProgram], Any]:
-    """The programs of a step, and the shapes of all arrays that the step keeps."""
+    """Returns the programs of a step, and the shapes of all arrays that it keeps."""
     mesh = sharding.make_mesh(
         config.mesh.data,
         config.mesh.fsdp,
@@ -68,7 +68,7 @@ def plan_programs(
 
 
 def make_config_decoder(config: Config) -> Decoder:
-    """The decoder of the sizes in the config, or else of the model that it names."""
+    """Returns the decoder of the config's sizes, or of the model that it names."""
     if not config.model.path or not config.model.vocab_size:
         return setup.make_model(config)[0]
     declared = setup.declared_config(config, config.model.vocab_size)
@@ -83,8 +83,8 @@ def plan_rl(
     optimizer: Any,
     lengths: MeanLengths,
 ) -> tuple[list[PlannedProgram], Any]:
-    """The programs of an RL step, and the arrays that the step keeps."""
-    own, method = config.method_values(), METHODS[config.method]
+    """Returns the programs of an RL step, and the arrays that the step keeps."""
+    values, method = config.method_values(), METHODS[config.method]
     critic = method.coefficient == "critic"
     shardings = sharding.shardings(state, mesh)
     programs = make_programs(config, model, optimizer, shardings)
@@ -99,8 +99,8 @@ def plan_rl(
     per_token = jax.ShapeDtypeStruct(
         update_batch.tokens.shape, jnp.float32, sharding=update_batch.tokens.sharding
     )
-    in_loss = own.get("kl_coef") if method.kl == "loss" else 0.0
-    updates = own.get("updates_per_rollout", 1)
+    in_loss = values.get("kl_coef") if method.kl == "loss" else 0.0
+    updates = values.get("updates_per_rollout", 1)
     update_batch = dataclasses.replace(
         update_batch,
         ref_logps=per_token if in_loss else None,
@@ -119,7 +119,7 @@ def plan_rl(
         )
 
     on_host = config.model.reference_memory == "host"
-    if own.get("kl_coef"):
+    if values.get("kl_coef"):
         reference_params = (
             lora.base_params(state.params) if reference is None else reference
         )
@@ -140,7 +140,7 @@ def plan_rollout(
     params: Any,
     lengths: MeanLengths,
 ) -> list[PlannedProgram]:
-    """The rollout of an RL step, and the transfer of the weights to its layout."""
+    """Returns the rollout of an RL step, and the transfer of its weights before it."""
     tensor = model.decode_tensor or mesh.shape["tensor"]
     layout = reshard.decoding_mesh(model, mesh) if mesh.size > 1 else None
     groups = sharding.rows_multiple(layout) if layout else 1
@@ -178,8 +178,8 @@ def plan_rollout(
     cached = slots * (columns + shape.width / ROWS_PER_PRODUCT)
     planned = []
     if layout and not reshard.is_resharded(model, params, layout):
-        relay = reshard.make_resharding(model, params, layout)
-        trace = functools.partial(relay.trace, params)
+        resharding = reshard.make_resharding(model, params, layout)
+        trace = functools.partial(resharding.trace, params)
         planned.append(PlannedProgram("weights to sample", trace, mesh, params))
         params = _compute_shapes(model, params, layout)
     jitted: Any = rollout.func
@@ -209,7 +209,7 @@ def plan_sft(
     optimizer: Any,
     lengths: MeanLengths,
 ) -> tuple[list[PlannedProgram], Any]:
-    """The update of an SFT step, and the state that the step keeps."""
+    """Returns the update of an SFT step, and the state that the step keeps."""
     objective = sft_objective(model, aggregate=config.sft.aggregate)
     shardings = sharding.shardings(state, mesh)
     update: Any = make_step(objective, optimizer, state_shardings=shardings)
@@ -229,7 +229,7 @@ def _plan_update(
     mesh: jax.sharding.Mesh,
     trips: dict[str, float],
 ) -> PlannedProgram:
-    """The update of a stage: three passes over the batch, and a new state."""
+    """Returns the update of a stage: three passes over the batch, and a new state."""
     passes = trips["micro_batches"] * _gathered_bytes(model, state.params, mesh)
     return PlannedProgram(
         "update",
@@ -242,13 +242,13 @@ def _plan_update(
 
 
 def _gathered_bytes(model: Decoder, params: Any, mesh: jax.sharding.Mesh) -> float:
-    """Bytes of the weights that a device reads in a pass, gathered over "fsdp"."""
+    """Returns the bytes of weights, gathered over "fsdp", that a pass reads."""
     shapes = _compute_shapes(model, params, mesh)
     return bytes_per_device(shapes) * mesh.shape["fsdp"]
 
 
 def _shortest_sample(config: Config) -> Sample:
-    """A sample of two tokens, with the fields that the method's credit fills in."""
+    """Returns a sample of two tokens, with the fields that the method fills in."""
     two = [0.0, 0.0]
     fields: Mapping[str, Any] = {
         "indicator": {"advantages": 0.0},
@@ -271,20 +271,20 @@ def _batch_shapes(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
 
 
 def _reference_shapes(config: Config, model: Decoder, state: Any, mesh) -> Any:
-    """Shapes of π_ref as the run holds it; None if it is the base of a LoRA policy."""
+    """Returns the shapes of π_ref; None if it is the base of a LoRA policy."""
     if model.lora.rank and METHODS[config.method].source == "policy":
         return None
     return _compute_shapes(model, policy_params(state.params), mesh)
 
 
 def _compute_shapes(model: Decoder, params: Any, mesh) -> Any:
-    """The shapes of the parameters in the dtype of the computation."""
+    """Returns the shapes of the parameters in the dtype of the computation."""
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), params)
     return sharding.abstract_arrays(like, mesh)
 
 
 def bytes_per_device(tree: Any) -> float:
-    """Bytes of a tree of shapes, with shardings, that one device holds."""
+    """Returns the bytes of a tree of sharded shapes that one device holds."""
 
     def local_bytes(x) -> float:
         shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape

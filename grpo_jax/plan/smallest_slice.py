@@ -21,7 +21,7 @@ def find_smallest_slice(
     *,
     progress: Callable[[str], None] = lambda name: None,
 ) -> str:
-    """The first slice of `chips.SLICES` that the config fits on; "" if there is none.
+    """Returns the first of `chips.SLICES` that the config fits on; "" if none.
 
     Args:
       config: the run's.
@@ -50,7 +50,7 @@ def fits_on_slice(
     lengths: MeanLengths,
     progress: Callable[[str], None],
 ) -> bool:
-    """Whether every program fits in a chip's memory.
+    """Returns whether every program fits in a chip's memory.
 
     Compiles nothing if what a step keeps is too much already, and stops at the first
     program that does not fit.

@@ -12,7 +12,7 @@ FILES = ("config.json", "metrics.jsonl", "results.json", "samples.jsonl")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command; a mistake ends it with one line."""
+    """Runs the command; a mistake ends it with one line."""
     parser = ArgumentParser(
         prog="python -m grpo_jax.report",
         description="Writes report.html into work directories.",

@@ -22,7 +22,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 350, 10, 166
 def downsample_curve(
     steps: Sequence[float], values: Sequence[float], max_points: int = MAX_POINTS
 ) -> tuple[list[float], list[float]]:
-    """The last step and the mean value of each of `max_points` stretches of a curve.
+    """Returns the last step and the mean of each of `max_points` parts of a curve.
 
     A curve with fewer points is returned as it is.
 
@@ -39,7 +39,7 @@ def downsample_curve(
 
 
 def choose_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers between low and high, about `count` of them.
+    """Returns about `count` round numbers between low and high.
 
     >>> choose_ticks(0.0, 1.0), choose_ticks(3.0, 61.0, 3)
     ([0.0, 0.25, 0.5, 0.75, 1.0], [20.0, 40.0, 60.0])
@@ -52,7 +52,7 @@ def choose_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def _axis_range(values: Sequence[float]) -> tuple[float, float]:
-    """(low, high) with a margin of 6 % at both ends; they are never equal."""
+    """Returns (low, high) with a margin of 6 % at both ends; they are never equal."""
     low, high = min(values), max(values)
     if low == high == 0:
         return 0.0, 1.0
@@ -63,7 +63,7 @@ def _axis_range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _merge_equal_lines(lines: Sequence[Line]) -> list[Line]:
-    """The lines, of which equal ones become one line with all their labels."""
+    """Merges equal lines into one line with all their labels."""
     merged: dict[tuple[tuple[float, ...], ...], list[str]] = {}
     for label, *curve in lines:
         merged.setdefault(tuple(map(tuple, curve)), []).append(label)

@@ -23,7 +23,7 @@ GRADINGS = {"": "", "program": ", its programs", "paper": ", the paper's grader"
 
 
 def comparison_tables(results: Results, *, changes: bool = False) -> list[Table]:
-    """The accuracies, pass@k and maj@k, and the paired tests, where there are any.
+    """Returns tables of accuracies, of pass@k and maj@k, and of paired tests.
 
     Args:
       results: the content of results.json.
@@ -91,7 +91,7 @@ def samples_table(results: Results) -> Table:
 
 
 def paired_table(results: Results) -> Table:
-    """The tests of the differences between models on the same questions, in points.
+    """Returns the tests of differences between models on the same questions.
 
     It has no rows where nothing was tested.
     """
@@ -116,7 +116,7 @@ def paired_table(results: Results) -> Table:
 
 
 def published_tables(sets: Sequence[str], modes: Sequence[str]) -> dict[str, Table]:
-    """Title → table of the figures that others have published on these sets."""
+    """Returns title → table of the figures that others have published on these sets."""
     tables = {}
     for mode, figures in published_figures.find_figures(sets, modes).items():
         names = [name for name in sets if any(name in row for row in figures.values())]
@@ -149,19 +149,18 @@ def comparison_remarks(results: Results) -> list[str]:
 
 
 def set_names(results: Results) -> list[str]:
-    """The names of the evaluation sets, in the order of the file."""
+    """Returns the names of the evaluation sets, in the order of the file."""
     sets = _object(results, "sets")
     return [name for name, row in sets.items() if isinstance(row, dict)]
 
 
 def model_names(results: Results) -> list[str]:
-    """The names of the models, in the order of the file."""
+    """Returns the names of the models, in the order of the file."""
     return _list(results.get("models"), str)
 
 
 def prompting_modes(results: Results) -> list[str]:
-    """How questions were asked, as published_figures names it: "cot", "tool", or
-    "few_shot"."""
+    """Returns how questions were asked: "cot", "tool" or "few_shot"."""
     if _object(results, "settings").get("few_shot") is True:
         return ["few_shot"]
     tools = {measure.startswith("tool") for _, _, measure, _ in _measured(results)}
@@ -169,7 +168,7 @@ def prompting_modes(results: Results) -> list[str]:
 
 
 def measure_title(measure: str, temperature: float | None) -> str:
-    """A measure as people read it.
+    """Returns the name of a measure as people read it.
 
     >>> measure_title("tool_sampled", 0.7), measure_title("greedy", None)
     ('with programs, temperature 0.7', 'greedy')
@@ -181,7 +180,7 @@ def measure_title(measure: str, temperature: float | None) -> str:
 
 
 def format_p_value(p: float | None) -> str:
-    """Two digits, down to 0.001.
+    """Returns p with two digits, down to 0.001.
 
     >>> format_p_value(0.0123), format_p_value(1e-9), format_p_value(None)
     ('0.012', '< 0.001', '–')
@@ -192,7 +191,7 @@ def format_p_value(p: float | None) -> str:
 
 
 def _measured(results: Results) -> Iterator[tuple[str, str, str, Results]]:
-    """(set, model, measure, result) of every result that is there."""
+    """Returns (set, model, measure, result) of every result that is there."""
     for name in set_names(results):
         for model, measure in itertools.product(model_names(results), MEASURES):
             if result := _object(results, "sets", name, model, measure):
@@ -200,7 +199,7 @@ def _measured(results: Results) -> Iterator[tuple[str, str, str, Results]]:
 
 
 def _title(results: Results, measure: str) -> str:
-    """With the temperature, where all of it was sampled at the same one."""
+    """Returns a measure's title, with the temperature if there is only one."""
     found = [x for _, _, name, x in _measured(results) if name == measure]
     temperatures = {finite_number(x.get("temperature")) for x in found}
     return measure_title(
@@ -209,20 +208,20 @@ def _title(results: Results, measure: str) -> str:
 
 
 def _object(value: Any, *keys: str) -> dict[str, Any]:
-    """The object at a path of keys; {} where there is none."""
+    """Returns the object at a path of keys; {} where there is none."""
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value if isinstance(value, dict) else {}
 
 
 def _list(value: Any, kind: type[T]) -> list[T]:
-    """The items of a type; [] where there is no list."""
+    """Returns the items of a type; [] where there is no list."""
     given = value if isinstance(value, list | tuple) else ()
     return [x for x in given if isinstance(x, kind)]
 
 
 def _interval(value: Any) -> list[float]:
-    """Both bounds, or nothing."""
+    """Returns both bounds, or []."""
     numbers = map(finite_number, _list(value, object))
     bounds = [bound for bound in numbers if bound is not None]
     return bounds if len(bounds) == 2 else []
@@ -243,7 +242,7 @@ def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 
 def _signed(share: float | None) -> str:
-    """In points, with its sign."""
+    """Returns a share in points, with its sign."""
     return "–" if share is None else f"{100 * share:+.1f}".replace("-", "−")
 
 

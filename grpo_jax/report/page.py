@@ -56,7 +56,7 @@ def render_page(
     groups: Sequence[Mapping[str, Any]],
     findings: Sequence[str] = (),
 ) -> str:
-    """The whole page as HTML.
+    """Returns the whole page as HTML.
 
     Args:
       name: the run's, for the title.
@@ -157,7 +157,7 @@ def _header(
 
 
 def _comparison(results: Mapping[str, Any]) -> str:
-    """The comparison's tables, remarks and published figures; "" without any result."""
+    """Returns the comparison's tables and remarks; "" without any result."""
     names = comparison.set_names(results)
     if not names or not comparison.model_names(results):
         return ""
@@ -178,7 +178,7 @@ def _comparison(results: Mapping[str, Any]) -> str:
 def _stage_charts(
     stage: str, curves: Mapping[str, Curve], charts: list[dict[str, Any]]
 ) -> str:
-    """A stage's charts as HTML; appends their points to `charts`."""
+    """Returns a stage's charts as HTML; appends their points to `charts`."""
     drawn = []
     for title, patterns in CHARTS.items():
         names = [n for p in patterns for n in sorted(curves) if fnmatchcase(n, p)]

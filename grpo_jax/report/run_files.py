@@ -18,7 +18,7 @@ LARGEST_VALUE = 1e30  # of a curve; a diverged run goes beyond
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """The file's JSON object; {} if there is none."""
+    """Returns the file's JSON object; {} if there is none."""
     try:
         return _parse_object(file.read_bytes())
     except OSError:
@@ -51,7 +51,7 @@ def read_metric_curves(file: Path) -> dict[str, dict[str, Curve]]:
 
 
 def read_findings(file: Path) -> list[str]:
-    """The findings of metrics.jsonl (`training/diagnosis.py`), with stage and step."""
+    """Returns the findings of `training/diagnosis.py`, with stage and step."""
     rows = [_parse_object(line) for line in _lines(file)]
     return [
         f"{row.get('stage')} step {row.get('step')}: {row['diagnosis']}"
@@ -69,7 +69,7 @@ def _lines(file: Path) -> Iterator[bytes]:
 
 
 def read_sample_groups(file: Path, max_groups: int) -> list[dict[str, Any]]:
-    """Groups of samples.jsonl, evenly spread over the file, the last one among them.
+    """Returns groups of samples.jsonl, evenly spread over the file, with the last one.
 
     Args:
       file: samples.jsonl; it may be missing.

@@ -17,7 +17,7 @@ _HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def make_visible(value: Any, max_characters: int = 20_000) -> str:
-    r"""The text with control, direction and format characters written as ⟨U+…⟩.
+    r"""Returns the text with control, direction and format characters written as ⟨U+…⟩.
 
     A longer text ends in an ellipsis. Returns "" for a value that is no text.
 
@@ -41,12 +41,12 @@ def _visible_character(c: str) -> str:
 
 
 def escape_html(value: Any, max_characters: int = 200) -> str:
-    """The visible text as HTML, for an element or for a quoted attribute."""
+    """Returns the visible text as HTML, for an element or for a quoted attribute."""
     return html.escape(make_visible(value, max_characters))
 
 
 def finite_number(value: Any) -> float | None:
-    """The value as a float; None if it is not a finite number.
+    """Returns the value as a float; None if it is not a finite number.
 
     >>> [finite_number(x) for x in (1, float("nan"), "1", 10**999, True)]
     [1.0, None, None, None, None]
@@ -61,7 +61,7 @@ def finite_number(value: Any) -> float | None:
 
 
 def format_number(value: float | None) -> str:
-    """The number with four digits; an en dash for None.
+    """Returns the number with four digits; an en dash for None.
 
     >>> [format_number(x) for x in (0.123456, -1e-9, 12345.6, None)]
     ['0.1235', '−1e−09', '12346', '–']
@@ -73,7 +73,7 @@ def format_number(value: float | None) -> str:
 
 
 def script_json(value: Any) -> str:
-    """The value as JSON that can stand inside <script>: nothing in it ends the element.
+    """Returns the value as JSON that cannot end the <script> element around it.
 
     >>> script_json({"a": "</script><!--"})
     '{"a":"\\\\u003c/script\\\\u003e\\\\u003c!--"}'

@@ -21,7 +21,7 @@ _PER_TOKEN = ("logps", "ref_logps", "old_logps", "advantage", "mask")
 
 
 def prepare_sample_groups(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The groups as the page's script reads them, failures first in each.
+    """Returns the groups as the page's script reads them, failures first in each.
 
     If they are larger than `MAX_BYTES` together, every other one is left out until they
     fit; the newest always stays.

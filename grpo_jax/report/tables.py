@@ -41,14 +41,14 @@ class Table:
     caption: str = ""
 
     def column_groups(self) -> list[tuple[str, list[int]]]:
-        """(title, positions) of the columns that share a title, or of one column."""
+        """Returns (title, positions) of columns that share a title, or of one."""
         places = range(len(self.columns))
         groups = itertools.groupby(places, key=lambda i: self.columns[i].title or i)
         return [(k if isinstance(k, str) else "", list(group)) for k, group in groups]
 
 
 def to_markdown(table: Table) -> str:
-    """The table in Markdown. Cells are not escaped.
+    """Returns the table in Markdown. Cells are not escaped.
 
     >>> table = Table(
     ...     [Column("set"), Column("base", "greedy"), Column("rl", "greedy")],
@@ -73,7 +73,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_html(table: Table) -> str:
-    """The table as HTML that scrolls sideways on its own. All text is escaped.
+    """Returns the table as HTML that scrolls sideways on its own. All text is escaped.
 
     >>> "&lt;b&gt;" in to_html(Table([Column("name")], [["<b>"]]))
     True

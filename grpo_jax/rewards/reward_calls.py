@@ -52,7 +52,7 @@ def start_call(
         try:
             value = function(**arguments)
             if inspect.isawaitable(value):
-                # A little later than the caller gives up, who then calls it late.
+                # Cancelled a little after the caller has counted it as late.
                 value = asyncio.run(asyncio.wait_for(value, seconds + 0.5))
             # In this thread, as reading the returned object may run its own code.
             future.set_result(rewards_as_array(name, value, size))

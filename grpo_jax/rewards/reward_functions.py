@@ -1,5 +1,4 @@
-r"""The built-in reward functions, and `compute_rewards`, which calls reward functions
-safely.
+r"""The built-in reward functions, and `compute_rewards`, which calls all of a run's.
 
 A reward function has TRL's signature, sync or `async def`:
 `reward(prompts, completions, **columns) -> list[float | None]`. Each argument has N

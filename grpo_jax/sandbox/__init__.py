@@ -1,19 +1,17 @@
 """Runs programs that a model wrote where they can do no harm.
 
 A program is Python, with numpy and sympy at hand, and has limits on time, memory and
-output. `mechanisms` builds the command that starts a server, under one of two
-mechanisms:
+output. `mechanisms` builds the command that starts a server, in one of two ways:
 
 - bubblewrap: namespaces without a network, without /proc, and with no files but the
   libraries; each program also has a /tmp of its own, of 16 MiB.
 - Landlock: a program can read the libraries and write no file. It can still see whether
   a path exists.
 
-`server` is that server: it forks for each program, and the fork gives up everything
-that it will not need before it runs the program. Under both mechanisms seccomp refuses
+`server` is that server: it forks for each program, and the fork drops all rights that
+it will not need before it runs the program. Under both mechanisms seccomp refuses
 new processes, sockets and signals to others, rlimits bound the resources, and there are
-no capabilities. On a machine with neither there is no `Sandbox`: a program never runs
-unconfined.
+no capabilities. On a machine with neither there is no `Sandbox`, and no program runs.
 """
 
 import atexit
@@ -253,7 +251,7 @@ _shared_lock = threading.Lock()
 
 
 def shared_sandbox() -> Sandbox:
-    """This process's own sandbox, started by the first call; a fork gets another.
+    """Returns the sandbox of this process, which the first call starts.
 
     Raises:
       GrpoError: no mechanism works on this machine.

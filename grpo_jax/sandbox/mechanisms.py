@@ -35,7 +35,7 @@ def package_folders() -> list[Path]:
 
 
 def program_environment(library: str) -> dict[str, str]:
-    """The whole environment of a program; `library` is where Python's libraries are."""
+    """Returns the environment of a program; `library` holds Python's libraries."""
     return {
         "PATH": "/usr/bin:/bin",
         "HOME": "/tmp",

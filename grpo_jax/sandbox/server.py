@@ -8,7 +8,7 @@ the work:
 
     server   forks a keeper for every connection, and never runs a program itself
     keeper   forks the program, collects its output, and kills it at its limits
-    program  gives up everything that it will not need (`confine_process`), then runs
+    program  drops all rights that it will not need (`confine_process`), then runs
 
 A program has a process of its own, and under bubblewrap a /tmp of its own. It cannot
 make another process: once the keeper has seen it end, nothing of it is left.
@@ -72,7 +72,7 @@ _EPERM, _ENOSYS, _X86_64, _X32 = 1, 38, 0xC000003E, 0x40000000
 
 
 def seccomp_filter(may_write: bool) -> bytes:
-    """The system call filter as a BPF program: refuses with EPERM what is not listed.
+    """Returns a BPF program that refuses system calls that are not listed (EPERM).
 
     A call of another architecture or numbering kills the process.
 
@@ -114,7 +114,7 @@ def seccomp_filter(may_write: bool) -> bytes:
     return b"".join(struct.pack("=HBBI", *step) for step in steps)
 
 
-# ---- giving things up ----------------------------------------------------------------
+# ---- dropping rights -----------------------------------------------------------------
 def _call(function: str, *arguments: object) -> int:
     """Calls a function of the C library; raises OSError if it returns -1."""
     result = getattr(LIBC, function)(*arguments)

@@ -7,7 +7,7 @@ ignored, later. An error is one line that names the field.
 import dataclasses
 from typing import Any, get_args, get_type_hints
 
-from grpo_jax.algorithms.methods import METHODS, OWN_FIELDS
+from grpo_jax.algorithms.methods import METHOD_FIELDS, METHODS
 from grpo_jax.arguments import check_value
 from grpo_jax.config import (
     Config,
@@ -35,7 +35,7 @@ def validate_config(config: Config) -> Config:
     """
     check_fields(config)
     flat = flatten_config(config)
-    for name in OWN_FIELDS:
+    for name in METHOD_FIELDS:
         if flat[name] is not None and name not in METHODS[config.method].fields:
             raise GrpoError(
                 f"config.{name}: method {config.method} would ignore it; leave it out"
@@ -90,15 +90,15 @@ def _validate_sizes(config: Config) -> None:
             f"outputs a step are more than {COUNT:,} tokens; lower it, "
             "questions_per_step or group_size"
         )
-    own, steps = config.method_values(), config.rl_steps
-    if steps * own.get("updates_per_rollout", 1) > COUNT:
+    values, steps = config.method_values(), config.rl_steps
+    if steps * values.get("updates_per_rollout", 1) > COUNT:
         raise GrpoError(
             f"config.updates_per_rollout: more than {COUNT:,} updates in {steps} steps"
         )
-    if steps and own.get("iterations", 1) > steps:
+    if steps and values.get("iterations", 1) > steps:
         raise GrpoError(
-            f"config.iterations: {own['iterations']} do not fit into {steps} rl_steps; "
-            "an iteration has one at least"
+            f"config.iterations: {values['iterations']} do not fit into {steps} "
+            "rl_steps; an iteration has one at least"
         )
     mesh = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if 0 in mesh or mesh.count(-1) > 1:
@@ -137,31 +137,31 @@ def _validate_method(config: Config) -> None:
         raise GrpoError(
             f"config.rewards.functions: method {config.method} {reason}; leave it out"
         )
-    own = config.method_values()
+    values = config.method_values()
     groups = method.coefficient in ("outcome", "process", "pairs")
-    if groups and own.get("advantage_baseline") != "batch" and config.group_size < 2:
+    if groups and values.get("advantage_baseline") != "batch" and config.group_size < 2:
         raise GrpoError(
             f"config.group_size: {config.group_size} output a question has no group to "
             "be compared with; 2 or more"
         )
-    if own.get("surrogate") == "cispo" and own["clip_high"] is None:
+    if values.get("surrogate") == "cispo" and values["clip_high"] is None:
         raise GrpoError("config.clip_high: surrogate cispo needs it, the ratio's bound")
     if method.loss == "sft" and config.aggregate == "constant":
         raise GrpoError("config.aggregate: 'constant' is for GRPO's and PPO's losses")
-    judged = method.coefficient == "process" or "model" in reward_names(config)
+    needs_model = method.coefficient == "process" or "model" in reward_names(config)
     r = config.reward_model
-    made = not r.labels or own.get("iterations", 1) > 1
-    if judged and made and r.questions * r.samples < r.batch_size:
+    makes_labels = not r.labels or values.get("iterations", 1) > 1
+    if needs_model and makes_labels and r.questions * r.samples < r.batch_size:
         raise GrpoError(
             f"config.reward_model.questions: {r.questions} with {r.samples} output(s) "
             f"each are fewer than reward_model.batch_size, {r.batch_size}"
         )
-    if tool_generations(config) and judged:
+    if tool_generations(config) and needs_model:
         raise GrpoError(
             "config.tools.generations: a reward model is trained on outputs without "
             "programs; set it to 0, or take a method and rewards without the model"
         )
-    buffer = own.get("overlong_buffer", 0)
+    buffer = values.get("overlong_buffer", 0)
     longest = config.max_new_tokens * max(1, tool_generations(config))
     if buffer > longest:
         raise GrpoError(

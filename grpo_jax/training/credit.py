@@ -94,8 +94,7 @@ def assign_outcome_credit(
       scores: their rewards.
       weights: of the reward functions, in the order of `scores.by_function`.
       group_size: G.
-      scale: as in `group_advantages`.
-      baseline: as in `group_advantages`.
+      scale, baseline: as in `group_advantages`.
       each: normalise each reward function's values before they are summed with their
         weights (`decoupled_advantages`), instead of normalising the sum.
     """
@@ -126,7 +125,7 @@ def assign_process_credit(
       step_rewards: for each output, the reward of each step.
       group_size: G.
     """
-    rewards, ends = zeros_for_outputs(outputs), zeros_for_outputs(outputs)
+    rewards, ends = (zeros_for_outputs(outputs) for _ in range(2))
     for i, (where, values) in enumerate(zip(step_ends, step_rewards, strict=True)):
         rewards[i, list(where)] = values
         ends[i, list(where)] = 1
@@ -161,11 +160,7 @@ def assign_critic_credit(
       gamma: GAE's discount γ.
       lam: GAE's λ.
     """
-    r, v, mask = (
-        zeros_for_outputs(outputs),
-        zeros_for_outputs(outputs),
-        zeros_for_outputs(outputs),
-    )
+    r, v, mask = (zeros_for_outputs(outputs) for _ in range(3))
     for i, output in enumerate(outputs):
         n = len(output.tokens)
         v[i, :n] = values[i]
@@ -277,7 +272,7 @@ def mask_sample(sample: Sample) -> Sample:
 
 
 def has_gradient(sample: Sample) -> bool:
-    """Whether the policy's loss has a gradient on the sample."""
+    """Returns whether the policy's loss has a gradient on the sample."""
     return any(sample.mask) and bool(np.any(sample.advantages))
 
 

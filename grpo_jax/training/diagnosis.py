@@ -47,7 +47,7 @@ class History:
         return numbers if len(numbers) == self.window else []
 
     def always(self, name: str, holds: Callable[[float], bool]) -> bool:
-        """Whether a metric holds in each of the last `window` steps."""
+        """Returns whether a metric holds in each of the last `window` steps."""
         values = self.last(name)
         return bool(values) and all(holds(x) for x in values)
 
@@ -86,17 +86,17 @@ class Diagnosis:
         self.config = config
         self.rules = RULES if stage == "rl" else {}
         self.rows: list[Row] = []
-        self.said: set[str] = set()
+        self.reported: set[str] = set()
 
     def __call__(self, row: Row) -> str:
         self.rows.append(row)
         history, found = History(self.config, self.rows), []
         for name, rule in self.rules.items():
-            if name in self.said:
+            if name in self.reported:
                 continue
             if text := rule(history):
                 found.append(f"{name}: {text}")
-                self.said.add(name)
+                self.reported.add(name)
         return "; ".join(found)
 
 

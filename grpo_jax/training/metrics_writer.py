@@ -57,7 +57,7 @@ class Recorder:
         self.workdir = Path(workdir)
         self.config = config
         self.begin = claim
-        self._board: _Board | None = None
+        self._tensorboard: _TensorBoardFile | None = None
         self._wandb: Any = None
         self._stages: set[str] = set()  # stages whose step metric W&B knows
         self._next_report = 0.0
@@ -98,9 +98,9 @@ class Recorder:
             for name, value in values.items()
             if isinstance(value, int | float)
         }
-        if self._board is None:
-            self._board = _Board(self.workdir / "tensorboard")
-        self._board.write(step, numbers)
+        if self._tensorboard is None:
+            self._tensorboard = _TensorBoardFile(self.workdir / "tensorboard")
+        self._tensorboard.write(step, numbers)
         if self._wandb is not None:
             if stage not in self._stages:  # W&B's own count of steps never goes back
                 self._wandb.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
@@ -136,7 +136,7 @@ class Recorder:
         """
         for name in (METRICS, SAMPLES) if processes.is_first_process() else ():
             file = self.workdir / name
-            with _written(file):
+            with _explain_write_errors(file):
                 if file.exists():
                     _forget_after(file, stage, step)
 
@@ -165,7 +165,7 @@ def _forget_after(file: Path, stage: str, step: int) -> None:
 
 
 def _stage_and_step(line: bytes) -> tuple[str, int] | None:
-    """The stage and step of a line of metrics or samples; None if it is not one."""
+    """Returns a line's stage and step; None if it is no metric or sample."""
     try:
         values = parse_json(line.decode("utf-8"))
     except ValueError:
@@ -177,7 +177,7 @@ def _stage_and_step(line: bytes) -> tuple[str, int] | None:
 
 
 @contextlib.contextmanager
-def _written(file: Path) -> Iterator[None]:
+def _explain_write_errors(file: Path) -> Iterator[None]:
     """Raises a GrpoError for an OSError while a file is written."""
     try:
         yield
@@ -190,10 +190,10 @@ def _written(file: Path) -> Iterator[None]:
 
 def json_values(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Returns metrics as JSON has them; a number that is not finite becomes None."""
-    return {name: _plain(value) for name, value in metrics.items()}
+    return {name: _json_value(value) for name, value in metrics.items()}
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if value is None or isinstance(value, str | bool | int):
         return value
     number = float(value)
@@ -201,13 +201,13 @@ def _plain(value: Any) -> Any:
 
 
 def _append(file: Path, content: bytes) -> None:
-    with _written(file):
+    with _explain_write_errors(file):
         file.parent.mkdir(exist_ok=True)
         with open(file, "ab") as end:
             end.write(content)
 
 
-class _Board:
+class _TensorBoardFile:
     """TensorBoard's event file, written in the caller's thread.
 
     SummaryWriter writes in a thread behind a short queue. If a full disk ends that
@@ -246,7 +246,7 @@ def _start_wandb(project: str, workdir: Path, config: Any) -> Any:
         print("WANDB_PROJECT is set, but wandb is not installed", file=sys.stderr)
         return None
     file = workdir / "wandb_id"
-    with _written(file):
+    with _explain_write_errors(file):
         number = os.environ.get("WANDB_RUN_ID", "")
         if not number and file.exists():
             number = file.read_text(encoding="utf-8", errors="replace").strip()
@@ -264,8 +264,8 @@ def _start_wandb(project: str, workdir: Path, config: Any) -> Any:
                 allow_val_change=True,
             )
         except (wandb.Error, TypeError, ValueError) as error:
-            told = " ".join(str(error).split())
+            reason = " ".join(str(error).split())
             raise GrpoError(
-                f"Weights & Biases did not start ({told}); set WANDB_MODE=offline, or "
-                "leave WANDB_PROJECT out"
+                f"Weights & Biases did not start ({reason}); set WANDB_MODE=offline, "
+                "or leave WANDB_PROJECT out"
             ) from None

@@ -95,11 +95,11 @@ def grpo_objective(
             entropy=entropy if entropy_coef else None,
             entropy_coef=entropy_coef,
             segment_ids=micro.segment_ids,
-            normalizer=_divisor(options.get("aggregate"), sequences, tokens),
+            normalizer=_normalizer(options.get("aggregate"), sequences, tokens),
             kl_coef=kl_coef,
             **options,
         )
-        return loss, metrics | _watch(logps, entropy, micro)
+        return loss, metrics | _policy_metrics(logps, entropy, micro)
 
     return objective
 
@@ -119,10 +119,10 @@ def sft_objective(
             micro.mask,
             weights=micro.advantages,
             segment_ids=micro.segment_ids,
-            normalizer=_divisor(aggregate, sequences, tokens),
+            normalizer=_normalizer(aggregate, sequences, tokens),
             aggregate=aggregate,
         )
-        return loss, metrics | _watch(logps, entropy, micro)
+        return loss, metrics | _policy_metrics(logps, entropy, micro)
 
     return objective
 
@@ -203,12 +203,12 @@ def ppo_objective(
     return objective
 
 
-def _divisor(aggregate: str | None, sequences: Array, tokens: Array) -> Array:
+def _normalizer(aggregate: str | None, sequences: Array, tokens: Array) -> Array:
     return tokens if aggregate == "token_mean" else sequences
 
 
-def _watch(logps: Array, entropy: Array, micro: Batch) -> Metrics:
-    """Metrics of entropy and of the gap between trainer and sampler, in nats."""
+def _policy_metrics(logps: Array, entropy: Array, micro: Batch) -> Metrics:
+    """Returns entropy and the gap between trainer and sampler, in nats."""
     m = micro.mask
     metrics = {"entropy": _mean(entropy, m)}
     if micro.sampler_logps is not None:

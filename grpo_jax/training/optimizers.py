@@ -1,7 +1,7 @@
 """Optimisers and learning-rate schedules: AdamW with clipping and master weights.
 
-`make_optimizer` takes plain arguments. The functions after it give the optimiser of a
-stage as its config sets it; PPO's critic has one of its own beside the policy's.
+`make_optimizer` takes plain arguments. The functions after it build the optimiser of a
+stage from its config; PPO's critic has its own.
 """
 
 from __future__ import annotations
@@ -149,16 +149,16 @@ def make_stage_optimizer(
 def rl_optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
     """Returns the RL stage's (optimiser, schedule of the policy).
 
-    PPO's critic has its own optimiser in it, with its own rate and its own clipping.
+    PPO's critic is part of it, with its own rate and clipping.
     """
-    o, own = config.optimizer, config.method_values()
-    steps = config.rl_steps * own.get("updates_per_rollout", 1)
+    o, values = config.optimizer, config.method_values()
+    steps = config.rl_steps * values.get("updates_per_rollout", 1)
     options = dict(steps=steps, schedule=o.schedule, warmup_steps=o.warmup_steps)
     policy, rate = make_stage_optimizer(o, config.learning_rate, **options)
     if METHODS[config.method].coefficient != "critic":
         return policy, rate
-    own_rate = own["value_learning_rate"] or 10 * config.learning_rate
-    critic, _ = make_stage_optimizer(o, own_rate, **options)
+    critic_rate = values["value_learning_rate"] or 10 * config.learning_rate
+    critic, _ = make_stage_optimizer(o, critic_rate, **options)
 
     def owner(params):
         return {name: "critic" if name == "value" else "policy" for name in params}

@@ -80,7 +80,7 @@ def pack(
     placed = place_in_rows(samples, length, share, share_prompts, together)
     used = -(-len(placed) // rows)
     spans = _spans(samples, placed, share_prompts)
-    arrays = _fill(samples, of[0], spans, (used * rows, length))
+    arrays = _fill_arrays(samples, of[0], spans, (used * rows, length))
     return Batch(
         **{k: x.reshape(used, rows, length) for k, x in arrays.items()},
         used=np.int32(used),
@@ -127,18 +127,16 @@ def fitting_length(
       samples: the sequences to pack.
       longest: the largest length of a row.
       choices: how many lengths there are.
-      rows: as in `pack`.
-      share_prompts: as in `pack`.
-      together: as in `pack`.
+      rows, share_prompts, together: as in `pack`.
       padding: the share of empty positions up to which `longest` is taken.
 
     >>> samples = [Sample(tokens=[0] * 33, mask=[1] * 33)] * 3
     >>> fitting_length(samples, longest=64), fitting_length(samples, longest=32)
     (34, 32)
     """
-    asked = group_by_prompt(samples, share_prompts, together)
-    shortest = max(question.longest for question in asked)
-    positions = sum(question.positions for question in asked)
+    groups = group_by_prompt(samples, share_prompts, together)
+    shortest = max(group.longest for group in groups)
+    positions = sum(group.positions for group in groups)
     best, least = longest, 0
     for length in row_lengths(longest, choices):
         if length < shortest:
@@ -172,9 +170,7 @@ def unpack(
     Args:
       values: [A, B, T], computed from the batch of `pack` with the same samples.
       samples: the samples that were packed.
-      share: as in `pack`.
-      share_prompts: as in `pack`.
-      together: as in `pack`.
+      share, share_prompts, together: as in `pack`.
 
     Returns:
       An array [n - 1] for each sample.
@@ -225,7 +221,7 @@ def _spans(
                 at += stop - first
 
 
-def _fill(samples, like, spans: Iterator[_Span], shape) -> dict[str, np.ndarray]:
+def _fill_arrays(samples, like, spans: Iterator[_Span], shape) -> dict[str, np.ndarray]:
     extra = {k: v for k, v in FROM_SAMPLE.items() if getattr(like, v) is not None}
     of_target = {"targets": "tokens", "mask": "mask"} | extra
     dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), np.int32)

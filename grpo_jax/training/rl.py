@@ -18,16 +18,17 @@ from grpo_jax.models.decoder import Params
 from grpo_jax.training.optimizers import rl_optimizer
 from grpo_jax.training.reward_model.iterations import RewardModelIterations
 from grpo_jax.training.rl_programs import make_programs
-from grpo_jax.training.rl_step import RlStep, evaluate_now, on_device
+from grpo_jax.training.rl_step import RlStep, on_device
 from grpo_jax.training.rollout_pipeline import RolloutPipeline
 from grpo_jax.training.rollouts import RolloutSource
 from grpo_jax.training.run import Run, policy_params, run_stage
 from grpo_jax.training.run_census import FOLDER, check_census, run_census
+from grpo_jax.training.run_comparison import evaluate_policy
 from grpo_jax.training.train_step import TrainState
 
 
 def prepare_rl(run: Run) -> tuple[RolloutSource, RewardModelIterations]:
-    """Returns the run's questions and rewards, and its judges, all checked.
+    """Returns the run's source of rollouts and its reward models, both checked.
 
     Call it before any training, so that bad data or settings fail at the start.
 
@@ -36,15 +37,15 @@ def prepare_rl(run: Run) -> tuple[RolloutSource, RewardModelIterations]:
     """
     if run.config.census:
         check_census(run.config)
-    experience = RolloutSource(run)
-    return experience, RewardModelIterations(run, experience.questions)
+    source = RolloutSource(run)
+    return source, RewardModelIterations(run, source.questions)
 
 
 def train_rl(
     run: Run,
     instruct: Callable[[], Params],
-    experience: RolloutSource,
-    judges: RewardModelIterations,
+    source: RolloutSource,
+    reward_models: RewardModelIterations,
 ) -> tuple[Params, Params]:
     """Runs the RL steps that the work directory does not have yet.
 
@@ -52,8 +53,8 @@ def train_rl(
       run: the run.
       instruct: returns π_sft; the RL stage may donate its buffers. If π_ref is the
         base of LoRA's adapters, it is called only where RL has no checkpoint yet.
-      experience: the questions and rewards of `prepare_rl`.
-      judges: the judges of `prepare_rl`.
+      source: samples and scores the rollouts; from `prepare_rl`.
+      reward_models: from `prepare_rl`.
 
     Returns:
       (π_sft, π_θ) after the last step. π_sft is in the dtype of the computation.
@@ -62,16 +63,17 @@ def train_rl(
       GrpoError: the gradient or the sampling gap is out of bounds.
       Preempted: the run was asked to stop, and its state is saved.
     """
-    config, own = run.config, run.config.method_values()
+    config, values = run.config, run.config.method_values()
     method = METHODS[config.method]
     optimizer, learning_rate = rl_optimizer(config)
-    only_base = run.model.lora.rank and method.source == "policy" and not judges.needed
-    initial = None if only_base else instruct()  # until RL has parameters of its own
+    needs_sft = method.source != "policy" or reward_models.needed
+    only_base = run.model.lora.rank and not needs_sft
+    initial = None if only_base else instruct()  # until RL has its own parameters
     sft = None if initial is None else freeze_params(run, initial)
     if config.census:
         initial = instruct() if initial is None else initial
         run.recorder.begin()
-        experience.keep_questions(run_census(run, initial, run.workdir / FOLDER))
+        source.keep_questions(run_census(run, initial, run.workdir / FOLDER))
 
     def start() -> Params:
         nonlocal initial
@@ -84,33 +86,35 @@ def train_rl(
 
     def evaluate(step: int, state: TrainState) -> Mapping[str, float]:
         every = config.eval.every
-        return {} if not every or step % every else evaluate_now(run, state.params)
+        return {} if not every or step % every else evaluate_policy(run, state.params)
 
-    iterations = own.get("iterations", 1)
+    iterations = values.get("iterations", 1)
     reference, params = sft, None
     for i in range(iterations):
         if i + 1 < iterations and run.has_reference(i + 1):
             continue  # done before the run was resumed
-        begins = initial
+        policy = initial
         if i:
-            begins = params or run.load_reference(i)
+            policy = params or run.load_reference(i)
             if params is not None:
                 run.save_reference(i, params)
-            reference = freeze_params(run, begins)
-        judge = judges(i, begins)
-        begins = None
+            reference = freeze_params(run, policy)
+        scorer = reward_models(i, policy)
+        policy = None
         until = config.rl_steps * (i + 1) // iterations
         pipeline = RolloutPipeline(
-            experience, staleness=own.get("max_staleness", 0), until=until
+            source, staleness=values.get("max_staleness", 0), until=until
         )
 
         def make_step(
-            shardings, pipeline=pipeline, judge=judge, reference=reference
+            shardings, pipeline=pipeline, scorer=scorer, reference=reference
         ) -> RlStep:
             nonlocal initial
             initial = None  # a resumed stage has not taken it
             programs = make_programs(config, run.model, optimizer, shardings)
-            return RlStep(run, pipeline, judge, sft, reference, programs, learning_rate)
+            return RlStep(
+                run, pipeline, scorer, sft, reference, programs, learning_rate
+            )
 
         params = run_stage(
             run,

@@ -73,27 +73,31 @@ def make_programs(
 
 
 def needs_all_outputs(config: Config) -> bool:
-    """Whether every output has to be trained on, even one with no advantage.
+    """Returns whether every output has to be trained on, even one with no advantage.
 
     A KL term or an entropy bonus in the loss has a gradient on every output, and so
     have PPO's and DPO's losses. A KL term in the reward changes the advantages.
     """
-    own, loss = config.method_values(), METHODS[config.method].loss
-    return bool(own.get("kl_coef") or own.get("entropy_coef") or loss in ("ppo", "dpo"))
+    values, loss = config.method_values(), METHODS[config.method].loss
+    return bool(
+        values.get("kl_coef") or values.get("entropy_coef") or loss in ("ppo", "dpo")
+    )
 
 
 def make_objective(config: Config, model: Decoder) -> Objective:
     """Returns the objective of the config's method, on the run's model."""
-    own, temperature = config.method_values(), config.temperature
+    values, temperature = config.method_values(), config.temperature
     loss = METHODS[config.method].loss
     if loss == "sft":
-        return sft_objective(model, temperature=temperature, aggregate=own["aggregate"])
+        return sft_objective(
+            model, temperature=temperature, aggregate=values["aggregate"]
+        )
     if loss == "dpo":
         return dpo_objective(
             model,
             temperature=temperature,
-            beta=own["dpo_beta"],
-            length_normalized=own["length_normalized"],
+            beta=values["dpo_beta"],
+            length_normalized=values["length_normalized"],
         )
     options = loss_options(config)
     if loss == "ppo":
@@ -101,7 +105,7 @@ def make_objective(config: Config, model: Decoder) -> Objective:
         return ppo_objective(
             model,
             RewardModel(model),
-            value_clip=own["value_clip"],
+            value_clip=values["value_clip"],
             temperature=temperature,
             **options,
         )
@@ -110,15 +114,15 @@ def make_objective(config: Config, model: Decoder) -> Objective:
 
 def loss_options(config: Config) -> dict[str, Any]:
     """Returns the options of `grpo_loss` that the method and the config set."""
-    own = config.method_values()
+    values = config.method_values()
     names = ("clip_low", "clip_high", "aggregate", "entropy_coef", "importance_cap")
     names += ("delta", "kl_estimator", "importance", "surrogate", "kl_coef")
-    options = {name: own[name] for name in names if name in own}
+    options = {name: values[name] for name in names if name in values}
     if METHODS[config.method].kl == "reward":
         options["kl_coef"] = 0.0
-    if own["max_staleness"] and own["importance_cap"] is None:
+    if values["max_staleness"] and values["importance_cap"] is None:
         options["importance_cap"] = 2.0
-    if own["aggregate"] == "constant":
+    if values["aggregate"] == "constant":
         options["max_length"] = config.max_new_tokens * max(1, tool_generations(config))
     return options
 

@@ -8,7 +8,8 @@
    the next step's outputs (`rollout_pipeline.py`).
 5. Meanwhile, compute the rewards r_i on the host with the reward functions, or with the
    reward model.
-6. Assign credit: Â of each token, as `algorithms/methods.py` defines it for the method.
+6. Assign credit: Â of each token, as `algorithms/methods.py` defines it for the method
+   and `credit.py` computes it. Truncated outputs may be masked (mask_truncated).
 7. Pack prompts and outputs into rows, several to a row.
 8. Update π_θ μ times with one compiled program.
 9. Record the metrics, and one group of outputs for the reader.
@@ -26,14 +27,12 @@ import jax
 import numpy as np
 
 from grpo_jax.algorithms.methods import METHODS
-from grpo_jax.config import set_names, tool_generations
 from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
-from grpo_jax.evaluation.comparison import measure_name
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Params
 from grpo_jax.rewards.reward_functions import RewardScores
-from grpo_jax.training import credit, run_comparison
+from grpo_jax.training import credit
 from grpo_jax.training.batch import Batch, Sample
 from grpo_jax.training.credit import Output
 from grpo_jax.training.packing import unpack
@@ -76,8 +75,8 @@ class RlStep:
 
     Args:
       run: the run.
-      pipeline: gives the rollouts.
-      judge: the reward model; None if the run needs none.
+      pipeline: samples the rollouts.
+      scorer: the reward model; None if the run needs none.
       sft: π_sft, frozen; None if nothing needs it.
       reference: π_ref, frozen; None takes the base of LoRA's adapters.
       programs: the compiled update and forward passes.
@@ -86,7 +85,7 @@ class RlStep:
 
     run: Run
     pipeline: RolloutPipeline
-    judge: OutputScorer | None
+    scorer: OutputScorer | None
     sft: Params | None
     reference: Params | None
     programs: Programs
@@ -105,31 +104,29 @@ class RlStep:
         # A batch of all outputs has the same rows whatever their rewards will be. Its
         # forward passes run while the host grades.
         needed = self.kl_coef or self.updates > 1 or self.has_critic
-        first = (
-            needed and self.needs_all_outputs and not self.pipeline.experience.replaces
-        )
+        first = needed and self.needs_all_outputs and not self.pipeline.source.replaces
         self.passes_come_first = first
 
     def __call__(self, step: int, state: TrainState) -> tuple[TrainState, Metrics]:
         """Takes step number `step`; the state's buffers are donated."""
-        clock, experience = _Clock(), self.pipeline.experience
+        clock, source = _Clock(), self.pipeline.source
         config = self.run.config
         sampler = state.params
         if self.method.source == "instruct":
             assert self.sft is not None
             sampler = on_device(self.run, self.sft)
-        drawn, staleness = self.pipeline.take_rollout(step, sampler)  # 1, 2, 3
-        outputs = read_outputs(drawn)
+        rollout, staleness = self.pipeline.take_rollout(step, sampler)  # 1, 2, 3
+        outputs = read_outputs(rollout)
         clock.stop("time/sample")  # how long the host waited
         passes = ForwardPasses()
         if self.passes_come_first:  # 4
             batch = self.layout([o.sample for o in outputs])
             passes = self.run_passes(state, batch, outputs)
         self.pipeline.start_rollout(step + 1, sampler)
-        judged = self.judge.outcome if self.judge else None
-        outputs, scores, spent = experience.score_rollout(
-            step, outputs, sampler, judged
-        )  # 5
+        outcome_scorer = self.scorer.outcome if self.scorer else None  # 5
+        outputs, scores, sampling_metrics = source.score_rollout(
+            step, outputs, sampler, outcome_scorer
+        )
         clock.stop("time/rewards")
         samples = self.assign_credit(step, outputs, scores, passes)  # 6
         if self.options.get("mask_truncated"):
@@ -145,11 +142,11 @@ class RlStep:
         if self.updates == 1 and not staleness:
             check_gap(metrics, config.optimizer.max_sampling_gap)
         metrics |= outcome_metrics(outputs, scores, config.group_size)  # 9
-        metrics |= spent | {
+        metrics |= sampling_metrics | {
             "learning_rate": float(self.learning_rate(step * self.updates)),
             "samples/taught": float(taught),
             "sampling/staleness": float(staleness),
-            "sampling/occupancy": float(drawn.arrays["occupancy"]),
+            "sampling/occupancy": float(rollout.arrays["occupancy"]),
             **clock.seconds,
         }
         known = passes.by_output
@@ -200,9 +197,9 @@ class RlStep:
             rng = np.random.default_rng([self.run.config.seed, step])
             return credit.make_preference_pairs(outputs, rewards, group_size, rng)
         if kind == "process":
-            assert self.judge is not None
+            assert self.scorer is not None
             return credit.assign_process_credit(
-                outputs, *self.judge.steps(outputs), group_size
+                outputs, *self.scorer.steps(outputs), group_size
             )
         ref = passes.by_output["ref_logps"] if self.kl_in_reward else None
         if kind == "critic":
@@ -225,7 +222,7 @@ class RlStep:
         return credit.assign_outcome_credit(
             outputs,
             scores,
-            self.pipeline.experience.rewards.all_weights,
+            self.pipeline.source.rewards.all_weights,
             group_size,
             scale=options["advantage_scale"],
             baseline=options["advantage_baseline"],
@@ -317,20 +314,3 @@ def by_output(values: Any, outputs: Sequence[Output]) -> list[np.ndarray]:
     samples = [o.sample for o in outputs]
     found = unpack(sharding.fetch_to_hosts(values), samples, share_prompts=True)
     return [x[-len(o.tokens) :] for o, x in zip(outputs, found, strict=True)]
-
-
-def evaluate_now(run: Run, params: Params) -> dict[str, float]:
-    """Returns greedy accuracy on the comparison's first set, and the seconds taken.
-
-    Raises:
-      Preempted: the run was asked to stop.
-    """
-    started = time.perf_counter()
-    name = set_names(run.config)[0]
-    result = run_comparison.evaluate_set(run, params, name)
-    mode = "tool" if tool_generations(run.config) else "cot"
-    greedy = result[measure_name(mode, "greedy")]
-    found = {f"eval/{name}/greedy_accuracy": greedy["accuracy"]}
-    if mode == "tool":
-        found[f"eval/{name}/program_accuracy"] = greedy["program"]["accuracy"]
-    return found | {"time/eval": time.perf_counter() - started}

@@ -33,13 +33,13 @@ class RolloutPipeline:
     """The rollouts of the steps before `until`.
 
     Args:
-      experience: samples the rollouts.
+      source: samples the rollouts.
       staleness: how many rollouts may be sampled ahead, 0 or 1.
       until: the first step whose rollout is not sampled ahead.
     """
 
-    def __init__(self, experience: RolloutSource, *, staleness: int, until: int):
-        self.experience, self.staleness, self.until = experience, staleness, until
+    def __init__(self, source: RolloutSource, *, staleness: int, until: int):
+        self.source, self.staleness, self.until = source, staleness, until
         self.ahead: PendingRollout | None = None
 
     def take_rollout(self, step: int, params: Params) -> tuple[PendingRollout, int]:
@@ -47,15 +47,15 @@ class RolloutPipeline:
 
         It is sampled from `params` now, with staleness 0, unless it is under way.
         """
-        drawn, self.ahead = self.ahead, None
-        if drawn is not None and drawn.step == step:
-            return drawn, 1
-        return self.experience.sample_rollout(step, params), 0
+        rollout, self.ahead = self.ahead, None
+        if rollout is not None and rollout.step == step:
+            return rollout, 1
+        return self.source.sample_rollout(step, params), 0
 
     def start_rollout(self, step: int, params: Params) -> None:
         """Dispatches a step's rollout, if it may be sampled ahead."""
         if self.staleness and step < self.until:
-            self.ahead = self.experience.sample_rollout(step, params)
+            self.ahead = self.source.sample_rollout(step, params)
 
     def pending_state(self) -> dict[str, Any]:
         """Waits for the rollout that is under way and returns it as JSON values."""
@@ -64,27 +64,24 @@ class RolloutPipeline:
         file, step = io.BytesIO(), self.ahead.step
         np.savez_compressed(file, **sharding.fetch_to_hosts(self.ahead.arrays))
         arrays = base64.b64encode(file.getvalue()).decode("ascii")
-        return {"ahead": {"step": step, "of": self._asked(step), "arrays": arrays}}
+        of = self._request_checksum(step)
+        return {"ahead": {"step": step, "of": of, "arrays": arrays}}
 
     def restore_pending(self, kept: Mapping[str, Any]) -> None:
-        """Restores what `keep` returned, unless the step's prompts have changed."""
+        """Restores a pending state, unless the prompts of its step have changed."""
         saved = kept.get("ahead")
         if not self.staleness or not saved or saved["step"] >= self.until:
             return
         step = saved["step"]
-        if saved["of"] == self._asked(step):
+        if saved["of"] == self._request_checksum(step):
             with np.load(io.BytesIO(base64.b64decode(saved["arrays"]))) as arrays:
-                prompts = self.experience.batches[0][step]
+                prompts = self.source.batches[0][step]
                 self.ahead = PendingRollout(step, prompts, dict(arrays))
 
-    def _asked(self, step: int) -> int:
-        """A checksum of a step's prompts and of the shape of its rollout."""
-        config = self.experience.run.config
-        ids = [ids for _, ids in self.experience.batches[0][step]]
-        asked = [
-            ids,
-            config.group_size,
-            config.max_new_tokens,
-            tool_generations(config),
-        ]
-        return zlib.crc32(json.dumps(asked).encode())
+    def _request_checksum(self, step: int) -> int:
+        """Returns a checksum of a step's prompts and of its rollout's shape."""
+        config = self.source.run.config
+        prompts = [ids for _, ids in self.source.batches[0][step]]
+        request = [prompts, config.group_size, config.max_new_tokens]
+        request.append(tool_generations(config))
+        return zlib.crc32(json.dumps(request).encode())

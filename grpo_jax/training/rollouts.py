@@ -1,4 +1,4 @@
-"""Experience: the outputs of a step and their rewards.
+"""Rollouts: the outputs of a step and their rewards.
 
 Samples G outputs o_i of each question and scores them (DeepSeekMath, Algorithm 1,
 lines 6 to 8), with DAPO's dynamic sampling (Yu et al. 2025) on request. There are three
@@ -46,8 +46,7 @@ OutcomeScorer = Callable[[Sequence[Output]], np.ndarray]
 def load_questions(run: Run) -> Prompts:
     """Returns the RL questions with their prompts' token ids.
 
-    Questions longer than `data.max_prompt_tokens` are left out, and their number is
-    printed.
+    Questions longer than `data.max_prompt_tokens` are left out, and counted.
 
     Raises:
       GrpoError: the set cannot be read, or the processes have different ones.
@@ -64,8 +63,8 @@ def load_questions(run: Run) -> Prompts:
             f"rl: {dropped} of {dropped + len(kept)} questions are longer than "
             f"data.max_prompt_tokens {data.max_prompt_tokens} and left out"
         )
-    asked = [ids for _, ids in kept]
-    processes.check_equal("data.train", {"rows": examples.digest, "prompts": asked})
+    prompts = [ids for _, ids in kept]
+    processes.check_equal("data.train", {"rows": examples.digest, "prompts": prompts})
     return kept
 
 
@@ -85,17 +84,17 @@ class PendingRollout:
     arrays: dict[str, Any]
 
 
-def read_outputs(drawn: PendingRollout) -> list[Output]:
+def read_outputs(rollout: PendingRollout) -> list[Output]:
     """Waits for the outputs and returns them, not decoded to text yet."""
-    arrays = sharding.fetch_to_hosts(drawn.arrays)
+    arrays = sharding.fetch_to_hosts(rollout.arrays)
     lengths = arrays.pop("lengths")
-    samples = len(lengths) // len(drawn.prompts)
+    samples = len(lengths) // len(rollout.prompts)
     del arrays["occupancy"]
     if "mask" in arrays:
         arrays["mask"] = arrays["mask"].astype(int)
     outputs = []
     for i, n in enumerate(lengths):
-        example, prompt = drawn.prompts[i // samples]
+        example, prompt = rollout.prompts[i // samples]
         fields = {
             name: x[i, :n].tolist() if x.ndim == 2 else x[i].item()
             for name, x in arrays.items()
@@ -222,7 +221,7 @@ class RolloutSource:
         step: int,
         outputs: Sequence[Output],
         params: Params,
-        judge: OutcomeScorer | None = None,
+        outcome_scorer: OutcomeScorer | None = None,
     ) -> tuple[list[Output], RewardScores, dict[str, float]]:
         """Scores a step's outputs; with dynamic sampling, replaces tied groups.
 
@@ -235,7 +234,7 @@ class RolloutSource:
           step: the step's number.
           outputs: the outputs of the step's first rollout, [N].
           params: the policy that samples further rollouts.
-          judge: the reward model's outcome score; None for a run without one.
+          outcome_scorer: the reward model's outcome scores; None without such a reward.
 
         Returns:
           (N outputs, their scores, metrics of the dynamic sampling).
@@ -245,7 +244,7 @@ class RolloutSource:
         groups: list[tuple[bool, list[Output], RewardScores]] = []  # (tied, …)
         rounds = 1
         while True:
-            outputs, scores = self.score_outputs(outputs, judge)
+            outputs, scores = self.score_outputs(outputs, outcome_scorer)
             if not self.replaces:
                 return outputs, scores, {}
             correct = self.rewards.correctness(scores)
@@ -268,7 +267,7 @@ class RolloutSource:
         return outputs, RewardScores.join([scores for _, _, scores in groups]), metrics
 
     def score_outputs(
-        self, outputs: Sequence[Output], judge: OutcomeScorer | None
+        self, outputs: Sequence[Output], outcome_scorer: OutcomeScorer | None
     ) -> tuple[list[Output], RewardScores]:
         """Returns the outputs with their texts, and the scores of all of them.
 
@@ -277,15 +276,15 @@ class RolloutSource:
         """
         outputs = list(outputs)
         mine = processes.share_of_process(len(outputs), self.run.config.group_size)
-        judged = None
+        model_scores = None
         if self.rewards.asks_model:
-            assert judge is not None  # a run with "model" among its rewards has one
-            judged = judge(outputs)[mine]
+            assert outcome_scorer is not None  # as "model" is among the rewards
+            model_scores = outcome_scorer(outputs)[mine]
         graded = [
             dataclasses.replace(o, text=self.decode_text(o)) for o in outputs[mine]
         ]
         outputs[mine] = graded
-        return outputs, self.rewards(graded, judged).gather()
+        return outputs, self.rewards(graded, model_scores).gather()
 
 
 def _values(rewards: np.ndarray) -> set[float]:
@@ -325,7 +324,7 @@ def outcome_metrics(
 
 
 def share_without_answer(outputs: Sequence[Output]) -> float:
-    """The share of outputs with digits in which the rule finds no answer.
+    """Returns the share of outputs with digits in which the rule finds no answer.
 
     Only the first 64 texts that this process has decoded are read.
     """
@@ -360,15 +359,13 @@ def write_sample_group(
       **logps: further log-probabilities of each output's tokens (ref_logps, old_logps);
         None if they are not known.
     """
+    one_each = len(samples) == len(outputs)  # not for DPO's pairs
     shown = []
     for i, o in enumerate(outputs[: run.config.group_size]):
         row = {
             "completion": o.text or run.tokenizer.decode(o.tokens),
             "reward": _number(rewards[i]),
-            # DPO's pairs have no advantage for each output.
-            "advantage": _advantage(samples[i])
-            if len(samples) == len(outputs)
-            else None,
+            "advantage": _advantage(samples[i]) if one_each else None,
             "finished": o.finished,
         }
         if o.calls is not None:
@@ -382,12 +379,12 @@ def write_sample_group(
             row |= {name: [_number(x, 3) for x in known[name]] for name in known}
         shown.append(row)
     example = outputs[0].example
-    asked = {"question": example.question, "answer": example.answer}
-    run.recorder.write_samples("rl", step + 1, {**asked, "completions": shown})
+    question = {"question": example.question, "answer": example.answer}
+    run.recorder.write_samples("rl", step + 1, {**question, "completions": shown})
 
 
 def _advantage(sample: Sample) -> Any:
-    """One number for the output, or one for each of its tokens; None if masked."""
+    """Returns one number, or one for each of the output's tokens; None if masked."""
     if not any(sample.mask):
         return None
     if isinstance(sample.advantages, float):

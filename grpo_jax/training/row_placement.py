@@ -24,7 +24,7 @@ def row_lengths(longest: int, choices: int) -> list[int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class PromptGroup:
     """Samples of one prompt, with the positions that it and each of them take."""
 
     before: int  # of the shared prompt
@@ -44,7 +44,7 @@ class Question:
 
 def group_by_prompt(
     samples: Sequence[Sample], share_prompts: bool, together: int
-) -> list[Question]:
+) -> list[PromptGroup]:
     """Groups samples by prompt, in the order of their longest samples."""
     units: dict[Any, list[range]] = {}
     for start in range(0, len(samples), together):
@@ -58,8 +58,8 @@ def group_by_prompt(
             (sum(len(samples[i].tokens) - 1 - before for i in unit), unit)
             for unit in of_prompt
         ]
-        found.append(Question(before, sorted(sized, key=lambda pair: -pair[0])))
-    return sorted(found, key=lambda question: -question.units[0][0])
+        found.append(PromptGroup(before, sorted(sized, key=lambda pair: -pair[0])))
+    return sorted(found, key=lambda group: -group.units[0][0])
 
 
 def place_in_rows(
@@ -78,9 +78,7 @@ def place_in_rows(
     Args:
       samples: the sequences to pack.
       length: T, positions of a row.
-      share: as in `pack`.
-      share_prompts: as in `pack`.
-      together: as in `pack`.
+      share, share_prompts, together: as in `pack`.
 
     Returns:
       For each row, the indices of its samples, grouped by prompt.
@@ -94,34 +92,34 @@ def place_in_rows(
                 f"pack: sample {i} has {len(sample.tokens)} tokens; 2 to {length + 1} "
                 "fit a row"
             )
-    asked = group_by_prompt(samples, share_prompts, together)
-    for question in asked:
-        if question.longest > length:
+    groups = group_by_prompt(samples, share_prompts, together)
+    for group in groups:
+        if group.longest > length:
             raise GrpoError(
-                f"pack: {together} samples take {question.longest} positions together; "
+                f"pack: {together} samples take {group.longest} positions together; "
                 f"{length} fit a row"
             )
-    best = _first_fit(asked, length, share)
-    least = -(-sum(question.positions for question in asked) // length)
+    best = _first_fit(groups, length, share)
+    least = -(-sum(group.positions for group in groups) // length)
     orders = min(64, 2**18 // max(len(samples), 1) ** 2)
     order = np.random.default_rng(0)  # the same samples always get the same rows
     for _ in range(1, orders if share and share_prompts else 1):
         if len(best) <= least:
             break
-        shuffled = [asked[i] for i in order.permutation(len(asked))]
+        shuffled = [groups[i] for i in order.permutation(len(groups))]
         best = min(best, _first_fit(shuffled, length, share), key=len)
     return best
 
 
-def _first_fit(asked: list[Question], length: int, share: bool) -> list[Row]:
+def _first_fit(groups: list[PromptGroup], length: int, share: bool) -> list[Row]:
     rows: list[Row] = []
     room: list[int] = []
-    for question in asked:
+    for group in groups:
         here: dict[int, list[int]] = {}  # the rows with this prompt
-        for need, unit in question.units:
+        for need, unit in group.units:
             number = next((n for n in here if need <= room[n]), None)
             if number is None:
-                need += question.before
+                need += group.before
                 fits = (n for n, space in enumerate(room) if share and need <= space)
                 number = next(fits, len(rows))
                 if number == len(rows):
@@ -135,5 +133,5 @@ def _first_fit(asked: list[Question], length: int, share: bool) -> list[Row]:
 
 
 def shared_positions(sample: Sample, share_prompts: bool) -> int:
-    """Positions of a shared prompt; its last token belongs to each output's segment."""
+    """Returns the positions of a shared prompt, which lack its last token."""
     return max(sample.prompt - 1, 0) if share_prompts else 0

@@ -36,7 +36,7 @@ from grpo_jax.training.start_time import start_time
 from grpo_jax.training.train_step import TrainState, make_step
 from grpo_jax.training.work_directory import WorkDirectoryClaim, read_config
 
-Body = Callable[[int, TrainState], tuple[TrainState, Mapping[str, Any]]]
+StepFunction = Callable[[int, TrainState], tuple[TrainState, Mapping[str, Any]]]
 STAGES = {"sft": "sft_steps", "rl": "rl_steps"}
 
 
@@ -101,7 +101,7 @@ class Run:
         return setup.make_on_mesh(self.mesh, init, params)
 
     def is_finished(self, stage: str) -> bool:
-        """Whether a stage has a finished checkpoint."""
+        """Returns whether a stage has a finished checkpoint."""
         if not (self.workdir / "checkpoints" / stage).is_dir():
             return False
         with self.checkpoints(stage, clean=False) as checkpoints:
@@ -110,7 +110,7 @@ class Run:
     # The π_ref of each iteration of an iterative method (section 4.1.4).
 
     def has_reference(self, iteration: int) -> bool:
-        """Whether the π_ref of an iteration is saved."""
+        """Returns whether the π_ref of an iteration is saved."""
         return self.is_finished(f"reference-{iteration}")
 
     def load_reference(self, iteration: int) -> Params:
@@ -132,7 +132,7 @@ def run_stage(
     stage: str,
     optimizer: optax.GradientTransformation,
     start_params: Callable[[], Params],
-    make_body: Callable[[Any], Body],
+    make_step_function: Callable[[Any], StepFunction],
     *,
     steps: int,
     until: int | None = None,
@@ -148,7 +148,7 @@ def run_stage(
       optimizer: the stage's optimiser.
       start_params: returns the first parameters, whose buffers are donated. Called
         only where the stage has no checkpoint yet.
-      make_body: takes the shardings of the state and returns the step,
+      make_step_function: takes the shardings of the state and returns the step,
         (step, state) → (state, metrics).
       steps: the steps of the whole stage.
       until: stop before this step, to be called again later; None runs all steps.
@@ -200,11 +200,11 @@ def run_stage(
             write(done, time.perf_counter() - unwritten.pop("step_time"), unwritten)
         if done >= end:
             return state.params
-        body = make_body(shardings)
+        take_step = make_step_function(shardings)
         with progress_bar(stage, done, steps) as bar:
             for step in range(done, end):
                 begin = time.perf_counter()
-                state, metrics = body(step, state)
+                state, metrics = take_step(step, state)
                 seconds = time.perf_counter() - begin
                 _stop_if_broken(run, stage, step, state)
                 metadata, evaluated = run.claim.origin(stage), False
@@ -234,7 +234,7 @@ def run_supervised_stage(
     optimizer: tuple[optax.GradientTransformation, Any],
     start_params: Callable[[], Params],
     objective: Objective,
-    batch_of: Callable[[int], Batch],
+    make_batch: Callable[[int], Batch],
     *,
     steps: int,
 ) -> Params:
@@ -246,22 +246,24 @@ def run_supervised_stage(
       optimizer: (optimiser, schedule: step → learning rate).
       start_params: returns the first parameters, whose buffers are donated.
       objective: the loss of a micro-batch.
-      batch_of: returns a step's batch, on the host.
+      make_batch: returns a step's batch, on the host.
       steps: the steps of the whole stage.
     """
     transformation, rate = optimizer
 
-    def make_body(shardings: Any) -> Body:
+    def make_step_function(shardings: Any) -> StepFunction:
         update = make_step(objective, transformation, state_shardings=shardings)
         place = sharding.batch_placer(run.mesh)
 
-        def body(step, state):
-            state, metrics = update(state, None, place(batch_of(step)))
+        def take_step(step, state):
+            state, metrics = update(state, None, place(make_batch(step)))
             return state, jax.device_get(metrics) | {"learning_rate": float(rate(step))}
 
-        return body
+        return take_step
 
-    return run_stage(run, stage, transformation, start_params, make_body, steps=steps)
+    return run_stage(
+        run, stage, transformation, start_params, make_step_function, steps=steps
+    )
 
 
 def _headline(metrics: Mapping[str, Any]) -> str:

@@ -61,9 +61,9 @@ def census_sets(run: Run) -> dict[str, PromptedSet]:
                 f"data {name!r}: all questions are longer than data.max_prompt_tokens "
                 f"{config.data.max_prompt_tokens}; raise it"
             )
-        asked = PromptedSet(name, [e for e, _ in kept], [ids for _, ids in kept])
-        processes.check_equal(f"census of {name}", {"prompts": asked.digest()})
-        found[name] = asked
+        prompted = PromptedSet(name, [e for e, _ in kept], [ids for _, ids in kept])
+        processes.check_equal(f"census of {name}", {"prompts": prompted.digest()})
+        found[name] = prompted
     return found
 
 
@@ -80,7 +80,7 @@ def run_census(run: Run, params: Params, folder: Path) -> list[Example]:
 
     Raises:
       GrpoError: a set cannot be used, or the run has tools.
-      Preempted: it was asked to stop; the same command goes on from there.
+      Preempted: it was asked to stop; the same command resumes.
     """
     config = run.config
     check_census(config)
@@ -91,12 +91,12 @@ def run_census(run: Run, params: Params, folder: Path) -> list[Example]:
     )
     figures: dict[str, Any] = {}
     teaching: list[Example] = []
-    for name, asked in census_sets(run).items():
+    for name, prompted in census_sets(run).items():
         found = answer_all(
             run.model,
             params,
             run.tokenizer,
-            asked,
+            prompted,
             settings,
             kind="sampled",
             label=f"census of {name}",
@@ -104,15 +104,17 @@ def run_census(run: Run, params: Params, folder: Path) -> list[Example]:
             restart=True,
         )
         rows = [row for row in found if row is not None]
-        prompts = [ids for ids in asked.prompts if ids is not None]
-        counts = take_census(run.tokenizer, asked.examples, prompts, rows)
+        prompts = [ids for ids in prompted.prompts if ids is not None]
+        counts = take_census(run.tokenizer, prompted.examples, prompts, rows)
         figures[name] = summarize_counts(counts, config.group_size)
-        teaching += [asked.examples[i] for i in np.flatnonzero(counts.teaches).tolist()]
+        teaching += [
+            prompted.examples[i] for i in np.flatnonzero(counts.teaches).tolist()
+        ]
     advice = give_advice(figures, config.max_new_tokens)
     if processes.is_first_process():
         about = {"samples": config.census_samples, "group_size": config.group_size}
         write_json(folder / "census.json", about | {"sets": figures, "advice": advice})
-        lines = [to_json(row_of(example)) for example in teaching]
+        lines = [to_json(example_as_row(example)) for example in teaching]
         write_whole(folder / TEACHING, b"".join(lines))
     count = sum(rows[0]["questions"] for rows in figures.values())
     advice.append(
@@ -157,8 +159,8 @@ def census_table(figures: dict[str, list[dict[str, Any]]]) -> Table:
     return Table([Column(name) for name in names], rows)
 
 
-def row_of(example: Example) -> dict[str, Any]:
-    """A question as a line of a JSON-lines file that `data.train` takes."""
+def example_as_row(example: Example) -> dict[str, Any]:
+    """Returns a question as a line of a file that `data.train` takes."""
     values = {f.name: getattr(example, f.name) for f in dataclasses.fields(example)}
     columns = dict(values.pop("columns"))
     if "messages" in columns:  # the turns before the question

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 from grpo_jax.config import Config, set_names, tool_generations
 from grpo_jax.data import registry
 from grpo_jax.distributed import processes
 from grpo_jax.evaluation import generate_answers, metrics
-from grpo_jax.evaluation.comparison import Result, Scores, add_scores, measure_set
+from grpo_jax.evaluation.comparison import (
+    Result,
+    Scores,
+    add_scores,
+    measure_name,
+    measure_set,
+)
 from grpo_jax.evaluation.generate_answers import AnswerSettings
 from grpo_jax.files import write_json
 from grpo_jax.models.decoder import Params
@@ -57,8 +64,24 @@ def evaluate_set(run: Run, params: Params, name: str) -> Result:
       Measure → figures, as in results.json.
     """
     settings = settings_of(run.config)
-    asked = run.model, params, run.tokenizer, name, settings
-    return measure_set(*asked, sampled=False).result
+    model = run.model, params, run.tokenizer
+    return measure_set(*model, name, settings, sampled=False).result
+
+
+def evaluate_policy(run: Run, params: Params) -> dict[str, float]:
+    """Returns greedy accuracy on the comparison's first set, and the seconds taken.
+
+    Raises:
+      Preempted: the run was asked to stop.
+    """
+    started = time.perf_counter()
+    name = set_names(run.config)[0]
+    mode = "tool" if tool_generations(run.config) else "cot"
+    greedy = evaluate_set(run, params, name)[measure_name(mode, "greedy")]
+    found = {f"eval/{name}/greedy_accuracy": greedy["accuracy"]}
+    if mode == "tool":
+        found[f"eval/{name}/program_accuracy"] = greedy["program"]["accuracy"]
+    return found | {"time/eval": time.perf_counter() - started}
 
 
 def trained_on(config: Config) -> list[str]:

@@ -58,7 +58,7 @@ class Rewards:
         return None in self.functions
 
     def __call__(
-        self, outputs: Sequence[Output], judged: np.ndarray | None
+        self, outputs: Sequence[Output], model_scores: np.ndarray | None
     ) -> RewardScores:
         examples = [o.example for o in outputs]
         columns: dict[str, list[Any]] = {
@@ -69,7 +69,7 @@ class Rewards:
             columns["language"] = [e.language for e in examples]
 
         def model(prompts, completions, **columns):
-            return judged
+            return model_scores
 
         scores = compute_rewards(
             [function or model for function in self.functions],

@@ -127,7 +127,7 @@ def declared_config(config: Config, vocab_size: int) -> ModelConfig:
 
 
 def describe_state(config: Config, mesh: Mesh) -> str:
-    """Returns one line on the size of the training state, from shapes alone."""
+    """Returns one line on the size of the training state."""
     declared = declared_config(config, config.model.vocab_size)
     decoder = make_decoder(config, declared)
     stage = "sft" if config.method == "sft" else "rl"

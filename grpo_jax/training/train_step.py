@@ -129,12 +129,12 @@ def accumulate_gradients(
 
 
 def has_tokens(batch: Batch) -> Array:
-    """Whether any token is in the loss."""
+    """Returns whether any token is in the loss."""
     return batch.mask.any()
 
 
 def has_advantages(batch: Batch) -> Array:
-    """Whether any token in the loss has an advantage that is not 0."""
+    """Returns whether any token in the loss has an advantage that is not 0."""
     return (batch.mask & (batch.advantages != 0)).any()
 
 

@@ -32,11 +32,8 @@ _SFT += ("optimizer.weight_decay", "optimizer.max_grad_norm")
 
 
 def is_harmless(name: str) -> bool:
-    """Whether a field may change between two starts of the same run."""
-    return name.startswith(("mesh.", "checkpoint")) or name in (
-        "data.dir",
-        "model.hint",
-    )
+    """Returns whether a field may change between two starts of the same run."""
+    return name.startswith(("mesh.", "checkpoint", "data.dir", "model.hint"))
 
 
 def read_config(workdir: Path) -> Config:
@@ -95,8 +92,8 @@ class WorkDirectoryClaim:
         if not (self.workdir / ".lock").exists():
             raise GrpoError(
                 f"workdir {self.workdir}: process {processes.process_index()} does not "
-                "see "
-                "what process 0 writes there; choose a folder on a disk that all share"
+                "see what process 0 writes there; choose a folder on a disk that all "
+                "share"
             )
 
     def write(self) -> None:
@@ -113,7 +110,9 @@ class WorkDirectoryClaim:
     def origin(self, stage: str) -> dict[str, Any]:
         """Returns the JSON values that are saved with a checkpoint of a stage."""
         fields = {
-            n: v for n, v in flatten_config(self.config).items() if _matters(stage, n)
+            n: v
+            for n, v in flatten_config(self.config).items()
+            if _affects_stage(stage, n)
         }
         return {"stage": stage, "seed": self.config.seed, "config": fields}
 
@@ -145,8 +144,8 @@ class WorkDirectoryClaim:
         }
         if changed and not self.accept_changes:
             return (
-                f"was saved with another config ({_shown(changed)}); take another "
-                "--workdir, or add --accept_changes"
+                f"was saved with another config ({_format_changes(changed)}); take "
+                "another --workdir, or add --accept_changes"
             )
         self._accept(changed)
         return ""
@@ -161,15 +160,13 @@ class WorkDirectoryClaim:
         file = self.workdir / "config.json"
         if not file.exists():
             return self._accepted, True
-        before, now = (
-            flatten_config(read_config(self.workdir)),
-            flatten_config(self.config),
-        )
-        changed = dict(_changes(before, now))
+        before = flatten_config(read_config(self.workdir))
+        changed = dict(_changes(before, flatten_config(self.config)))
         if changed and not self.accept_changes:
             raise GrpoError(
-                f"{file}: this run was started with another config ({_shown(changed)})"
-                "; take another --workdir, or add --accept_changes"
+                f"{file}: this run was started with another config "
+                f"({_format_changes(changed)}); take another --workdir, or add "
+                "--accept_changes"
             )
         self._accept(changed)
         return self._accepted, False
@@ -195,12 +192,12 @@ def _changes(
             yield name, (before[name], value)
 
 
-def _matters(stage: str, name: str) -> bool:
+def _affects_stage(stage: str, name: str) -> bool:
     if is_harmless(name) or name == "name":
         return False
     return stage != "sft" or name.startswith(_SFT)
 
 
-def _shown(changed: Mapping[str, tuple[Any, Any]]) -> str:
+def _format_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
     shown = ", ".join(f"{k} {a!r} → {b!r}" for k, (a, b) in list(changed.items())[:8])
     return shown + (", …" if len(changed) > 8 else "")

@@ -48,12 +48,12 @@ sys.argv[0] = "train.py"
 train.main()
 """
 STOPS = [  # the process and its signal, the stage that stops and from which step on
-    (0, "training.sft lay_out 2 SIGTERM", "sft", 2),
+    (0, "training.sft pack_sft_batch 2 SIGTERM", "sft", 2),
     (1, "training.rollouts generate 1 SIGTERM", "rl", 1),  # in the rollout
     (0, "training.rl_step check_gap 1 SIGTERM", "rl", 2),  # in the update
     (
         1,
-        "checkpoints.run_checkpoints describe 3 SIGTERM",
+        "checkpoints.run_checkpoints checksum_leaves 3 SIGTERM",
         "rl",
         4,
     ),  # a save, after two checks of saved

@@ -176,8 +176,8 @@ def test_dynamic_sampling_counts_right_outputs_and_not_their_length(instruct, tm
     source = rollouts.RolloutSource(here)
     policy = load_run(instruct / "instruct")[1]
     with jax.set_mesh(here.mesh):
-        drawn = source.sample_rollout(0, policy)
-        _, scores, _ = source.score_rollout(0, rollouts.read_outputs(drawn), policy)
+        rollout = source.sample_rollout(0, policy)
+        _, scores, _ = source.score_rollout(0, rollouts.read_outputs(rollout), policy)
     groups = scores.by_function["mine"].reshape(-1, 4)
     assert (groups.min(1) == 0).all() and (groups.max(1) == 1).all()
 
@@ -218,9 +218,9 @@ def test_rloos_gradient_is_reinforce_by_hand(instruct):
         lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), policy
     )
     with jax.set_mesh(here.mesh):
-        drawn = source.sample_rollout(0, moved)
+        rollout = source.sample_rollout(0, moved)
         outputs, scores, _ = source.score_rollout(
-            0, rollouts.read_outputs(drawn), moved
+            0, rollouts.read_outputs(rollout), moved
         )
         batch = BatchLayout(config, here.mesh)([o.sample for o in outputs])
         ref = make_scorer(here.model)(policy, batch)
@@ -269,9 +269,9 @@ def test_rft_samples_from_the_instruct_model_all_along(instruct):
     source = rollouts.RolloutSource(here)
     sft = load_run(instruct / "instruct")[1]
     with jax.set_mesh(here.mesh):
-        drawn = source.sample_rollout(STEPS - 1, sft)
+        rollout = source.sample_rollout(STEPS - 1, sft)
         outputs, _, _ = source.score_rollout(
-            STEPS - 1, rollouts.read_outputs(drawn), sft
+            STEPS - 1, rollouts.read_outputs(rollout), sft
         )
     lines = (workdir / "samples.jsonl").read_text().splitlines()
     shown = json.loads(lines[-1])["completions"]

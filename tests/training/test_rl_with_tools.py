@@ -218,7 +218,7 @@ def test_the_comparison_of_a_run_runs_programs_too(folder, recital):
     for batch in (4, 2):
         with opened(folder, recital, f"by-{batch}", eval__batch=batch) as run:
             found.append(run_comparison.compare_run(run, {"rl": params}))
-            now = rl_step.evaluate_now(run, params)
+            now = run_comparison.evaluate_policy(run, params)
             name = f"eval/{run.config.data.eval}"
             assert now[f"{name}/greedy_accuracy"] == 0.75
             assert now[f"{name}/program_accuracy"] == 0.5

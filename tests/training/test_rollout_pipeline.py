@@ -96,7 +96,7 @@ def metrics(workdir: Path) -> list[dict]:
 
 def one_after_the_other(run: Run, *, lag: int, cap: float | None):
     """GRPO with nothing at the same time as anything else, π_ref in the update."""
-    config, experience, reference = run.config, RolloutSource(run), initial(run)
+    config, source, reference = run.config, RolloutSource(run), initial(run)
     transformation, _ = rl_optimizer(config)
     objective = grpo_objective(run.model, importance_cap=cap)  # β = 0.04
     update = make_step(objective, transformation)
@@ -105,8 +105,8 @@ def one_after_the_other(run: Run, *, lag: int, cap: float | None):
     for step in range(STEPS):
         policies.append(jax.tree.map(jnp.copy, state.params))
         sampler = policies[max(step - lag, 0)]
-        outputs = read_outputs(experience.sample_rollout(step, sampler))
-        outputs, scores, _ = experience.score_rollout(step, outputs, sampler)
+        outputs = read_outputs(source.sample_rollout(step, sampler))
+        outputs, scores, _ = source.score_rollout(step, outputs, sampler)
         samples = credit.assign_outcome_credit(
             outputs, scores, [1.0], config.group_size, scale="group", baseline="mean"
         )
@@ -172,11 +172,11 @@ def test_the_next_rollout_is_sampled_while_a_step_is_graded(folder, monkeypatch)
         ahead.append(self.ahead)
 
     def until_sampled(call):
-        (*_, drawn) = ahead
-        if drawn is not None:
-            done.append((call, drawn.step, wait(drawn.arrays["tokens"])))
+        (*_, rollout) = ahead
+        if rollout is not None:
+            done.append((call, rollout.step, wait(rollout.arrays["tokens"])))
 
-    monkeypatch.setattr(RolloutPipeline, "start", watched)
+    monkeypatch.setattr(RolloutPipeline, "start_rollout", watched)
     meanwhile.append(until_sampled)
     learn(folder, "ahead", max_staleness=1)
     assert done == [(call, call + 1, True) for call in range(STEPS - 1)]
@@ -265,23 +265,23 @@ def test_a_rollout_under_way_is_taken_up_by_the_run_that_asked_for_it(folder):
     """Not where the questions or the group were changed since, or staleness is off."""
     with opened(folder, "kept") as run:
         params = initial(run)
-        experience = RolloutSource(run)
-        pipeline = RolloutPipeline(experience, staleness=1, until=STEPS)
+        source = RolloutSource(run)
+        pipeline = RolloutPipeline(source, staleness=1, until=STEPS)
         assert pipeline.pending_state() == {}
         pipeline.start_rollout(3, params)
         kept = json.loads(json.dumps(pipeline.pending_state()))
 
-        def resumed(staleness=1, until=STEPS, experience=experience):
-            other = RolloutPipeline(experience, staleness=staleness, until=until)
+        def resumed(staleness=1, until=STEPS, source=source):
+            other = RolloutPipeline(source, staleness=staleness, until=until)
             other.restore_pending(kept)
             return other.take_rollout(3, params)
 
-        drawn, staleness = resumed()
+        rollout, staleness = resumed()
         assert staleness == 1
-        for name, array in experience.sample_rollout(3, params).arrays.items():
-            assert np.asarray(array).tobytes() == drawn.arrays[name].tobytes(), name
+        for name, array in source.sample_rollout(3, params).arrays.items():
+            assert np.asarray(array).tobytes() == rollout.arrays[name].tobytes(), name
         assert resumed(staleness=0)[1] == resumed(until=3)[1] == 0
         with opened(folder, "other", group_size=2) as other:
-            assert resumed(experience=RolloutSource(other))[1] == 0
+            assert resumed(source=RolloutSource(other))[1] == 0
         with opened(folder, "other", seed=1) as other:
-            assert resumed(experience=RolloutSource(other))[1] == 0
+            assert resumed(source=RolloutSource(other))[1] == 0

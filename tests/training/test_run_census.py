@@ -125,7 +125,7 @@ def test_a_question_after_other_turns_is_written_so_that_it_can_be_read(tmp_path
     file = tmp_path / "chat.jsonl"
     file.write_text(json.dumps(row) + "\n")
     [example] = datasets.load_dataset(str(file))
-    file.write_text(json.dumps(census.row_of(example)) + "\n")
+    file.write_text(json.dumps(census.example_as_row(example)) + "\n")
     [again] = datasets.load_dataset(str(file))
     assert again.question == example.question == "1+1?"
     assert again.columns == example.columns and again.answer == "2"

@@ -93,8 +93,8 @@ class GgufModel:
             return default[0]
         value = self._values[key]
         if type(value) is not kind:
-            told = f"{kind.__name__} is, not {type(value).__name__}"
-            self._refuse(key, value, told)
+            needed = f"{kind.__name__} is, not {type(value).__name__}"
+            self._refuse(key, value, needed)
         # The shortest text of the float32: 1e-05 and not 9.999999747378752e-06.
         return float(str(np.float32(value))) if kind is float else value
 
@@ -194,8 +194,8 @@ class GgufModel:
         tokens = self._tokens
         types = self._list("tokenizer.ggml.token_type", int, [1] * len(tokens))
         if len(types) != len(tokens):
-            told = f"{len(tokens)} are, one for each token"
-            self._refuse("tokenizer.ggml.token_type", f"{len(types)} types", told)
+            needed = f"{len(tokens)} are, one for each token"
+            self._refuse("tokenizer.ggml.token_type", f"{len(types)} types", needed)
         kinds = list(zip(tokens, types, strict=True))
         used = [(token, i) for i, (token, kind) in enumerate(kinds) if kind != _UNUSED]
         vocab = dict(used)

@@ -46,8 +46,8 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     except GrpoError:
         raise
     except (OSError, ValueError) as error:
-        told = one_line(error)
-        raise GrpoError(f"{file}: not a whole GGUF file ({told})") from None
+        reason = one_line(error)
+        raise GrpoError(f"{file}: not a whole GGUF file ({reason})") from None
 
 
 def _take(file: BinaryIO, count: int) -> bytes:

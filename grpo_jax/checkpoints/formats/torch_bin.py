@@ -1,9 +1,9 @@
 """Reads pytorch_model*.bin files without torch, and without running their pickles.
 
-Files are in the zip format of torch.save (torch 1.6 and later). The result, {name:
-Stored}, says where each tensor is in the file; no numbers are read yet. The pickle is
-not given to pickle. This module follows only the few opcodes and the seven names that a
-state dict of floating-point tensors needs, and refuses all others.
+Files are in the zip format of torch.save (torch 1.6 and later). A `StoredTensor` says
+where each tensor is in the file; no numbers are read yet. The pickle is not given to
+pickle. This module follows only the few opcodes and the seven names that a state dict
+of floating-point tensors needs, and refuses all others.
 """
 
 from __future__ import annotations
@@ -47,13 +47,15 @@ _KNOWN: dict[str, Any] = {  # storages are not called: a str here
     "torch BFloat16Storage": "BF16",
     "torch DoubleStorage": "F64",
     "collections OrderedDict": lambda: {},
-    "torch._utils _rebuild_tensor_v2": lambda *given: _tensor(*given[:4]),
+    "torch._utils _rebuild_tensor_v2": lambda *given: _rebuild_tensor(*given[:4]),
     "torch._utils _rebuild_parameter": lambda data, *_: data,
 }
 _Storage = tuple[Path, int, np.dtype, int]  # file, offset, dtype, bytes
 
 
-def _tensor(storage: _Storage, start: int, shape: Any, strides: Any) -> StoredTensor:
+def _rebuild_tensor(
+    storage: _Storage, start: int, shape: Any, strides: Any
+) -> StoredTensor:
     file, offset, dtype, size = storage
     if any(type(n) is not int or n < 0 for n in (start, *shape, *strides)):
         raise ValueError("an offset, size or stride is not a whole number above zero")
@@ -147,14 +149,14 @@ def _unpickle(data: bytes, file: Path, storage: Callable[[Any], _Storage]) -> An
             case "SETITEMS":
                 pairs = above_mark()
             case "GLOBAL" | "STACK_GLOBAL":
-                asked = " ".join(pop(2)) if argument is None else argument
-                if asked not in _KNOWN:
+                name = " ".join(pop(2)) if argument is None else argument
+                if name not in _KNOWN:
                     raise GrpoError(
                         f"{file}: its pickle asks for "
-                        f"{one_line(asked).replace(' ', '.')}, which weights do not "
+                        f"{one_line(name).replace(' ', '.')}, which weights do not "
                         "need; it was not run; do not use this file"
                     )
-                stack.append(_KNOWN[asked])
+                stack.append(_KNOWN[name])
             case "BINPERSID":
                 stack.append(storage(stack.pop()))
             case "REDUCE":
@@ -190,7 +192,7 @@ def read_bin(file: Path) -> dict[str, StoredTensor]:
                     "load it with torch and save it again"
                 )
             with zipfile.ZipFile(handle) as archive:
-                data, places = _open(archive, handle, file)
+                data, places = _read_archive(archive, handle, file)
 
         def storage(pid: Any) -> _Storage:
             kind, code, key, _device, _count = pid
@@ -223,7 +225,7 @@ def read_bin(file: Path) -> dict[str, StoredTensor]:
     return state
 
 
-def _open(
+def _read_archive(
     archive: zipfile.ZipFile, handle: Any, file: Path
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """Returns data.pkl, and the offset and size in bytes of each storage."""

@@ -165,8 +165,8 @@ def refuse_value(where: object, key: str, value: Any, instead: str) -> NoReturn:
       value: its value.
       instead: what is supported, as the subject and verb of a sentence.
     """
-    told = one_line(repr(value))
-    raise GrpoError(f"{where}: {key}={told} is not supported; {instead}")
+    shown = one_line(repr(value))
+    raise GrpoError(f"{where}: {key}={shown} is not supported; {instead}")
 
 
 def _check_whole(where: str, key: str, value: Any, least: int = 1) -> None:

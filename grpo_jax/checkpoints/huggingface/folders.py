@@ -1,7 +1,6 @@
 """Finds model folders on disk or on the Hugging Face hub, and makes new ones.
 
-Errors say which file is missing and how to get it. A new folder appears only when it is
-complete.
+Errors say which file is missing and how to get it. New folders appear once complete.
 """
 
 from __future__ import annotations

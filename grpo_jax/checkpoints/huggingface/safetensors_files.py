@@ -1,7 +1,7 @@
 """Reads slices of tensors in safetensors files, and writes such files.
 
-Reading a folder gives {name: Stored} without loading numbers; errors say which file is
-broken and how. Writing holds one tensor at a time.
+Reading a folder gives a `StoredTensor` for each name, without loading numbers; errors
+say which file is broken and how. Writing holds one tensor at a time.
 """
 
 from __future__ import annotations
@@ -84,15 +84,14 @@ def _what_is_wrong(file: Path, error: Exception) -> str:
                 "pytorch_model.bin and run python -m grpo_jax.convert"
             )
     size = file.stat().st_size
-    told = one_line(error).removeprefix("Error while deserializing header: ")
-    return f"truncated or not safetensors ({told}; {size} bytes); download it again"
+    reason = one_line(error).removeprefix("Error while deserializing header: ")
+    return f"truncated or not safetensors ({reason}; {size} bytes); download it again"
 
 
 def read_safetensors(file: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of a safetensors file, in the order of their data.
 
-    The package safetensors checks that the tensors cover the file without a gap or an
-    overlap.
+    The package safetensors checks that tensors cover the file without gap or overlap.
 
     Raises:
       GrpoError: the file is truncated, a git-LFS pointer, a pickle, or not safetensors.
@@ -186,8 +185,10 @@ def read_safetensors_folder(folder: Path) -> dict[str, StoredTensor]:
     tensors = merge_files(files, read_safetensors)
     for name, file in where.items():
         if name not in tensors or tensors[name].file.name != file:
-            told = f"{one_line(name)} is not in it, as {INDEX} says"
-            raise GrpoError(f"{folder / file}: {told}; download both again")
+            raise GrpoError(
+                f"{folder / file}: {one_line(name)} is not in it, as {INDEX} says; "
+                "download both again"
+            )
     return tensors
 
 

@@ -106,7 +106,7 @@ def load_pretrained(
     here = SingleDeviceSharding(jax.devices()[0])
 
     def load(keys: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        names = _hf_names(_path(keys), config)
+        names = _hf_names(_leaf_path(keys), config)
         parts: dict[Any, np.ndarray] = {}  # devices may hold the same part
 
         def read(index: Any) -> np.ndarray:
@@ -115,11 +115,11 @@ def load_pretrained(
             if ends not in parts:
                 parts[ends] = part = np.empty([b - a for a, b in ends], leaf.dtype)
                 (first, last), inner = ends[0], ends[1:]
-                if _path(keys) in TOP:
-                    _read(part, names[0], stored[names[0]], ends)
+                if _leaf_path(keys) in TOP:
+                    _read_part(part, names[0], stored[names[0]], ends)
                 else:
                     for i, name in enumerate(names[first:last]):
-                        _read(part[i], name, stored[name], inner)
+                        _read_part(part[i], name, stored[name], inner)
             return parts[ends]
 
         return jax.make_array_from_callback(leaf.shape, leaf.sharding or here, read)
@@ -151,7 +151,7 @@ def abstract_params(
     return shapes if mesh is None else sharding.abstract_arrays(shapes, mesh)
 
 
-def _path(keys: Any) -> str:
+def _leaf_path(keys: Any) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
@@ -167,8 +167,8 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns the name and shape of each tensor in a folder of this model."""
     shapes: dict[str, tuple[int, ...]] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
-        shape = leaf.shape if _path(keys) in TOP else leaf.shape[1:]
-        shapes |= dict.fromkeys(_hf_names(_path(keys), config), shape)
+        shape = leaf.shape if _leaf_path(keys) in TOP else leaf.shape[1:]
+        shapes |= dict.fromkeys(_hf_names(_leaf_path(keys), config), shape)
     return shapes
 
 
@@ -193,16 +193,16 @@ def check_names(
         for name in stored
         if name not in known and not name.endswith("rotary_emb.inv_freq")  # a constant
     ]
-    told = [
+    faults = [
         f"{len(names)} {what} ({', '.join(map(one_line, names[:5]))}"
         f"{', …' * (len(names) > 5)})"
         for names, what in ((missing, "missing"), (unknown, "unknown"))
         if names
     ]
-    if told:
+    if faults:
         raise GrpoError(
-            f"{folder}: tensors: {'; '.join(told)}: are config.json and the weights of "
-            "one model, and all its files here?"
+            f"{folder}: tensors: {'; '.join(faults)}: are config.json and the weights "
+            "of one model, and all its files here?"
         )
     for name, shape in expected.items():
         if stored[name].shape != shape:
@@ -226,7 +226,7 @@ def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
         )
 
 
-def _read(
+def _read_part(
     out: np.ndarray, name: str, stored: StoredTensor, ends: Sequence[tuple[int, int]]
 ) -> None:
     """Reads the part between `ends` into `out`, a few rows at a time to save memory.
@@ -289,7 +289,7 @@ def save_pretrained(
         config["bos_token_id"] = tokenizer.bos_id
         config["pad_token_id"] = tokenizer.pad_id
     config["torch_dtype"] = str(params["embed"].dtype)
-    tensors = dict(_sources(model, params))
+    tensors = dict(_tensors_to_write(model, params))
     if jax.process_index() != 0:
         for tensor in tensors.values():
             tensor.read(...)  # takes part in the gather
@@ -303,13 +303,15 @@ def save_pretrained(
         write_folder(temporary, tensors, max_shard_bytes)
 
 
-def _sources(model: Decoder, params: Params) -> Iterator[tuple[str, StoredTensor]]:
+def _tensors_to_write(
+    model: Decoder, params: Params
+) -> Iterator[tuple[str, StoredTensor]]:
     """Yields the folder's tensors, which are fetched and merged one by one."""
     trained, frozen = lora.split_adapters(params)
     adapters = trained["layers"] if frozen else {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(frozen or params):
-        names = _hf_names(_path(keys), model.config)
-        ours = _path(keys).removeprefix("layers/")
+        names = _hf_names(_leaf_path(keys), model.config)
+        ours = _leaf_path(keys).removeprefix("layers/")
         pair = [adapters[ours + x] for x in (lora.A, lora.B) if ours + x in adapters]
         stacked = ours not in TOP
         shape = leaf.shape[1:] if stacked else leaf.shape
@@ -325,10 +327,10 @@ def _read_merged(
     """Returns a matrix with its LoRA adapter merged into it, if it has one."""
     matrix, *pair = (leaf if at is ... else leaf[at] for leaf in leaves)
     merged = lora.merge_matrix(adapters, matrix, *pair) if pair else matrix
-    return _whole(merged)[index]
+    return _gather_rows(merged)[index]
 
 
-def _whole(matrix: jax.Array) -> np.ndarray:
+def _gather_rows(matrix: jax.Array) -> np.ndarray:
     """Returns a matrix on the host, gathered a few rows at a time over processes."""
     rows = max(1, BLOCK // max(1, matrix[:1].size))
     if matrix.is_fully_addressable or len(matrix) <= rows:

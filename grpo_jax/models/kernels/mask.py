@@ -62,8 +62,10 @@ class AttentionMask:
         length = self.real.shape[1]
 
         def pairs(x: Array) -> tuple[Array, Array]:
-            mine = _part(x, start, length if count is None else count)
-            theirs = _part(x, key_start, length if key_count is None else key_count)
+            mine = _slice_positions(x, start, length if count is None else count)
+            theirs = _slice_positions(
+                x, key_start, length if key_count is None else key_count
+            )
             return mine[:, :, None], theirs[:, None]
 
         mine, theirs = pairs(jnp.arange(length)[None])
@@ -77,7 +79,7 @@ class AttentionMask:
         return allowed | (mine == theirs)
 
 
-def _part(x: Array, start: Any, count: int) -> Array:
+def _slice_positions(x: Array, start: Any, count: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, start, count, axis=1)
 
 

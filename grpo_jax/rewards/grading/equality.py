@@ -58,10 +58,7 @@ class Exact:
 
     def same(self, a: str, b: str) -> bool:
         """Returns whether two expressions have the same value."""
-        x, y = (
-            evaluate_exactly(evaluate_rational, a),
-            evaluate_exactly(evaluate_rational, b),
-        )
+        x, y = (evaluate_exactly(evaluate_rational, text) for text in (a, b))
         if x is None or y is None:
             return False
         return x == y or _same_float(a, b, x, y)
@@ -76,10 +73,7 @@ class Exact:
 
     def close(self, a: str, b: str, within: float) -> bool:
         """Returns whether two constants differ by at most `within`."""
-        x, y = (
-            evaluate_exactly(evaluate_rational, a),
-            evaluate_exactly(evaluate_rational, b),
-        )
+        x, y = (evaluate_exactly(evaluate_rational, text) for text in (a, b))
         return x is not None and y is not None and abs(x - y) <= within
 
 

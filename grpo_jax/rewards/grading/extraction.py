@@ -152,9 +152,9 @@ def extract(text: str, language: str = "en") -> str | None:
     >>> extract("<think>\\boxed{1}</think> It is 3/4."), extract("#### 1.234", "de")
     ('3/4', '1234')
     """
-    said = stated_answer(text, language)
-    if said is not None:
-        return said or None
+    stated = stated_answer(text, language)
+    if stated is not None:
+        return stated or None
     text = final_part(text)
     if _OUTPUT.search(text):
         return printed_answer(text)
@@ -177,22 +177,22 @@ def stated_answer(text: str, language: str = "en") -> str | None:
     text = _plain(final_part(text))
     tagged = _TAGGED.match(text)
     text = tagged[1] if tagged else text
-    if (hoped := _hoped(text)) is not None:
-        return _finished(hoped, language)
+    if (minerva := _minerva_answer(text)) is not None:
+        return _clean_answer(minerva, language)
     if boxes := [box for box in find_boxed(text) if box.strip()]:
-        return _finished(boxes[-1], language)
+        return _clean_answer(boxes[-1], language)
     hashes = "####" in text
     for end, spoken, sure in _statements(text):
         if hashes and not sure:
             continue
         window = text[end : end + _WINDOW]
-        if said := _statement(window, spoken or language, sure):
-            return said
+        if stated := _statement(window, spoken or language, sure):
+            return stated
     for at in _last_places(text, "####"):
         if found := _HASHES.match(text, at):
-            return _finished(found[1], language)
+            return _clean_answer(found[1], language)
     if tagged and text and _looks_like_answer(text.strip()):
-        return _finished(text, language)
+        return _clean_answer(text, language)
     return None
 
 
@@ -244,7 +244,7 @@ def last_number(text: str, language: str = "en") -> str | None:
 
 
 # ---- statements ----------------------------------------------------------------------
-def _hoped(text: str) -> str | None:
+def _minerva_answer(text: str) -> str | None:
     """Returns the last `final answer is $…$. I hope`, from Minerva's prompt."""
     words = "final answer is $"
     for at in _last_places(text, words):
@@ -299,23 +299,23 @@ def _statement(text: str, language: str, sure: bool) -> str | None:
     line = next((part for part in text.splitlines() if part.strip(" :：*$#>")), "")
     line = line.strip().lstrip(":：").strip().strip("*").strip()
     if several := _SEVERAL.match(line):
-        return _finished(several.group().replace("$", ""), language)
+        return _clean_answer(several.group().replace("$", ""), language)
     if formula := re.match(r"\$\$?([^$]+)\$", line) or re.match(
         r"\\[(\[](.+?)\\[)\]]", line
     ):
-        return _finished(formula[1], language) or None
+        return _clean_answer(formula[1], language) or None
     if language[:2] in COMMA_LANGUAGES:
         line = _to_points(line)
     clause = re.split(r"(?<!\b[ap])(?<!\.[am])(?<!\.)[.!](?:\s|\*|$)|。|！", line)[0]
     clause = _without_reason(clause.replace("**", ""))
     if _NO_ANSWER.match(clause):
         return None
-    said = _trim(
+    stated = _trim(
         _ARTICLE.sub("", clause, count=1) if _ARTICLE.match(clause) else clause
     )
-    if sure or not said:
-        return said or None
-    return said if _looks_like_answer(said) else None
+    if sure or not stated:
+        return stated or None
+    return stated if _looks_like_answer(stated) else None
 
 
 def _without_reason(clause: str) -> str:
@@ -350,7 +350,7 @@ def _trim(text: str) -> str:
 
 
 # ---- numbers of other languages ------------------------------------------------------
-def _finished(text: str, language: str) -> str:
+def _clean_answer(text: str, language: str) -> str:
     """Returns an answer without its punctuation, with numbers in English notation."""
     text = _trim(text)
     local = language[:2] in COMMA_LANGUAGES and len(text) <= MAX_CHARS

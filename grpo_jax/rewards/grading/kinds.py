@@ -5,7 +5,7 @@ answers. The columns of an example tell its kind:
 
 - `options`: the stated letter, or the single option that equals the stated value. A
   letter elsewhere counts only as (B), or after "option", 选 and the like.
-- `extract_blanks` k: k answers in order, in one box or in the last k boxes.
+- `blanks` k: k answers in order, in one box or in the last k boxes.
 - `tolerance` [absolute, relative]: a number that is within both of the reference. An
   answer that is not a number is compared as usual.
 """
@@ -82,8 +82,7 @@ def grade_examples(
 
     Args:
       examples: the questions.
-      predictions: results of `extract_prediction`, one per example; None counts as
-        wrong.
+      predictions: results of `extract_prediction`, one per example; None is wrong.
       rule: "strict" or "paper"; see `worker_pool.grade_answers`.
 
     Raises:
@@ -188,11 +187,11 @@ def extract_choice(text: str, options: int) -> str | None:
     ('12', 'C')
     """
     known = LETTERS[:options]
-    if said := extraction.stated_answer(text):
-        if letters := _letters(said, known) or _hinted(said, known):
+    if stated := extraction.stated_answer(text):
+        if letters := _letters(stated, known) or _hinted(stated, known):
             return letters
-        marked = set(re.findall(rf"(?<![A-Za-z])\(([{known}])\)", said))
-        return marked.pop() if len(marked) == 1 else said
+        marked = set(re.findall(rf"(?<![A-Za-z])\(([{known}])\)", stated))
+        return marked.pop() if len(marked) == 1 else stated
     text = extraction.final_part(text).strip()
     if hinted := _hinted(text, known):
         return hinted

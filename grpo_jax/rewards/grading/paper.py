@@ -123,10 +123,7 @@ def _same(prediction: str, reference: str, numbers: Exact) -> bool:
     if r"\cup" in p and r"\cup" in r:
         return _same_members(p.split(r"\cup"), r.split(r"\cup"), numbers)
     if re.fullmatch(r"[(\[].+[)\]]", p) and re.fullmatch(r"[(\[].+[)\]]", r):
-        given, wanted = (
-            split_outside_brackets(p[1:-1], ","),
-            split_outside_brackets(r[1:-1], ","),
-        )
+        given, wanted = (split_outside_brackets(x[1:-1], ",") for x in (p, r))
         if len(given) == len(wanted) > 1:
             return _same_entries(given, wanted, numbers)
     a, b = parse_answer(p), parse_answer(r)

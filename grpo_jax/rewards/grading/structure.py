@@ -254,16 +254,12 @@ def _relation(text: str, parts: list[str], signs: list[str]) -> Node:
         if not names[0] and names[-1] and len(parts) == 2:
             parts, names = parts[::-1], names[::-1]
         if names[0]:
-            return Node(
-                "assign",
-                text,
-                (make_leaf(strip_braces(parts[0])), parse_answer(parts[-1])),
-            )
+            sides = make_leaf(strip_braces(parts[0])), parse_answer(parts[-1])
+            return Node("assign", text, sides)
         states = not re.search(r"[A-Za-z]", re.sub(r"\\[a-z]+", "", text))
         if states or (len(parts) > 2 and not any(map(has_unknown, parts[-2:]))):
-            return parse_answer(
-                parts[-1]
-            )  # 3+4=7 states 7, and b^a = 3^5 = 243 states 243
+            # 3+4=7 states 7, and b^a = 3^5 = 243 states 243.
+            return parse_answer(parts[-1])
         return Node("equation", text, (make_leaf(parts[0]), make_leaf(parts[-1])))
     if signs == [r"\ne"]:
         if names[0] and not names[1]:

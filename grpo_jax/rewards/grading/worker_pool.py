@@ -165,7 +165,7 @@ def _pool_of(process: int) -> WorkerPool:
 
 
 @functools.lru_cache(maxsize=65536)
-def _ask(prediction: str, reference: str, rule: str) -> bool:
+def _ask_worker(prediction: str, reference: str, rule: str) -> bool:
     return shared_pool().is_equal(prediction, reference, rule)
 
 
@@ -203,7 +203,7 @@ def grade_answers(
         except equality.Undecided:
             hard.setdefault((prediction, reference), []).append(n)
     with ThreadPoolExecutor(min(max(1, len(hard)), WORKERS)) as threads:
-        decided = threads.map(lambda pair: _ask(*pair, rule), hard)
+        decided = threads.map(lambda pair: _ask_worker(*pair, rule), hard)
         for places, answer in zip(hard.values(), decided, strict=True):
             for n in places:
                 results[n] = answer

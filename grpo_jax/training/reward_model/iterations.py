@@ -76,7 +76,7 @@ class OutputScorer:
 
 
 class RewardModelIterations:
-    """Trains and returns the judge of each iteration; None if the run needs none.
+    """Trains the reward model of each iteration; returns None if the run needs none.
 
     Args:
       run: the run.
@@ -88,11 +88,11 @@ class RewardModelIterations:
 
     def __init__(self, run: Run, questions: Sequence[tuple[Example, list[int]]]):
         config = run.config
-        own = config.method_values()
+        values = config.method_values()
         by_step = METHODS[config.method].coefficient == "process"
         self.run, self.questions = run, questions
         self.needed = by_step or "model" in reward_names(config)
-        self.replay = own.get("replay", 0.0)
+        self.replay = values.get("replay", 0.0)
         r, o = config.reward_model, config.optimizer
         self.settings = RewardModelTraining(
             kind="process" if by_step else "outcome",
@@ -108,19 +108,19 @@ class RewardModelIterations:
         if self.needed:  # fails here, before any training
             if r.labels:
                 self.given = self._read(r.labels)
-            self._check(own.get("iterations", 1))
+            self._check(values.get("iterations", 1))
 
     def __call__(self, iteration: int, policy: Params | None) -> OutputScorer | None:
         """Returns an iteration's reward model, trained on outputs of `policy`."""
         if not self.needed:
             return None
-        assert policy is not None  # rl.train_rl keeps π_sft if a judge is needed
-        return OutputScorer(self.run, self._trained(iteration, policy))
+        assert policy is not None  # `train_rl` keeps π_sft if a reward model is needed
+        return OutputScorer(self.run, self._train(iteration, policy))
 
-    def _trained(self, iteration: int, policy: Params) -> Params:
+    def _train(self, iteration: int, policy: Params) -> Params:
         def start() -> Params:
             if iteration:
-                return self._trained(iteration - 1, policy)
+                return self._train(iteration - 1, policy)
             return self.run.new_reward_model(self.run.key("reward", 0), policy)
 
         return train_reward_model(
@@ -162,21 +162,21 @@ class RewardModelIterations:
             )
         longest = max(len(item.tokens) for item in items)
         if longest > row:
-            own = config.optimizer.row_length
-            field = "optimizer.row_length" if own else "max_new_tokens"
+            given = config.optimizer.row_length
+            field = "optimizer.row_length" if given else "max_new_tokens"
             raise GrpoError(
                 f"{r.labels}: a sequence of {longest} tokens fits no row of {row}; "
                 f"raise config.{field}"
             )
 
     def _labels(self, iteration: int, policy: Params) -> list[LabelledSequence]:
-        """The labels of the iteration, and a share of the earlier ones."""
+        """Returns the labels of the iteration, and a share of the earlier ones."""
         numbers = range(1, iteration + 2)
         *before, file = (self.run.workdir / f"labels-{i}.jsonl" for i in numbers)
         if processes.broadcast(file.exists):
             new = self._read(file)
         else:
-            new = self._new(iteration, policy)
+            new = self._make_labels(iteration, policy)
             self.run.recorder.begin()
             if processes.is_first_process():
                 labels.write_labels(file, new)
@@ -189,7 +189,7 @@ class RewardModelIterations:
             share=self.replay,
         )
 
-    def _new(self, iteration: int, policy: Params) -> list[LabelledSequence]:
+    def _make_labels(self, iteration: int, policy: Params) -> list[LabelledSequence]:
         config, r = self.run.config, self.run.config.reward_model
         if r.labels and not iteration:
             return self.given
@@ -202,12 +202,12 @@ class RewardModelIterations:
             batch=config.questions_per_step * config.group_size,
         )
         size = min(r.questions, len(self.questions))
-        asked = Batches(self.questions, size, seed=config.seed)[iteration]
+        questions = Batches(self.questions, size, seed=config.seed)[iteration]
         items: list[LabelledSequence] = []
         chunk = 1024  # labelled at a time, to show progress and to stop in between
         with progress_bar(f"labels {iteration + 1}", 0, size, unit="question") as bar:
             for at in range(0, size, chunk):
-                part = asked[at : at + chunk]
+                part = questions[at : at + chunk]
                 items += label_questions(
                     sampler,
                     part,

@@ -135,8 +135,8 @@ def mix_with_history(
     """
     count = round(share * len(history))
     generator = np.random.default_rng([seed, iteration])
-    drawn = np.sort(generator.choice(len(history), count, replace=False))
-    return [*new, *(history[i] for i in drawn.tolist())]
+    indices = np.sort(generator.choice(len(history), count, replace=False))
+    return [*new, *(history[i] for i in indices.tolist())]
 
 
 # -- worked solutions as text ------------------------------------------------------
@@ -197,14 +197,16 @@ def read_math_shepherd(path: str | os.PathLike[str]) -> list[Solution]:
 
     def solution(row: dict[str, Any]) -> Solution:
         texts = (_value(row, name, str) for name in ("input", "label"))
-        question, steps, labels = _marked(*texts)
+        question, steps, labels = _split_at_marks(*texts)
         name = hashlib.blake2b(question.encode(), digest_size=8).hexdigest()
         return Solution(question, steps, labels, name)
 
     return [item for _, item in read_rows(path, solution)]
 
 
-def _marked(text: str, label: str) -> tuple[str, tuple[str, ...], tuple[float, ...]]:
+def _split_at_marks(
+    text: str, label: str
+) -> tuple[str, tuple[str, ...], tuple[float, ...]]:
     *parts, rest = text.split(_MARK)
     if rest.strip() or not parts:
         raise ValueError(f"`input` does not end with {_MARK!r}")

@@ -109,8 +109,8 @@ def label_questions(
     Returns:
       questions × outputs labelled sequences.
     """
-    asked = [prompt for _, prompt in prompts]
-    sampled = sample(asked, outputs, jax.random.fold_in(key, 0))
+    tokens = [prompt for _, prompt in prompts]
+    sampled = sample(tokens, outputs, jax.random.fold_in(key, 0))
     return label_outputs(
         sample,
         sample.tokenizer,

@@ -91,6 +91,7 @@ def score_samples(
     Raises:
       GrpoError: a sequence is empty or longer than a row, or there are too many.
 
+    >>> import jax
     >>> from grpo_jax.models.decoder import Decoder
     >>> from grpo_jax.models.config import ModelConfig
     >>> config = ModelConfig(vocab_size=11, width=16, layers=1, heads=2, kv_heads=2,

@@ -23,7 +23,7 @@ from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.models.decoder import Params
 from grpo_jax.models.value_head import RewardModel
-from grpo_jax.training.batch import Sample
+from grpo_jax.training.batch import Batch, Sample
 from grpo_jax.training.optimizers import make_stage_optimizer
 from grpo_jax.training.packing import pack
 from grpo_jax.training.reward_model.labels import LabelledSequence
@@ -92,15 +92,18 @@ def train_reward_model(
     length = settings.row_length or max(len(item.tokens) for item in labelled)
     rows = settings.micro_rows * sharding.rows_multiple(run.mesh)
     capacity = -(-settings.batch_size // rows)
+
+    def make_batch(step: int) -> Batch:
+        batch = pack(batches[step], length=length, rows=rows)
+        return batch.with_capacity(capacity)
+
     return run_supervised_stage(
         run,
         stage,
         settings.optimizer(),
         start,
         reward_objective(RewardModel(run.model)),
-        lambda step: pack(batches[step], length=length, rows=rows).with_capacity(
-            capacity
-        ),
+        make_batch,
         steps=settings.steps,
     )
 
@@ -143,9 +146,8 @@ def load_reward_model(
             f"{folder}: no such folder, or no finished checkpoint in it; train a "
             "reward model there first"
         )
-    optimizer, _ = (
-        RewardModelTraining().optimizer()
-    )  # all settings give a state of this shape
+    # All settings give a state of this shape.
+    optimizer, _ = RewardModelTraining().optimizer()
     with run.checkpoints(stage, clean=False) as checkpoints:
         _, state, _ = checkpoints.restore(run.abstract_state(stage, optimizer))
     return RewardModel(run.model), state.params, run.tokenizer

@@ -27,7 +27,7 @@ from grpo_jax.plan.flops import count_flops
 HERE = pathlib.Path(__file__).parents[2] / "helpers"
 PLAIN = "GRPO_JAX_PLAIN_TILES"  # set where they are
 if PLAIN in os.environ:
-    cpu._cpu = lambda: "amx_bf16"
+    cpu._cpu_features = lambda: "amx_bf16"
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_with_plain_tiles(tmp_path):
 
 
 def test_without_tiles_nothing_is_compiled_for_a_loss(tmp_path):
-    if "amx_bf16" in cpu._cpu():
+    if "amx_bf16" in cpu._cpu_features():
         pytest.skip("this CPU has bfloat16 tiles")
     done = subprocess.run(
         [sys.executable, "-c", LOSS],
@@ -201,7 +201,7 @@ import hashlib, os, jax, numpy as np
 from grpo_jax.models.kernels import cpu
 from grpo_jax.models.kernels.products import product
 if "GRPO_JAX_PLAIN_TILES" in os.environ:
-    cpu._cpu = lambda: "amx_bf16"
+    cpu._cpu_features = lambda: "amx_bf16"
 assert cpu.has_amx_tiles()
 rng = np.random.default_rng(3)
 a, b = (rng.normal(size=s).astype(np.float32) for s in ((140, 1400), (900, 1400)))

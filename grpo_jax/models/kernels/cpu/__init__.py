@@ -202,23 +202,25 @@ def blocks_backward(
 
 def library_is_ready() -> bool:
     """Returns whether the library is loaded and registered; if not, warns once why."""
-    return _library() is not None
+    return _load_library() is not None
 
 
 @functools.cache
 def has_amx_tiles() -> bool:
     """Returns whether this CPU has bfloat16 tiles that this process may use."""
-    if "amx_bf16" not in _cpu():  # checked first, to compile nothing without need
+    if (
+        "amx_bf16" not in _cpu_features()
+    ):  # checked first, to compile nothing without need
         return False
-    library = _library()
+    library = _load_library()
     return library is not None and library.GrpoTiles() == 1
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _load_library() -> ctypes.CDLL | None:
     """Compiles, loads and registers the library; None if that fails."""
     try:
-        library = ctypes.cdll.LoadLibrary(str(_built()))
+        library = ctypes.cdll.LoadLibrary(str(_build_library()))
     except (OSError, GrpoError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         why = next((line for line in lines if "error" in line), lines[0])
@@ -230,7 +232,7 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def _built() -> Path:
+def _build_library() -> Path:
     """Returns the library for this source, compiler, jaxlib and kind of CPU."""
     compiler = os.environ.get("CXX") or next(
         filter(shutil.which, ("c++", "g++", "clang++")), None
@@ -244,7 +246,7 @@ def _built() -> Path:
         [*compiler.split(), "--version"], capture_output=True, text=True, check=True
     )
     code = [file.read_text() for file in (header, *sources)]
-    parts = (*code, *command, version.stdout, jaxlib.__version__, _cpu())
+    parts = (*code, *command, version.stdout, jaxlib.__version__, _cpu_features())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     file = cache_folder("native") / f"cpu_kernels-{key}.so"
     if not file.exists():
@@ -259,7 +261,7 @@ def _built() -> Path:
     return file
 
 
-def _cpu() -> str:
+def _cpu_features() -> str:
     """Describes the CPU's features: machines with different CPUs may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
