@@ -7,6 +7,8 @@ SFT learns from GSM8K's shorter solutions (up to 160 tokens with the question). 
 then asks 2048 training questions eight times each, and GRPO trains on those that are
 sometimes right. The comparison takes all of GSM8K's test set, and four sets that no
 stage has seen.
+
+Not trained to the end yet: no result is claimed.
 """
 
 from grpo_jax.config import (

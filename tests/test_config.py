@@ -1,6 +1,7 @@
 """Every wrong config is refused in one line that names the key (faults 1-6)."""
 
 import dataclasses
+import runpy
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from grpo_jax.config import (
     flatten_config,
     from_dict,
 )
+from grpo_jax.distributed import sharding
 from grpo_jax.errors import GrpoError
 from grpo_jax.files import to_json
+from grpo_jax.training import setup
 from grpo_jax.training.config_checks import validate_config
 
 ROOT = Path(__file__).parent.parent
@@ -88,8 +91,6 @@ def test_config_json_reads_back_as_it_was():
 
 
 def test_every_config_file_is_valid_with_every_method_it_names():
-    import runpy
-
     for file in sorted((ROOT / "configs").glob("*.py")):
         config = runpy.run_path(str(file))["get_config"]()
         assert validate_config(config) is config, file
@@ -101,3 +102,20 @@ def test_every_config_file_is_valid_with_every_method_it_names():
 
 def test_eval_settings_take_zero_for_all():
     assert validate_config(dataclasses.replace(GOOD, eval=EvalSettings(questions=0)))
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        (
+            "7b",
+            "6.91 B parameters in float32, 82.9 GB with the optimiser's, 10.4 GB on",
+        ),
+        ("qwen25_gsm8k", "0.51 B parameters in bfloat16, 1.2 GB"),
+    ],
+)
+def test_the_state_of_a_large_config_is_built_from_shapes(name, text):
+    """Three float32 numbers a parameter; with LoRA two bytes and the adapters."""
+    file = ROOT / "configs" / f"{name}.py"
+    config = runpy.run_path(str(file))["get_config"]()
+    assert text in setup.describe_state(config, sharding.make_mesh(fsdp=-1))

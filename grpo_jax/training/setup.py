@@ -139,9 +139,9 @@ def describe_state(config: Config, mesh: Mesh) -> str:
     shards = [(x.sharding.shard_shape(x.shape), x.dtype) for x in leaves]
     local = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
     return (
-        f"state: {_millions(state.params) / 1e3:.2f} B parameters, {whole / 1e9:.1f} "
-        f"GB with the optimiser's in {config.model.param_dtype}, {local / 1e9:.1f} GB "
-        f"on each of {mesh.size} device(s)"
+        f"state: {_millions(state.params) / 1e3:.2f} B parameters in "
+        f"{config.model.param_dtype}, {whole / 1e9:.1f} GB with the optimiser's, "
+        f"{local / 1e9:.1f} GB on each of {mesh.size} device(s)"
     )
 
 
