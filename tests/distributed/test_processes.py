@@ -77,7 +77,9 @@ def test_processes_exchange_divide_and_agree():
 def test_the_end_of_one_is_the_end_of_all():
     """A process that raises, one that is killed, one that never comes: all at once."""
     began = time.monotonic()
-    raises = talk("processes.all_gather(1)\n1 / (1 - number)\nprocesses.exchange(2)", 2)
+    raises = talk(
+        "processes.all_gather(1)\n1 / (1 - number)\nprocesses.all_gather(2)", 2
+    )
     killed, alone = talk(AWAY, 2), talk("print('started')", 2, numbers=[1])
     waits, divides = finish(raises)
     for process in (waits, divides):
