@@ -326,12 +326,17 @@ def outcome_metrics(
 def share_without_answer(outputs: Sequence[Output]) -> float:
     """Returns the share of outputs with digits in which the rule finds no answer.
 
-    Only the first 64 texts that this process has decoded are read.
+    Only the first 64 outputs are read, each by the process that has decoded it.
     """
-    texts = [(o.text, o.example.language) for o in outputs if o.text][:64]
-    written = [pair for pair in texts if re.search(r"\d", pair[0])]
-    found = [answers.extract(*pair) for pair in written]
-    return found.count(None) / max(len(texts), 1)
+    missing = [
+        bool(re.search(r"\d", o.text))
+        and answers.extract(o.text, o.example.language) is None
+        for o in outputs[:64]
+        if o.text
+    ]
+    parts = processes.all_gather([sum(missing), len(missing)])
+    count, texts = (sum(part) for part in zip(*parts, strict=True))
+    return count / max(texts, 1)
 
 
 def _mean(values: Any) -> float:
