@@ -64,11 +64,13 @@ def write_json(file: str | os.PathLike[str], value: Any) -> None:
     write_whole(file, to_json(value, indent=2))
 
 
-def file_digest(file: str | os.PathLike[str], part: int = 1 << 20) -> str:
+def file_digest(file: str | os.PathLike[str], ends: int = 0) -> str:
     """Returns a file's SHA-256 in hexadecimal; "" if there is no such file.
 
-    Of a file above 16 × `part` bytes, only its size and its first and last `part` bytes
-    are hashed.
+    Args:
+      file: the file.
+      ends: hash only the size, and the first and the last `ends` bytes, of a file of
+        more than 16 times as many; 0 hashes all of any file.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -81,10 +83,10 @@ def file_digest(file: str | os.PathLike[str], part: int = 1 << 20) -> str:
         return ""
     with open(file, "rb") as opened:
         size = os.fstat(opened.fileno()).st_size
-        if size <= 16 * part:
+        if not ends or size <= 16 * ends:
             return hashlib.file_digest(opened, "sha256").hexdigest()
-        sha = hashlib.sha256(f"{size} ".encode() + opened.read(part))
-        opened.seek(-part, os.SEEK_END)
+        sha = hashlib.sha256(f"{size} ".encode() + opened.read(ends))
+        opened.seek(-ends, os.SEEK_END)
         sha.update(opened.read())
     return sha.hexdigest()
 

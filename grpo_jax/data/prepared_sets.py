@@ -58,7 +58,7 @@ def _download(source: Source, data_dir: str) -> Path:
         with os.fdopen(handle, "wb") as file:
             with urllib.request.urlopen(url, timeout=30) as response:
                 shutil.copyfileobj(response, file)
-        found = file_digest(part, 1 << 60)
+        found = file_digest(part)
         if found != source.sha256:
             raise OSError(f"its SHA-256 is {found}, expected {source.sha256}")
         os.replace(part, path)
@@ -83,7 +83,7 @@ def _find_file(source: Source, data_dir: str | None) -> Path:
 def _prepare(source: Source, path: Path) -> Path:
     """Returns the folder of prepared records. Two processes may do this at once."""
     folder = cache_folder("tfds")
-    done = folder / f"{source.slug}-{file_digest(path, 1 << 60)[:16]}-{VERSION}"
+    done = folder / f"{source.slug}-{file_digest(path)[:16]}-{VERSION}"
     if done.exists():
         return done
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as part:
