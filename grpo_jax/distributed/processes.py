@@ -252,8 +252,7 @@ def connect_processes(
         if error.code:
             _fail(str(error.code).strip())
     except BaseException as error:
-        traceback.print_exc()
-        _fail(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        _fail(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", error)
     done.set()
     watch.join()
     jax.distributed.shutdown()
@@ -334,12 +333,17 @@ def _watch_for_failures(done: threading.Event) -> None:
             _exit(line)
 
 
-def _fail(line: str) -> None:
-    """Ends this process, and tells the others unless one of them failed first."""
+def _fail(line: str, error: BaseException | None = None) -> None:
+    """Ends this process, and tells the others unless one of them failed first.
+
+    An error's traceback is printed only where it came first: others follow from it.
+    """
     if "JaxRuntimeError" in line:  # the usual sign that another process ended
         time.sleep(2.5)
     first_line = _first_failure()
     if first_line is None:
+        if error is not None:
+            traceback.print_exception(error)
         line = f"process {process_index()} of {process_count()}: {line}"
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _state().client.key_value_set(_FAILED, line)
