@@ -93,7 +93,7 @@ def _in_config_file(error: Exception, file: str) -> str:
     trace = "".join(traceback.format_exception(error)).strip().splitlines()
     lines = re.findall(rf'File "{re.escape(file)}", line (\d+)', "\n".join(trace))
     place = f"{file}:{lines[-1]}" if lines else file
-    call = re.search(r"(\w+)\.__init__\(\) got an unexpected .* '(\w+)'", trace[-1])
+    call = re.search(r"(\w+)\.__init__\(\) got an unexpected .*? '(\w+)'", trace[-1])
     if call:  # a name that is no field of the Config, or of one of its parts
         parts = get_type_hints(Config).items()
         names = {kind.__name__: f"{n}." for n, kind in parts if is_dataclass(kind)}
