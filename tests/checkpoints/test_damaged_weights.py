@@ -340,6 +340,15 @@ def test_a_changed_gguf_header_gives_the_same_numbers_or_is_refused(
     assert time.monotonic() - begun < 5
 
 
+def test_tensors_behind_a_byte_too_many_are_refused(sound, folder):
+    """It is in the padding before the tensors, so that the header is whole."""
+    raw, length, _ = sound
+    file = folder / "shifted.gguf"
+    file.write_bytes(raw[: length - 1] + b"\0" + raw[length - 1 :])
+    with pytest.raises(GrpoError, match="not a whole GGUF file .*follow its last"):
+        read_gguf(file)
+
+
 def test_counts_that_the_file_does_not_hold_take_no_time(sound, folder):
     """2^62 keys, tensors, characters or numbers, where there are a few."""
     raw, _, _ = sound

@@ -108,11 +108,11 @@ def _read_header(
     if alignment not in [1 << i for i in range(21)]:
         raise ValueError(f"general.alignment={alignment!r} is not a power of 2")
     start = -(-opened.tell() // alignment) * alignment
-    expected, tensors = 0, {}
+    expected, tensors, end, size = 0, {}, 0, file.stat().st_size
     for name, (shape, kind, offset) in found.items():
         packed = gguf.quant_shape_to_byte_shape(shape, kind)
         end = offset + math.prod(packed)
-        if offset != expected or 0 in shape or start + end > file.stat().st_size:
+        if offset != expected or 0 in shape or start + end > size:
             raise ValueError(f"the tensor {name} does not lie where it should")
         expected = -(-end // alignment) * alignment
         unpack = functools.partial(gguf.dequantize, qtype=kind)
@@ -129,4 +129,6 @@ def _read_header(
             return np.array(unpack(mapped), np.float32)[index]
 
         tensors[name] = StoredTensor(file, np.dtype(np.float32), shape, read)
+    if size not in (start + end, start + expected):  # else all may be shifted
+        raise ValueError(f"{size - start - end} bytes follow its last tensor")
     return values, tensors
