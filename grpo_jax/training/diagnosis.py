@@ -7,8 +7,8 @@ stage: its figure, the likely cause, and the setting to change.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,23 +27,33 @@ OUTPUTS = 64  # and the fewest outputs in them
 FIRST = 5  # the steps at a stage's start, with which later ones are compared
 
 
-@dataclasses.dataclass(frozen=True)
 class History:
-    """The rows of a stage until now, and the run's config."""
+    """What the rules see of a stage: its first rows, its last ones, and the config.
 
-    config: Config
-    rows: Sequence[Row]
+    It does not grow with the stage.
+    """
 
-    @property
-    def window(self) -> int:
-        """How many steps a finding must hold for."""
-        outputs = self.config.questions_per_step * self.config.group_size
-        return max(WINDOW, -(-OUTPUTS // outputs))
+    def __init__(self, config: Config):
+        self.config = config
+        # How many steps a finding must hold for.
+        outputs = config.questions_per_step * config.group_size
+        self.window = max(WINDOW, -(-OUTPUTS // outputs))
+        self.count = 0
+        self.early: list[Row] = []
+        self.recent: deque[Row] = deque(maxlen=self.window)
+        self.some_ended = False  # whether any output of the stage has ended
+
+    def add(self, row: Row) -> None:
+        """Adds the row of the next step."""
+        self.count += 1
+        if len(self.early) < FIRST:
+            self.early.append(row)
+        self.recent.append(row)
+        self.some_ended |= row.get("completions/clipped_ratio") != 1
 
     def last(self, name: str) -> list[float]:
         """Returns a metric's values in the last `window` steps; [] if one lacks it."""
-        found = [row.get(name) for row in self.rows[-self.window :]]
-        numbers = [float(x) for x in found if isinstance(x, int | float)]
+        numbers = _numbers(self.recent, name)
         return numbers if len(numbers) == self.window else []
 
     def always(self, name: str, holds: Callable[[float], bool]) -> bool:
@@ -56,19 +66,23 @@ class History:
 
         None while the last `window` steps are not all after them.
         """
-        if len(self.rows) < FIRST + self.window:
+        numbers = _numbers(self.early, name)
+        if self.count < FIRST + self.window or not numbers:
             return None
-        found = [row.get(name) for row in self.rows[:FIRST]]
-        numbers = [float(x) for x in found if isinstance(x, int | float)]
-        return float(np.mean(numbers)) if numbers else None
+        return float(np.mean(numbers))
 
     def mean(self, name: str) -> float:
         """Returns the mean of a metric over the last `window` steps."""
         return float(np.mean(self.last(name)))
 
 
+def _numbers(rows: Iterable[Row], name: str) -> list[float]:
+    found = [row.get(name) for row in rows]
+    return [float(x) for x in found if isinstance(x, int | float)]
+
+
 class Diagnosis:
-    """Collects a stage's rows; a call with a new row returns what it found, or "".
+    """Takes a stage's rows one by one; returns what a new row shows, or "".
 
     Args:
       config: the run's config.
@@ -83,31 +97,30 @@ class Diagnosis:
     """
 
     def __init__(self, config: Config, stage: str):
-        self.config = config
-        self.rules = RULES if stage == "rl" else {}
-        self.rows: list[Row] = []
-        self.reported: set[str] = set()
+        self.history = History(config)
+        self.rules = dict(RULES) if stage == "rl" else {}  # not reported yet
 
     def __call__(self, row: Row) -> str:
-        self.rows.append(row)
-        history, found = History(self.config, self.rows), []
-        for name, rule in self.rules.items():
-            if name in self.reported:
-                continue
-            if text := rule(history):
-                found.append(f"{name}: {text}")
-                self.reported.add(name)
-        return "; ".join(found)
+        self.history.add(row)
+        found = {name: rule(self.history) for name, rule in self.rules.items()}
+        found = {name: text for name, text in found.items() if text}
+        for name in found:
+            del self.rules[name]
+        return "; ".join(f"{name}: {text}" for name, text in found.items())
 
 
 # -- the rules: History → one line, or "" ----------------------------------------------
 
 
+def _each_output_got(h: History, reward: int) -> bool:
+    return h.always("frac_reward_zero_std", lambda x: x == 1) and h.always(
+        "rewards/rule_reward/mean", lambda x: x == reward
+    )
+
+
 def all_wrong(h: History) -> str:
     """No output is right, so no group has a signal."""
-    if not h.always("frac_reward_zero_std", lambda x: x == 1):
-        return ""
-    if not h.always("rewards/rule_reward/mean", lambda x: x == 0):
+    if not _each_output_got(h, 0):
         return ""
     return (
         f"none of the last {_outputs(h)} outputs got a reward, so no group teaches "
@@ -121,9 +134,7 @@ def all_right(h: History) -> str:
     """Every output is right, so no group has a signal."""
     if METHODS[h.config.method].coefficient in ("indicator", "critic", "returns"):
         return ""  # no group is needed there
-    if not h.always("frac_reward_zero_std", lambda x: x == 1):
-        return ""
-    if not h.always("rewards/rule_reward/mean", lambda x: x == 1):
+    if not _each_output_got(h, 1):
         return ""
     return (
         f"each of the last {_outputs(h)} outputs was right, so no group teaches "
@@ -184,8 +195,7 @@ def cut_off(h: History) -> str:
 
 def no_end(h: History) -> str:
     """No output of the stage has ended."""
-    seen = [row.get("completions/clipped_ratio") for row in h.rows]
-    if not h.last("completions/clipped_ratio") or any(x != 1 for x in seen):
+    if h.some_ended or not h.last("completions/clipped_ratio"):
         return ""
     return (
         f"no output has ended yet: all {_outputs(h)} of the last {h.window} steps went "
@@ -302,7 +312,7 @@ def _outputs(h: History) -> int:
 
 
 def _reward_functions(h: History) -> Iterator[str]:
-    for name in h.rows[-1]:
+    for name in h.recent[-1]:
         if name.startswith("rewards/") and name.endswith("/mean"):
             name = name.removeprefix("rewards/").removesuffix("/mean")
             if name != "overlong" and h.last(f"rewards/{name}/mean"):

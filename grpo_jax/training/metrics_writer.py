@@ -82,8 +82,9 @@ class Recorder:
         file = self.workdir / METRICS
         if not processes.is_first_process() or not file.exists():
             return []
-        found = (parse_json(line) for line in file.read_text("utf-8").splitlines())
-        return [row for row in found if row["stage"] == stage]
+        with open(file, encoding="utf-8") as lines:
+            found = map(parse_json, lines)
+            return [row for row in found if row["stage"] == stage]
 
     def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes a step's metrics; a number that is not finite becomes null."""
