@@ -42,7 +42,7 @@ def take_census(config: Config, workdir: Path, *, accept_changes: bool = False) 
     from grpo_jax.training.run_census import FOLDER, check_census, run_census
 
     check_census(config)
-    with train.open_run_here(config, workdir, accept_changes=accept_changes) as run:
+    with train.start_run(config, workdir, accept_changes=accept_changes) as run:
         if config.sft_steps and run.is_finished("sft"):
             params, name = stage_params(run, "sft"), "the Instruct model"
         elif config.model.path:

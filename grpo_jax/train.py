@@ -120,7 +120,7 @@ def train_run(config: Config, workdir: Path, *, accept_changes: bool = False) ->
     from grpo_jax.report.tables import to_markdown
     from grpo_jax.training import rl, run_comparison, setup, sft
 
-    with open_run_here(config, workdir, accept_changes=accept_changes) as run:
+    with start_run(config, workdir, accept_changes=accept_changes) as run:
         run_comparison.check_sets(run)
         with_rl = config.method != "sft" and config.rl_steps
         prepared = rl.prepare_rl(run) if with_rl else None
@@ -145,9 +145,7 @@ def train_run(config: Config, workdir: Path, *, accept_changes: bool = False) ->
 
 
 @contextlib.contextmanager
-def open_run_here(
-    config: Config, workdir: Path, *, accept_changes: bool
-) -> Iterator[Run]:
+def start_run(config: Config, workdir: Path, *, accept_changes: bool) -> Iterator[Run]:
     """Opens a run: its mesh, its model without weights, and its locked work directory.
 
     Args: as for `train_run`.

@@ -110,9 +110,8 @@ def load_dataset(
     """
     if limit is not None and limit < 1:
         raise GrpoError(f"data {name!r}: limit {limit} is below 1; leave it out")
-    names = [name] if os.path.isfile(name) else name.split("+")
     parts: list[Indexed[Example]] = []
-    for part in (n.strip() for n in names):
+    for part in split_names(name):
         if part.startswith("sums/"):
             from grpo_jax.data import chain_sums
 
@@ -125,6 +124,15 @@ def load_dataset(
             )
         parts.append(examples)
     return Dataset(name, parts, limit=limit)
+
+
+def split_names(name: str) -> list[str]:
+    """Returns the sets that "a+b" joins; a path of a file may hold a + itself.
+
+    >>> split_names("gsm8k + math")
+    ['gsm8k', 'math']
+    """
+    return [name] if os.path.isfile(name) else [n.strip() for n in name.split("+")]
 
 
 class Batches(Generic[T]):

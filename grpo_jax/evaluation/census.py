@@ -2,8 +2,8 @@
 
 k outputs of each question are graded. GRPO learns from a group of G outputs only if
 some are right and some are wrong, so questions that are never or always right cost time
-and teach nothing. `take_census` returns the counts, `summarize_counts` the figures of a
-set, and `give_advice` what to do first.
+and teach nothing. `count_outcomes` returns the counts, `summarize_counts` the figures
+of a set, and `give_advice` what to do first.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Counts:
         return np.asarray(self.right.any(1) & ~self.right.all(1))
 
 
-def take_census(
+def count_outcomes(
     tokenizer: Tokenizer,
     examples: Sequence[Example],
     prompts: Sequence[Sequence[int]],

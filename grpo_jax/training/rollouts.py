@@ -10,7 +10,6 @@ outputs, and `RolloutSource.score_rollout` does the rest.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,12 +30,11 @@ from grpo_jax.environments.tool_rollouts import (
 from grpo_jax.errors import GrpoError
 from grpo_jax.generation.sampler import generate
 from grpo_jax.models.decoder import Params
-from grpo_jax.rewards import answers
 from grpo_jax.rewards.reward_functions import RewardScores
 from grpo_jax.training.batch import Sample
 from grpo_jax.training.credit import Output
 from grpo_jax.training.run import Run
-from grpo_jax.training.run_rewards import Rewards
+from grpo_jax.training.run_rewards import Rewards, share_without_answer
 
 Prompts = list[tuple[Example, list[int]]]
 # outputs → the reward model's score of each, [N]
@@ -321,22 +319,6 @@ def outcome_metrics(
         metrics[f"rewards/{name}/std"] = float(np.nanstd(values))
         metrics[f"rewards/{name}/failures"] = float(scores.failures[name])
     return metrics
-
-
-def share_without_answer(outputs: Sequence[Output]) -> float:
-    """Returns the share of outputs with digits in which the rule finds no answer.
-
-    Only the first 64 outputs are read, each by the process that has decoded it.
-    """
-    missing = [
-        bool(re.search(r"\d", o.text))
-        and answers.extract(o.text, o.example.language) is None
-        for o in outputs[:64]
-        if o.text
-    ]
-    parts = processes.all_gather([sum(missing), len(missing)])
-    count, texts = (sum(part) for part in zip(*parts, strict=True))
-    return count / max(texts, 1)
 
 
 def _mean(values: Any) -> float:

@@ -20,7 +20,8 @@ from grpo_jax.data.example import Example
 from grpo_jax.data.prompts import encode_prompts
 from grpo_jax.distributed import processes
 from grpo_jax.errors import GrpoError
-from grpo_jax.evaluation.census import give_advice, summarize_counts, take_census
+from grpo_jax.evaluation.census import count_outcomes, give_advice, summarize_counts
+from grpo_jax.evaluation.completion_files import completions_file_name
 from grpo_jax.evaluation.generate_answers import PromptedSet, answer_all
 from grpo_jax.files import to_json, write_json, write_whole
 from grpo_jax.models.decoder import Params
@@ -40,10 +41,7 @@ def census_sets(run: Run) -> dict[str, PromptedSet]:
       GrpoError: a set cannot be read, or all its questions are too long.
     """
     config, found = run.config, {}
-    names = [config.data.train]
-    if not Path(names[0]).is_file():
-        names = [name.strip() for name in config.data.train.split("+")]
-    for name in names:
+    for name in datasets.split_names(config.data.train):
         rows = datasets.load_dataset(
             name, "train", data_dir=config.data.dir or None, require=("answer",)
         )
@@ -100,12 +98,12 @@ def run_census(run: Run, params: Params, folder: Path) -> list[Example]:
             settings,
             kind="sampled",
             label=f"census of {name}",
-            file=folder / f"{Path(name).stem}.completions.jsonl",
+            file=folder / completions_file_name(name, settings.mode, "sampled"),
             restart=True,
         )
         rows = [row for row in found if row is not None]
         prompts = [ids for ids in prompted.prompts if ids is not None]
-        counts = take_census(run.tokenizer, prompted.examples, prompts, rows)
+        counts = count_outcomes(run.tokenizer, prompted.examples, prompts, rows)
         figures[name] = summarize_counts(counts, config.group_size)
         teaching += [
             prompted.examples[i] for i in np.flatnonzero(counts.teaches).tolist()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from grpo_jax.config import Config, set_names, tool_generations
 from grpo_jax.data import registry
+from grpo_jax.data.datasets import split_names
 from grpo_jax.distributed import processes
 from grpo_jax.evaluation import generate_answers, metrics
 from grpo_jax.evaluation.comparison import (
@@ -86,7 +87,7 @@ def evaluate_policy(run: Run, params: Params) -> dict[str, float]:
 
 def trained_on(config: Config) -> list[str]:
     """Returns the names of the sets that count as in-domain for a run."""
-    return (config.data.in_domain or config.data.train).split("+")
+    return split_names(config.data.in_domain or config.data.train)
 
 
 def compare_run(run: Run, models: Mapping[str, Params]) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 
 from grpo_jax.config import Config, reward_names, reward_weights, tool_generations
 from grpo_jax.data.example import Example
+from grpo_jax.distributed import processes
+from grpo_jax.rewards import answers
 from grpo_jax.rewards.reward_calls import CallRecord
 from grpo_jax.rewards.reward_functions import (
     RewardScores,
@@ -105,3 +108,19 @@ class Rewards:
         for weight, values in pairs:
             total += weight * np.nan_to_num(values)
         return np.where(np.isnan(scores.rewards), np.nan, total)
+
+
+def share_without_answer(outputs: Sequence[Output]) -> float:
+    """Returns the share of outputs with digits in which the rule finds no answer.
+
+    Only the first 64 outputs are read, each by the process that has decoded it.
+    """
+    missing = [
+        bool(re.search(r"\d", o.text))
+        and answers.extract(o.text, o.example.language) is None
+        for o in outputs[:64]
+        if o.text
+    ]
+    parts = processes.all_gather([sum(missing), len(missing)])
+    count, texts = (sum(part) for part in zip(*parts, strict=True))
+    return count / max(texts, 1)

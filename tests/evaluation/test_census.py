@@ -10,9 +10,9 @@ from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.evaluation.census import (
     Counts,
     chance_of_signal,
+    count_outcomes,
     give_advice,
     summarize_counts,
-    take_census,
 )
 from grpo_jax.evaluation.completion_files import Completion
 
@@ -22,7 +22,7 @@ def test_counts_of_outputs_by_hand():
     tokenizer = Tokenizer.from_alphabet("0123456789+= abc")
     texts = "1+1=2", "1+1=3", "1+1=", "abc"
     row = [Completion(text, cut_off=i == 2) for i, text in enumerate(texts)]
-    counts = take_census(tokenizer, [Example("1+1", "2")], [[3, 4, 5]], [row])
+    counts = count_outcomes(tokenizer, [Example("1+1", "2")], [[3, 4, 5]], [row])
     assert counts.prompt_tokens.tolist() == [3]
     assert counts.right.tolist() == [[True, False, False, False]]
     assert counts.cut_off.tolist() == [[False, False, True, False]]

@@ -210,7 +210,7 @@ def test_a_learning_rate_that_moves_nothing(here, stage):
 def test_no_answer_in_thoughts_that_are_not_closed():
     from grpo_jax.data.example import Example
     from grpo_jax.training.credit import Output
-    from grpo_jax.training.rollouts import share_without_answer
+    from grpo_jax.training.run_rewards import share_without_answer
 
     def output(text):
         fields = dict(prompt=[3], tokens=[4], logps=[0.0], finished=True, text=text)
@@ -241,3 +241,4 @@ def test_each_rule_needs_its_steps():
     for name in RULES:
         watch = Diagnosis(config, "rl")
         assert not any(watch({}) for _ in range(20)), name
+        assert len(watch.history.early) + len(watch.history.recent) < 20

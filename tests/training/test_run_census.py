@@ -34,7 +34,7 @@ def here(tmp_path_factory):
 
 def right_by_question(workdir):
     """How many of a question's kept completions end with the answer."""
-    file = workdir / "census" / "sums.completions.jsonl"
+    [file] = (workdir / "census").glob("*sums.jsonl.cot.sampled.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()[1:]]
     return {
         row["question"]: sum(
