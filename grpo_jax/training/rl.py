@@ -1,7 +1,8 @@
 """The RL stage: one loop for every method (DeepSeekMath, Algorithm 1 and section 5.2).
 
 An iterative method sets π_ref ← π_θ at the start of each iteration and continues to
-train the reward model r_φ. `rl_step.py` tells one step of the loop in numbered steps.
+train the reward model r_φ. With `config.census` the stage begins with the census of its
+questions. `rl_step.py` tells one step of the loop in numbered steps.
 """
 
 from __future__ import annotations
