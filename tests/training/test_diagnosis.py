@@ -11,7 +11,6 @@ from grpo_jax.report import write_report
 from grpo_jax.train import train_run
 from grpo_jax.training.diagnosis import RULES, Diagnosis
 from grpo_jax.training.rollout_pipeline import RolloutPipeline
-from grpo_jax.training.work_directory import read_config
 
 REWARDS = """
 import time
@@ -51,8 +50,9 @@ def run(folder, name, **changes):
     few = {"rl_steps": 6, "checkpoint_every": 50, "eval.questions": 1}
     config = small_config(data | few | dotted(changes))
     start = folder / "instruct" / "checkpoints" / "sft"
-    if start.exists() and config.sft_steps == 24:
-        shutil.copytree(start, folder / name / "checkpoints" / "sft")
+    own = folder / name / "checkpoints" / "sft"
+    if start.exists() and config.sft_steps == 24 and not own.exists():
+        shutil.copytree(start, own)
     train_run(config, folder / name)
     return rows(folder / name)
 
@@ -225,14 +225,17 @@ def test_no_answer_in_thoughts_that_are_not_closed():
     assert not any(found[:3] + found[4:])
 
 
-def test_a_resumed_run_says_the_same(here):
-    """What is said follows from the rows alone, also when they are read again."""
-    if not (here / "wrong" / "metrics.jsonl").exists():
-        pytest.skip("needs the run of test_all_wrong")
-    lines = rows(here / "wrong")
-    watch = Diagnosis(read_config(here / "wrong"), "rl")
-    again = [watch({k: x for k, x in row.items() if k != "diagnosis"}) for row in lines]
-    assert again == [row.get("diagnosis", "") for row in lines]
+def test_a_resumed_run_does_not_say_it_again(here, capfd):
+    """The rows before step 4, which were sure, are read again from metrics.jsonl."""
+    questions = write_same(here / "hard.jsonl", "777", "#### 4")
+    changes = {"questions": questions, "checkpoint_every": 4, "rl_steps": 8}
+    first = run(here, "resumed", **changes)
+    shutil.rmtree(here / "resumed/checkpoints/rl/8")
+    assert capfd.readouterr().out.count("all wrong") == 1
+    again = run(here, "resumed", **changes)
+    assert "rl: resumed at step 4 of 8" in (said := capfd.readouterr().out)
+    assert "all wrong" not in said
+    assert findings(again) == findings(first) and len(again) == 8
 
 
 def test_each_rule_needs_its_steps():
